@@ -1,0 +1,299 @@
+"""The harvest: plan it, run it, check it, mend it.
+
+On CUDA three things overlap: the forward pass of one block, the copy of the block before to pinned memory, and the
+writing of those before that. On a CPU the hooks put rows straight into the writer's buffer.
+"""
+
+import itertools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harvest.model import ResidualModel
+from harvest.text import TextSource, TokenLedger, load_tokenizer, write_tokens
+from harvest.writer import BlockWriter, Buffer, WriterConfig, to_float16
+from shared.cache import Cache, CacheSpec, crc32c
+from shared.cli import UserError, format_bytes, format_layers, format_seconds
+from shared.files import free_bytes, make_dir, write_file
+from shared.progress import Progress
+
+LEDGER_BYTES_PER_LAYER = 230  # of one block, as measured; it is 0.0004 % of a full-size block
+_PROBE_BYTES = 64 << 20
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class HarvestConfig:
+    """How to run a harvest; nothing here changes what is written."""
+
+    device: torch.device
+    forward_sequences: int = 32
+    writer: WriterConfig = field(default_factory=WriterConfig)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Plan:
+    """Bytes and time of a harvest that has not begun."""
+
+    spec: CacheSpec
+    layers: tuple[int, ...]
+    layer_bytes: int
+    total_bytes: int
+    free: int
+    write_rate: float  # bytes per second, measured
+
+    def __str__(self) -> str:
+        s = self.spec
+        fits = max(0, int((self.free - s.token_bytes) // self.layer_bytes))
+        return "\n".join(
+            (
+                f"tokens      {s.n_blocks * s.block_rows:,} ({s.train_tokens:,} to train on, the rest held out)",
+                f"blocks      {s.n_blocks:,} of {s.block_rows:,} rows, {format_bytes(s.block_bytes)} a layer",
+                f"per layer   {format_bytes(self.layer_bytes)} ({self.layer_bytes:,} bytes)",
+                f"in all      {format_bytes(self.total_bytes)} ({self.total_bytes:,} bytes), layers {format_layers(self.layers)}",
+                f"free disk   {format_bytes(self.free)}: room for {min(fits, 10**6):,} layers of this size",
+                f"write probe {format_bytes(self.write_rate)}/s: writing takes at least "
+                f"{format_seconds(self.total_bytes / self.write_rate)}",
+            )
+        )
+
+
+def planned_bytes(spec: CacheSpec, layers: tuple[int, ...]) -> int:
+    """What a harvest of these layers writes, ledger included."""
+    ledger = spec.n_blocks * LEDGER_BYTES_PER_LAYER * len(layers)
+    return spec.n_blocks * spec.block_bytes * len(layers) + spec.token_bytes + ledger
+
+
+def make_plan(path: Path, spec: CacheSpec, layers: tuple[int, ...], threads: int) -> Plan:
+    return Plan(
+        spec=spec,
+        layers=layers,
+        layer_bytes=spec.n_blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER),
+        total_bytes=planned_bytes(spec, layers),
+        free=free_bytes(path),
+        write_rate=probe_write(path, threads),
+    )
+
+
+def probe_write(path: Path, threads: int, seconds: float = 2.0) -> float:
+    """Bytes per second of durable writes by `threads` threads into `path`, over about two seconds."""
+    existed = path.exists()
+    make_dir(path)
+    data = np.random.default_rng(0).integers(0, 255, _PROBE_BYTES, dtype=np.uint8)
+    files = [path / f".probe-{os.getpid()}-{i}" for i in range(threads)]
+    began = time.perf_counter()
+
+    def write(file: Path) -> int:
+        written = 0
+        while time.perf_counter() - began < seconds:
+            write_file(file, data.data)
+            written += data.nbytes
+        return written
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            total = sum(pool.map(write, files))
+        return total / (time.perf_counter() - began)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+        if not existed:
+            path.rmdir()
+
+
+def remaining_bytes(cache: Cache, layers: tuple[int, ...]) -> int:
+    spec = cache.spec
+    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers).items())
+    tokens = 0 if TokenLedger.load(cache).sequences == spec.sequences else spec.token_bytes
+    return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
+
+
+def require_space(path: Path, needed: int) -> None:
+    free = free_bytes(path)
+    if needed > free:
+        raise UserError(
+            f"the harvest needs {format_bytes(needed)} more at {path}, and {format_bytes(free)} are free: "
+            "harvest fewer --layers or --tokens, or choose a larger disk; `python -m harvest plan` says what fits"
+        )
+
+
+def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, revision: str | None, config: HarvestConfig) -> None:
+    """Bring the cache to the state where every block of every wanted layer is committed. Safe to kill and repeat."""
+    spec = cache.spec
+    if TokenLedger.load(cache).sequences < spec.sequences:
+        write_tokens(cache, source, load_tokenizer(spec.model, revision))
+    for group, blocks in cache.missing(layers).items():
+        model = ResidualModel(spec.model, revision, group, config.device, _forward_dtype(spec))
+        if model.d_model != spec.d_model:
+            raise UserError(f"{spec.model} is {model.d_model} wide, the cache expects {spec.d_model}: name the right --model")
+        harvest_blocks(cache, model, blocks, config)
+
+
+def _forward_dtype(spec: CacheSpec) -> torch.dtype:
+    return torch.float32 if spec.precision == "fp32" else torch.bfloat16
+
+
+def harvest_blocks(cache: Cache, model: ResidualModel, blocks: list[int], config: HarvestConfig) -> "Shares":
+    """Run `model` over these blocks and commit them; returns where the time went."""
+    spec = cache.spec
+    shares = Shares()
+    title = f"harvesting layers {format_layers(model.layers)}"
+    already = spec.n_blocks - len(blocks)
+    with Progress(title, spec.n_blocks * spec.block_rows, "tokens", start=already * spec.block_rows) as progress:
+
+        def committed(block: int) -> None:
+            progress.advance(spec.block_rows, str(shares))
+
+        cuda = config.device.type == "cuda"
+        with BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed) as writer:
+            fill = _CudaFiller(cache, model, config) if cuda else _CpuFiller(cache, model, config)
+            for block in blocks:
+                began = time.perf_counter()
+                buffer = writer.buffer()
+                got = time.perf_counter()
+                fill.fill(block, buffer, writer)
+                shares.forward += time.perf_counter() - got
+                shares.wait += got - began
+            drain = time.perf_counter()
+        shares.wait += time.perf_counter() - drain
+    return shares
+
+
+@dataclass(kw_only=True, slots=True)
+class Shares:
+    """Seconds the main thread spent computing and waiting for the disk."""
+
+    forward: float = 0.0
+    wait: float = 0.0
+
+    def __str__(self) -> str:
+        return f"waiting for the disk {self.wait / max(self.forward + self.wait, 1e-9):.0%}"
+
+
+class _CpuFiller:
+    """The forward pass puts every layer's rows at their places in the writer's buffer."""
+
+    def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig) -> None:
+        self._cache, self._model, self._config = cache, model, config
+        self._index = {layer: i for i, layer in enumerate(model.layers)}
+
+    def fill(self, block: int, buffer: Buffer, writer: BlockWriter) -> None:
+        self._run(block, buffer.data, buffer.nonfinite)
+        writer.submit(block, buffer)
+
+    def _run(self, block: int, data: Tensor, nonfinite: Tensor) -> None:
+        """data float16 [layers, block_rows, d_model], nonfinite int64 [layers], both on the model's device."""
+        spec, step = self._cache.spec, self._config.forward_sequences
+        place = torch.from_numpy(np.argsort(self._cache.block_order(block), kind="stable")).to(data.device)
+        tokens = torch.from_numpy(self._cache.block_tokens(block))
+        nonfinite.zero_()
+        for first in range(0, spec.block_sequences, step):
+            rows = place[first * spec.context : (first + step) * spec.context]
+
+            def store(layer: int, output: Tensor, rows: Tensor = rows) -> None:
+                half, bad = to_float16(output.reshape(-1, spec.d_model))
+                data[self._index[layer]].index_copy_(0, rows, half)
+                nonfinite[self._index[layer]] += bad
+
+            self._model.run(tokens[first : first + step], store)
+
+
+class _CudaFiller(_CpuFiller):
+    """Rows are permuted on the device; a block is copied to pinned memory on a stream of its own while the next runs."""
+
+    def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig) -> None:
+        super().__init__(cache, model, config)
+        spec, device = cache.spec, config.device
+        self._stream = torch.Stream(device)
+        shape = (len(model.layers), spec.block_rows, spec.d_model)
+        self._slots = itertools.cycle(
+            [
+                (
+                    torch.empty(shape, dtype=torch.float16, device=device),
+                    torch.zeros(len(model.layers), dtype=torch.int64, device=device),
+                    torch.Event(config.device),
+                )
+                for _ in range(2)
+            ]
+        )
+
+    def fill(self, block: int, buffer: Buffer, writer: BlockWriter) -> None:
+        data, nonfinite, copied = next(self._slots)
+        torch.accelerator.current_stream().wait_event(copied)  # the copy that last used this slot
+        self._run(block, data, nonfinite)
+        self._stream.wait_stream(torch.accelerator.current_stream())
+        with self._stream:
+            buffer.data.copy_(data, non_blocking=True)
+            buffer.nonfinite.copy_(nonfinite, non_blocking=True)
+            copied.record()
+            arrived = torch.Event(self._config.device)
+            arrived.record()
+        writer.submit(block, buffer, arrived.synchronize)
+
+
+def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> tuple[list[tuple[int, int, str]], list[str]]:
+    """Read everything committed and compare checksums. Returns (bad blocks as (layer, block, why), other damage)."""
+    spec = cache.spec
+    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer))]
+    bad: list[tuple[int, int, str]] = []
+
+    def check(item: tuple[int, int]) -> tuple[int, int, str] | None:
+        layer, block = item
+        data = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
+        try:
+            cache.read_block(layer, block, data)
+            cache.check_block(layer, block, data, cache.stats(layer, block))
+        except UserError as error:
+            return layer, block, str(error)
+        return None
+
+    with Progress("verifying", len(work) * spec.block_bytes, "bytes") as progress, ThreadPoolExecutor(threads) as pool:
+        for result in pool.map(check, work):
+            progress.advance(spec.block_bytes, f"{len(bad)} damaged" if bad else "")
+            if result is not None:
+                bad.append(result)
+    return bad, _bad_token_chunks(cache)
+
+
+def _bad_token_chunks(cache: Cache) -> list[str]:
+    damage = []
+    for chunk, expected in enumerate(TokenLedger.load(cache).chunks):
+        path = cache.token_chunk_path(chunk)
+        if not path.exists() or crc32c(np.fromfile(path, dtype=np.uint8)) != expected:
+            damage.append(f"token chunk {chunk}")
+    return damage
+
+
+def repair(
+    cache: Cache,
+    bad: list[tuple[int, int]],
+    tokens: bool,
+    source: TextSource,
+    revision: str | None,
+    config: HarvestConfig,
+) -> None:
+    """Harvest the given (layer, block) pairs again, and the token array first if it is damaged."""
+    if tokens:
+        cache.token_ledger.unlink()
+        write_tokens(cache, source, load_tokenizer(cache.spec.model, revision))
+    for layer, block in bad:
+        cache.forget(block, (layer,))
+    harvest(cache, cache.layers, source, revision, config)
+
+
+def nonfinite_report(cache: Cache, layers: tuple[int, ...]) -> list[str]:
+    """A line for every layer in which the model gave values that float16 cannot hold."""
+    lines = []
+    for layer in layers:
+        counts = {block: cache.stats(layer, block).nonfinite for block in cache.committed(layer)}
+        if total := sum(counts.values()):
+            blocks = sum(1 for n in counts.values() if n)
+            lines.append(f"layer {layer}: {total:,} values in {blocks} blocks did not fit float16 (stored as 0 or ±65504)")
+    return lines

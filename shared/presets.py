@@ -1,0 +1,105 @@
+"""The jobs this project knows by name: the published one, and one that fits a laptop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.cli import UserError
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Preset:
+    """Defaults of every command. A command-line option overrides its field."""
+
+    name: str
+    # what is read
+    model: str
+    revision: str | None
+    dataset: str
+    dataset_revision: str | None
+    split: str
+    text_column: str
+    # the shape of the model, so that a plan needs neither model nor hub
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    # the cache
+    context: int
+    tokens: int
+    holdout_tokens: int
+    block_sequences: int
+    forward_sequences: int  # sequences in one forward pass
+    # the SAEs
+    expansion: int
+    l1: str
+    batch: int
+    lr: float
+    lr_warmup: int
+    window_blocks: int
+    # evaluation
+    eval_tokens: int
+    ce_tokens: int
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="pythia-410m",
+            model="EleutherAI/pythia-410m",
+            revision="9879c9b5f8bea9051dcb0e68dff21493d67e9d4f",
+            dataset="monology/pile-uncopyrighted",
+            dataset_revision="3be90335b66f24456a5d6659d9c8d208c0357119",
+            split="train",
+            text_column="text",
+            n_layers=24,
+            d_model=1024,
+            vocab_size=50_304,
+            context=1024,
+            tokens=300_000_000,
+            holdout_tokens=2_000_000,
+            block_sequences=32,
+            forward_sequences=32,
+            expansion=32,
+            l1="3e-4",
+            batch=32_768,
+            lr=3e-4,
+            lr_warmup=0,
+            window_blocks=16,
+            eval_tokens=500_000,
+            ce_tokens=100_000,
+        ),
+        Preset(
+            name="demo",
+            model=str(_ROOT / "demo" / "lm"),
+            revision=None,
+            dataset=str(_ROOT / "demo" / "text.jsonl.gz"),
+            dataset_revision=None,
+            split="train",
+            text_column="text",
+            n_layers=6,
+            d_model=128,
+            vocab_size=4096,
+            context=256,
+            tokens=1_200_000,
+            holdout_tokens=64_000,
+            block_sequences=32,
+            forward_sequences=32,
+            expansion=8,
+            l1="3e-4,8e-5,adaptive:5e-4@32",
+            batch=1024,
+            lr=1e-3,
+            lr_warmup=100,
+            window_blocks=16,
+            eval_tokens=16_384,
+            ce_tokens=16_384,
+        ),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

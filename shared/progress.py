@@ -1,0 +1,75 @@
+"""One progress line for long work: done, share, rate, time left, and whatever the caller adds.
+
+On a terminal the line rewrites itself several times a second; elsewhere (logs, CI) a plain line appears now and then.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from shared.cli import format_seconds
+
+
+class Progress:
+    """`with Progress("training layer 3", total, "tokens") as p: p.update(done, "L0 150")`.
+
+    `start` is what an earlier run has done already; it counts as done but not towards the rate.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, *, start: int = 0) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self._first, self._done = start, start
+        self._began = time.monotonic()
+        self._shown = float("-inf")
+        self._tty = sys.stderr.isatty()
+        self._interval = 0.2 if self._tty else 15.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self._show(self._line("", final=True))
+        if self._tty:
+            print(file=sys.stderr)
+
+    def update(self, done: int, note: str = "") -> None:
+        self._done = done
+        now = time.monotonic()
+        if now - self._shown >= self._interval and now - self._began >= min(self._interval, 5.0):
+            self._shown = now
+            self._show(self._line(note))
+
+    def advance(self, by: int, note: str = "") -> None:
+        self.update(self._done + by, note)
+
+    @property
+    def rate(self) -> float:
+        """Units per second since this run began."""
+        return (self._done - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+    def _line(self, note: str, *, final: bool = False) -> str:
+        share = self._done / self.total if self.total else 1.0
+        elapsed = time.monotonic() - self._began
+        if final:
+            tail = f"in {format_seconds(elapsed)}"
+        else:
+            tail = f"ETA {format_seconds((self.total - self._done) / self.rate)}" if self.rate > 0 else "ETA ?"
+        parts = [
+            f"{self.title}: {_si(self._done)}/{_si(self.total)} {self.unit} {share:4.0%}",
+            f"{_si(self.rate)}/s",
+            tail,
+        ]
+        return " · ".join(parts + ([note] if note else []))
+
+    def _show(self, line: str) -> None:
+        print(f"\r\x1b[K{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+
+
+def _si(n: float) -> str:
+    for suffix in ("", "k", "M", "G"):
+        if abs(n) < 1000:
+            return f"{n:.4g}{suffix}" if n < 100 or n == int(n) else f"{n:.0f}{suffix}"
+        n /= 1000
+    return f"{n:.3g}T"

@@ -1,0 +1,33 @@
+"""Every random order in the project, as pure functions of integers.
+
+An order must be the same on every machine, in every process and after every resume, so it comes from raw Philox bits
+(whose stream NumPy guarantees, unlike `Generator.permutation`) and a stable sort.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def permutation(n: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of range(n) that depends on nothing but n and the non-negative integers of `key`.
+
+    Equal 64-bit draws (probability below n² / 2⁶⁵) are ordered by index, so the result is a bijection always.
+    """
+    seed = np.random.SeedSequence(key)
+    draws = np.random.Philox(key=seed.generate_state(2, np.uint64)).random_raw(n)
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def block_rows(n_rows: int, *, seed: int, block: int) -> NDArray[np.int64]:
+    """Which row of a block, in reading order, is stored at each place: stored[j] = activations[order[j]]."""
+    return permutation(n_rows, seed, 0, block)
+
+
+def epoch_blocks(n_blocks: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits the training blocks."""
+    return permutation(n_blocks, seed, 1, epoch)
+
+
+def window_rows(n_rows: int, *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
+    """The order in which the rows of one shuffle window are handed out."""
+    return permutation(n_rows, seed, 2, epoch, window)
