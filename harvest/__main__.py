@@ -19,12 +19,13 @@ from harvest.harvest import (
     require_space,
     verify,
 )
-from harvest.model import load_config, model_revision, pick_device
 from harvest.text import TextSource, load_tokenizer, require_one_context, tokenizer_hash
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
 from shared.cli import UserError, format_layers, parse_count, parse_layers, run
+from shared.device import pick_device
 from shared.files import make_dir
+from shared.lm import load_config, model_revision, unpin
 from shared.presets import Preset, get_preset
 
 
@@ -217,18 +218,13 @@ def repair_command(preset: str, cache: Path | None, threads: int, device: str | 
     else:
         bad, damage = verify(opened, opened.layers, threads)
         chosen, tokens = [(layer, block) for layer, block, _ in bad], bool(damage)
-    source = TextSource(dataset=spec.dataset, revision=_pin(spec.dataset_revision), split=spec.split, column=spec.text_column)
-    repair(opened, chosen, tokens, source, _pin(spec.model_revision), config)
+    source = TextSource(dataset=spec.dataset, revision=unpin(spec.dataset_revision), split=spec.split, column=spec.text_column)
+    repair(opened, chosen, tokens, source, unpin(spec.model_revision), config)
     click.echo(f"repaired {len(chosen)} layer blocks" + (" and the tokens" if tokens else ""))
 
 
 def _open(preset: str, cache: Path | None) -> Cache:
     return Cache.open(cache or Path("data") / get_preset(preset).name)
-
-
-def _pin(revision: str) -> str | None:
-    """A hub revision, or None for something local that is known by its hash."""
-    return None if revision.startswith("sha256:") else revision
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from harvest.writer import BlockWriter, Buffer, WriterConfig, to_float16
 from shared.cache import Cache, CacheSpec, crc32c
 from shared.cli import UserError, format_bytes, format_layers, format_seconds
 from shared.files import free_bytes, make_dir, write_file
+from shared.lm import load_model
 from shared.progress import Progress
 
 LEDGER_BYTES_PER_LAYER = 230  # of one block, as measured; it is 0.0004 % of a full-size block
@@ -130,14 +131,10 @@ def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, revision:
     if TokenLedger.load(cache).sequences < spec.sequences:
         write_tokens(cache, source, load_tokenizer(spec.model, revision))
     for group, blocks in cache.missing(layers).items():
-        model = ResidualModel(spec.model, revision, group, config.device, _forward_dtype(spec))
+        model = ResidualModel(load_model(spec.model, revision, spec.precision, head=False), group, config.device)
         if model.d_model != spec.d_model:
             raise UserError(f"{spec.model} is {model.d_model} wide, the cache expects {spec.d_model}: name the right --model")
         harvest_blocks(cache, model, blocks, config)
-
-
-def _forward_dtype(spec: CacheSpec) -> torch.dtype:
-    return torch.float32 if spec.precision == "fp32" else torch.bfloat16
 
 
 def harvest_blocks(cache: Cache, model: ResidualModel, blocks: list[int], config: HarvestConfig) -> "Shares":

@@ -23,12 +23,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from shared.cache import Cache, crc32c
 from shared.cli import UserError
 from shared.files import publish_json, sync_dir, write_file
+from shared.lm import hash_files, unreachable
 from shared.progress import Progress
 
 _DOCUMENTS = 256  # documents tokenised in one call; the tokeniser spreads them over all cores
 _BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "txt": "text", "text": "text"}
 _COMPRESSIONS = ("gz", "xz", "zst", "bz2")
-_HASHED_WHOLE = 1 << 30  # local data up to this size is identified by its content, larger data by names and sizes
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -60,7 +60,7 @@ class TextSource:
         try:
             return str(HfApi().dataset_info(self.dataset).sha)
         except Exception as error:
-            raise _unreachable(self.dataset, error) from None
+            raise unreachable(f"the dataset {self.dataset}", error) from None
 
     def documents(self) -> IterableDataset:
         """A resumable stream of rows. Raises UserError for a missing source, an empty one, or a missing column."""
@@ -71,7 +71,7 @@ class TextSource:
                 stream = load_dataset(self.dataset, revision=self.revision, split=self.split, streaming=True)
             first = next(iter(stream), None)
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError, OSError, ValueError) as error:
-            raise _unreachable(self.dataset, error) from None
+            raise unreachable(f"the dataset {self.dataset}", error) from None
         if first is None:
             raise UserError(f"the dataset {self.dataset} is empty")
         if self.column not in first:
@@ -91,32 +91,16 @@ class TextSource:
         return load_dataset(builders.pop(), data_files=[str(f) for f in files], split="train", streaming=True)
 
 
-def _unreachable(name: str, error: Exception) -> UserError:
-    reason = str(error).split("\n")[0][:200]
-    return UserError(f"cannot read {name}: {reason}; give a local folder or file, or check the name, revision and connection")
-
-
 def _builder(path: Path) -> str | None:
     suffixes = [s.lstrip(".") for s in path.suffixes if s.lstrip(".") not in _COMPRESSIONS]
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
-
-
-def hash_files(files: list[Path]) -> str:
-    """'sha256:…' of files by content, or by name and size where they are too large to read for that."""
-    digest = hashlib.sha256()
-    whole = sum(f.stat().st_size for f in files) <= _HASHED_WHOLE
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if whole:
-            digest.update(path.read_bytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True)
     except (OSError, ValueError) as error:
-        raise _unreachable(model, error) from None
+        raise unreachable(f"the tokenizer of {model}", error) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} is not a fast tokenizer with an end-of-text token; use another model")
     # Contexts are cut here, so a document longer than the model's own limit is nothing to warn about.

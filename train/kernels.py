@@ -111,10 +111,10 @@ class TorchKernels:
         token, feature = z.nonzero(as_tuple=True)
         by_feature = torch.sort(feature, stable=True).indices
         return Active(
-            row_start=_starts(activation.row_count),
+            row_start=starts(activation.row_count),
             feature=feature.int(),
             value=z[token, feature].to(_accumulator(z)),
-            feature_start=_starts(activation.feature_count),
+            feature_start=starts(activation.feature_count),
             by_feature=by_feature.int(),
             token=token[by_feature].int(),
         )
@@ -162,7 +162,8 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _starts(counts: Tensor) -> Tensor:
+def starts(counts: Tensor) -> Tensor:
+    """Where each group begins when groups of these sizes lie one after the other; int64 [n + 1]."""
     start = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts, 0, out=start[1:])
     return start

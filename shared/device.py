@@ -1,0 +1,18 @@
+"""Which device a command runs on."""
+
+import torch
+
+from shared.cli import UserError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one. Raises UserError for a name that is no device, or is not there."""
+    try:
+        device = torch.device(name) if name else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        raise UserError(f"{name!r} is not a device: write cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("CUDA was asked for, but no CUDA device is available here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices")
+    return device

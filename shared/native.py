@@ -1,0 +1,63 @@
+"""Small C files compiled on first use with the machine's own C compiler, and kept for the next time.
+
+They speed things up on CPUs and are never needed: without a compiler the callers use torch, which computes the same.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno",
+    # sums may be reordered (they are vectors), but NaN and infinity must keep their meaning
+    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
+)  # fmt: skip
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The compiled library of a C file, or None where it cannot be compiled (said once on stderr)."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
+        print(f"note: no C compiler found; {source.name} is replaced by slower torch operations", file=sys.stderr)
+        return None
+    flags = [f for f in _FLAGS if platform.machine() in ("x86_64", "AMD64") or "prefer-vector" not in f]
+    target = _folder() / f"{source.stem}-{_fingerprint(source, compiler, flags)}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            done = subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lm"], capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                print(f"note: {source.name} did not compile ({reason}); slower torch operations are used", file=sys.stderr)
+                return None
+            made.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def _folder() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (root / "residual-saes", Path(tempfile.gettempdir()) / f"residual-saes-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            continue
+    raise OSError("no folder to compile into")
+
+
+def _fingerprint(source: Path, compiler: str, flags: list[str]) -> str:
+    """Changes with the code, the compiler and the processor, for which -march=native compiles."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    info = Path("/proc/cpuinfo")
+    cpu = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    parts = [source.read_text(), version, " ".join(flags), cpu, platform.machine()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,244 @@
+/* The training step between the matrix products, on a CPU. What each function computes is said in kernels.py.
+ *
+ * All of them are bound by memory: each reads and writes its matrices once. bfloat16 is uint16_t here. An entry of z is
+ * active if its sixteen bits, read as a signed integer, are positive; the same test everywhere, so that lists and counts
+ * agree even when a NaN goes through (it counts as active, and the sum it poisons stops the step).
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Round to nearest, ties to even. Only NaNs of a few exotic payloads would turn infinite, which stops the step as well. */
+static inline bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void activate(bf16 *restrict h, const float *restrict bias, int32_t *restrict row_count, int32_t *restrict feature_count,
+              float *restrict row_total, int64_t tokens, int64_t features) {
+    memset(feature_count, 0, features * sizeof *feature_count);
+#pragma omp parallel
+    {
+        int32_t *local = calloc(features, sizeof *local);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            bf16 *row = h + t * features;
+            int32_t count = 0;
+            float total = 0;
+            for (int64_t f = 0; f < features; f++) {
+                float value = widen(row[f]) + bias[f];
+                value = value < 0 ? 0 : value;
+                bf16 rounded = narrow(value);
+                int32_t active = (int16_t)rounded > 0;
+                row[f] = rounded;
+                local[f] += active;
+                count += active;
+                total += widen(rounded);
+            }
+            row_count[t] = count;
+            row_total[t] = total;
+        }
+#pragma omp critical
+        for (int64_t f = 0; f < features; f++) feature_count[f] += local[f];
+        free(local);
+    }
+}
+
+/* `partial` is [threads, features]; the caller adds its rows in order. */
+void mask(bf16 *restrict gz, const bf16 *restrict z, float l1, float *restrict partial, int64_t tokens, int64_t features,
+          int64_t threads) {
+#pragma omp parallel for schedule(static, 1)
+    for (int64_t part = 0; part < threads; part++) {
+        float *sum = partial + part * features;
+        memset(sum, 0, features * sizeof *sum);
+        for (int64_t t = tokens * part / threads; t < tokens * (part + 1) / threads; t++) {
+            bf16 *g = gz + t * features;
+            const bf16 *a = z + t * features;
+            for (int64_t f = 0; f < features; f++) {
+                bf16 value = (int16_t)a[f] > 0 ? narrow(widen(g[f]) + l1) : 0;
+                g[f] = value;
+                sum[f] += widen(value);
+            }
+        }
+    }
+}
+
+static void list_row(const bf16 *row, int64_t features, int32_t *feature, float *value) {
+    int64_t n = 0, f = 0;
+#if defined(__AVX512BW__)
+    for (; f + 32 <= features; f += 32) {
+        __m512i entries = _mm512_loadu_si512((const void *)(row + f));
+        uint32_t active = _mm512_cmpgt_epi16_mask(entries, _mm512_setzero_si512());
+        for (; active; active &= active - 1, n++) {
+            int64_t at = f + __builtin_ctz(active);
+            feature[n] = (int32_t)at;
+            value[n] = widen(row[at]);
+        }
+    }
+#endif
+    for (; f < features; f++)
+        if ((int16_t)row[f] > 0) {
+            feature[n] = (int32_t)f;
+            value[n++] = widen(row[f]);
+        }
+}
+
+void compact(const bf16 *z, const int64_t *row_start, const int64_t *feature_start, int32_t *feature, float *value,
+             int32_t *by_feature, int32_t *token, int64_t tokens, int64_t features, int64_t parts) {
+#pragma omp parallel for schedule(dynamic, 16)
+    for (int64_t t = 0; t < tokens; t++)
+        list_row(z + t * features, features, feature + row_start[t], value + row_start[t]);
+    /* Each part owns a range of features and walks the whole list, so tokens come out ascending without any locking. */
+#pragma omp parallel for schedule(static, 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t low = features * part / parts, high = features * (part + 1) / parts;
+        int64_t *next = malloc((high - low) * sizeof *next);
+        memcpy(next, feature_start + low, (high - low) * sizeof *next);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t e = row_start[t]; e < row_start[t + 1]; e++) {
+                int64_t f = feature[e];
+                if (f < low || f >= high) continue;
+                by_feature[next[f - low]] = (int32_t)e;
+                token[next[f - low]++] = (int32_t)t;
+            }
+        free(next);
+    }
+}
+
+/* sum += a0·r0 + … + a3·r3: four rows at a time, so that the sum is loaded and stored a quarter as often. */
+static inline void add_rows(float *restrict sum, const bf16 *r0, const bf16 *r1, const bf16 *r2, const bf16 *r3, float a0,
+                            float a1, float a2, float a3, int64_t d) {
+    for (int64_t j = 0; j < d; j++) sum[j] += a0 * widen(r0[j]) + a1 * widen(r1[j]) + a2 * widen(r2[j]) + a3 * widen(r3[j]);
+}
+
+static inline void add_row(float *restrict sum, const bf16 *row, float a, int64_t d) {
+    for (int64_t j = 0; j < d; j++) sum[j] += a * widen(row[j]);
+}
+
+void residual(const int64_t *row_start, const int32_t *feature, const float *value, const bf16 *w_dec, const float *x,
+              const float *bias, float scale, float l1, bf16 *g, float *g_hidden, float *row_square, int64_t tokens,
+              int64_t d) {
+#pragma omp parallel
+    {
+        float *r = malloc(d * sizeof *r);
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t t = 0; t < tokens; t++) {
+            int64_t first = row_start[t], last = row_start[t + 1], e = first;
+            const float *xt = x + t * d;
+            for (int64_t j = 0; j < d; j++) r[j] = bias[j] - xt[j];
+            for (; e + 4 <= last; e += 4)
+                add_rows(r, w_dec + feature[e] * d, w_dec + feature[e + 1] * d, w_dec + feature[e + 2] * d,
+                         w_dec + feature[e + 3] * d, value[e], value[e + 1], value[e + 2], value[e + 3], d);
+            for (; e < last; e++) add_row(r, w_dec + feature[e] * d, value[e], d);
+            float square = 0;
+            bf16 *gt = g + t * d;
+            for (int64_t j = 0; j < d; j++) {
+                square += r[j] * r[j];
+                gt[j] = narrow(scale * r[j]);
+                r[j] = widen(gt[j]);
+            }
+            row_square[t] = square;
+            /* The token's decoder rows are still in this core's cache. */
+            for (e = first; e < last; e++) {
+                const bf16 *row = w_dec + feature[e] * d;
+                float dot = 0;
+                for (int64_t j = 0; j < d; j++) dot += r[j] * widen(row[j]);
+                g_hidden[e] = dot + l1;
+            }
+        }
+        free(r);
+    }
+}
+
+static void gather(float *restrict sum, const int32_t *entry, const int32_t *token, const float *weight, const bf16 *rows,
+                   int64_t n, int64_t d) {
+    int64_t k = 0;
+    memset(sum, 0, d * sizeof *sum);
+    for (; k + 4 <= n; k += 4)
+        add_rows(sum, rows + token[k] * d, rows + token[k + 1] * d, rows + token[k + 2] * d, rows + token[k + 3] * d,
+                 weight[entry[k]], weight[entry[k + 1]], weight[entry[k + 2]], weight[entry[k + 3]], d);
+    for (; k < n; k++) add_row(sum, rows + token[k] * d, weight[entry[k]], d);
+}
+
+void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const int32_t *token, const float *value,
+                  const float *g_hidden, const bf16 *g, const bf16 *xc, bf16 *dw_enc, bf16 *dw_dec, float *db_enc,
+                  int64_t features, int64_t d) {
+#pragma omp parallel
+    {
+        float *sum = malloc(d * sizeof *sum);
+#pragma omp for schedule(dynamic, 32)
+        for (int64_t f = 0; f < features; f++) {
+            int64_t first = feature_start[f], n = feature_start[f + 1] - first;
+            const int32_t *entry = by_feature + first, *from = token + first;
+            float bias = 0;
+            for (int64_t k = 0; k < n; k++) bias += g_hidden[entry[k]];
+            db_enc[f] = bias;
+            gather(sum, entry, from, g_hidden, xc, n, d);
+            for (int64_t j = 0; j < d; j++) dw_enc[f * d + j] = narrow(sum[j]);
+            gather(sum, entry, from, value, g, n, d);
+            for (int64_t j = 0; j < d; j++) dw_dec[f * d + j] = narrow(sum[j]);
+        }
+        free(sum);
+    }
+}
+
+/* Copies a [rows, d] tile to or from a matrix stored feature-last ([d, features]), 64 bytes of a line at a time. */
+enum { TILE = 32 };
+
+void adam(float *restrict w, float *restrict m, float *restrict v, const bf16 *restrict grad, bf16 *restrict copy,
+          int64_t features, int64_t d, int grad_feature_last, int copy_feature_last, int unit_norm, float lr, float clip,
+          float beta1, float beta2, float inverse_correction2, float eps) {
+    int64_t pitch = d + 16; /* not a power of two: the tile's rows must not fall on the same cache lines */
+#pragma omp parallel
+    {
+        bf16 *tile = malloc(TILE * pitch * sizeof *tile);
+#pragma omp for schedule(static)
+        for (int64_t f0 = 0; f0 < features; f0 += TILE) {
+            int64_t rows = features - f0 < TILE ? features - f0 : TILE;
+            if (grad_feature_last)
+                for (int64_t j = 0; j < d; j++)
+                    for (int64_t k = 0; k < rows; k++) tile[k * pitch + j] = grad[j * features + f0 + k];
+            for (int64_t k = 0; k < rows; k++) {
+                int64_t at = (f0 + k) * d;
+                const bf16 *g = grad_feature_last ? tile + k * pitch : grad + at;
+                float *restrict wr = w + at, *restrict mr = m + at, *restrict vr = v + at;
+                float square = 0;
+                for (int64_t j = 0; j < d; j++) {
+                    float gj = widen(g[j]) * clip;
+                    float mj = mr[j] + (1 - beta1) * (gj - mr[j]);
+                    float vj = beta2 * vr[j] + (1 - beta2) * gj * gj;
+                    float wj = wr[j] - lr * mj / (sqrtf(vj * inverse_correction2) + eps);
+                    mr[j] = mj;
+                    vr[j] = vj;
+                    wr[j] = wj;
+                    square += wj * wj;
+                }
+                if (unit_norm) {
+                    float inverse = 1 / fmaxf(sqrtf(square), 1e-12f);
+                    for (int64_t j = 0; j < d; j++) wr[j] *= inverse;
+                }
+                bf16 *out = copy_feature_last ? tile + k * pitch : copy + at;
+                for (int64_t j = 0; j < d; j++) out[j] = narrow(wr[j]);
+            }
+            if (copy_feature_last)
+                for (int64_t j = 0; j < d; j++)
+                    for (int64_t k = 0; k < rows; k++) copy[j * features + f0 + k] = tile[k * pitch + j];
+        }
+        free(tile);
+    }
+}

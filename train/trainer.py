@@ -1,0 +1,314 @@
+"""Layers, one after the other; for each, one stream of batches feeds the SAEs of all settings."""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.cache import Cache
+from shared.cli import UserError, format_bytes, format_layers
+from shared.files import free_bytes, make_dir
+from shared.progress import Progress
+from train.kernels import Kernels
+from train.l1 import ControllerConfig, L1Controller, L1Setting
+from train.loader import ActivationLoader, LoaderConfig
+from train.runs import SNAPSHOTS, Run, snapshot_tokens
+from train.step import StepConfig, StepResult, TrainingSae, Workspace, pick_kernels
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TrainConfig:
+    """What a run's SAEs depend on, apart from its L1 setting and the cache. Stored in config.json."""
+
+    expansion: int = 32
+    tokens: int
+    batch: int = 32_768
+    lr: float = 3e-4
+    lr_warmup: int = 0  # steps
+    l1_warmup: int = 0  # steps
+    seed: int = 0
+    window_blocks: int = 16
+    dead_after: float = 1 / 30  # a feature is alive if it fired within this share of the run
+    step: StepConfig = field(default_factory=StepConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class RunOptions:
+    """How a run is carried out; nothing here changes its SAEs."""
+
+    runs: Path
+    device: torch.device
+    threads: int = 4
+    epochs: int = 1
+    save_minutes: float = 5.0
+    log_records: int = 300  # points of a training curve
+    tensorboard: bool = False
+
+
+def train(
+    cache: Cache, name: str, layers: tuple[int, ...], settings: tuple[L1Setting, ...], config: TrainConfig, options: RunOptions
+) -> bool:
+    """Train every layer at every setting; continue what was begun. Returns whether all of them finished."""
+    _require_trainable(cache, layers, config, options)
+    runs = [_open_run(cache, name, setting, config, options.runs) for setting in settings]
+    _require_space(cache, runs, layers, config, options.runs)
+    kernels = pick_kernels(config.step.precision, options.device)
+    whole = True
+    for layer in layers:
+        whole &= _LayerJob(cache, layer, list(zip(runs, settings, strict=True)), config, options, kernels).run()
+    return whole
+
+
+def _require_trainable(cache: Cache, layers: tuple[int, ...], config: TrainConfig, options: RunOptions) -> None:
+    spec = cache.spec
+    absent = [layer for layer in layers if layer not in cache.layers]
+    if absent:
+        raise UserError(
+            f"layers {format_layers(absent)} are not in {cache.path}, which has {format_layers(cache.layers)}: "
+            f"add them with `python -m harvest --layers {format_layers(absent)}`"
+        )
+    if config.tokens > spec.train_tokens * options.epochs:
+        raise UserError(
+            f"{config.tokens:,} tokens are asked for, the cache has {spec.train_tokens:,} to train on: "
+            f"lower --tokens, go over it {-(-config.tokens // spec.train_tokens)} times with --epochs, or harvest more"
+        )
+    if config.steps < SNAPSHOTS:
+        raise UserError(f"{config.tokens:,} tokens are fewer than {SNAPSHOTS} batches of {config.batch:,}; lower --batch")
+    for layer in layers:
+        missing = spec.n_blocks - len(cache.committed(layer))
+        if missing:
+            raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
+
+
+def _open_run(cache: Cache, name: str, setting: L1Setting, config: TrainConfig, runs: Path) -> Run:
+    path = make_dir(runs) / f"{name}-saes-x{config.expansion}-l1-{setting.label}"
+    return Run.open_or_create(path, dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache.spec)
+
+
+def _require_space(cache: Cache, runs: list[Run], layers: tuple[int, ...], config: TrainConfig, where: Path) -> None:
+    """Snapshots of all layers, and the resume state of one."""
+    d = cache.spec.d_model
+    weights = 2 * config.expansion * d * d * 4
+    due = sum(
+        not run.snapshot_path(layer, label).exists()
+        for run in runs
+        for layer in layers
+        for label in snapshot_tokens(config.tokens)
+    )
+    needed = due * weights + (len(runs) * 3 * weights if due else 0)
+    free = free_bytes(where)
+    if needed > free:
+        raise UserError(
+            f"{due} snapshots and the resume state need {format_bytes(needed)} at {where}, "
+            f"{format_bytes(free)} are free: train fewer --layers or settings, or choose another --runs folder"
+        )
+
+
+class _LayerJob:
+    """One layer at several settings, from wherever the last run of it stopped."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        layer: int,
+        runs: list[tuple[Run, L1Setting]],
+        config: TrainConfig,
+        options: RunOptions,
+        kernels: Kernels,
+    ) -> None:
+        self._cache, self._layer, self._config, self._options = cache, layer, config, options
+        self._jobs = [
+            _SaeJob(run, setting, cache, layer, config, options, kernels)
+            for run, setting in runs
+            if not run.snapshot_path(layer, "final").exists()
+        ]
+
+    def run(self) -> bool:
+        """Returns whether every SAE was trained to its end."""
+        if not self._jobs:
+            return True
+        config = self._config
+        device = self._options.device
+        first = min(job.sae.step_count for job in self._jobs)
+        loader = ActivationLoader(
+            self._cache,
+            self._layer,
+            LoaderConfig(
+                batch=config.batch, window_blocks=config.window_blocks, threads=self._options.threads, seed=config.seed
+            ),
+            device,
+            first=first,
+            last=config.steps,
+        )
+        features = config.expansion * self._cache.spec.d_model
+        workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device)
+        clock = _Clock(loader)
+        title = f"training layer {self._layer}"
+        with Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress:
+            for step, x in enumerate(loader, first):
+                clock.tick(step, config.batch)
+                for job in self._jobs:
+                    job.take(step, x, workspace, clock)
+                if all(job.stopped for job in self._jobs):
+                    break
+                progress.update((step + 1) * config.batch, self._note(clock))
+        for job in self._jobs:
+            job.close()
+        return not any(job.stopped for job in self._jobs)
+
+    def _note(self, clock: "_Clock") -> str:
+        l0 = " ".join(f"{job.last.l0:.0f}" for job in self._jobs if job.last)
+        return f"L0 {l0} · waiting for data {clock.wait_share:.0%}"
+
+
+class _Clock:
+    """Speed since a little while ago, and the share of all time spent waiting for the loader."""
+
+    def __init__(self, loader: ActivationLoader) -> None:
+        self._loader = loader
+        self._began = self._mark = time.perf_counter()
+        self._mark_step: int | None = None
+        self.tokens_per_second = 0.0
+
+    def tick(self, step: int, batch: int) -> None:
+        now = time.perf_counter()
+        if self._mark_step is None:
+            self._mark_step = step
+        elif now - self._mark >= 1.0:
+            self.tokens_per_second = (step - self._mark_step) * batch / (now - self._mark)
+            self._mark, self._mark_step = now, step
+
+    @property
+    def wait_share(self) -> float:
+        return self._loader.waited / max(time.perf_counter() - self._began, 1e-9)
+
+
+class _SaeJob:
+    """One SAE: its schedule, its files, and its place in the stream."""
+
+    def __init__(
+        self, run: Run, setting: L1Setting, cache: Cache, layer: int, config: TrainConfig, options: RunOptions, kernels: Kernels
+    ) -> None:
+        self._run, self._layer, self._config, self._options = run, layer, config, options
+        d = cache.spec.d_model
+        self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
+        self._l1 = L1Controller(setting, config.steps, config.controller)
+        self._snapshots = {
+            -(-tokens // config.batch) if label != "final" else config.steps: label
+            for label, tokens in snapshot_tokens(config.tokens).items()
+        }
+        self._log_every = max(1, config.steps // options.log_records)
+        self._saved = time.monotonic()
+        self._board = _tensorboard(run, layer) if options.tensorboard else None
+        self.last: StepResult | None = None
+        self.stopped = False
+        self._resume()
+
+    def _resume(self) -> None:
+        found = self._run.load_state(self._layer)
+        if found is not None:
+            tensors, facts = found
+            self.sae.load_state(tensors, facts["step"])
+            self._l1.value, self._l1.mean_l0 = facts["l1"], facts["mean_l0"]
+        self._run.rewind_metrics(self._layer, self.sae.step_count)
+
+    def take(self, step: int, x: torch.Tensor, workspace: Workspace, clock: _Clock) -> None:
+        """Train on batch `step`, unless this SAE has had it already or has stopped."""
+        if self.stopped or step != self.sae.step_count:
+            return
+        if step == 0:
+            self.sae.init_centre(x)
+        warm_lr = min(1.0, (step + 1) / max(1, self._config.lr_warmup))
+        warm_l1 = min(1.0, (step + 1) / max(1, self._config.l1_warmup))
+        l1 = self._l1.value
+        self.last = result = self.sae.step(x, lr=self._config.lr * warm_lr, l1=l1 * warm_l1, workspace=workspace)
+        if not result.finite:
+            self._stop(step, result)
+            return
+        self._l1.update(step, result.l0)
+        done = step + 1
+        if done % self._log_every == 0 or done == self._config.steps:
+            self._log(done, result, l1 * warm_l1, clock)
+        if done in self._snapshots:
+            self._snapshot(self._snapshots[done], result, l1)
+        if done == self._config.steps:
+            self._run.drop_state(self._layer)
+        elif done in self._snapshots or time.monotonic() - self._saved > 60 * self._options.save_minutes:
+            self._save()
+
+    def _alive(self) -> int:
+        horizon = self.sae.step_count - max(1, round(self._config.dead_after * self._config.steps))
+        return int(((self.sae.last_active > horizon) & (self.sae.last_active > 0)).sum())
+
+    def _log(self, done: int, result: StepResult, l1: float, clock: _Clock) -> None:
+        record: dict[str, Any] = {
+            "step": done,
+            "tokens": done * self._config.batch,
+            "loss": result.loss,
+            "mse": result.mse,
+            "l1": result.l1,
+            "l0": result.l0,
+            "lambda": l1,
+            "alive": self._alive(),
+            "grad_norm": result.grad_norm,
+            "sparse_step": result.sparse,
+            "tokens_per_second": round(clock.tokens_per_second, 1),
+            "wait_share": round(clock.wait_share, 4),
+        }
+        self._run.append_metrics(self._layer, record)
+        if self._board is not None:
+            for key in record.keys() - {"step", "tokens"}:
+                self._board.add_scalar(key, record[key], record["tokens"])
+
+    def _snapshot(self, label: str, result: StepResult, l1: float) -> None:
+        stats = {
+            "tokens": self.sae.step_count * self._config.batch,
+            "step": self.sae.step_count,
+            "loss": result.loss,
+            "mse": result.mse,
+            "l0": result.l0,
+            "lambda": l1,
+            "alive": self._alive(),
+        }
+        config = self._run.config() | {"layer": self._layer, "snapshot": label}
+        self.sae.snapshot(config, stats).save(self._run.snapshot_path(self._layer, label))
+
+    def _save(self) -> None:
+        facts = {"step": self.sae.step_count, "l1": self._l1.value, "mean_l0": self._l1.mean_l0}
+        self._run.save_state(self._layer, self.sae.state(), facts)
+        self._saved = time.monotonic()
+
+    def _stop(self, step: int, result: StepResult) -> None:
+        """The weights are those before the step that failed; keep them, and let the other settings go on."""
+        self.stopped = True
+        self._save()
+        tokens = (step + 1) * self._config.batch
+        self._run.append_metrics(self._layer, {"step": step + 1, "tokens": tokens, "stopped": "not finite"})
+        print(
+            f"\nwarning: {self._run.name} layer {self._layer} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
+            f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._layer)}. Check the cache with "
+            "`python -m harvest verify`, or train with a lower --lr",
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(run: Run, layer: int) -> Any:
+    """A TensorBoard writer. Raises UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
+    return SummaryWriter(run.path / "tensorboard" / f"layer{layer:02d}")

@@ -1,0 +1,530 @@
+"""`Kernels` for CUDA, in Triton. Written for H100, H200 and A100; in TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
+
+Every method moves bytes, none is bound by arithmetic, so the number that matters is bytes over bandwidth. Full size is
+B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries); HBM at 4.3 TB/s (H200, copy), L2 to the multiprocessors at
+about 5.5 TB/s. These are floors worked out on paper, not timings.
+
+    activate_      h 2.15 GB read and written, a bit for every element 0.13 GB             4.4 GB HBM     1.0 ms
+    mask_          gz and z 4.30 GB read, gz 2.15 GB written, partial sums 0.03 GB         6.5 GB HBM     1.5 ms
+    compact        bits 0.13 GB, z only where a bit is set (64 bytes each) 0.31 GB,
+                   lists written, sorted and permuted 0.5 GB                               1.0 GB HBM     0.25 ms
+                   (from an `Activation` without bits: z once more, 2.15 GB                              +0.5 ms)
+    residual       2 KB of w_dec for each entry 10 GB                                       10 GB L2      1.8 ms
+                   w_dec, x, g, lists and partial dot products, hidden behind it           0.9 GB HBM    (0.2 ms)
+    weight_grads   2 KB of x and 2 KB of g for each entry 20 GB                             20 GB L2      3.7 ms
+                   x, g, lists, both gradients, partial sums, hidden behind it             0.8 GB HBM    (0.2 ms)
+    adam_          28 bytes an element (bf16 gradient and copy)                            0.94 GB HBM    0.22 ms a matrix
+
+The last two sparse ones grow with L0. A dense product of this size takes 2.9 ms, so `residual` stays ahead of the two
+products it replaces up to L0 = 480, `weight_grads` up to L0 = 230.
+
+What they trade:
+
+- The gathers work on one slice of the d columns at a time, all tokens (or features) of a slice before the next slice:
+  the slice of the matrix being gathered from (8 or 16 MB) then stays in L2, which the whole matrix would not.
+  `residual` needs each row twice, first to decode and then to pull g back; a token's rows of one slice are small enough
+  that the second visit mostly finds them in L1. Paid for with partial dot products, a float per entry and slice.
+- Counts come from integer atomics: any order gives the same integers. Every float sum is taken in a fixed order
+  (partials in a buffer, added by a second reduction), so two runs of a step agree to the bit.
+- A feature can be active on a third of all tokens. Its entries are cut into chunks that separate programs add into a
+  float32 workspace of at most 2·nnz / CHUNK rows, and a last kernel adds the chunks up; features of one chunk, nearly
+  all of them, go straight to the output.
+- Nothing waits for the device. Where a size is known only there, the grid covers the largest it can be and the
+  programs left over return at once.
+
+Offsets of the [B, F] matrices and of the entry lists are 64 bits wide: B·F passes 2^31 before it passes the memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.kernels import Activation, Active, AdamStep
+
+# Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
+TILE_ROWS, TILE_COLS = 16, 256  # activate_
+MASK_ROWS, MASK_COLS, MASK_BLOCK = 32, 256, 512  # mask_: a tile, and the rows one program adds up, tile by tile
+WORDS = 1024  # compact: words of 32 features at a time
+DECODE_ENTRIES, DECODE_COLS = 64, 128  # residual: rows gathered at once, and the slice of d
+GRAD_ENTRIES, GRAD_COLS = 16, 256  # weight_grads: the same
+CHUNK = 256  # weight_grads: entries of one feature that one program adds up
+ADAM_ELEMENTS = 1024  # adam_: elements a program updates, where rows are shorter
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class MarkedActivation(Activation):
+    """Also remembers which elements are active, so that `compact` need not read z again to find them."""
+
+    bits: Tensor  # int32 [B, ceil(F / 32)]: bit j of word k stands for feature 32 k + j
+
+
+class TritonKernels:
+    """See `train.kernels.Kernels`. bf16, float16 or float32; the columns of [B, F] and [B, d] tensors contiguous."""
+
+    def activate_(self, h: Tensor, bias: Tensor) -> MarkedActivation:
+        n_rows, n_cols = h.shape
+        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_ROWS))
+        row_count = torch.zeros(n_rows, dtype=torch.int32, device=h.device)
+        feature_count = torch.zeros(n_cols, dtype=torch.int32, device=h.device)
+        bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=h.device)
+        partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=h.device)
+        _launch(
+            _activate_kernel, grid,
+            h, bias, bits, row_count, feature_count, partial, n_rows, n_cols, _row_stride(h), bits.stride(0),
+            ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+        )  # fmt: skip
+        return MarkedActivation(row_count=row_count, feature_count=feature_count, total=partial.sum(), bits=bits)
+
+    def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
+        n_rows, n_cols = gz.shape
+        grid = (triton.cdiv(n_cols, MASK_COLS), triton.cdiv(n_rows, MASK_BLOCK))
+        partial = torch.empty(grid[1], n_cols, dtype=torch.float32, device=gz.device)
+        _launch(
+            _mask_kernel, grid,
+            gz, z, partial, float(l1_grad), n_rows, n_cols, _row_stride(gz), _row_stride(z),
+            BLOCK=MASK_BLOCK, ROWS=MASK_ROWS, COLS=MASK_COLS, num_warps=8,
+        )  # fmt: skip
+        return partial.sum(0)
+
+    def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
+        n_rows, n_cols = z.shape
+        bits = activation.bits if isinstance(activation, MarkedActivation) else _bits(z)
+        row_start = _starts(activation.row_count)
+        feature = torch.empty(nnz, dtype=torch.int32, device=z.device)
+        value = torch.empty(nnz, dtype=torch.float32, device=z.device)
+        token = torch.empty(nnz, dtype=torch.int32, device=z.device)
+        _launch(
+            _compact_kernel, (n_rows,),
+            bits, z, row_start, feature, value, token, bits.shape[1], bits.stride(0), _row_stride(z),
+            WORDS=min(WORDS, triton.next_power_of_2(bits.shape[1])), num_warps=4,
+        )  # fmt: skip
+        order = _feature_order(feature, n_cols)
+        return Active(
+            row_start=row_start,
+            feature=feature,
+            value=value,
+            feature_start=_starts(activation.feature_count),
+            by_feature=order.int(),
+            token=token[order],
+        )
+
+    def residual(
+        self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_rows, d = x.shape
+        nnz = active.feature.numel()
+        cols = _slice(d, DECODE_COLS)
+        n_slices = triton.cdiv(d, cols)
+        g = torch.empty(n_rows, d, dtype=w_dec.dtype, device=x.device)
+        dots = torch.empty(n_slices, nnz, dtype=torch.float32, device=x.device)
+        squares = torch.empty(n_slices * n_rows, dtype=torch.float32, device=x.device)
+        _launch(
+            _residual_kernel, (n_rows, n_slices),
+            active.row_start, active.feature, active.value, w_dec, x, bias, g, dots, squares,
+            float(scale), float(l1_grad), nnz, d, w_dec.stride(0), w_dec.stride(1), _row_stride(x),
+            ENTRIES=DECODE_ENTRIES, COLS=cols, num_warps=8,
+        )  # fmt: skip
+        return g, dots[0] if n_slices == 1 else dots.sum(0), squares.sum()
+
+    def weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plan = _plan(active, g.shape[1])
+        dw_enc, db_enc = plan.weighted_sums(xc, g_hidden.index_select(0, active.by_feature), g.dtype)
+        dw_dec, _ = plan.weighted_sums(g, active.value.index_select(0, active.by_feature), g.dtype)
+        return dw_enc, dw_dec, db_enc
+
+    def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
+        if not (w.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
+            raise ValueError("adam_ takes contiguous w, m and v")
+        n_rows, d = w.shape
+        # A norm needs its row in one program; otherwise the widths of a row are independent.
+        cols = triton.next_power_of_2(d) if unit_norm else _slice(d, ADAM_ELEMENTS)
+        rows = max(1, ADAM_ELEMENTS // cols)
+        _launch(
+            _adam_kernel, (triton.cdiv(n_rows, rows), triton.cdiv(d, cols)),
+            w, m, v, grad, copy,
+            float(adam.clip), 1 - adam.beta1, adam.beta2, 1 - adam.beta2, 1 / (1 - adam.beta2**adam.step), adam.eps,
+            adam.lr / (1 - adam.beta1**adam.step), n_rows, d,
+            grad.stride(0), grad.stride(1), copy.stride(0), copy.stride(1),
+            UNIT_NORM=unit_norm, ROWS=rows, COLS=cols, num_warps=min(16, max(4, cols // 512)),
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Plan:
+    """How the entries of every feature are shared out among programs.
+
+    `work` lists a feature for each program: first the chunks of features longer than CHUNK (`n_chunks` of them at most,
+    those unused holding F), then every feature once. Long ones first: what starts last should be short.
+    """
+
+    active: Active
+    work: Tensor  # int32 [n_chunks + F]
+    chunk_start: Tensor  # int64 [F+1]: where the chunks of each feature start; short features have none
+    n_chunks: int
+    sums: Tensor  # float32 [n_chunks, d]
+    coefficient_sums: Tensor  # float32 [n_chunks]
+
+    def weighted_sums(self, rows: Tensor, coefficient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Σ coefficient · rows[token] over the entries of each feature, [F, d], and Σ coefficient, float32 [F].
+
+        `coefficient` lists the entries by feature.
+        """
+        n_features, d = self.active.feature_start.numel() - 1, rows.shape[1]
+        out = torch.empty(n_features, d, dtype=dtype, device=rows.device)
+        total = torch.empty(n_features, dtype=torch.float32, device=rows.device)
+        cols = _slice(d, GRAD_COLS)
+        _launch(
+            _weighted_sum_kernel, (self.work.numel(), triton.cdiv(d, cols)),
+            self.work, self.active.feature_start, self.chunk_start, self.active.token, coefficient, rows,
+            out, total, self.sums, self.coefficient_sums, self.n_chunks, n_features, d, _row_stride(rows),
+            CHUNK=CHUNK, ENTRIES=GRAD_ENTRIES, COLS=cols, num_warps=4,
+        )  # fmt: skip
+        if self.n_chunks:
+            _launch(
+                _add_chunks_kernel, (n_features,),
+                self.chunk_start, self.sums, self.coefficient_sums, out, total, d,
+                CHUNKS=8, COLS=cols, num_warps=4,
+            )  # fmt: skip
+        return out, total
+
+
+def _plan(active: Active, d: int) -> _Plan:
+    nnz, n_features = active.feature.numel(), active.feature_start.numel() - 1
+    device = active.feature.device
+    # Σ ceil(n / CHUNK) over features with n > CHUNK, without asking the device: at most nnz / CHUNK whole chunks, and
+    # for each such feature one begun.
+    n_chunks = nnz // CHUNK + min(n_features, nnz // CHUNK)
+    count = active.feature_start.diff()
+    chunk_start = _starts(torch.where(count > CHUNK, (count + (CHUNK - 1)) // CHUNK, 0))
+    work = torch.arange(-n_chunks, n_features, dtype=torch.int32, device=device)
+    if n_chunks:
+        chunk = torch.arange(n_chunks, device=device)
+        work[:n_chunks] = torch.searchsorted(chunk_start, chunk, right=True, out_int32=True) - 1
+    return _Plan(
+        active=active,
+        work=work,
+        chunk_start=chunk_start,
+        n_chunks=n_chunks,
+        sums=torch.empty(n_chunks, d, dtype=torch.float32, device=device),
+        coefficient_sums=torch.empty(n_chunks, dtype=torch.float32, device=device),
+    )
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
+    """Launch on the device that holds the tensors, which need not be the current one."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *args, **meta)
+
+
+def _bits(z: Tensor) -> Tensor:
+    n_rows, n_cols = z.shape
+    bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
+    _launch(
+        _bits_kernel, (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_ROWS)),
+        z, bits, n_rows, n_cols, _row_stride(z), bits.stride(0), ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+    )  # fmt: skip
+    return bits
+
+
+def _feature_order(feature: Tensor, n_features: int) -> Tensor:
+    """Entries by feature, tokens ascending. A radix sort takes a pass per byte of the key, so the key is short."""
+    key = (feature - 2**15).to(torch.int16) if n_features <= 2**16 else feature
+    return torch.sort(key, stable=True).indices
+
+
+def _starts(counts: Tensor) -> Tensor:
+    start = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=start[1:])
+    return start
+
+
+def _slice(d: int, most: int) -> int:
+    return int(min(most, max(16, triton.next_power_of_2(d))))
+
+
+def _row_stride(x: Tensor) -> int:
+    if x.stride(1) != 1:
+        raise ValueError(f"the columns must be contiguous, the strides are {x.stride()}")
+    return x.stride(0)
+
+
+@triton.jit
+def _popcount(x: tl.tensor) -> tl.tensor:
+    """Bits set in each uint32. Spelt out because the interpreter has no popc; the compiler knows the idiom."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _pack(active: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> tl.tensor:
+    """[ROWS, COLS] of 0 and 1 as [ROWS, COLS / 32] words. A thread holds 8 columns, so four threads make a word."""
+    lanes = tl.reshape(active, [ROWS, COLS // 32, 32])
+    return tl.sum(lanes << tl.arange(0, 32)[None, None, :], axis=2)
+
+
+@triton.jit
+def _store_bits(
+    bits_ptr: tl.tensor, words: tl.tensor, rows: tl.tensor, first_col: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor,
+    stride: tl.tensor, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    word = first_col // 32 + tl.arange(0, COLS // 32)
+    inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
+    tl.store(bits_ptr + rows.to(tl.int64)[:, None] * stride + word[None, :], words, mask=inside)
+
+
+@triton.jit
+def _activate_kernel(
+    h_ptr: tl.tensor, bias_ptr: tl.tensor, bits_ptr: tl.tensor, row_count_ptr: tl.tensor, feature_count_ptr: tl.tensor,
+    partial_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, h_stride: tl.tensor, bits_stride: tl.tensor,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    first_col = tl.program_id(0) * COLS
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = first_col + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    at = h_ptr + rows.to(tl.int64)[:, None] * h_stride + cols[None, :]
+    bias = tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0)
+    raw = tl.load(at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+    # "Not above" rather than a maximum: NaN must come through, or a broken run would look merely sparse.
+    z = tl.where(inside & ~(raw <= 0.0), raw, 0.0).to(h_ptr.dtype.element_ty)
+    tl.store(at, z, mask=inside)
+    z = z.to(tl.float32)
+    active = (z > 0.0).to(tl.int32)
+    words = _pack(active, ROWS, COLS)
+    _store_bits(bits_ptr, words, rows, first_col, n_rows, n_cols, bits_stride, COLS)
+    row_count = tl.sum(_popcount(words.to(tl.uint32)), axis=1)
+    # Integers: the order of the additions does not matter, and nobody reads them before the kernel ends.
+    tl.atomic_add(row_count_ptr + rows, row_count, mask=rows < n_rows, sem="relaxed")
+    tl.atomic_add(feature_count_ptr + cols, tl.sum(active, axis=0), mask=cols < n_cols, sem="relaxed")
+    tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(z))
+
+
+@triton.jit
+def _bits_kernel(
+    z_ptr: tl.tensor, bits_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, z_stride: tl.tensor,
+    bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    first_col = tl.program_id(0) * COLS
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = first_col + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * z_stride + cols[None, :], mask=inside, other=0.0)
+    words = _pack((z.to(tl.float32) > 0.0).to(tl.int32), ROWS, COLS)
+    _store_bits(bits_ptr, words, rows, first_col, n_rows, n_cols, bits_stride, COLS)
+
+
+@triton.jit
+def _mask_kernel(
+    gz_ptr: tl.tensor, z_ptr: tl.tensor, partial_ptr: tl.tensor, l1_grad: tl.tensor, n_rows: tl.tensor,
+    n_cols: tl.tensor, gz_stride: tl.tensor, z_stride: tl.tensor,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One strip of COLS columns and BLOCK rows, ROWS at a time; the sums stay in registers until the strip ends."""
+    block = tl.program_id(1)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    col_inside = cols < n_cols
+    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for first in range(0, BLOCK, ROWS):
+        rows = block * BLOCK + first + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & col_inside[None, :]
+        wide = rows.to(tl.int64)[:, None]
+        at = gz_ptr + wide * gz_stride + cols[None, :]
+        gz = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + wide * z_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        rounded = tl.where(z > 0.0, gz + l1_grad, 0.0).to(gz_ptr.dtype.element_ty)
+        tl.store(at, rounded, mask=inside)
+        total += rounded.to(tl.float32)
+    tl.store(partial_ptr + block.to(tl.int64) * n_cols + cols, tl.sum(total, axis=0), mask=col_inside)
+
+
+@triton.jit(do_not_specialize=["bits_stride"])  # aligned loads would give a thread 4 words, and every store a shuffle
+def _compact_kernel(
+    bits_ptr: tl.tensor, z_ptr: tl.tensor, row_start_ptr: tl.tensor, feature_ptr: tl.tensor, value_ptr: tl.tensor,
+    token_ptr: tl.tensor, n_words: tl.tensor, bits_stride: tl.tensor, z_stride: tl.tensor, WORDS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One token. Every word takes its lowest bit off at each turn, so there are as many turns as the fullest word has
+    bits (two or three at L0 = 150), not 32."""
+    row = tl.program_id(0)
+    wide = row.to(tl.int64)
+    base = tl.load(row_start_ptr + row)
+    for first in range(0, n_words, WORDS):
+        index = first + tl.arange(0, WORDS)
+        words = tl.load(bits_ptr + wide * bits_stride + index, mask=index < n_words, other=0).to(tl.uint32)
+        count = _popcount(words)
+        at = base + tl.cumsum(count, axis=0) - count
+        base += tl.sum(count, axis=0)
+        for _ in range(tl.max(count, axis=0)):
+            left = words != 0
+            rest = words & (words - 1)
+            feature = index * 32 + _popcount((words ^ rest) - 1)
+            value = tl.load(z_ptr + wide * z_stride + feature, mask=left, other=0.0)
+            tl.store(feature_ptr + at, feature, mask=left)
+            tl.store(value_ptr + at, value.to(tl.float32), mask=left)
+            tl.store(token_ptr + at, row, mask=left)
+            words = rest
+            at += 1
+
+
+@triton.jit
+def _residual_kernel(
+    row_start_ptr: tl.tensor, feature_ptr: tl.tensor, value_ptr: tl.tensor, w_ptr: tl.tensor, x_ptr: tl.tensor,
+    bias_ptr: tl.tensor, g_ptr: tl.tensor, dots_ptr: tl.tensor, squares_ptr: tl.tensor, scale: tl.tensor,
+    l1_grad: tl.tensor, nnz: tl.tensor, d: tl.tensor, w_stride: tl.tensor, w_col_stride: tl.tensor, x_stride: tl.tensor,
+    ENTRIES: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One token and one slice of the columns. Tokens vary fastest: see the opening about L2."""
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    cols = part * COLS + tl.arange(0, COLS)
+    inside = cols < d
+    w_cols = cols.to(tl.int64)[None, :] * w_col_stride
+    start = tl.load(row_start_ptr + row)
+    end = tl.load(row_start_ptr + row + 1)
+
+    # The next features are asked for before this turn's rows, else each turn would wait for memory twice.
+    total = tl.zeros([ENTRIES, COLS], dtype=tl.float32)
+    entry = start + tl.arange(0, ENTRIES)
+    feature = tl.load(feature_ptr + entry, mask=entry < end, other=0)
+    value = tl.load(value_ptr + entry, mask=entry < end, other=0.0)
+    for _ in range(start, end, ENTRIES):
+        mask = (entry < end)[:, None] & inside[None, :]
+        at = feature.to(tl.int64)[:, None] * w_stride + w_cols
+        entry += ENTRIES
+        feature = tl.load(feature_ptr + entry, mask=entry < end, other=0)
+        rows = tl.load(w_ptr + at, mask=mask, other=0.0)
+        total += rows.to(tl.float32) * value[:, None]
+        value = tl.load(value_ptr + entry, mask=entry < end, other=0.0)
+
+    x = tl.load(x_ptr + row.to(tl.int64) * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=inside, other=0.0)
+    error = bias - x + tl.sum(total, axis=0)
+    tl.store(squares_ptr + part * tl.num_programs(0) + row, tl.sum(error * error, axis=0))
+    g = (error * scale).to(g_ptr.dtype.element_ty)
+    tl.store(g_ptr + row.to(tl.int64) * d + cols, g, mask=inside)
+
+    rounded = g.to(tl.float32)  # the gradient that everything downstream sees is the rounded one
+    once = tl.where(part == 0, l1_grad, 0.0)
+    for first in range(start, end, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        feature = tl.load(feature_ptr + entry, mask=entry < end, other=0)
+        mask = (entry < end)[:, None] & inside[None, :]
+        at = feature.to(tl.int64)[:, None] * w_stride + w_cols
+        rows = tl.load(w_ptr + at, mask=mask, other=0.0)
+        dot = tl.sum(rows.to(tl.float32) * rounded[None, :], axis=1) + once
+        tl.store(dots_ptr + part.to(tl.int64) * nnz + entry, dot, mask=entry < end)
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    work_ptr: tl.tensor, feature_start_ptr: tl.tensor, chunk_start_ptr: tl.tensor, token_ptr: tl.tensor,
+    coefficient_ptr: tl.tensor, rows_ptr: tl.tensor, out_ptr: tl.tensor, total_ptr: tl.tensor, sums_ptr: tl.tensor,
+    coefficient_sums_ptr: tl.tensor, n_chunks: tl.tensor, n_features: tl.tensor, d: tl.tensor, stride: tl.tensor,
+    CHUNK: tl.constexpr, ENTRIES: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One feature, or one chunk of a long one, and one slice of the columns. Features vary fastest."""
+    program = tl.program_id(0)
+    feature = tl.load(work_ptr + program)
+    if feature >= n_features:
+        return  # there are fewer chunks than there could be
+    start = tl.load(feature_start_ptr + feature)
+    end = tl.load(feature_start_ptr + feature + 1)
+    is_chunk = program < n_chunks
+    if (end - start > CHUNK) & (program >= n_chunks):
+        return  # its chunks have programs of their own
+    if is_chunk:
+        start += (program - tl.load(chunk_start_ptr + feature)) * CHUNK
+    end = tl.minimum(end, start + CHUNK)
+
+    part = tl.program_id(1)
+    cols = part * COLS + tl.arange(0, COLS)
+    inside = cols < d
+    total = tl.zeros([ENTRIES, COLS], dtype=tl.float32)
+    coefficients = tl.zeros([ENTRIES], dtype=tl.float32)
+    entry = start + tl.arange(0, ENTRIES)
+    token = tl.load(token_ptr + entry, mask=entry < end, other=0)
+    coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)
+    for _ in range(start, end, ENTRIES):  # as in _residual_kernel, the next tokens before these rows
+        mask = (entry < end)[:, None] & inside[None, :]
+        at = token.to(tl.int64)[:, None] * stride + cols[None, :]
+        entry += ENTRIES
+        token = tl.load(token_ptr + entry, mask=entry < end, other=0)
+        rows = tl.load(rows_ptr + at, mask=mask, other=0.0)
+        total += rows.to(tl.float32) * coefficient[:, None]
+        coefficients += coefficient
+        coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)
+
+    column_sums = tl.sum(total, axis=0)
+    coefficient_sum = tl.sum(coefficients, axis=0)
+    if is_chunk:
+        tl.store(sums_ptr + program.to(tl.int64) * d + cols, column_sums, mask=inside)
+        tl.store(coefficient_sums_ptr + program, coefficient_sum, mask=part == 0)
+    else:
+        tl.store(out_ptr + feature.to(tl.int64) * d + cols, column_sums.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(total_ptr + feature, coefficient_sum, mask=part == 0)
+
+
+@triton.jit
+def _add_chunks_kernel(
+    chunk_start_ptr: tl.tensor, sums_ptr: tl.tensor, coefficient_sums_ptr: tl.tensor, out_ptr: tl.tensor,
+    total_ptr: tl.tensor, d: tl.tensor, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One feature, all columns; nearly every program finds no chunk and returns."""
+    feature = tl.program_id(0)
+    start = tl.load(chunk_start_ptr + feature)
+    end = tl.load(chunk_start_ptr + feature + 1)
+    if start == end:
+        return
+    coefficients = tl.zeros([CHUNKS], dtype=tl.float32)
+    for first in range(start, end, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        coefficients += tl.load(coefficient_sums_ptr + chunk, mask=chunk < end, other=0.0)
+    tl.store(total_ptr + feature, tl.sum(coefficients, axis=0))
+    for first_col in range(0, d, COLS):
+        cols = first_col + tl.arange(0, COLS)
+        total = tl.zeros([CHUNKS, COLS], dtype=tl.float32)
+        for first in range(start, end, CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)
+            mask = (chunk < end)[:, None] & (cols < d)[None, :]
+            total += tl.load(sums_ptr + chunk[:, None] * d + cols[None, :], mask=mask, other=0.0)
+        out = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + feature.to(tl.int64) * d + cols, out, mask=cols < d)
+
+
+@triton.jit
+def _adam_kernel(
+    w_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor, grad_ptr: tl.tensor, copy_ptr: tl.tensor, clip: tl.tensor,
+    one_minus_beta1: tl.tensor, beta2: tl.tensor, one_minus_beta2: tl.tensor, v_correction: tl.tensor, eps: tl.tensor,
+    rate: tl.tensor, n_rows: tl.tensor, d: tl.tensor, grad_stride: tl.tensor, grad_col_stride: tl.tensor,
+    copy_stride: tl.tensor, copy_col_stride: tl.tensor,
+    UNIT_NORM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < d)[None, :]
+    wide_row = rows.to(tl.int64)[:, None]
+    wide_col = cols.to(tl.int64)[None, :]
+    at = wide_row * d + wide_col
+    grad = tl.load(grad_ptr + wide_row * grad_stride + wide_col * grad_col_stride, mask=inside, other=0.0)
+    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+
+    g = grad.to(tl.float32) * clip
+    m += one_minus_beta1 * (g - m)
+    v = v * beta2 + one_minus_beta2 * g * g
+    w -= rate * m / (tl.sqrt(v * v_correction) + eps)
+    if UNIT_NORM:
+        norm = tl.sqrt(tl.sum(w * w, axis=1))
+        w = w / tl.maximum(norm, 1e-12)[:, None]
+
+    tl.store(m_ptr + at, m, mask=inside)
+    tl.store(v_ptr + at, v, mask=inside)
+    tl.store(w_ptr + at, w, mask=inside)
+    copy_at = copy_ptr + wide_row * copy_stride + wide_col * copy_col_stride
+    tl.store(copy_at, w.to(copy_ptr.dtype.element_ty), mask=inside)
