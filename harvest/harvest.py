@@ -56,7 +56,7 @@ class Plan:
                 f"tokens      {s.n_blocks * s.block_rows:,} ({s.train_tokens:,} to train on, the rest held out)",
                 f"blocks      {s.n_blocks:,} of {s.block_rows:,} rows, {format_bytes(s.block_bytes)} a layer",
                 f"per layer   {format_bytes(self.layer_bytes)} ({self.layer_bytes:,} bytes)",
-                f"in all      {format_bytes(self.total_bytes)} ({self.total_bytes:,} bytes), layers {format_layers(self.layers)}",
+                f"in all      {format_bytes(self.total_bytes)} ({self.total_bytes:,} bytes) for {len(self.layers)} layers",
                 f"free disk   {format_bytes(self.free)}: room for {min(fits, 10**6):,} layers of this size",
                 f"write probe {format_bytes(self.write_rate)}/s: writing takes at least "
                 f"{format_seconds(self.total_bytes / self.write_rate)}",

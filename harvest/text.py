@@ -65,11 +65,8 @@ class TextSource:
     def documents(self) -> IterableDataset:
         """A resumable stream of rows. Raises UserError for a missing source, an empty one, or a missing column."""
         try:
-            if Path(self.dataset).exists():
-                stream = self._open_local()
-            else:
-                stream = load_dataset(self.dataset, revision=self.revision, split=self.split, streaming=True)
-            first = next(iter(stream), None)
+            # A stream's state follows the iterator made last, so the row that is looked at comes from a stream of its own.
+            first = next(iter(self._open()), None)
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError, OSError, ValueError) as error:
             raise unreachable(f"the dataset {self.dataset}", error) from None
         if first is None:
@@ -79,7 +76,12 @@ class TextSource:
                 f"the dataset {self.dataset} has no column {self.column!r}; it has {', '.join(sorted(first))}: "
                 "name one with --text-column"
             )
-        return stream
+        return self._open()
+
+    def _open(self) -> IterableDataset:
+        if Path(self.dataset).exists():
+            return self._open_local()
+        return load_dataset(self.dataset, revision=self.revision, split=self.split, streaming=True)
 
     def _open_local(self) -> IterableDataset:
         files = self.local_files

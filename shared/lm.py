@@ -79,5 +79,5 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(blocks, nn.ModuleList) and len(blocks):
             return name, blocks
     raise UserError(
-        f"{type(base).__name__} is not of the NeoX, GPT-2 or Llama families: its decoder blocks were not found; use another model"
+        f"{type(base).__name__} is not of the NeoX, GPT-2 or Llama families (its decoder blocks were not found); use another"
     )

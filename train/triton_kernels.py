@@ -216,7 +216,7 @@ def _plan(active: Active, d: int) -> _Plan:
 
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
     """Launch on the device that holds the tensors, which need not be the current one."""
-    with torch.cuda.device_of(first):
+    with torch.cuda.device(first.get_device()):  # -1 for the CPU: no device at all
         kernel[grid](first, *args, **meta)
 
 

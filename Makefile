@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`. The full job: `make harvest`, `make train L1=3e-4`, `make eval`.
+# Everything else a command can do is an option of it: `.venv/bin/python -m train --help`; pass them as ARGS="--layers 0-5".
+
+PYTHON ?= python3
+PRESET ?= pythia-410m
+CACHE  ?= data/$(PRESET)
+RUNS   ?= runs
+ARGS   ?=
+PY     := .venv/bin/python
+
+.PHONY: setup demo harvest train eval test bench clean
+
+setup: .venv/fresh
+
+.venv/fresh: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: PRESET := demo
+demo: harvest train eval
+
+harvest: setup
+	$(PY) -m harvest --preset $(PRESET) --cache $(CACHE) $(ARGS)
+
+train: setup
+	$(PY) -m train --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(if $(L1),--l1 $(L1)) $(ARGS)
+
+eval: setup
+	$(PY) -m eval --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(ARGS)
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+bench: setup
+	$(PY) -m bench $(ARGS)
+
+clean:
+	rm -rf .venv build data runs

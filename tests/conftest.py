@@ -1,0 +1,130 @@
+"""A language model small enough for tests, and a cache harvested from it through the command line."""
+
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+import eval.__main__
+import harvest.__main__
+import train.__main__
+from shared.cache import Cache
+from shared.cli import run
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {"harvest": harvest.__main__.main, "train": train.__main__.main, "eval": eval.__main__.main}
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network shall fail at once
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process as its own would be run: cli("train", "--l1", "3e-4")."""
+
+    def call(command: str, *args: object) -> Result:
+        capfd.readouterr()
+        code = invoke(command, *args)
+        out, err = capfd.readouterr()
+        return Result(code=code, out=out, err=err)
+
+    return call
+
+
+def invoke(command: str, *args: object) -> int:
+    clone: click.Command = COMMANDS[command]
+    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [command, *map(str, args)])
+        run(clone)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def documents(n: int) -> list[str]:
+    with gzip.open(ROOT / "demo" / "text.jsonl.gz", "rt") as file:
+        return [json.loads(line)["text"] for line in itertools.islice(file, n)]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text, as jsonl with a column 'text'."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": d, "n": len(d)}) + "\n" for d in documents(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-NeoX of 3 layers x 32 with random weights and a byte-pair tokeniser of 400 entries."""
+    path = tmp_path_factory.mktemp("lm")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents(60), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=400,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(path)
+    return path
+
+
+SHAPE = ("--context", 32, "--block-sequences", 16, "--tokens", 20_480, "--holdout-tokens", 2_048, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def harvest_args(lm: Path, text: Path) -> tuple[object, ...]:
+    """Everything that `python -m harvest` needs but the cache folder: 40 blocks to train on, 4 held out, 3 layers."""
+    return ("--preset", "demo", "--model", lm, "--dataset", text, *SHAPE)
+
+
+@pytest.fixture(scope="session")
+def cache_path(tmp_path_factory: pytest.TempPathFactory, harvest_args: tuple[object, ...]) -> Path:
+    """A complete cache. Tests that change one copy it first."""
+    path = tmp_path_factory.mktemp("cache") / "cache"
+    assert invoke("harvest", *harvest_args, "--cache", path) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(cache_path: Path) -> Cache:
+    return Cache.open(cache_path)
+
+
+TRAIN_ARGS = ("--preset", "demo", "--batch", 256, "--expansion", 4, "--window-blocks", 4, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def runs_path(tmp_path_factory: pytest.TempPathFactory, cache_path: Path) -> Path:
+    """All three settings trained on every layer of the cache."""
+    path = tmp_path_factory.mktemp("runs") / "runs"
+    assert invoke("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", path, "--l1", "3e-3,8e-4,adaptive:5e-3@12") == 0
+    return path

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from harvest.model import ResidualModel
+from shared.cli import UserError
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(24).reshape(2, 12) % 50
+
+
+def family(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "gpt_neox":
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+        )
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=50, n_positions=64))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            vocab_size=50,
+        )
+    )
+
+
+def collect(model: ResidualModel) -> dict[int, Tensor]:
+    found: dict[int, Tensor] = {}
+    model.run(TOKENS, lambda layer, output: found.__setitem__(layer, output.clone()))
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
+@torch.no_grad()
+def test_activations_are_the_blocks_outputs(name: str) -> None:
+    lm = family(name).eval()
+    reference = lm(input_ids=TOKENS, output_hidden_states=True)
+    got = collect(ResidualModel(lm.base_model, (0, 1, 2), CPU))
+    assert list(got) == [0, 1, 2]
+    for layer in (0, 1):
+        torch.testing.assert_close(got[layer], reference.hidden_states[layer + 1])
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
+@torch.no_grad()
+def test_the_last_layer_is_taken_before_the_final_norm(name: str) -> None:
+    """hidden_states[-1] is after the final norm, so the block's own output is checked through the rest of the model."""
+    lm = family(name).eval()
+    norm = {"gpt_neox": "final_layer_norm", "gpt2": "ln_f", "llama": "norm"}[name]
+    final_norm: nn.Module = getattr(lm.base_model, norm)
+    nn.init.normal_(final_norm.weight)  # a fresh norm is nearly the identity, and would hide the mistake
+    reference = lm(input_ids=TOKENS, output_hidden_states=True)
+    last = collect(ResidualModel(lm.base_model, (2,), CPU))[2]
+    assert not torch.allclose(last, reference.hidden_states[-1], atol=1e-2)
+    torch.testing.assert_close(final_norm(last), reference.hidden_states[-1])
+    torch.testing.assert_close(lm.get_output_embeddings()(final_norm(last)), reference.logits)
+
+
+def test_stops_after_the_last_wanted_layer() -> None:
+    lm = family("gpt_neox")
+    ran = []
+    for index, block in enumerate(lm.base_model.layers):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    got = collect(ResidualModel(lm.base_model, (1,), CPU))
+    assert list(got) == [1]
+    assert ran == [0, 1]
+
+
+def test_other_families_and_layers_are_refused() -> None:
+    with pytest.raises(UserError, match="layer 3 does not exist: the model has layers 0-2"):
+        ResidualModel(family("gpt_neox").base_model, (3,), CPU)
+    with pytest.raises(UserError, match="Linear is not of the NeoX, GPT-2 or Llama families"):
+        ResidualModel(nn.Linear(2, 2), (0,), CPU)

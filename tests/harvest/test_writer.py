@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harvest.writer import BlockWriter, WriterConfig, block_stats, to_float16
+from shared.cache import Cache
+from tests.shared.test_cache import SPEC
+
+
+def test_what_float16_cannot_hold_is_counted_and_never_infinite() -> None:
+    x = torch.tensor([1.0, 65504.0, 65519.0, 65520.0, -1e6, torch.inf, -torch.inf, torch.nan])
+    half, bad = to_float16(x)
+    assert half.tolist() == [1.0, 65504.0, 65504.0, 65504.0, -65504.0, 65504.0, -65504.0, 0.0]
+    assert int(bad) == 5  # 65519 still rounds to the largest float16
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(-50, 50))
+def test_moments_are_those_of_float64(rows: int, d: int, seed: int, offset: float) -> None:
+    data = (np.random.default_rng(seed).standard_normal((rows, d)) + offset).astype(np.float16)
+    stats, x = block_stats(data, 7), data.astype(np.float64)
+    assert stats.mean == pytest.approx(x.mean(), rel=1e-5, abs=1e-5)
+    assert stats.m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-3, abs=1e-5 * x.size * (1 + offset * offset))
+    assert stats.max_norm == pytest.approx(np.linalg.norm(x, axis=1).max(), rel=1e-5)
+    assert (stats.rows, stats.bytes, stats.nonfinite) == (rows, data.nbytes, 7)
+
+
+def fill(writer: BlockWriter, block: int) -> None:
+    buffer = writer.buffer()
+    buffer.data.fill_(float(block))
+    buffer.nonfinite.zero_()
+    writer.submit(block, buffer)
+
+
+def test_blocks_are_committed_once_they_are_whole(tmp_path: Path) -> None:
+    cache, done = Cache.create(tmp_path / "c", SPEC, (0, 2)), []
+    with BlockWriter(cache, (0, 2), WriterConfig(threads=3, buffers=2), pinned=False, done=done.append) as writer:
+        for block in range(SPEC.n_blocks):
+            fill(writer, block)
+    assert sorted(done) == list(range(SPEC.n_blocks))
+    assert cache.missing((0, 2)) == {}
+    out = np.empty((SPEC.block_rows, SPEC.d_model), dtype=np.float16)
+    for block in range(SPEC.n_blocks):
+        for layer in (0, 2):
+            cache.read_block(layer, block, out)
+            assert (out == block).all()
+
+
+def test_a_failed_write_stops_the_harvest_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache.create(tmp_path / "c", SPEC, (0, 2))
+
+    def full(path: Path, data: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harvest.writer.write_file", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        BlockWriter(cache, (0, 2), WriterConfig(threads=2, buffers=2), pinned=False, done=lambda _: None) as writer,
+    ):
+        for block in range(SPEC.n_blocks):
+            fill(writer, block)
+    assert cache.committed(0) == set()
