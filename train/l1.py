@@ -50,8 +50,8 @@ def _parse_one(text: str) -> L1Setting:
 
 def format_l1(value: float) -> str:
     """0.0003 → '3e-4', as the published runs write it."""
-    mantissa, exponent = f"{value:.6e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    mantissa, exponent = f"{value:.9e}".split("e")
+    return f"{float(mantissa):.10g}e{int(exponent)}"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

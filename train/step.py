@@ -136,15 +136,19 @@ class TrainingSae:
         centred = (x.to(self._master) - self.b_pre).to(self._compute)
         z = torch.mm(centred, self._enc.t(), out=workspace.z[:batch])
         activation = self.kernels.activate_(z, self.b_enc)
-        active = int(activation.row_count.sum())
+        active, total = torch.stack([activation.row_count.sum().double(), activation.total.double()]).tolist()
+        if not math.isfinite(total):  # a NaN in the batch; what follows could not even list the active entries
+            return StepResult(
+                loss=total, mse=math.nan, l1=l1_scale * total, l0=active / batch, grad_norm=math.nan, sparse=False
+            )
         sparse = active < self.config.sparse_below * z.numel()
         backward = self._sparse_gradients if sparse else self._dense_gradients
-        square, g, grads = backward(x, centred, z, activation, active, 2 / (batch * self.d), l1_scale, workspace)
+        square, g, grads = backward(x, centred, z, activation, int(active), 2 / (batch * self.d), l1_scale, workspace)
         dw_enc, dw_dec, db_enc = grads
         db_dec = g.sum(0, dtype=self._master)
         d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
         norm = torch.stack([torch.linalg.vector_norm(t, dtype=self._master) for t in (dw_enc, dw_dec, d_bias)]).norm()
-        square_sum, total, grad_norm = torch.stack([square, activation.total.to(square.dtype), norm.to(square.dtype)]).tolist()
+        square_sum, grad_norm = torch.stack([square, norm.to(square.dtype)]).tolist()
         result = StepResult(
             loss=square_sum / (batch * self.d) + l1_scale * total,
             mse=square_sum / (batch * self.d),

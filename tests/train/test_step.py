@@ -1,0 +1,144 @@
+"""The step against float64 autograd on the loss as DESIGN writes it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.kernels import TorchKernels
+from train.native import load_native
+from train.step import StepConfig, TrainingSae, Workspace
+
+CPU = torch.device("cpu")
+D, F, B = 24, 100, 37
+WEIGHTS = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
+# bfloat16 keeps 8 bits: an entry is off by 0.4 %, and an activation near zero can fall on the other side of it
+PRECISIONS = [("fp32", False, 1e-5), ("bf16", False, 0.03), ("bf16", True, 0.03)]
+
+
+def problem(
+    seed: int, precision: str, sparse_below: float, *, reduction: str = "sum", native: bool = False
+) -> tuple[TrainingSae, Tensor]:
+    """An SAE with nothing at a special value, about 5 % active, and a batch."""
+    torch.manual_seed(seed)
+    kernels = load_native() if native else TorchKernels()
+    assert kernels is not None
+    config = StepConfig(precision=precision, sparse_below=sparse_below, l1_reduction=reduction, clip_norm=1e9)
+    sae = TrainingSae(D, F, config, kernels, CPU, seed)
+    sae.w_enc.add_(0.2 * torch.randn(F, D))
+    sae.bias.copy_(0.3 * torch.randn(F + 2 * D))
+    sae.b_enc.sub_(1.6)
+    sae.load_state(sae.state(), 0)  # the products' copies follow the masters
+    return sae, torch.randn(B, D).half()
+
+
+def autograd(sae: TrainingSae, x: Tensor, l1: float, reduction: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients in float64, from the formula and nothing else."""
+    leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in WEIGHTS}
+    x = x.double()
+    z = torch.relu((x - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
+    xhat = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"]
+    sparsity = z.sum(1).mean() / (F if reduction == "mean" else 1)
+    loss = (xhat - x).square().mean() + l1 * sparsity
+    loss.backward()
+    return float(loss.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def gradients(sae: TrainingSae, x: Tensor, l1: float) -> tuple[float, bool, dict[str, Tensor]]:
+    """What the step hands to Adam: from the first moment after one step, which is (1 − β₁) times the gradient."""
+    result = sae.step(x, lr=0.0, l1=l1, workspace=Workspace(B, D, F, sae.config.precision, CPU))
+    m = {name.removeprefix("m."): 10 * tensor.double() for name, tensor in sae.moments.items() if name.startswith("m.")}
+    parts = torch.split(m.pop("bias"), [F, D, D])
+    return result.loss, result.sparse, m | dict(zip(("b_enc", "b_pre", "b_dec"), parts, strict=True))
+
+
+def worst(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    assert got.keys() == wanted.keys()
+    return max(float((got[k] - wanted[k]).norm() / wanted[k].norm()) for k in wanted)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+def test_float64_step_is_autograd_exactly(sparse_below: float, reduction: str) -> None:
+    sae, x = problem(1, "fp64", sparse_below, reduction=reduction)
+    wanted_loss, wanted = autograd(sae, x, 0.05, reduction)
+    loss, sparse, got = gradients(sae, x, 0.05)
+    assert sparse == bool(sparse_below)
+    assert loss == pytest.approx(wanted_loss, rel=1e-12)
+    assert worst(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize(("precision", "native", "bound"), PRECISIONS)
+def test_other_precisions_are_near_float64(precision: str, native: bool, bound: float, sparse_below: float, seed: int) -> None:
+    sae, x = problem(seed, precision, sparse_below, native=native)
+    wanted_loss, wanted = autograd(sae, x, 0.05, "sum")
+    loss, _, got = gradients(sae, x, 0.05)
+    assert loss == pytest.approx(wanted_loss, rel=bound)
+    assert worst(got, wanted) < bound
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_dense_and_sparse_steps_train_the_same_sae(native: bool) -> None:
+    ends = []
+    for sparse_below in (0.0, 1.0):
+        sae, _ = problem(5, "bf16", sparse_below, native=native)
+        workspace = Workspace(B, D, F, "bf16", CPU)
+        torch.manual_seed(9)
+        for _ in range(30):
+            sae.step(torch.randn(B, D).half(), lr=1e-3, l1=0.01, workspace=workspace)
+        ends.append({k: v.double() for k, v in sae.state().items() if k in ("w_enc", "w_dec", "bias")})
+    assert worst(ends[0], ends[1]) < 5e-3
+
+
+def test_adam_is_torchs_adam() -> None:
+    """Thirty steps against torch.optim.Adam with clipping, renormalising after every step."""
+    sae, _ = problem(6, "fp64", 0.0)
+    sae.config = StepConfig(precision="fp64", sparse_below=0.0, clip_norm=0.05)
+    leaves = {name: getattr(sae, name).clone().requires_grad_() for name in WEIGHTS}
+    optimiser = torch.optim.Adam(leaves.values(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    workspace = Workspace(B, D, F, "fp64", CPU)
+    for _ in range(30):
+        x = torch.randn(B, D).half()
+        z = torch.relu((x.double() - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
+        residual = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"] - x.double()
+        optimiser.zero_grad()
+        (residual.square().mean() + 0.05 * z.sum(1).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(leaves.values(), 0.05)
+        optimiser.step()
+        with torch.no_grad():
+            leaves["w_dec"] /= leaves["w_dec"].norm(dim=1, keepdim=True)
+        sae.step(x, lr=1e-2, l1=0.05, workspace=workspace)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(getattr(sae, name), leaf.detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_decoder_rows_keep_unit_norm() -> None:
+    sae, x = problem(7, "bf16", 0.0, native=True)
+    for _ in range(5):
+        sae.step(x, lr=0.1, l1=0.01, workspace=Workspace(B, D, F, "bf16", CPU))
+        torch.testing.assert_close(sae.w_dec.norm(dim=1), torch.ones(F))
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float, sparse_below: float, native: bool) -> None:
+    sae, x = problem(8, "bf16", sparse_below, native=native)
+    before = {k: v.clone() for k, v in sae.state().items()}
+    x[3, 4] = bad
+    result = sae.step(x, lr=0.1, l1=0.01, workspace=Workspace(B, D, F, "bf16", CPU))
+    assert not result.finite
+    assert sae.step_count == 0
+    for name, tensor in sae.state().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_what_a_step_reports() -> None:
+    sae, x = problem(9, "fp64", 0.0)
+    z = torch.relu((x.double() - sae.b_pre) @ sae.w_enc.t() + sae.b_enc)
+    result = sae.step(x, lr=0.0, l1=0.05, workspace=Workspace(B, D, F, "fp64", CPU))
+    assert result.l0 == pytest.approx(float((z > 0).sum(1).double().mean()))
+    assert result.l1 == pytest.approx(0.05 * float(z.sum(1).mean()))
+    assert result.loss == pytest.approx(result.mse + result.l1)
+    assert torch.equal(sae.last_active > 0, (z > 0).any(0))
