@@ -214,7 +214,7 @@ class TrainingSae:
     def _update(self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, grad_norm: float, lr: float, sparse: bool) -> None:
         self.step_count += 1
         c, m = self.config, self.moments
-        clip = min(1.0, c.clip_norm / max(grad_norm, 1e-30))
+        clip = min(1.0, c.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
         adam = AdamStep(step=self.step_count, lr=lr, clip=clip, beta1=c.beta1, beta2=c.beta2)
         self._dec_fresh = self._dec_sparse if sparse else self._dec_dense
         update = self.kernels.adam_

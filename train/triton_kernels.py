@@ -1,6 +1,6 @@
 """`Kernels` for CUDA, in Triton. Written for H100, H200 and A100; in TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
 
-Every method moves bytes, none is bound by arithmetic, so the number that matters is bytes over bandwidth. Full size is
+Every method moves bytes and does little with them, so the number that matters is bytes over bandwidth. Full size is
 B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries); HBM at 4.3 TB/s (H200, copy), L2 to the multiprocessors at
 about 5.5 TB/s. These are floors worked out on paper, not timings.
 
@@ -8,6 +8,7 @@ about 5.5 TB/s. These are floors worked out on paper, not timings.
     mask_          gz and z 4.30 GB read, gz 2.15 GB written, partial sums 0.03 GB         6.5 GB HBM     1.5 ms
     compact        bits 0.13 GB, z only where a bit is set (64 bytes each) 0.31 GB,
                    lists written, sorted and permuted 0.5 GB                               1.0 GB HBM     0.25 ms
+                   (its instructions take about as long: a scan and a few turns over every word of bits)
                    (from an `Activation` without bits: z once more, 2.15 GB                              +0.5 ms)
     residual       2 KB of w_dec for each entry 10 GB                                       10 GB L2      1.8 ms
                    w_dec, x, g, lists and partial dot products, hidden behind it           0.9 GB HBM    (0.2 ms)
@@ -15,20 +16,22 @@ about 5.5 TB/s. These are floors worked out on paper, not timings.
                    x, g, lists, both gradients, partial sums, hidden behind it             0.8 GB HBM    (0.2 ms)
     adam_          28 bytes an element (bf16 gradient and copy)                            0.94 GB HBM    0.22 ms a matrix
 
-The last two sparse ones grow with L0. A dense product of this size takes 2.9 ms, so `residual` stays ahead of the two
-products it replaces up to L0 = 480, `weight_grads` up to L0 = 230.
+`residual` and `weight_grads` grow with L0. A dense product of this size takes 2.9 ms, so `residual` stays ahead of the
+two products that it replaces up to L0 = 480, `weight_grads` up to L0 = 230, and both together, mask_ and compact
+counted in, up to about 350.
 
 What they trade:
 
 - The gathers work on one slice of the d columns at a time, all tokens (or features) of a slice before the next slice:
   the slice of the matrix being gathered from (8 or 16 MB) then stays in L2, which the whole matrix would not.
   `residual` needs each row twice, first to decode and then to pull g back; a token's rows of one slice are small enough
-  that the second visit mostly finds them in L1. Paid for with partial dot products, a float per entry and slice.
+  that the second visit should find them in L1 (where it does not, 3.7 ms and not 1.8). Paid for with partial dot
+  products, a float for each entry and slice.
 - Counts come from integer atomics: any order gives the same integers. Every float sum is taken in a fixed order
   (partials in a buffer, added by a second reduction), so two runs of a step agree to the bit.
 - A feature can be active on a third of all tokens. Its entries are cut into chunks that separate programs add into a
-  float32 workspace of at most 2·nnz / CHUNK rows, and a last kernel adds the chunks up; features of one chunk, nearly
-  all of them, go straight to the output.
+  float32 workspace of at most 2·nnz / CHUNK rows, and a last kernel adds the chunks up; features of one chunk, most of
+  them, go straight to the output.
 - Nothing waits for the device. Where a size is known only there, the grid covers the largest it can be and the
   programs left over return at once.
 
@@ -43,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels import Activation, Active, AdamStep
+from train.kernels import Activation, Active, AdamStep, starts
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
 TILE_ROWS, TILE_COLS = 16, 256  # activate_
@@ -93,7 +96,7 @@ class TritonKernels:
     def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
         n_rows, n_cols = z.shape
         bits = activation.bits if isinstance(activation, MarkedActivation) else _bits(z)
-        row_start = _starts(activation.row_count)
+        row_start = starts(activation.row_count)
         feature = torch.empty(nnz, dtype=torch.int32, device=z.device)
         value = torch.empty(nnz, dtype=torch.float32, device=z.device)
         token = torch.empty(nnz, dtype=torch.int32, device=z.device)
@@ -107,7 +110,7 @@ class TritonKernels:
             row_start=row_start,
             feature=feature,
             value=value,
-            feature_start=_starts(activation.feature_count),
+            feature_start=starts(activation.feature_count),
             by_feature=order.int(),
             token=token[order],
         )
@@ -199,7 +202,7 @@ def _plan(active: Active, d: int) -> _Plan:
     # for each such feature one begun.
     n_chunks = nnz // CHUNK + min(n_features, nnz // CHUNK)
     count = active.feature_start.diff()
-    chunk_start = _starts(torch.where(count > CHUNK, (count + (CHUNK - 1)) // CHUNK, 0))
+    chunk_start = starts(torch.where(count > CHUNK, (count + (CHUNK - 1)) // CHUNK, 0))
     work = torch.arange(-n_chunks, n_features, dtype=torch.int32, device=device)
     if n_chunks:
         chunk = torch.arange(n_chunks, device=device)
@@ -234,12 +237,6 @@ def _feature_order(feature: Tensor, n_features: int) -> Tensor:
     """Entries by feature, tokens ascending. A radix sort takes a pass per byte of the key, so the key is short."""
     key = (feature - 2**15).to(torch.int16) if n_features <= 2**16 else feature
     return torch.sort(key, stable=True).indices
-
-
-def _starts(counts: Tensor) -> Tensor:
-    start = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
-    torch.cumsum(counts, 0, out=start[1:])
-    return start
 
 
 def _slice(d: int, most: int) -> int:
@@ -474,7 +471,7 @@ def _add_chunks_kernel(
     chunk_start_ptr: tl.tensor, sums_ptr: tl.tensor, coefficient_sums_ptr: tl.tensor, out_ptr: tl.tensor,
     total_ptr: tl.tensor, d: tl.tensor, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One feature, all columns; nearly every program finds no chunk and returns."""
+    """One feature, all columns; most find no chunk and return."""
     feature = tl.program_id(0)
     start = tl.load(chunk_start_ptr + feature)
     end = tl.load(chunk_start_ptr + feature + 1)

@@ -287,7 +287,7 @@ def check_features_longer_than_a_chunk(kernels: Any, fences: None) -> None:
 
 def large_whole_step(kernels: Any) -> None:
     """Minutes in the interpreter, so only by hand there: TRITON_INTERPRET=1 pytest -o python_functions=large_* <this>"""
-    compare_a_whole_step(kernels, Size(512, 1000, 96) if INTERPRETED else Size(4096, 32768, 1024))
+    compare_a_whole_step(kernels, Size(512, 1000, 96) if INTERPRETED else Size(1024, 32768, 1024))
 
 
 # ----------------------------------------------------------------------------- what else is promised

@@ -1,0 +1,132 @@
+"""Every way of asking for what cannot be had: one line on stderr, exit code 2, nothing half-written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared.cache import Cache
+from tests.conftest import TRAIN_ARGS, Cli, Result
+
+
+def refused(result: Result, message: str) -> None:
+    assert result.code == 2, result
+    assert message in result.err
+    lines = [line for line in result.err.splitlines() if line]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.err
+
+
+TRAIN = [
+    (("--l1", "abc"), "'abc' is not an L1 setting"),
+    (("--l1", "-1"), "'-1' is not an L1 setting"),
+    (("--l1", "adaptive:x"), "'adaptive:x' is not an L1 setting"),
+    (("--tokens", "1B"), "1,000,000,000 tokens are asked for, the cache has 20,480"),
+    (("--tokens", "many"), "'many' is not a count"),
+    (("--tokens", "600"), "fewer than 6 batches"),
+    (("--expansion", "0"), "--expansion"),
+    (("--layers", "7"), "layers 7 are not in"),
+    (("--layers", "x"), "'x' does not name layers"),
+    (("--device", "cuda"), "no CUDA device is available"),
+    (("--device", "abacus"), "'abacus' is not a device"),
+    (("--preset", "gpt-5"), "unknown preset 'gpt-5': choose one of pythia-410m, demo"),
+    (("--lr", "0"), "--lr"),
+    (("--nonsense",), "No such option"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), TRAIN)
+def test_train(cli: Cli, cache_path: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "runs", *options), message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_cache(cli: Cli, tmp_path: Path) -> None:
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "none"), "no activation cache at")
+    refused(cli("eval", "--cache", tmp_path / "none"), "no activation cache at")
+    refused(cli("harvest", "verify", "--cache", tmp_path / "none"), "no activation cache at")
+
+
+def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache_path, tmp_path / "c")
+    meta = tmp_path / "c" / "activations.zarr" / "zarr.json"
+    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 2")
+
+
+def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache_path, tmp_path / "c")
+    cache = Cache.open(tmp_path / "c")
+    cache.entry_path(cache.layers, 3).unlink()
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c", "--runs", tmp_path / "r"), "lacks 1 blocks")
+
+
+def test_no_room(
+    cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harvest.harvest.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("train.trainer.free_bytes", lambda _: 1000)
+    refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c"), "and 1 KB are free: harvest fewer --layers")
+    assert not (tmp_path / "c").exists()
+    refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r"), "1 KB are free: train fewer --layers")
+    assert not list((tmp_path / "r").glob("*/*.pt"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere, so no folder is unwritable")
+def test_folders_without_permission(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    refused(cli("harvest", *harvest_args, "--cache", locked / "c"), "cannot write to")
+    refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", locked / "r"), "cannot write to")
+
+
+def test_folders_that_cannot_be(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    """A file stands where the folder should: unwritable for root as well."""
+    (tmp_path / "file").touch()
+    refused(cli("harvest", *harvest_args, "--cache", tmp_path / "file" / "c"), "cannot write to")
+    refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "file" / "r"), "cannot write to")
+
+
+def test_text_that_cannot_be_harvested(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    cache = ("--cache", tmp_path / "c")
+    empty, short = tmp_path / "empty.jsonl", tmp_path / "short.jsonl"
+    empty.touch()
+    short.write_text(json.dumps({"text": "too short"}) + "\n")
+    refused(cli("harvest", *harvest_args, *cache, "--text-column", "body"), "has no column 'body'; it has n, text")
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", empty), "is empty")
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", short), "shorter than one context of 32")
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", tmp_path / "none.jsonl"), "cannot load the dataset")
+    refused(cli("harvest", *harvest_args, *cache, "--tokens", "1M"), "ends after")
+    assert not list(tmp_path.glob("c/*"))
+
+
+def test_models_that_are_not_there(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    (tmp_path / "lm").mkdir()
+    refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm"), "cannot load the model")
+    refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--layers", "0-9"), "layer 9 does not exist")
+    refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--tokens", "0"), "'0' is not a count")
+    assert not (tmp_path / "c").exists()
+
+
+def test_other_settings_on_the_same_cache(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...]) -> None:
+    refused(cli("harvest", *harvest_args, "--cache", cache_path, "--context", 16), "context is 32 there, 16 here")
+    refused(
+        cli("harvest", *harvest_args, "--cache", cache_path, "--precision", "fp32"), "precision is 'bf16' there, 'fp32' here"
+    )
+
+
+def test_eval(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> None:
+    args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu")
+    refused(cli("eval", *args, "--runs", tmp_path), "no runs in")
+    shutil.copytree(runs_path, tmp_path / "r")
+    broken = next((tmp_path / "r").glob("*/sae_layer01_final.pt"))
+    broken.write_bytes(b"not a checkpoint")
+    refused(cli("eval", *args, "--runs", broken.parent), f"{broken} is not a readable SAE checkpoint")
+    refused(cli("eval", *args, "--runs", tmp_path / "r", "--model", tmp_path / "nowhere"), "cannot load the model")
+
+
+def test_repair_of_blocks_that_do_not_exist(cli: Cli, cache_path: Path) -> None:
+    refused(cli("harvest", "repair", "--cache", cache_path, "--blocks", "99"), "has blocks 0-43")

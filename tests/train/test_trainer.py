@@ -1,0 +1,174 @@
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.cache import Cache
+from tests.conftest import TRAIN_ARGS, Cli
+from train.runs import Run
+from train.sae import Sae
+from train.step import StepResult, TrainingSae
+
+L1 = "3e-3,8e-4,adaptive:5e-3@12"
+NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
+
+
+def finals(runs: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every checkpoint's weights, by 'setting/file'."""
+    found = {}
+    for path in sorted(runs.glob("*/sae_*.pt")):
+        found[f"{path.parent.name.split('-saes-')[1]}/{path.name}"] = torch.load(path, weights_only=True)["model_state"]
+    return found
+
+
+def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert a.keys() == b.keys()
+    for name, state in a.items():
+        assert all(torch.equal(state[k], b[name][k]) for k in state), name
+
+
+def test_a_run_folder_is_complete(runs_path: Path, cache: Cache) -> None:
+    folders = sorted(p for p in runs_path.iterdir() if p.is_dir())
+    assert [p.name.split("x4-")[1] for p in folders] == sorted(NAMES)
+    for folder in folders:
+        run = Run(folder)
+        labels = [(s.layer, s.label) for s in run.snapshots()]
+        assert len(labels) == 18  # six snapshots of three layers
+        assert labels[5] == (0, "final")
+        assert not list((folder / "state").rglob("*.safetensors"))
+        assert run.config()["cache"]["tokenizer_sha256"] == cache.spec.tokenizer_sha256
+        for layer in range(3):
+            curve = run.metrics(layer)
+            assert curve[-1]["tokens"] == 20_480
+            assert curve[-1]["loss"] < curve[0]["loss"]
+            for key in ("mse", "l1", "l0", "lambda", "alive", "tokens_per_second", "wait_share"):
+                assert math.isfinite(curve[-1][key])
+
+
+def test_settings_do_what_they_say(runs_path: Path) -> None:
+    """Less λ, more active features; the adaptive one ends near its target, at one λ over the last sixth."""
+    by_name = {p.name.split("x4-")[1]: Run(p) for p in runs_path.iterdir() if p.is_dir()}
+    for layer in range(3):
+        sparse, rich, adaptive = (by_name[n].metrics(layer) for n in NAMES)
+        assert sparse[-1]["l0"] < rich[-1]["l0"]
+        assert adaptive[0]["lambda"] == 5e-3
+        last = [r["lambda"] for r in adaptive if r["tokens"] > 20_480 * 5 / 6 + 256]
+        assert len(last) > 5
+        assert len(set(last)) == 1
+
+
+def test_settings_together_are_settings_alone(cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path) -> None:
+    for l1 in L1.split(","):
+        result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", l1, "--layers", 1)
+        assert result.code == 0, result.err
+    together = {k: v for k, v in finals(runs_path).items() if "layer01" in k}
+    same(finals(tmp_path), together)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it, nothing cleans up after it."""
+
+
+@pytest.mark.parametrize("save_minutes", [0, 60])
+@pytest.mark.parametrize("kill_at", [1, 23, 41, 79])
+def test_resumes_bit_for_bit(
+    cli: Cli,
+    runs_path: Path,
+    cache_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: int,
+    save_minutes: int,
+) -> None:
+    """Killed in the middle of the second setting's step, with every state saved or only those at snapshots."""
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", L1, "--layers", 1, "--save-minutes", save_minutes)
+    step, calls = TrainingSae.step, 0
+
+    def dying(self: TrainingSae, x: torch.Tensor, **options: object) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == 3 * kill_at + 2:
+            raise Killed
+        return step(self, x, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingSae, "step", dying)
+    with pytest.raises(Killed):
+        cli("train", *TRAIN_ARGS, *args)
+    monkeypatch.setattr(TrainingSae, "step", step)
+    result = cli("train", *TRAIN_ARGS, *args)
+    assert result.code == 0, result.err
+    same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k})
+    timeless = {"tokens_per_second", "wait_share"}
+    for folder in tmp_path.iterdir():
+        mine, whole = Run(folder).metrics(1), Run(runs_path / folder.name).metrics(1)
+        assert [{k: v for k, v in r.items() if k not in timeless} for r in mine] == [
+            {k: v for k, v in r.items() if k not in timeless} for r in whole
+        ]
+
+
+def test_a_finished_run_is_left_alone(cli: Cli, runs_path: Path, cache_path: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in runs_path.rglob("*.pt")}
+    assert cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", runs_path, "--l1", L1).code == 0
+    assert {p: p.stat().st_mtime_ns for p in runs_path.rglob("*.pt")} == before
+
+
+def test_a_setting_that_diverges_stops_alone(
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end."""
+    step = TrainingSae.step
+
+    def poisoned(self: TrainingSae, x: torch.Tensor, *, l1: float, **options: object) -> StepResult:
+        if self.step_count == 30 and l1 == 3e-3:
+            x = x * math.nan
+        return step(self, x, l1=l1, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingSae, "step", poisoned)
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1)
+    result = cli("train", *TRAIN_ARGS, *args)
+    assert result.code == 2
+    assert "l1-3e-3-fixed layer 1 stopped at 7,936 tokens: loss nan" in result.err
+    stopped, other = (Run(next(tmp_path.glob(f"*{n}"))) for n in NAMES[:2])
+    assert stopped.metrics(1)[-1] == {"step": 31, "tokens": 7936, "stopped": "not finite"}
+    state = stopped.load_state(1)
+    assert state is not None
+    assert state[1]["step"] == 30
+    assert all(torch.isfinite(t).all() for t in state[0].values())
+    assert other.snapshot_path(1, "final").exists()
+    monkeypatch.setattr(TrainingSae, "step", step)
+    assert cli("train", *TRAIN_ARGS, *args).code == 0
+    same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k and "adaptive" not in k})
+
+
+def test_options_reach_the_step(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    result = cli(
+        "train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", "1e-2", "--layers", "0", "--tokens", "5k",
+        "--l1-reduction", "mean", "--lr", "2e-3", "--lr-warmup", 5, "--l1-warmup", 7, "--seed", 3, "--epochs", 1,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    config = json.loads(next(tmp_path.glob("*/config.json")).read_text())["train"]
+    assert config["step"]["l1_reduction"] == "mean"
+    assert (config["lr"], config["lr_warmup"], config["l1_warmup"], config["seed"], config["tokens"]) == (2e-3, 5, 7, 3, 5000)
+    curve = Run(next(tmp_path.iterdir())).metrics(0)
+    assert curve[0]["lambda"] == pytest.approx(1e-2 / 7)
+    assert curve[-1]["lambda"] == pytest.approx(1e-2)
+
+
+def test_epochs_go_over_the_cache_again(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3", "--layers", 0, "--tokens", 40_960)
+    refused = cli("train", *TRAIN_ARGS, *args)
+    assert refused.code == 2
+    assert "go over it 2 times with --epochs" in refused.err
+    assert cli("train", *TRAIN_ARGS, *args, "--epochs", 2).code == 0
+    sae = Sae.load(next(tmp_path.glob("*/sae_layer00_final.pt")))
+    assert sae.stats["tokens"] == 40_960
+
+
+def test_a_changed_setting_needs_another_folder(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_path, tmp_path / "r")
+    result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r", "--l1", "3e-3", "--lr", "5e-2")
+    assert result.code == 2
+    assert "lr is 0.001 there, 0.05 here" in result.err
