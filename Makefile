@@ -8,6 +8,7 @@ RUNS   ?= runs
 ARGS   ?=
 PY     := .venv/bin/python
 
+.NOTPARALLEL:
 .PHONY: setup demo harvest train eval test bench clean
 
 setup: .venv/fresh

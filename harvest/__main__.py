@@ -12,7 +12,6 @@ from harvest.harvest import (
     HarvestConfig,
     harvest,
     make_plan,
-    nonfinite_report,
     planned_bytes,
     remaining_bytes,
     repair,
@@ -173,8 +172,8 @@ def run_command(device: str | None, **options: Any) -> None:
     else:
         cache = Cache.create(job.cache, spec, job.layers)
     harvest(cache, job.layers, job.source, job.preset.revision, config)
-    for line in nonfinite_report(cache, job.layers):
-        click.echo(f"warning: {line}", err=True)
+    for layer, totals in cache.totals().items():
+        click.echo(f"layer {layer:2d}: {totals}", err=totals.nonfinite > 0)
     click.echo(
         f"{job.cache}: layers {format_layers(job.layers)} complete, {spec.train_tokens:,} tokens to train on and "
         f"{spec.holdout_blocks * spec.block_rows:,} held out"

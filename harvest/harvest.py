@@ -283,14 +283,3 @@ def repair(
     for layer, block in bad:
         cache.forget(block, (layer,))
     harvest(cache, cache.layers, source, revision, config)
-
-
-def nonfinite_report(cache: Cache, layers: tuple[int, ...]) -> list[str]:
-    """A line for every layer in which the model gave values that float16 cannot hold."""
-    lines = []
-    for layer in layers:
-        counts = {block: cache.stats(layer, block).nonfinite for block in cache.committed(layer)}
-        if total := sum(counts.values()):
-            blocks = sum(1 for n in counts.values() if n)
-            lines.append(f"layer {layer}: {total:,} values in {blocks} blocks did not fit float16 (stored as 0 or ±65504)")
-    return lines

@@ -1,23 +1,27 @@
 """Blocks in memory → durable, checked, committed blocks on disk, at the disk's own speed.
 
 A block of all layers lies in one host buffer; there is a fixed number of these, so memory is bounded and a full disk
-queue makes the forward pass wait rather than memory grow. Writer threads take one layer of a block at a time: checksum,
-moments, write, fsync. Whoever finishes a block's last layer publishes its ledger entry.
+queue makes the forward pass wait rather than memory grow. One layer of a block is one file: some threads do nothing but
+write and fsync files, so that the disk never waits; others take checksums and moments meanwhile. Whoever finishes the
+last of a block publishes its ledger entry.
 """
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import BlockStats, Cache, crc32c, merge_moments
+from shared.cache import BlockStats, Cache, crc32c
 from shared.files import sync_dir, write_file
+from shared.native import load
 
 FP16_MAX = 65504.0
 _STATS_VALUES = 1 << 18  # values whose float32 copy stays in a core's cache while their moments are taken
@@ -49,14 +53,16 @@ class BlockWriter:
         for _ in range(config.buffers):
             data = torch.empty(shape, dtype=torch.float16, pin_memory=pinned)
             self._free.put(Buffer(data=data, nonfinite=torch.zeros(len(layers), dtype=torch.int64, pin_memory=pinned)))
-        self._pool = ThreadPoolExecutor(config.threads, "writer")
+        self._disk = ThreadPoolExecutor(config.threads, "disk")
+        self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
 
     def __enter__(self) -> "BlockWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        for pool in (self._disk, self._arithmetic):
+            pool.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             self._check()
 
@@ -72,32 +78,36 @@ class BlockWriter:
     def submit(self, block: int, buffer: Buffer, ready: Callable[[], None] | None = None) -> None:
         """Write a filled buffer; `ready` blocks until its last copy has arrived. The writer gives the buffer back."""
         self._check()
-        job = _BlockJob(left=len(self._layers), lock=threading.Lock(), stats={})
+        job = _BlockJob(block=block, buffer=buffer, ready=ready, left=2 * len(self._layers))
         for index in range(len(self._layers)):
-            self._pool.submit(self._write_layer, block, buffer, index, job, ready)
+            self._disk.submit(self._run, job, index, self._write)
+            self._arithmetic.submit(self._run, job, index, self._take_stats)
 
-    def _write_layer(self, block: int, buffer: Buffer, index: int, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
+    def _run(self, job: "_BlockJob", index: int, work: "Callable[[_BlockJob, int], None]") -> None:
         try:
-            if ready is not None:
-                ready()
-            layer, data = self._layers[index], buffer.data[index].numpy()
-            write_file(self._cache.block_path(layer, block), data.data)
-            stats = block_stats(data, int(buffer.nonfinite[index]))
+            if job.ready is not None:
+                job.ready()
+            work(job, index)
             with job.lock:
-                job.stats[layer] = stats
                 job.left -= 1
                 last = job.left == 0
             if last:
-                self._commit(block, job)
-                self._free.put(buffer)
-                self._done(block)
+                self._commit(job)
         except BaseException as error:
             self._error = self._error or error
 
-    def _commit(self, block: int, job: "_BlockJob") -> None:
+    def _write(self, job: "_BlockJob", index: int) -> None:
+        write_file(self._cache.block_path(self._layers[index], job.block), job.buffer.data[index].numpy().data)
+
+    def _take_stats(self, job: "_BlockJob", index: int) -> None:
+        job.stats[self._layers[index]] = block_stats(job.buffer.data[index].numpy(), int(job.buffer.nonfinite[index]))
+
+    def _commit(self, job: "_BlockJob") -> None:
         for layer in self._layers:
-            sync_dir(self._cache.block_path(layer, block).parent)
-        self._cache.commit(block, {layer: job.stats[layer] for layer in self._layers})
+            sync_dir(self._cache.block_path(layer, job.block).parent)
+        self._cache.commit(job.block, {layer: job.stats[layer] for layer in self._layers})
+        self._free.put(job.buffer)
+        self._done(job.block)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -106,31 +116,52 @@ class BlockWriter:
 
 @dataclass(kw_only=True, slots=True)
 class _BlockJob:
+    """A block on its way to the disk: each of its layers is to be written, and to be summed up."""
+
+    block: int
+    buffer: Buffer
+    ready: Callable[[], None] | None
     left: int
-    lock: threading.Lock
-    stats: dict[int, BlockStats]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stats: dict[int, BlockStats] = field(default_factory=dict)
 
 
 def block_stats(data: NDArray[np.float16], nonfinite: int) -> BlockStats:
-    """Checksum, moments and largest row norm of float16 [rows, d_model]."""
-    rows, d = data.shape
-    moments, max_square = (0, 0.0, 0.0), 0.0
-    for piece in torch.split(torch.from_numpy(data), max(1, _STATS_VALUES // d)):
-        x = piece.float()
-        squares = torch.linalg.vecdot(x, x)
-        n, mean = x.numel(), float(x.sum(dtype=torch.float64)) / x.numel()
-        m2 = max(0.0, float(squares.sum(dtype=torch.float64)) - n * mean * mean)
-        moments = merge_moments(moments, (n, mean, m2))
-        max_square = max(max_square, float(squares.max()))
+    """Checksum, moments and largest row norm of finite float16 [rows, d_model]."""
+    total, square_sum, max_square = _sums(data)
+    mean = total / data.size
     return BlockStats(
         bytes=data.nbytes,
         crc32c=crc32c(data),
-        rows=rows,
-        mean=moments[1],
-        m2=moments[2],
+        rows=len(data),
+        mean=mean,
+        m2=max(0.0, square_sum - data.size * mean * mean),
         max_norm=max_square**0.5,
         nonfinite=nonfinite,
     )
+
+
+def _sums(data: NDArray[np.float16]) -> tuple[float, float, float]:
+    """Σ x, Σ x² and the largest row's Σ x²."""
+    library = load(Path(__file__).with_name("moments.c"))
+    if library is None:
+        return _torch_sums(data)
+    total, square_sum, max_square = ctypes.c_double(), ctypes.c_double(), ctypes.c_float()
+    results = (ctypes.byref(total), ctypes.byref(square_sum), ctypes.byref(max_square))
+    rows, d = data.shape
+    library.moments(ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(rows), ctypes.c_int64(d), *results)
+    return total.value, square_sum.value, max_square.value
+
+
+def _torch_sums(data: NDArray[np.float16]) -> tuple[float, float, float]:
+    total = square_sum = max_square = 0.0
+    for piece in torch.split(torch.from_numpy(data), max(1, _STATS_VALUES // data.shape[1])):
+        x = piece.float()
+        squares = torch.linalg.vecdot(x, x)
+        total += float(x.sum(dtype=torch.float64))
+        square_sum += float(squares.sum(dtype=torch.float64))
+        max_square = max(max_square, float(squares.max()))
+    return total, square_sum, max_square
 
 
 def to_float16(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,29 @@ class BlockStats:
     nonfinite: int  # values the model gave that float16 cannot hold: NaN stored as 0, too large as ±65504
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class LayerTotals:
+    """The ledger's record of a layer as a whole."""
+
+    moments: tuple[int, float, float] = (0, 0.0, 0.0)  # count, mean and M2 of all values
+    max_norm: float = 0.0
+    nonfinite: int = 0
+
+    def plus(self, block: BlockStats, d_model: int) -> "LayerTotals":
+        return LayerTotals(
+            moments=merge_moments(self.moments, (block.rows * d_model, block.mean, block.m2)),
+            max_norm=max(self.max_norm, block.max_norm),
+            nonfinite=self.nonfinite + block.nonfinite,
+        )
+
+    def __str__(self) -> str:
+        n, mean, m2 = self.moments
+        text = f"mean {mean:+.3g}, standard deviation {(m2 / max(n, 1)) ** 0.5:.3g}, largest row norm {self.max_norm:.4g}"
+        if self.nonfinite:
+            text += f"; WARNING: {self.nonfinite:,} values did not fit float16 (stored as 0 or ±65504)"
+        return text
+
+
 def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
     """(count, mean, M2) of two sets together, by the pairwise update of Chan, Golub & LeVeque (1979)."""
     n = a[0] + b[0]
@@ -304,6 +327,15 @@ class Cache:
             return BlockStats(**json.loads(paths[0].read_text())["layers"][str(layer)])
         except (ValueError, KeyError, TypeError):
             raise self._damaged(layer, block, f"its ledger entry {paths[0]} is unreadable") from None
+
+    def totals(self) -> "dict[int, LayerTotals]":
+        """Every layer's blocks taken together, from one reading of the ledger."""
+        totals: dict[int, LayerTotals] = {}
+        for path in self._ledger.glob("*/*.json"):
+            for name, stats in json.loads(path.read_text())["layers"].items():
+                layer = int(name)
+                totals[layer] = totals.get(layer, LayerTotals()).plus(BlockStats(**stats), self.spec.d_model)
+        return dict(sorted(totals.items()))
 
     def forget(self, block: int, layers: tuple[int, ...]) -> None:
         """Drop a block's ledger entries for these layers, so that the next harvest writes it again."""

@@ -8,6 +8,7 @@ Memory: two windows (on the device), and on CUDA one pinned block for each reade
 straight into the window on a CPU, and into pinned memory and from there by a copy on a stream of its own on CUDA.
 """
 
+import itertools
 import queue
 import time
 from collections.abc import Iterator
@@ -64,11 +65,11 @@ class ActivationLoader:
         end = self._last * batch
         with ThreadPoolExecutor(self._config.threads, "reader") as pool:
             try:
-                for start, rows in self._stream_windows(pool, at):
+                for start, window, rows in self._stream_windows(pool, at):
                     place = at - start
                     while at < end and place < len(rows):
                         take = min(batch - (0 if left is None else len(left)), len(rows) - place)
-                        part = self._gather(rows[place : place + take])
+                        part = window.index_select(0, rows[place : place + take])
                         whole = part if left is None else torch.cat([left, part])
                         at, place = at + take, place + take
                         left = whole if len(whole) < batch else None
@@ -79,16 +80,13 @@ class ActivationLoader:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _gather(self, rows: Tensor) -> Tensor:
-        return self._current.index_select(0, rows)
-
-    def _stream_windows(self, pool: ThreadPoolExecutor, at: int) -> Iterator[tuple[int, Tensor]]:
-        """(row of the stream at which a window begins, its rows in the order they are handed out) from row `at` on."""
+    def _stream_windows(self, pool: ThreadPoolExecutor, at: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """From row `at` of the stream on: (row at which a window begins, the window, the order its rows are handed out in)."""
         spec = self._cache.spec
         epoch, row = divmod(at, spec.train_tokens)
         index = row // (self._window_blocks * spec.block_rows)
         loading = self._load(pool, epoch, index, 0)
-        for number in range(1, 1 << 62):
+        for number in itertools.count(1):
             current, order, futures = loading
             began = time.perf_counter()
             for future in futures:
@@ -98,8 +96,7 @@ class ActivationLoader:
             epoch, index = (epoch, index + 1) if index + 1 < self._windows_per_epoch else (epoch + 1, 0)
             if start + len(order) < self._last * self._config.batch:
                 loading = self._load(pool, epoch, index, number % 2)
-            self._current = current
-            yield start, order
+            yield start, current, order
 
     def _load(self, pool: ThreadPoolExecutor, epoch: int, index: int, slot: int) -> "tuple[Tensor, Tensor, list[Future[None]]]":
         """Begin to fill a window; the futures are done when it is whole."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels import AdamStep, Kernels, TorchKernels, adam_update_
+from train.kernels import Active, AdamStep, Kernels, TorchKernels, adam_update_
 from train.sae import Sae
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -46,6 +46,10 @@ class StepResult:
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+# Σ (x̂ − x)², the gradient of x̂ [B, d], and those of w_enc [F, d], w_dec [F, d] and b_enc [F]
+Gradients = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]
 
 
 class Workspace:
@@ -94,13 +98,15 @@ class TrainingSae:
         # Drawn on the CPU, so that every device starts from the same SAE.
         directions = torch.randn(n_features, d_model, generator=torch.Generator().manual_seed(seed), dtype=self._master)
         directions /= directions.norm(dim=1, keepdim=True)
-        self.w_enc, self.w_dec = directions.to(device), directions.clone().to(device)
+        # With relu(a) = a/2 + |a|/2 over F random directions, an encoder 2d/F times the decoder starts at x̂ ≈ x.
+        self.w_enc, self.w_dec = (directions * (2 * d_model / n_features)).to(device), directions.to(device)
         self.bias = torch.zeros(n_features + 2 * d_model, dtype=self._master, device=device)
         self.moments = {f"{k}.{n}": torch.zeros_like(w) for n, w in self._parameters().items() for k in "mv"}
         self.step_count = 0
         self.last_active = torch.zeros(n_features, dtype=torch.int32, device=device)  # step of each feature's last firing
         self._enc = self._feature_last()
-        self._dec_dense, self._dec_sparse = self._feature_last(), torch.empty_like(self.w_dec, dtype=self._compute)
+        self._dec_sparse = torch.empty_like(self.w_dec, dtype=self._compute)
+        self._dec_dense = self._dec_sparse if device.type == "cuda" else self._feature_last()
         self._dec_fresh = self._dec_dense
         self._refresh_copies()
 
@@ -142,8 +148,12 @@ class TrainingSae:
                 loss=total, mse=math.nan, l1=l1_scale * total, l0=active / batch, grad_norm=math.nan, sparse=False
             )
         sparse = active < self.config.sparse_below * z.numel()
-        backward = self._sparse_gradients if sparse else self._dense_gradients
-        square, g, grads = backward(x, centred, z, activation, int(active), 2 / (batch * self.d), l1_scale, workspace)
+        scale = 2 / (batch * self.d)
+        if sparse:
+            entries = self.kernels.compact(z, activation, int(active))
+            square, g, grads = self._sparse_gradients(entries, x, centred, scale, l1_scale)
+        else:
+            square, g, grads = self._dense_gradients(z, x, centred, scale, l1_scale, workspace)
         dw_enc, dw_dec, db_enc = grads
         db_dec = g.sum(0, dtype=self._master)
         d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
@@ -163,16 +173,8 @@ class TrainingSae:
         return result
 
     def _dense_gradients(
-        self,
-        x: Tensor,
-        centred: Tensor,
-        z: Tensor,
-        activation: object,
-        active: int,
-        scale: float,
-        l1_scale: float,
-        workspace: Workspace,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        self, z: Tensor, x: Tensor, centred: Tensor, scale: float, l1_scale: float, workspace: Workspace
+    ) -> Gradients:
         w_dec = self._decoder(self._dec_dense)
         residual = torch.mm(z, w_dec).to(self._master).add_(self.b_pre + self.b_dec).sub_(x)
         square = residual.square().sum()
@@ -188,18 +190,7 @@ class TrainingSae:
             return torch.mm(large.t(), small, out=out)
         return torch.mm(small.t().contiguous(), large, out=out).t()
 
-    def _sparse_gradients(
-        self,
-        x: Tensor,
-        centred: Tensor,
-        z: Tensor,
-        activation: Any,
-        active: int,
-        scale: float,
-        l1_scale: float,
-        workspace: Workspace,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        entries = self.kernels.compact(z, activation, active)
+    def _sparse_gradients(self, entries: Active, x: Tensor, centred: Tensor, scale: float, l1_scale: float) -> Gradients:
         w_dec = self._decoder(self._dec_sparse)
         g, g_hidden, square = self.kernels.residual(entries, w_dec, x, self.b_pre + self.b_dec, scale, l1_scale)
         return square, g, self.kernels.weight_grads(entries, g, centred, g_hidden)

@@ -126,11 +126,10 @@ class _LayerJob:
         kernels: Kernels,
     ) -> None:
         self._cache, self._layer, self._config, self._options = cache, layer, config, options
-        self._jobs = [
-            _SaeJob(run, setting, cache, layer, config, options, kernels)
-            for run, setting in runs
-            if not run.snapshot_path(layer, "final").exists()
-        ]
+        unfinished = [(run, setting) for run, setting in runs if not run.snapshot_path(layer, "final").exists()]
+        for run, _ in set(runs) - set(unfinished):
+            run.drop_state(layer)  # left over if the last run was killed right at its end
+        self._jobs = [_SaeJob(run, setting, cache, layer, config, options, kernels) for run, setting in unfinished]
 
     def run(self) -> bool:
         """Returns whether every SAE was trained to its end."""
@@ -202,10 +201,8 @@ class _SaeJob:
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
         self._l1 = L1Controller(setting, config.steps, config.controller)
-        self._snapshots = {
-            -(-tokens // config.batch) if label != "final" else config.steps: label
-            for label, tokens in snapshot_tokens(config.tokens).items()
-        }
+        # Rounded down, so that no two of them fall on one step however short the run.
+        self._snapshots = {tokens // config.batch: label for label, tokens in snapshot_tokens(config.tokens).items()}
         self._log_every = max(1, config.steps // options.log_records)
         self._saved = time.monotonic()
         self._board = _tensorboard(run, layer) if options.tensorboard else None

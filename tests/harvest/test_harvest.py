@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.harvest import HarvestConfig, harvest_blocks, nonfinite_report, planned_bytes
+from harvest.harvest import HarvestConfig, harvest_blocks, planned_bytes
 from harvest.model import ResidualModel
 from shared.cache import Cache
 from shared.lm import load_model
@@ -77,6 +77,20 @@ def test_the_published_job_is_planned_without_model_or_hub(cli: Cli, tmp_path: P
     assert "9,218 blocks" in result.out or "blocks      9,218" in result.out
 
 
+def test_totals_are_those_of_all_blocks_together(cache: Cache) -> None:
+    spec, totals = cache.spec, cache.totals()
+    assert list(totals) == [0, 1, 2]
+    data = np.empty((spec.n_blocks, spec.block_rows, spec.d_model), dtype=np.float16)
+    for block in range(spec.n_blocks):
+        cache.read_block(2, block, data[block])
+    x = data.astype(np.float64)
+    n, mean, m2 = totals[2].moments
+    assert n == x.size
+    assert mean == pytest.approx(x.mean(), abs=1e-7)
+    assert m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-6)
+    assert totals[2].max_norm == pytest.approx(np.linalg.norm(x, axis=2).max(), rel=1e-6)
+
+
 def test_a_second_run_has_nothing_to_do(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...]) -> None:
     before = {f: f.stat().st_mtime_ns for f in cache_path.rglob("c.*")}
     assert cli("harvest", *harvest_args, "--cache", cache_path).code == 0
@@ -129,9 +143,11 @@ def test_values_that_do_not_fit_are_reported(lm: Path, cache: Cache, tmp_path: P
     with torch.no_grad():
         base.get_submodule("layers.1.mlp.dense_4h_to_h").bias[3] = 1e6  # type: ignore[operator]
     harvest_blocks(copy, ResidualModel(base, (0, 1, 2), CPU), [5], HarvestConfig(device=CPU))
-    lines = nonfinite_report(copy, (0, 1, 2))
-    assert [line.split(":")[0] for line in lines] == ["layer 1", "layer 2"]
-    assert f"{cache.spec.block_rows} values in 1 blocks" in lines[0]
+    totals = copy.totals()
+    assert totals[0].nonfinite == 0
+    assert totals[1].nonfinite == cache.spec.block_rows
+    assert totals[2].nonfinite >= cache.spec.block_rows
+    assert f"WARNING: {cache.spec.block_rows} values did not fit float16" in str(totals[1])
     out = np.empty((cache.spec.block_rows, cache.spec.d_model), dtype=np.float16)
     copy.read_block(1, 5, out)
     assert np.isfinite(out).all()

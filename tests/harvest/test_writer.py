@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.writer import BlockWriter, WriterConfig, block_stats, to_float16
+from harvest.writer import BlockWriter, WriterConfig, _sums, _torch_sums, block_stats, to_float16
 from shared.cache import Cache
 from tests.shared.test_cache import SPEC
 
@@ -26,6 +26,13 @@ def test_moments_are_those_of_float64(rows: int, d: int, seed: int, offset: floa
     assert stats.m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-3, abs=1e-5 * x.size * (1 + offset * offset))
     assert stats.max_norm == pytest.approx(np.linalg.norm(x, axis=1).max(), rel=1e-5)
     assert (stats.rows, stats.bytes, stats.nonfinite) == (rows, data.nbytes, 7)
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_c_and_torch_sum_alike(rows: int, d: int, seed: int) -> None:
+    bits = np.random.default_rng(seed).integers(0, 1 << 16, (rows, d), dtype=np.uint16)
+    data = np.where((bits & 0x7C00) == 0x7C00, 0, bits).astype(np.uint16).view(np.float16)  # every finite value there is
+    np.testing.assert_allclose(_sums(data), _torch_sums(data), rtol=1e-5, atol=1e-2)
 
 
 def fill(writer: BlockWriter, block: int) -> None:
