@@ -14,5 +14,7 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("CUDA was asked for, but no CUDA device is available here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and kernels are made on the current device
     return device
