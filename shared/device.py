@@ -3,6 +3,7 @@
 import torch
 
 from shared.cli import UserError
+from shared.native import keep_memory
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -17,4 +18,6 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # streams and kernels are made on the current device
+    if device.type == "cpu":
+        keep_memory()
     return device
