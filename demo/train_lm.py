@@ -332,6 +332,7 @@ def report(config: TrainConfig, work: Path, out: Path) -> None:
     starts = np.sort(context_starts(config, len(stream)))
     seen = np.concatenate([stream[at : at + config.context] for at in starts])
     log = [json.loads(line) for line in (work / "loss.jsonl").read_text().splitlines()]
+    weights = np.diff([0, *(line["tokens"] for line in log)])[-10:]
     exact = make_model(config)
     with safe_open(work / "state.safetensors", framework="pt") as file:
         exact.load_state_dict({name: file.get_tensor(f"model.{name}") for name in exact.state_dict()})
@@ -339,7 +340,8 @@ def report(config: TrainConfig, work: Path, out: Path) -> None:
         "tokens": log[-1]["tokens"],
         "seconds": round(log[-1]["seconds"]),
         "tokens_per_second": round(log[-1]["tokens"] / log[-1]["seconds"]),
-        "loss_of_last_steps": log[-1]["loss"],
+        # The loss of one batch says little; this is over the last ten lines, about two million tokens.
+        "final_train_loss": float(np.average([line["loss"] for line in log[-10:]], weights=weights)),
         "parameters": sum(parameter.numel() for parameter in exact.parameters()),
         "config": asdict(config),
     }

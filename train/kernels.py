@@ -104,7 +104,7 @@ class TorchKernels:
         )
 
     def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
-        gz.add_(l1_grad).mul_(z > 0)
+        gz.copy_(torch.where(z > 0, gz.to(_accumulator(gz)) + l1_grad, 0.0))
         return gz.sum(0, dtype=_accumulator(gz))
 
     def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:

@@ -1,0 +1,1 @@
+"""How fast the hot paths are, beside the machine's own limits and beside other tools, in one run."""

@@ -1,0 +1,130 @@
+"""What the parts of `python -m bench gpu` share: sizes, the table they write into, timing."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.ours import synchronize
+from train.kernels import Kernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Of everything; FULL is the published job's shape, DRY proves on a CPU that the script runs to its end."""
+
+    d: int
+    features: int
+    tokens: int  # of a step
+    layers: int
+    vocab: int
+    context: int
+    sequences: int  # of a forward pass and of a block
+    blocks: int  # of the cache that the harvest fills
+    layer_blocks: int  # of the cache that the loader reads
+    window_blocks: int
+    l0s: tuple[int, ...]
+    common_l0: int
+    rounds: int
+    side: int  # of the square product
+    copy_bytes: int
+    check_context: int
+    check_step: tuple[int, int, int]  # tokens, features, d
+    check_kernels: tuple[tuple[int, int, int], ...]
+    resume_steps: int
+
+
+FULL = Sizes(
+    d=1024, features=32_768, tokens=32_768, layers=24, vocab=50_304, context=1024, sequences=32, blocks=4,
+    layer_blocks=32, window_blocks=8, l0s=(20, 50, 150, 300, 500, 1000), common_l0=150, rounds=7, side=8192,
+    copy_bytes=1 << 30, check_context=256, check_step=(512, 4096, 512),
+    check_kernels=((1, 1, 1), (33, 70, 50), (257, 1003, 200), (600, 12, 300), (1024, 32_768, 1024), (77, 65_537, 768)),
+    resume_steps=200,
+)  # fmt: skip
+DRY = Sizes(
+    d=64, features=256, tokens=64, layers=3, vocab=97, context=16, sequences=2, blocks=2, layer_blocks=6, window_blocks=2,
+    l0s=(3, 12), common_l0=12, rounds=1, side=64, copy_bytes=1 << 12, check_context=16, check_step=(32, 128, 24),
+    check_kernels=((1, 1, 1), (19, 75, 24)), resume_steps=20,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A line of the table. `verdict` is "" for a measurement, else "ok", "FAILED", "skipped" or "absent"."""
+
+    name: str
+    value: float | None = None
+    unit: str = ""
+    verdict: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        figure = "" if self.value is None else f"{shown(self.value)} {self.unit}".strip()
+        return f"  {self.name:<58} {figure:>22} {self.verdict:<8}{self.note}".rstrip()
+
+
+@dataclass(kw_only=True, slots=True)
+class Lab:
+    """The device, the sizes, and what has been found so far."""
+
+    device: torch.device
+    sizes: Sizes
+    kernels: Kernels
+    scratch: Path  # on the disk that a harvest would fill
+    memory: Path  # memory-backed
+    threads: int
+    dry: bool
+    rows: list[Row] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def say(self, name: str, value: float | None = None, unit: str = "", note: str = "", *, verdict: str = "") -> None:
+        self.rows.append(Row(name=name, value=value, unit=unit, note=note, verdict=verdict))
+
+    def keep(self, name: str, value: float, unit: str, note: str = "") -> None:
+        """A measurement that later parts and the projection use by its name."""
+        self.figures[name] = value
+        self.say(name, value, unit, note)
+
+    def check(self, name: str, value: float, bound: float, note: str = "") -> None:
+        """Right if value ≤ bound; NaN is wrong."""
+        self.say(name, value, "", f"{note + ', ' if note else ''}bound {bound:g}", verdict="ok" if value <= bound else "FAILED")
+
+    def require(self, name: str, right: bool, note: str = "") -> None:
+        self.say(name, note=note, verdict="ok" if right else "FAILED")
+
+    def median(self, run: Callable[[], float | None], *, warm: int = 1, rounds: int | None = None) -> float:
+        """Median seconds of a run that times itself and ends synchronised."""
+        for _ in range(warm):
+            run()
+        taken = [run() for _ in range(rounds or self.sizes.rounds)]
+        return statistics.median(seconds for seconds in taken if seconds is not None)
+
+    def reset_peak(self) -> None:
+        self.free()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> float:
+        return float(torch.cuda.max_memory_allocated()) if self.cuda else 0.0
+
+    def free(self) -> None:
+        gc.collect()
+        if self.cuda:
+            synchronize(self.device)
+            torch.cuda.empty_cache()
+
+
+def shown(value: float) -> str:
+    """Three or four digits that can be read: 1,234,567 and 0.0123 and 1.2e-07."""
+    if value != value or value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4g}"

@@ -1,0 +1,390 @@
+"""Our own hot paths, as contenders: the step, the cache writer, the loader, the harvest's forward pass.
+
+Each is the product's own code with nothing taken out. What a round needs (fresh random activations, filled buffers, an
+empty folder, a cold page cache) is made before its clock starts, so every run here times itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import limits
+from bench.peers import Load
+from bench.report import Contender
+from train.step import StepConfig, StepResult, TrainingSae, Workspace, pick_kernels
+
+# zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
+if TYPE_CHECKING:
+    from harvest.model import ResidualModel
+    from shared.cache import Cache, CacheSpec
+
+LR = 1e-9  # the whole of Adam's work, and an SAE that stays as sparse as it was set
+L1 = 1e-5
+L0 = 150
+LAYERS = 24
+CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
+READ_BATCH, READ_WINDOW = 4096, 4
+
+
+# ---------------------------------------------------------------------------------------------------- training step
+
+
+@dataclass(kw_only=True, slots=True)
+class Steps:
+    """A round is one step of each of these SAEs on one batch of fresh activations."""
+
+    saes: list[TrainingSae]
+    workspace: Workspace
+    tokens: int
+    results: list[StepResult] = field(default_factory=list)
+
+    def run(self) -> float:
+        device = self.saes[0].device
+        x = torch.randn(self.tokens, self.saes[0].d, device=device).half()
+        synchronize(device)
+        start = time.perf_counter()
+        self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
+        synchronize(device)
+        return time.perf_counter() - start
+
+    def note(self) -> str:
+        first = self.results[0]
+        way = "sparse" if first.sparse else "dense"
+        return f"{way} backward at L0 {first.l0:,.0f}, {type(self.saes[0].kernels).__name__}"
+
+
+def target_l0(features: int) -> int:
+    """150, or less where that would not be sparse."""
+    return min(L0, features // 20)
+
+
+def training_sae(
+    *, d: int, features: int, device: torch.device, sparse: bool, seed: int = 0, precision: str = "bf16"
+) -> TrainingSae:
+    # Which way to go is settled here, not by the number of active entries: each row shows one way.
+    config = StepConfig(precision=precision, sparse_below=1.0 if sparse else 0.0)
+    return TrainingSae(d, features, config, pick_kernels(precision, device), device, seed)
+
+
+def set_l0(sae: TrainingSae, l0: float) -> None:
+    """The encoder bias at which `l0` features fire on a token of N(0, 1) activations, all equally often."""
+    x = torch.randn(64, sae.d, device=sae.device)
+    pre = ((x - sae.b_pre) @ sae.w_enc.t()).flatten()
+    keep = max(1, round(pre.numel() * l0 / sae.n_features))
+    sae.b_enc.fill_(-float(pre.topk(keep).values[-1]))
+
+
+def set_skewed_l0(sae: TrainingSae, l0: float) -> None:
+    """The same mean, but as uneven as trained SAEs are: most features rare, a few on a third of all tokens."""
+    share = (1.5 * torch.randn(sae.n_features, device=sae.device)).exp_()
+    share = (share * (l0 / share.sum())).clamp_(1e-6, 0.3)
+    scale = sae.w_enc.norm(dim=1)
+    sae.b_enc.copy_(-scale * torch.special.ndtri((1 - share).double()).float())
+
+
+def step(load: Load) -> list[Contender]:
+    device = torch.device(load.device)
+    make = partial(training_sae, d=load.d, features=load.features, device=device)
+    workspace = Workspace(load.tokens, load.d, load.features, "bf16", device)
+    settings = [make(sparse=False, seed=seed) for seed in range(3)]
+    one = make(sparse=True)
+    l0 = target_l0(load.features)
+    set_l0(one, l0)
+    rows = {
+        "ours, dense": settings[:1],
+        f"ours, sparse, L0≈{l0}": [one],
+        "ours, three settings on one stream": settings,
+    }
+    contenders = []
+    for name, saes in rows.items():
+        steps = Steps(saes=saes, workspace=workspace, tokens=load.tokens)
+        contenders.append(Contender(name=name, role="ours", work=load.tokens * len(saes), run=steps.run, note=steps.note))
+    return contenders
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+def cache_spec(*, d: int, n_layers: int, rows: int, vocab: int = 50_304) -> CacheSpec:
+    """A cache of about `rows` rows a layer, in blocks of the published job's size where there are enough of them."""
+    from shared.cache import CacheSpec
+
+    context = min(CONTEXT, rows)
+    sequences = min(BLOCK_SEQUENCES, rows // context)
+    return CacheSpec(
+        model="random", model_revision="", dataset="random", dataset_revision="", split="", text_column="",
+        tokenizer_sha256="", separator=0, context=context, d_model=d, n_layers=n_layers, vocab_size=vocab,
+        block_sequences=sequences, n_blocks=rows // (context * sequences), holdout_blocks=0, seed=0, precision="bf16",
+    )  # fmt: skip
+
+
+def new_cache(path: Path, spec: CacheSpec) -> Cache:
+    from shared.cache import Cache
+
+    shutil.rmtree(path, ignore_errors=True)
+    return Cache.create(path, spec, tuple(range(spec.n_layers)))
+
+
+def fill_random(data: Tensor) -> None:
+    """Random float16 over a whole buffer, a piece of it repeated: drawing gigabytes would take longer than the round."""
+    flat = data.view(-1)
+    piece = torch.randn(min(8 << 20, flat.numel())).half()
+    for part in torch.split(flat, piece.numel()):
+        part.copy_(piece[: part.numel()])
+
+
+def write_cache(cache: Cache, *, threads: int) -> float:
+    """Write and commit every block of a cache from buffers that are full already; the seconds it took."""
+    from harvest.writer import BlockWriter, WriterConfig
+
+    spec = cache.spec
+    config = WriterConfig(threads=threads, buffers=min(2, spec.n_blocks))
+    with BlockWriter(cache, cache.layers, config, pinned=False, done=lambda block: None) as writer:
+        buffers = [writer.buffer() for _ in range(config.buffers)]
+        for buffer in buffers:
+            fill_random(buffer.data)
+        start = time.perf_counter()
+        for block in range(spec.n_blocks):
+            writer.submit(block, buffers[block] if block < config.buffers else writer.buffer())
+    return time.perf_counter() - start
+
+
+@dataclass(kw_only=True, slots=True)
+class Writes:
+    folder: Path
+    spec: CacheSpec
+    threads: int
+    growth: int | None = None  # how far the resident set rose while the clock ran
+
+    @property
+    def payload(self) -> int:
+        return self.spec.n_blocks * self.spec.block_bytes * self.spec.n_layers
+
+    def run(self) -> float:
+        cache = new_cache(self.folder, self.spec)
+        try:
+            before = _resident(reset=True)
+            seconds = write_cache(cache, threads=self.threads)
+            peak = _resident()
+            self.growth = None if before is None or peak is None else peak - before
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return seconds
+
+    def note(self) -> str:
+        block = self.spec.block_bytes * self.spec.n_layers
+        memory = f", resident set +{self.growth / 1e9:.2f} GB while writing" if self.growth is not None else ""
+        blocks = min(2, self.spec.n_blocks)
+        return (
+            f"{self.spec.n_layers} layers, blocks of {self.spec.block_bytes / 1e6:.1f} MB a layer, checksums, moments and "
+            f"ledger included; buffers hold {blocks} x {block / 1e9:.2f} GB{memory}"
+        )
+
+
+def write(load: Load) -> list[Contender]:
+    spec = cache_spec(d=load.d, n_layers=LAYERS, rows=load.tokens // LAYERS)
+    writes = Writes(folder=load.directory / "ours", spec=spec, threads=load.threads)
+    return [Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note)]
+
+
+@dataclass(kw_only=True, slots=True)
+class Reads:
+    """One pass of the loader over a cache of one layer; its windows are kept, as they are through a training run."""
+
+    cache: Cache
+    loader: Any  # ActivationLoader
+    batch: int
+    batches: int
+    shares: list[float] = field(default_factory=list)
+
+    def run(self) -> float:
+        evict_blocks(self.cache)
+        waited, start, seen = self.loader.waited, time.perf_counter(), 0
+        for x in self.loader:
+            seen += len(x)
+        seconds = time.perf_counter() - start
+        if seen != self.batch * self.batches:
+            raise RuntimeError(f"{seen} rows came, {self.batch * self.batches} were asked for")
+        self.shares.append((self.loader.waited - waited) / seconds)
+        return seconds
+
+    def note(self) -> str:
+        window = 2 * READ_WINDOW * self.cache.spec.block_bytes
+        return (
+            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB; nothing trains, so the "
+            f"consumer waits {statistics.median(self.shares):.0%} of the time"
+        )
+
+
+def evict_blocks(cache: Cache) -> None:
+    """Every block of the cache out of the page cache. Raises RuntimeError where the system keeps them."""
+    for layer in cache.layers:
+        for block in range(cache.spec.n_blocks):
+            path = cache.block_path(layer, block)
+            limits.evict(path)
+            if (share := limits.resident_share(path)) > 0.01:
+                raise RuntimeError(f"{share:.0%} of {path.name} stayed in the page cache: this is no cold read")
+
+
+def read(load: Load) -> list[Contender]:
+    from train.loader import ActivationLoader, LoaderConfig
+
+    cache = new_cache(load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=load.tokens))
+    write_cache(cache, threads=load.threads)
+    batch = min(READ_BATCH, cache.spec.block_rows)
+    batches = cache.spec.train_tokens // batch
+    config = LoaderConfig(batch=batch, window_blocks=READ_WINDOW, threads=load.threads)
+    loader = ActivationLoader(cache, 0, config, torch.device(load.device), last=batches)
+    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches)
+    return [
+        Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def lm_config(*, d: int, layers: int = LAYERS, vocab: int = 50_304) -> Any:
+    """Pythia-410M at d = 1024 and 24 layers; other sizes keep its proportions."""
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=d // 64,
+        intermediate_size=4 * d,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+        rotary_pct=0.25,
+    )
+
+
+def base_model(config: Any, dtype: torch.dtype, like: nn.Module | None = None) -> nn.Module:
+    """A base model with random weights, or with those of another."""
+    from transformers import AutoModel
+
+    model: nn.Module = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if like is not None:
+        model.load_state_dict(like.state_dict())
+    return model
+
+
+@dataclass(kw_only=True, slots=True)
+class Harvest:
+    """A round does what harvest does with one pass over `sequences` contexts: the model, float16, rows to their places."""
+
+    model: ResidualModel
+    data: Tensor  # float16 [layers, rows, d]
+    context: int
+    vocab: int
+
+    def run(self) -> float:
+        from harvest.writer import to_float16
+
+        layers, rows, d = self.data.shape
+        tokens = torch.randint(0, self.vocab, (rows // self.context, self.context))
+        place = torch.randperm(rows).to(self.data.device)
+        nonfinite = torch.zeros(layers, dtype=torch.int64, device=self.data.device)
+
+        def store(layer: int, output: Tensor) -> None:
+            half, bad = to_float16(output.reshape(-1, d))
+            self.data[layer].index_copy_(0, place, half)
+            nonfinite[layer] += bad
+
+        synchronize(self.data.device)
+        start = time.perf_counter()
+        self.model.run(tokens, store)
+        synchronize(self.data.device)
+        return time.perf_counter() - start
+
+
+def products_of(model: nn.Module, rows: int, device: torch.device) -> Callable[[], float]:
+    """The decoder blocks' linear layers alone, on ready inputs."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    widths = {weight.shape[1] for weight in weights}
+    inputs = {width: torch.randn(rows, width, device=device).to(weights[0].dtype) for width in widths}
+
+    @torch.inference_mode()
+    def run() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for weight in weights:
+            nn.functional.linear(inputs[weight.shape[1]], weight)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def plain(model: nn.Module, rows: int, context: int, vocab: int, device: torch.device) -> Callable[[], float]:
+    """What anyone would write first: transformers with all hidden states, kept as they come."""
+
+    @torch.inference_mode()
+    def run() -> float:
+        tokens = torch.randint(0, vocab, (rows // context, context)).to(device)
+        synchronize(device)
+        start = time.perf_counter()
+        model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def forward(load: Load) -> list[Contender]:
+    from transformers import AutoModelForCausalLM
+
+    from harvest.model import ResidualModel
+
+    device = torch.device(load.device)
+    full = load.d == 1024
+    config = lm_config(d=load.d, **({} if full else {"layers": 4, "vocab": 512}))
+    causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False).to(device)
+    base = base_model(config, torch.bfloat16, like=causal.gpt_neox)
+    layers, vocab = config.num_hidden_layers, config.vocab_size
+    model = ResidualModel(base, tuple(range(layers)), device)
+    context = min(CONTEXT, load.tokens)
+    data = torch.empty(layers, load.tokens, load.d, dtype=torch.float16, device=device)
+    harvest = Harvest(model=model, data=data, context=context, vocab=vocab)
+    shape = (load.tokens, context, vocab, device)
+    rows = {
+        ("ours, every layer to float16 in the writer's order", "ours"): harvest.run,
+        ("its linear layers alone", "limit"): products_of(model.model, load.tokens, device),
+        ("transformers base model, output_hidden_states", "peer"): plain(causal.gpt_neox, *shape),
+        ("transformers causal LM, output_hidden_states", "peer"): plain(causal, *shape),
+    }
+    note = f"{layers} layers, d {load.d}, vocabulary {vocab}, random bf16 weights, the same for all"
+    return [
+        Contender(name=name, role=role, work=load.tokens, run=run, note=note if role == "ours" else "")
+        for (name, role), run in rows.items()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _resident(*, reset: bool = False) -> int | None:
+    """Bytes resident at most since the last reset (or now, with `reset`); None where the system does not say."""
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,327 @@
+"""Rounds, results and the table: everything a comparison needs that is not itself a measurement.
+
+Contenders take turns (A B C, A B C, ...), so that a machine that slows down slows all of them, and each
+one's first turn is thrown away. What is kept is every round's raw seconds; medians and ratios are worked
+out when they are shown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+RESULTS = Path(__file__).resolve().parent / "results"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+
+Run = Callable[[], float | None]
+"""One round. A run that times itself (a peer in its own process) returns seconds; else our clock counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    slug: str
+    cpu: str
+    cores: int
+    memory_gib: float
+    flags: tuple[str, ...]
+    gpu: str | None
+    system: str
+    python: str
+    torch: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Who takes part: `work` is what one of its rounds does, in the comparison's unit."""
+
+    name: str
+    role: str  # "ours", "limit" or "peer"
+    work: float
+    run: Run
+    note: str | Callable[[], str] = ""  # called after the rounds, for what only they can tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    seconds: tuple[float, ...]
+    failure: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Slowest less fastest, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A contender's line in the results; no seconds means that it failed, and `failure` says why."""
+
+    name: str
+    role: str
+    work: float = 0.0
+    seconds: tuple[float, ...] = ()
+    note: str = ""
+    failure: str | None = None
+
+    @property
+    def rate(self) -> float | None:
+        return self.work / statistics.median(self.seconds) if self.seconds else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One hot path: ours, its limit and its peers, in one unit."""
+
+    name: str
+    unit: str  # what `work` counts: "tokens", "bytes", "flop"
+    entries: tuple[Entry, ...]
+    note: str = ""
+    key: str = ""  # which path, for programs: "training", "writing", ...
+
+    def rates(self, role: str) -> list[float]:
+        return [entry.rate for entry in self.entries if entry.role == role and entry.rate is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    machine: Machine
+    settings: Mapping[str, object]
+    comparisons: tuple[Comparison, ...]
+    busy: float = 0.0  # share of the processors that other work held just before
+    date: str = field(default_factory=lambda: today())
+    format: int = 1
+
+
+class Rounds:
+    """Named runs that take turns. One that raises is out, with the reason; the others go on."""
+
+    def __init__(self, runs: Mapping[str, Run], *, between: Callable[[], None] | None = None) -> None:
+        self.runs, self.between = runs, between
+
+    def measure(self, rounds: int, *, say: Callable[[str], None] = lambda line: None) -> dict[str, Timing]:
+        seconds: dict[str, list[float]] = {name: [] for name in self.runs}
+        failures: dict[str, str] = {}
+        for index in range(rounds + 1):
+            for name, run in self.runs.items():
+                if name in failures:
+                    continue
+                try:
+                    taken = self._once(run)
+                except Exception as error:
+                    failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                    say(f"{name}: {failures[name]}")
+                    continue
+                say(f"{name}: {'warm-up' if index == 0 else f'round {index}/{rounds}'} {taken:.4g} s")
+                if index:
+                    seconds[name].append(taken)
+        return {
+            # A contender that failed half way has no comparable median: its rounds are not shown as one.
+            name: Timing(seconds=() if name in failures else tuple(taken), failure=failures.get(name))
+            for name, taken in seconds.items()
+        }
+
+    def _once(self, run: Run) -> float:
+        if self.between is not None:
+            self.between()
+        start = time.perf_counter()
+        own = run()
+        wall = time.perf_counter() - start
+        return wall if own is None else own
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def compare(
+    *,
+    name: str,
+    unit: str,
+    contenders: Sequence[Contender],
+    rounds: int,
+    absent: Sequence[Entry] = (),
+    note: str = "",
+    key: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Let the contenders take turns; `absent` are those that could not even start, with their reasons."""
+    timings = Rounds({contender.name: contender.run for contender in contenders}).measure(rounds, say=say)
+    entries = tuple(
+        Entry(
+            name=contender.name,
+            role=contender.role,
+            work=contender.work,
+            seconds=timings[contender.name].seconds,
+            note=_note(contender, timings[contender.name]),
+            failure=timings[contender.name].failure,
+        )
+        for contender in contenders
+    )
+    return Comparison(name=name, unit=unit, entries=(*entries, *absent), note=note, key=key)
+
+
+def _note(contender: Contender, timing: Timing) -> str:
+    if isinstance(contender.note, str):
+        return contender.note
+    return contender.note() if timing.seconds else ""
+
+
+def busy_share(seconds: float = 2.0) -> float:
+    """How much of the processors other work holds now: what would make every figure here too low."""
+    before = _ticks()
+    time.sleep(seconds)
+    idle, total = (after - first for after, first in zip(_ticks(), before, strict=True))
+    return 1 - idle / total if total else 0.0
+
+
+def machine() -> Machine:
+    cpu, flags = _cpu()
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0))
+    return Machine(
+        slug=_slug(f"{cpu} {cores}c" if gpu is None else f"{gpu} {cores}c"),
+        cpu=cpu,
+        cores=cores,
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        flags=tuple(flag for flag in FLAGS if flag in flags),
+        gpu=gpu,
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+
+
+def write(results: Results, folder: Path = RESULTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{results.machine.slug}.json"
+    path.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    return path
+
+
+def read(path: Path) -> Results:
+    raw = json.loads(path.read_text())
+    raw["machine"]["flags"] = tuple(raw["machine"]["flags"])
+    raw["machine"] = Machine(**raw["machine"])
+    raw["comparisons"] = tuple(
+        Comparison(**{**comparison, "entries": tuple(_entry(entry) for entry in comparison["entries"])})
+        for comparison in raw["comparisons"]
+    )
+    return Results(**raw)
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    return Entry(**{**raw, "seconds": tuple(raw["seconds"])})
+
+
+def table(results: Results) -> str:
+    """The markdown that README shows: a line per contender, its rate, and how ours stand to limit and peers."""
+    about = results.machine
+    hardware = f"{about.cpu}, {about.cores} cores, {about.memory_gib:.0f} GiB" + (f", {about.gpu}" if about.gpu else "")
+    flags = ", ".join(flag for flag in about.flags if "bf16" in flag) or "no bf16 instructions"
+    lines = [
+        f"Measured on {hardware} ({flags}), torch {about.torch}, {results.date}: "
+        "medians of interleaved rounds. Ratios carry over to other machines better than rates do."
+        + (f" **Other work held {results.busy:.0%} of the processors.**" if results.busy > 0.1 else ""),
+        "",
+        "| hot path | who | rate | ours stands at | spread |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for comparison in results.comparisons:
+        lines += _lines(comparison)
+    notes = [note for comparison in results.comparisons for note in _notes(comparison)]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
+
+
+def publish(results: Results, readme: Path) -> None:
+    """Put the table between the two marker comments, which must be there."""
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme} needs one {BEGIN} and, after it, one {END}")
+    before, _, rest = text.partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+
+
+def _lines(comparison: Comparison) -> list[str]:
+    lines = []
+    for position, entry in enumerate(comparison.entries):
+        path = comparison.name if position == 0 else ""
+        name = f"**{entry.name}**" if entry.role == "ours" else entry.name
+        name = f"_{name}_ (limit)" if entry.role == "limit" else name
+        rate = entry.rate
+        if rate is None:
+            lines.append(f"| {path} | {name} | no figure: {_cell(entry.failure or 'not run')} | | |")
+            continue
+        spread = Timing(seconds=entry.seconds).spread
+        standing = _standing(comparison, entry)
+        lines.append(f"| {path} | {name} | {_rate(rate, comparison.unit)} | {standing} | {spread:.0%} |")
+    return lines
+
+
+def _standing(comparison: Comparison, entry: Entry) -> str:
+    """Our rows: share of the limit, the fastest if there are several. A peer's row: how often ours is as fast, for the
+    first of ours and the second where there is one (the dense and the sparse step)."""
+    limit = max((e for e in comparison.entries if e.role == "limit" and e.rate), key=lambda e: e.rate or 0.0, default=None)
+    if entry.rate is None or entry.role == "limit":
+        return ""
+    if entry.role == "ours":
+        return f"{entry.rate / limit.rate:.0%} of {limit.name}" if limit is not None and limit.rate else ""
+    return " and ".join(f"{ours / entry.rate:.2f} ×" for ours in comparison.rates("ours")[:2])
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    said = [f"{entry.name}: {entry.note}" for entry in comparison.entries if entry.note]
+    parts = [part for part in (comparison.note, *said) if part]
+    return [f"- {comparison.name}. {'; '.join(parts)}."] if parts else []
+
+
+def _rate(rate: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{rate / 1e9:.2f} GB/s"
+    if unit == "flop":
+        return f"{rate / 1e12:.2f} TFLOP/s"
+    return f"{rate:,.0f} {unit}/s"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _cpu() -> tuple[str, set[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    fields = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", text, flags=re.MULTILINE))
+    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
+
+
+def _ticks() -> tuple[int, int]:
+    """Idle and all processor time since boot."""
+    try:
+        counts = [int(part) for part in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return counts[3] + counts[4], sum(counts)
+
+
+def _slug(text: str) -> str:
+    text = re.sub(r"\((r|tm)\)|\b(cpu|processor|nvidia)\b|@.*?ghz", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")

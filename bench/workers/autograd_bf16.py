@@ -1,0 +1,38 @@
+"""The baseline with no tool at all: what a good researcher writes in twenty lines, everything in bf16.
+
+Weights, gradients and Adam moments are bf16, and autograd does the backward. The fused Adam, because it
+is the fastest that torch has.
+"""
+
+import torch
+from torch import nn
+
+from bench.workers.worker import Job, Prepared, main, sparse_batch
+
+
+def prepare(job: Job) -> Prepared:
+    x = sparse_batch(job).bfloat16()
+    encoder = nn.Linear(job.d, job.features, device=job.device, dtype=torch.bfloat16)
+    decoder = nn.Linear(job.features, job.d, device=job.device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        decoder.weight /= decoder.weight.norm(dim=0)
+        encoder.weight.copy_(decoder.weight.t())
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    adam = torch.optim.Adam(parameters, lr=job.lr, fused=True)
+
+    def step() -> dict[str, float]:
+        z = torch.relu(encoder(x - decoder.bias))
+        mse = (decoder(z) - x).pow(2).mean()
+        (mse + 3e-5 * z.sum(dim=1).mean()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            decoder.weight /= decoder.weight.norm(dim=0)
+        return {"loss": float(mse.detach())}
+
+    return Prepared(step=step, version=torch.__version__, note="weights, gradients and Adam in bf16; fused Adam")
+
+
+if __name__ == "__main__":
+    main(prepare)

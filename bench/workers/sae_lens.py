@@ -1,0 +1,46 @@
+"""One step of SAELens' standard (L1) SAE: its own `SAETrainer.step`, autocast on, fed from memory.
+
+It has no decoder normalisation step: its L1 term weighs each feature by its decoder norm instead.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from itertools import repeat
+
+from bench.workers.worker import Job, Prepared, main, sparse_batch
+
+
+def prepare(job: Job) -> Prepared:
+    standard = import_module("sae_lens.saes.standard_sae")
+    config = import_module("sae_lens.config")
+    training = import_module("sae_lens.training.sae_trainer")
+
+    sae = standard.StandardTrainingSAE(
+        standard.StandardTrainingSAEConfig(
+            d_in=job.d, d_sae=job.features, dtype="float32", device=job.device, l1_coefficient=1e-2
+        )
+    )
+    trainer = training.SAETrainer(
+        cfg=config.SAETrainerConfig(
+            total_training_samples=10**9,
+            train_batch_size_samples=job.tokens,
+            lr=job.lr,
+            lr_end=job.lr / 10,  # what its runner sets; the schedule is constant
+            device=job.device,
+            autocast=True,
+        ),
+        sae=sae,
+        data_provider=repeat(sparse_batch(job)),
+    )
+
+    def step() -> dict[str, float]:
+        trainer.maybe_reset_sparsity()
+        out = trainer.step(next(trainer.data_provider))
+        trainer.n_training_steps += 1
+        return {"loss": float(out.losses["mse_loss"].detach())}
+
+    return Prepared(step=step, version=version("sae-lens"), note="SAETrainer.step, standard SAE, bf16 autocast")
+
+
+if __name__ == "__main__":
+    main(prepare)
