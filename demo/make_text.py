@@ -74,9 +74,9 @@ def members(archive: Path, keep: Callable[[str], bool]) -> Iterator[tuple[str, b
     """Names and contents of the wanted files of a .tgz, .tar.gz or .deb, in the archive's order."""
     if archive.suffix == ".deb":
         data = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
-        tar = tarfile.open(fileobj=io.BytesIO(data))
+        tar = tarfile.open(fileobj=io.BytesIO(data))  # noqa: SIM115 (closed by the `with` below)
     else:
-        tar = tarfile.open(archive)
+        tar = tarfile.open(archive)  # noqa: SIM115
     with tar:
         for member in tar:
             if member.isfile() and keep(member.name):

@@ -43,8 +43,8 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, batch: int = 500) -> Token
     """All texts as one stream of tokens, with `<|endoftext|>` before each."""
     parts: list[Tokens] = []
     for start in range(0, len(texts), batch):
-        for encoding in tokenizer.encode_batch(texts[start : start + batch], add_special_tokens=False):
-            parts.append(np.array([0, *encoding.ids], dtype=np.uint16))
+        encodings = tokenizer.encode_batch(texts[start : start + batch], add_special_tokens=False)
+        parts += [np.array([0, *encoding.ids], dtype=np.uint16) for encoding in encodings]
     return np.concatenate(parts)
 
 
@@ -63,9 +63,9 @@ def model_bits(model: GPTNeoXForCausalLM, stream: Tokens, config: ScoreConfig, s
         padded = padded.to(device)
         with torch.inference_mode():
             logits = model(input_ids=padded[:, :-1]).logits.float()
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="none"
-            ).view(len(chosen), -1)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="none").view(
+                len(chosen), -1
+            )
         for nats, at in zip(loss.double().cpu().numpy(), chosen, strict=True):
             new = 0 if at == 0 else config.context - stride
             end = min(at + config.context, len(bits))
@@ -189,9 +189,7 @@ def copied_share(train: Tokens, test: Tokens, length: int) -> NDArray[np.bool_]:
     return covered
 
 
-def sample_text(
-    model: GPTNeoXForCausalLM, tokenizer: Tokenizer, prompt: str, *, length: int = 120, seed: int
-) -> str:
+def sample_text(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, prompt: str, *, length: int = 120, seed: int) -> str:
     torch.manual_seed(seed)
     ids = [0, *tokenizer.encode(prompt).ids]
     with torch.inference_mode():
@@ -209,9 +207,7 @@ def pack_xz(text: bytes) -> bytes:
     return lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
 
 
-def score(
-    work: Path, out: Path, train: Tokens, exact: GPTNeoXForCausalLM, config: ScoreConfig
-) -> dict[str, object]:
+def score(work: Path, out: Path, train: Tokens, exact: GPTNeoXForCausalLM, config: ScoreConfig) -> dict[str, object]:
     """Bits per byte of every model on the validation text, by kind of source, and the checks on them.
 
     `exact` is the model as it was trained; what is scored is what was saved of it, in half precision.
@@ -238,10 +234,7 @@ def score(
         "3-gram": kneser_ney_bits(train, stream, 3),
         "unigram": unigram_bits(train, stream),
     }
-    table = {
-        name: {kind: per_byte(values, wanted) for kind, wanted in chosen.items()}
-        for name, values in bits.items()
-    }
+    table = {name: {kind: per_byte(values, wanted) for kind, wanted in chosen.items()} for name, values in bits.items()}
     for name, pack in (("xz -9e", pack_xz), ("gzip -9", pack_gzip)):
         table[name] = {}
         for kind, wanted in chosen.items():
@@ -269,9 +262,7 @@ def score(
             "numpy_model_largest_difference_bits": float(np.abs(again - first).max()),
             f"tokens_in_runs_of_{config.copied}_also_in_training_text": float(copied[text].mean()),
             "documents_with_a_tenth_of_such_tokens": int((shares >= 0.1).sum()),
-            "bits_per_byte_without_those": {
-                name: per_byte(values, shares < 0.1) for name, values in bits.items()
-            },
+            "bits_per_byte_without_those": {name: per_byte(values, shares < 0.1) for name, values in bits.items()},
         },
         "samples": [
             sample_text(model, tokenizer, prompt, seed=i)

@@ -1,6 +1,6 @@
 """Train the demo language model: a byte-level BPE and a small GPT-NeoX, from scratch.
 
-`make_text.py` writes what is read here. The result is a Hugging Face folder (`demo/lm`) and a
+`make_text.py` writes what is read here. The result is a Hugging Face folder (`demo/neox-2m`) and a
 report of how well the model predicts text that it was not trained on, beside models that need
 no neural network.
 """
@@ -25,7 +25,6 @@ import torch.multiprocessing
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from score_lm import END, ScoreConfig, encode, read_documents, score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -35,6 +34,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
+
+from demo.score_lm import END, ScoreConfig, encode, read_documents, score
 
 
 def train_tokenizer(documents: list[dict[str, str]], *, vocab: int, characters: int, seed: int) -> Tokenizer:
@@ -196,18 +197,14 @@ def save_model(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, folder: Path) ->
     narrow.config._attn_implementation = "sdpa"
     narrow.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END).save_pretrained(folder)
     # Version 5 of transformers writes a class name that version 4 does not know; both know this one.
     settings = folder / "tokenizer_config.json"
     known = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.write_text(json.dumps(known, indent=2) + "\n")
 
 
-def save_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float, path: Path
-) -> None:
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float, path: Path) -> None:
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -219,7 +216,7 @@ def save_state(
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> tuple[int, float]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {
@@ -316,9 +313,7 @@ def prepare(config: TrainConfig, work: Path) -> None:
     if all((work / f"{name}.npy").exists() for name in names):
         return
     documents = {name: read_documents(work / f"{name}.jsonl.gz") for name in names}
-    tokenizer = train_tokenizer(
-        documents["train"], vocab=config.vocab, characters=20_000_000, seed=config.seed
-    )
+    tokenizer = train_tokenizer(documents["train"], vocab=config.vocab, characters=20_000_000, seed=config.seed)
     tokenizer.save(str(work / "tokenizer.json"))
     for name in names:
         stream = encode(tokenizer, [document["text"] for document in documents[name]])
@@ -353,7 +348,7 @@ def report(config: TrainConfig, work: Path, out: Path) -> None:
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "lm")
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "neox-2m")
 @click.option("--tokens", type=int, default=TrainConfig.tokens, show_default=True)
 @click.option("--learning-rate", type=float, default=TrainConfig.learning_rate, show_default=True)
 @click.option("--batch", type=int, default=TrainConfig.batch, show_default=True)

@@ -165,7 +165,7 @@ def write_tokens(cache: Cache, source: TextSource, tokenizer: PreTrainedTokenize
                 progress.update(ledger.sequences * spec.context)
                 return
             progress.update(ledger.sequences * spec.context + pending.size)
-    _refuse_short_text(cache, source, ledger.sequences * spec.context + pending.size)
+        _refuse_short_text(cache, source, ledger.sequences * spec.context + pending.size)
 
 
 def _token_batches(

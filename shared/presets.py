@@ -72,7 +72,7 @@ PRESETS = {
         ),
         Preset(
             name="demo",
-            model=str(_ROOT / "demo" / "lm"),
+            model=str(_ROOT / "demo" / "neox-2m"),
             revision=None,
             dataset=str(_ROOT / "demo" / "text.jsonl.gz"),
             dataset_revision=None,

@@ -4,7 +4,7 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"harvest": harvest.__main__.main, "train": train.__main__.main, "eval": eval.__main__.main}
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network shall fail at once
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Sums depend on how many threads share them, so no test may leave another number behind."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -59,13 +59,15 @@ class ControllerConfig:
     """How λ is steered. The numbers are shares of the run, so that a short run is steered as far as a long one."""
 
     gain: float = 30.0  # e-folds of λ over a whole run spent at L0 = e · target
+    max_rate: float = 0.01  # e-folds of λ in one step, however short the run: L0 needs time to answer
     smoothing: float = 0.005  # horizon of the mean of L0, as a share of the run
     begin: float = 0.05  # λ stays at its start until then: L0 of a fresh SAE says nothing
     freeze: float = 5 / 6  # λ stays at its end from then on
 
 
 class L1Controller:
-    """λ of one SAE: λ ← λ · exp(gain/steps · clip(ln(mean L0 / target), ±1)) after every step between begin and freeze."""
+    """λ of one SAE: λ ← λ · exp(rate · clip(ln(mean L0 / target), ±1)), rate = gain/steps,
+    after every step between begin and freeze."""
 
     def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig) -> None:
         self._setting, self._steps, self._config = setting, steps, config
@@ -81,4 +83,4 @@ class L1Controller:
         self.mean_l0 = keep * self.mean_l0 + (1 - keep) * l0 if step else l0
         if c.begin * self._steps <= step < c.freeze * self._steps:
             error = math.log(max(self.mean_l0, 1e-3) / self._setting.target)
-            self.value *= math.exp(c.gain / self._steps * min(1.0, max(-1.0, error)))
+            self.value *= math.exp(min(c.gain / self._steps, c.max_rate) * min(1.0, max(-1.0, error)))

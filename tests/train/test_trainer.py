@@ -171,4 +171,4 @@ def test_a_changed_setting_needs_another_folder(cli: Cli, cache_path: Path, runs
     shutil.copytree(runs_path, tmp_path / "r")
     result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r", "--l1", "3e-3", "--lr", "5e-2")
     assert result.code == 2
-    assert "lr is 0.001 there, 0.05 here" in result.err
+    assert "lr is 0.003 there, 0.05 here" in result.err
