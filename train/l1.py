@@ -59,9 +59,9 @@ class ControllerConfig:
     """How λ is steered. The numbers are shares of the run, so that a short run is steered as far as a long one."""
 
     gain: float = 30.0  # e-folds of λ over a whole run spent at L0 = e · target
-    max_rate: float = 0.01  # e-folds of λ in one step, however short the run: L0 needs time to answer
+    max_rate: float = 0.02  # e-folds of λ in one step, however short the run: L0 needs time to answer
     smoothing: float = 0.005  # horizon of the mean of L0, as a share of the run
-    begin: float = 0.05  # λ stays at its start until then: L0 of a fresh SAE says nothing
+    begin: float = 0.2  # λ stays at its start until then: L0 of a fresh SAE says nothing
     freeze: float = 5 / 6  # λ stays at its end from then on
 
 
