@@ -87,7 +87,7 @@ def writing(config: Config) -> report.Comparison:
             key="writing",
             name=f"cache write, {payload / 1e6:.0f} MB of fp16, durable",
             unit="bytes",
-            contenders=[*_ours("write", load), *_disk("write", limits.write_seconds, config), *peers],
+            contenders=[*_ours("write", load), *peers],
             absent=absent,
             rounds=config.rounds,
             say=click.echo,

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from bench import limits
 from bench.peers import Load
 from bench.report import Contender
+from shared.files import write_file
 from train.step import StepConfig, StepResult, TrainingSae, Workspace, pick_kernels
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
@@ -166,21 +168,39 @@ class Writes:
     spec: CacheSpec
     threads: int
     growth: int | None = None  # how far the resident set rose while the clock ran
+    cache: Cache | None = None
 
     @property
     def payload(self) -> int:
         return self.spec.n_blocks * self.spec.block_bytes * self.spec.n_layers
 
     def run(self) -> float:
-        cache = new_cache(self.folder, self.spec)
-        try:
-            before = _resident(reset=True)
-            seconds = write_cache(cache, threads=self.threads)
-            peak = _resident()
-            self.growth = None if before is None or peak is None else peak - before
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        cache = self.emptied()
+        before = _resident(reset=True)
+        seconds = write_cache(cache, threads=self.threads)
+        peak = _resident()
+        self.growth = None if before is None or peak is None else peak - before
         return seconds
+
+    def emptied(self) -> Cache:
+        """The folders stay and the files go. New folders' files land on parts of the disk that were never written, and on a
+        virtual disk the first write to a place is several times slower than the next."""
+        if self.cache is None:
+            self.cache = new_cache(self.folder, self.spec)
+        for file in [*self.folder.rglob("c.*"), *self.folder.glob("ledger/*/*.json")]:
+            file.unlink()
+        return self.cache
+
+    def raw(self) -> float:
+        """The same files at the same places from as many threads: write, fsync, and nothing else."""
+        cache = self.emptied()
+        data = torch.empty(len(cache.layers), self.spec.block_rows, self.spec.d_model, dtype=torch.float16)
+        fill_random(data)
+        files = [(layer, block) for block in range(self.spec.n_blocks) for layer in cache.layers]
+        with ThreadPoolExecutor(self.threads) as pool:
+            start = time.perf_counter()
+            list(pool.map(lambda at: write_file(cache.block_path(*at), data[at[0]].numpy().data), files))
+            return time.perf_counter() - start
 
     def note(self) -> str:
         block = self.spec.block_bytes * self.spec.n_layers
@@ -195,7 +215,11 @@ class Writes:
 def write(load: Load) -> list[Contender]:
     spec = cache_spec(d=load.d, n_layers=LAYERS, rows=load.tokens // LAYERS)
     writes = Writes(folder=load.directory / "ours", spec=spec, threads=load.threads)
-    return [Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note)]
+    raw = f"raw write of the same files, {load.threads} threads"
+    return [
+        Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note),
+        Contender(name=raw, role="limit", work=writes.payload, run=writes.raw),
+    ]
 
 
 @dataclass(kw_only=True, slots=True)
