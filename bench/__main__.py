@@ -24,7 +24,7 @@ import torch
 
 from bench import gpu, growth, limits, project, report
 from bench.peers import ROOT, STEPS, WRITERS, Load, Peer, PeerFailed, Worker
-from shared.cli import run
+from shared.cli import DefaultRun, run
 
 README = ROOT / "README.md"
 SCRATCH = ROOT / "build" / "bench" / "scratch"
@@ -180,15 +180,7 @@ def _round_of(worker: Worker) -> Callable[[], float]:
     return lambda: worker.round()["seconds"]
 
 
-class _DefaultRun(click.Group):
-    """`python -m bench --quick` means `python -m bench run --quick`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        named = args and (args[0] in self.commands or args[0] == "--help")
-        return super().parse_args(ctx, args if named else ["run", *args])
-
-
-@click.group(cls=_DefaultRun)
+@click.group(cls=DefaultRun)
 def main() -> None:
     """How fast the hot paths are, beside the machine's own limits and beside other tools."""
 

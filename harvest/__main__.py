@@ -21,7 +21,7 @@ from harvest.harvest import (
 from harvest.text import TextSource, load_tokenizer, require_one_context, tokenizer_hash
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
-from shared.cli import UserError, format_layers, parse_count, parse_layers, run
+from shared.cli import DefaultRun, UserError, format_layers, parse_count, parse_layers, run
 from shared.device import pick_device
 from shared.files import make_dir
 from shared.lm import load_config, model_revision, unpin
@@ -139,15 +139,7 @@ def _model_shape(model: str, revision: str | None) -> dict[str, int]:
     return {"n_layers": config.num_hidden_layers, "d_model": config.hidden_size, "vocab_size": config.vocab_size}
 
 
-class _DefaultRun(click.Group):
-    """`python -m harvest --tokens 1M` means `python -m harvest run --tokens 1M`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        named = args and (args[0] in self.commands or args[0] == "--help")
-        return super().parse_args(ctx, args if named else ["run", *args])
-
-
-@click.group(cls=_DefaultRun)
+@click.group(cls=DefaultRun)
 def main() -> None:
     """Harvest residual activations into a cache, and look after it."""
 

@@ -15,6 +15,14 @@ class UserError(Exception):
     """Something the user can put right; the message is one line and says how."""
 
 
+class DefaultRun(click.Group):
+    """A group whose command `run` may be left out: `python -m harvest --tokens 1M` is `python -m harvest run --tokens 1M`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
 def run(command: click.Command) -> NoReturn:
     """Run a click command as a program: every expected failure is one line on stderr and exit code 2."""
     try:
