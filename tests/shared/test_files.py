@@ -1,10 +1,14 @@
+import errno
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from shared.cli import UserError
-from shared.files import free_bytes, make_dir, publish_file, publish_json
+from shared.files import PAGE, free_bytes, make_dir, page_aligned, publish_file, publish_json, read_file, write_file
 from shared.progress import Progress
 
 
@@ -20,6 +24,83 @@ def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         publish_file(path, b"new")
     assert path.read_text() == '{\n "a": 1\n}\n'
+
+
+SIZES = (0, 2, PAGE - 2, PAGE, PAGE + 2, 5 * PAGE, 5 * PAGE + 1234)
+
+
+class Calls:
+    """Watch reads and writes: with the page cache or without, and refusing to go without it if told to."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, refuse_flag: bool = False, refuse_call: bool = False) -> None:
+        self.seen: list[tuple[bool, int]] = []
+        write, readv, control = os.write, os.readv, fcntl.fcntl
+
+        def watch(fd: int, size: int) -> None:
+            direct = bool(control(fd, fcntl.F_GETFL) & os.O_DIRECT)
+            self.seen.append((direct, size))
+            if direct and refuse_call:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+        def watched_write(fd: int, data: memoryview) -> int:
+            watch(fd, len(data))
+            return write(fd, data)
+
+        def watched_readv(fd: int, parts: list[memoryview]) -> int:
+            watch(fd, len(parts[0]))
+            return readv(fd, parts)
+
+        def refusing(fd: int, command: int, argument: int = 0) -> Any:
+            if refuse_flag and command == fcntl.F_SETFL and argument & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return control(fd, command, argument)
+
+        patch.setattr(os, "write", watched_write)
+        patch.setattr(os, "readv", watched_readv)
+        patch.setattr(fcntl, "fcntl", refusing)
+
+
+def random_bytes(size: int, *, shift: int = 0) -> memoryview:
+    """Bytes that begin `shift` after a page does."""
+    memory = page_aligned(size // 2 + PAGE).numpy().view(np.uint8)[shift : shift + size]
+    memory[:] = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    return memory.data
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("refusal", ["none", "flag", "call"])
+@pytest.mark.parametrize("shift", [0, 64])
+def test_the_bytes_are_right_whatever_the_file_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, refusal: str, shift: int
+) -> None:
+    data, out = random_bytes(size, shift=shift), random_bytes(size + 2, shift=shift)
+    Calls(monkeypatch, refuse_flag=refusal == "flag", refuse_call=refusal == "call")
+    (tmp_path / "a").write_bytes(b"older and longer" * PAGE)
+    write_file(tmp_path / "a", data)
+    assert (tmp_path / "a").read_bytes() == data
+    assert read_file(tmp_path / "a", out) == size  # two bytes fewer than asked for
+    assert out[:size] == data
+    assert read_file(tmp_path / "a", out[: size // 2]) == size // 2
+
+
+def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    write_file(tmp_path / "a", random_bytes(3 * PAGE + 10))
+    if not calls.seen[0][0]:
+        pytest.skip("this file system takes no direct writes")
+    assert calls.seen == [(True, 3 * PAGE), (False, 10)]
+    calls.seen.clear()
+    write_file(tmp_path / "a", random_bytes(3 * PAGE, shift=64))
+    assert calls.seen == [(False, 3 * PAGE)]
+
+
+def test_other_errors_are_not_taken_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "a", random_bytes(PAGE))
 
 
 def test_folders_are_proved_writable(tmp_path: Path) -> None:
