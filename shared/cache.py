@@ -14,9 +14,9 @@ are written and read as plain files, at the disk's speed and straight into the c
 metadata. The last `holdout_blocks` blocks are for evaluation alone.
 """
 
+import ctypes
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ import zarr
 from numpy.typing import NDArray
 
 from shared.cli import UserError, format_layers, parse_layers
-from shared.files import make_dir, publish_json
+from shared.files import make_dir, publish_json, read_file
+from shared.native import load
 from shared.shuffle import block_rows
 
 FORMAT = 1
@@ -38,7 +39,7 @@ _KEYS: dict[str, Any] = {
     "name": "default",
     "separator": ".",
 }  # chunk files lie side by side: no directory (and no fsync) for each
-_CRC_PIECE = 4 << 20  # the checksum holds the interpreter lock, so it is taken in pieces of well under a millisecond
+_CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter lock, so it gets pieces of about a millisecond
 
 assert sys.byteorder == "little", "the cache stores little-endian values as they lie in memory"
 
@@ -150,10 +151,18 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
 def crc32c(data: NDArray[Any]) -> str:
     """CRC-32C of an array's bytes, eight hexadecimal digits."""
     raw = data.reshape(-1).view(np.uint8)
+    library = load(Path(__file__).with_name("crc32c.c"))
+    if library is None:
+        return f"{_google_crc32c(raw):08x}"
+    library.crc32c.restype = ctypes.c_uint32
+    return f"{library.crc32c(ctypes.c_void_p(raw.ctypes.data), ctypes.c_int64(raw.size)):08x}"
+
+
+def _google_crc32c(raw: NDArray[np.uint8]) -> int:
     value = 0
     for start in range(0, raw.size, _CRC_PIECE):
         value = google_crc32c.extend(value, raw[start : start + _CRC_PIECE])
-    return f"{value:08x}"
+    return value
 
 
 class Cache:
@@ -264,21 +273,13 @@ class Cache:
         return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
 
     def read_block(self, layer: int, block: int, out: NDArray[np.float16]) -> None:
-        """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing or short."""
-        view = memoryview(out.data).cast("B")
+        """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing, unreadable or short."""
         try:
-            fd = os.open(self.block_path(layer, block), os.O_RDONLY)
+            n = read_file(self.block_path(layer, block), memoryview(out.data).cast("B"))
         except OSError as error:
             raise self._damaged(layer, block, error.strerror or "unreadable") from None
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while view:
-                n = os.readv(fd, [view])
-                if n == 0:
-                    raise self._damaged(layer, block, f"{len(view)} bytes short")
-                view = view[n:]
-        finally:
-            os.close(fd)
+        if n < out.nbytes:
+            raise self._damaged(layer, block, f"{out.nbytes - n} bytes short")
 
     def check_block(self, layer: int, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
         """Raises UserError naming layer and block if `data` is not what was committed."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shared.cache import BlockStats, Cache, CacheSpec, crc32c, merge_moments
+from shared.cache import BlockStats, Cache, CacheSpec, _google_crc32c, crc32c, merge_moments
 from shared.cli import UserError
 
 SPEC = CacheSpec(
@@ -51,6 +51,17 @@ def test_merged_moments_are_the_moments_of_all(parts: list[list[float]]) -> None
 
 def test_crc32c_is_the_standard_one() -> None:
     assert crc32c(np.frombuffer(b"123456789", dtype=np.uint8)) == "e3069283"  # the check value of RFC 3720
+
+
+@given(st.binary(max_size=300))
+def test_every_way_to_the_checksum_is_the_same(data: bytes) -> None:
+    raw = np.frombuffer(data, dtype=np.uint8)
+    assert crc32c(raw) == f"{_google_crc32c(raw):08x}"
+
+
+def test_checksums_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.cache.load", lambda source: None)
+    assert crc32c(np.frombuffer(b"123456789", dtype=np.uint8)) == "e3069283"
 
 
 def test_sizes_of_the_published_job() -> None:
@@ -142,6 +153,10 @@ def test_a_missing_or_short_file_is_named(tmp_path: Path) -> None:
         cache.read_block(0, 4, out)
     cache.block_path(0, 4).write_bytes(b"x" * 40)
     with pytest.raises(UserError, match="8 bytes short"):
+        cache.read_block(0, 4, out)
+    cache.block_path(0, 4).unlink()
+    cache.block_path(0, 4).mkdir()
+    with pytest.raises(UserError, match="layer 0 block 4 .*Is a directory"):
         cache.read_block(0, 4, out)
     with pytest.raises(UserError, match="layer 0 block 4 .*is not harvested"):
         cache.stats(0, 4)
