@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.cache import BlockStats, Cache, crc32c
-from shared.files import sync_dir, write_file
+from shared.files import page_aligned, sync_dir, write_file
 from shared.native import load
 
 FP16_MAX = 65504.0
@@ -51,7 +51,8 @@ class BlockWriter:
         shape = (len(layers), cache.spec.block_rows, cache.spec.d_model)
         self._free: queue.Queue[Buffer] = queue.Queue()
         for _ in range(config.buffers):
-            data = torch.empty(shape, dtype=torch.float16, pin_memory=pinned)
+            # Pinned memory is page aligned too, as direct writes want it.
+            data = torch.empty(shape, dtype=torch.float16, pin_memory=True) if pinned else page_aligned(*shape)
             self._free.put(Buffer(data=data, nonfinite=torch.zeros(len(layers), dtype=torch.int64, pin_memory=pinned)))
         self._disk = ThreadPoolExecutor(config.threads, "disk")
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
@@ -97,14 +98,14 @@ class BlockWriter:
             self._error = self._error or error
 
     def _write(self, job: "_BlockJob", index: int) -> None:
-        write_file(self._cache.block_path(self._layers[index], job.block), job.buffer.data[index].numpy().data)
+        path = self._cache.block_path(self._layers[index], job.block)
+        write_file(path, job.buffer.data[index].numpy().data)
+        sync_dir(path.parent)
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
         job.stats[self._layers[index]] = block_stats(job.buffer.data[index].numpy(), int(job.buffer.nonfinite[index]))
 
     def _commit(self, job: "_BlockJob") -> None:
-        for layer in self._layers:
-            sync_dir(self._cache.block_path(layer, job.block).parent)
         self._cache.commit(job.block, {layer: job.stats[layer] for layer in self._layers})
         self._free.put(job.buffer)
         self._done(job.block)

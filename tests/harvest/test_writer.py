@@ -1,13 +1,16 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harvest.writer import BlockWriter, WriterConfig, _sums, _torch_sums, block_stats, to_float16
 from shared.cache import Cache
+from shared.files import PAGE
 from tests.shared.test_cache import SPEC
 
 
@@ -54,6 +57,23 @@ def test_blocks_are_committed_once_they_are_whole(tmp_path: Path) -> None:
         for layer in (0, 2):
             cache.read_block(layer, block, out)
             assert (out == block).all()
+
+
+@pytest.mark.parametrize("d_model", [PAGE // 8, PAGE // 8 + 3])
+def test_blocks_written_past_the_page_cache_are_what_zarr_reads(tmp_path: Path, d_model: int) -> None:
+    """Blocks of whole pages, and blocks that leave a rest and do not begin on a page."""
+    spec = dataclasses.replace(SPEC, d_model=d_model)
+    assert (spec.block_bytes % PAGE == 0) == (d_model == PAGE // 8)
+    cache, data = Cache.create(tmp_path / "c", spec, (0, 2)), torch.randn(2, spec.block_rows, d_model).half()
+    with BlockWriter(cache, (0, 2), WriterConfig(), pinned=False, done=lambda _: None) as writer:
+        buffer = writer.buffer()
+        assert buffer.data.data_ptr() % PAGE == 0
+        buffer.data.copy_(data)
+        writer.submit(1, buffer)
+    for i, layer in enumerate((0, 2)):
+        array = zarr.open_array(str(cache.path / "activations.zarr" / "resid_post" / f"{layer:02d}"), mode="r")
+        np.testing.assert_array_equal(array[spec.block_rows : 2 * spec.block_rows], data[i].numpy())
+        cache.check_block(layer, 1, data[i].numpy(), cache.stats(layer, 1))
 
 
 def test_a_failed_write_stops_the_harvest_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
