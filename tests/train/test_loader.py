@@ -1,4 +1,5 @@
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,28 @@ def test_damage_met_in_training_names_the_block(cache: Cache, tmp_path: Path) ->
         batches(copy, last=200)
 
 
-def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
+def test_the_next_windows_are_read_while_one_is_used_and_no_further(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is two windows: while the first is handed out only the second is read, and once it is used up the third."""
+    blocks: list[int] = []
+    read = Cache.read_block
 
+    def count(self: Cache, layer: int, block: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
+        read(self, layer, block, out)
+        blocks.append(block)
+
+    monkeypatch.setattr(Cache, "read_block", count)
+    config = LoaderConfig(batch=2 * cache.spec.block_rows, window_blocks=2, threads=2)  # a batch is a window
+    expected = iter((4, 6, 8, 10, 10))
+    for _ in ActivationLoader(cache, 1, config, CPU, last=5):
+        wanted, deadline = next(expected), time.monotonic() + 20
+        while len(blocks) < wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)  # for what should not be read
+        assert len(blocks) == len(set(blocks)) == wanted
+    assert next(expected, None) is None
+
+
+def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Cache.read_block
 
     def slow(self: Cache, layer: int, block: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
