@@ -52,11 +52,6 @@ class Config:
             directory=SCRATCH,
         )
 
-    def disk(self, *, direct: bool) -> limits.Disk:
-        """As many bytes as the writers write, split evenly over the threads."""
-        size = self.write_tokens * self.d * 2 // self.threads // limits.PAGE * limits.PAGE
-        return limits.Disk(folder=SCRATCH / "raw", threads=self.threads, files=1, size=size, direct=direct)
-
 
 def training(config: Config) -> report.Comparison:
     five = limits.five_products(tokens=config.tokens, d=config.d, features=config.features, device=config.device)
@@ -95,15 +90,12 @@ def writing(config: Config) -> report.Comparison:
 
 
 def reading(config: Config) -> report.Comparison:
-    """The limit reads what the writing limit left; ours reads a cache of its own."""
     load = config.load(tokens=config.write_tokens)
-    limits.write_seconds(config.disk(direct=False))
-    contenders = [*_ours("read", load), *_disk("read", limits.read_seconds, config)]
     return report.compare(
         key="reading",
         name=f"cache read, {load.tokens * load.d * 2 / 1e6:.0f} MB, cold page cache",
         unit="bytes",
-        contenders=contenders,
+        contenders=_ours("read", load),
         rounds=config.rounds,
         say=click.echo,
     )
@@ -148,15 +140,6 @@ def _ours(path: str, load: Load) -> list[report.Contender]:
         return []
     make = getattr(import_module("bench.ours"), path, None)
     return list(make(load)) if make else []
-
-
-def _disk(word: str, seconds: Callable[[limits.Disk], float], config: Config) -> list[report.Contender]:
-    def contender(direct: bool) -> report.Contender:
-        disk = config.disk(direct=direct)
-        name = f"raw {word}, {'direct' if direct else 'buffered'}, {disk.threads} threads"
-        return report.Contender(name=name, role="limit", work=disk.bytes, run=lambda: seconds(disk))
-
-    return [contender(direct) for direct in (False, True)]
 
 
 def _peers(

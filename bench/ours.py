@@ -7,10 +7,12 @@ empty folder, a cold page cache) is made before its clock starts, so every run h
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from bench import limits
 from bench.peers import Load
 from bench.report import Contender
-from shared.files import write_file
+from shared.files import page_aligned
 from train.step import StepConfig, StepResult, TrainingSae, Workspace, pick_kernels
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
@@ -191,16 +193,21 @@ class Writes:
             file.unlink()
         return self.cache
 
-    def raw(self) -> float:
+    def raw(self, *, direct: bool) -> float:
         """The same files at the same places from as many threads: write, fsync, and nothing else."""
         cache = self.emptied()
-        data = torch.empty(len(cache.layers), self.spec.block_rows, self.spec.d_model, dtype=torch.float16)
+        data = page_aligned(len(cache.layers), self.spec.block_rows, self.spec.d_model)
         fill_random(data)
         files = [(layer, block) for block in range(self.spec.n_blocks) for layer in cache.layers]
-        with ThreadPoolExecutor(self.threads) as pool:
-            start = time.perf_counter()
-            list(pool.map(lambda at: write_file(cache.block_path(*at), data[at[0]].numpy().data), files))
-            return time.perf_counter() - start
+
+        def work(at: tuple[int, int]) -> None:
+            left = memoryview(data[at[0]].numpy().data).cast("B")
+            with raw_file(cache.block_path(*at), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct) as fd:
+                while left:
+                    left = left[os.write(fd, left) :]
+                os.fsync(fd)
+
+        return in_threads(self.threads, work, files)
 
     def note(self) -> str:
         block = self.spec.block_bytes * self.spec.n_layers
@@ -215,11 +222,40 @@ class Writes:
 def write(load: Load) -> list[Contender]:
     spec = cache_spec(d=load.d, n_layers=LAYERS, rows=load.tokens // LAYERS)
     writes = Writes(folder=load.directory / "ours", spec=spec, threads=load.threads)
-    raw = f"raw write of the same files, {load.threads} threads"
+    ours = Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note)
+    return [ours, *raw_limits("write", writes.raw, writes.payload, spec, load.threads)]
+
+
+def raw_limits(word: str, run: Callable[..., float], work: float, spec: CacheSpec, threads: int) -> list[Contender]:
+    """Buffered and, where a block is whole pages, direct: either can be the faster, and ours stands against that one."""
     return [
-        Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note),
-        Contender(name=raw, role="limit", work=writes.payload, run=writes.raw, note=lambda: "write, fsync"),
+        Contender(
+            name=f"raw {word} of the same files, {how}, {threads} threads",
+            role="limit",
+            work=work,
+            run=partial(run, direct=how == "direct"),
+        )
+        for how in ("buffered", "direct")
+        if how == "buffered" or spec.block_bytes % limits.PAGE == 0
     ]
+
+
+@contextlib.contextmanager
+def raw_file(path: Path, flags: int, direct: bool) -> Iterator[int]:
+    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def in_threads(threads: int, work: Callable[[Any], None], items: list[Any]) -> float:
+    """Seconds for all items, the threads being there before the clock starts."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: None, range(threads)))
+        start = time.perf_counter()
+        list(pool.map(work, items))
+        return time.perf_counter() - start
 
 
 @dataclass(kw_only=True, slots=True)
@@ -230,6 +266,7 @@ class Reads:
     loader: Any  # ActivationLoader
     batch: int
     batches: int
+    threads: int
     shares: list[float] = field(default_factory=list)
 
     def run(self) -> float:
@@ -242,6 +279,24 @@ class Reads:
             raise RuntimeError(f"{seen} rows came, {self.batch * self.batches} were asked for")
         self.shares.append((self.loader.waited - waited) / seconds)
         return seconds
+
+    def raw(self, *, direct: bool) -> float:
+        """The same files into memory that is there already, from as many threads, and nothing else."""
+        evict_blocks(self.cache)
+        spec = self.cache.spec
+        memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for _ in range(self.threads):
+            memory.put(page_aligned(spec.block_rows, spec.d_model).fill_(1))
+
+        def work(block: int) -> None:
+            data = memory.get()
+            left = memoryview(data.numpy().data).cast("B")
+            with raw_file(self.cache.block_path(0, block), os.O_RDONLY, direct) as fd:
+                while left:
+                    left = left[os.readv(fd, [left]) :]
+            memory.put(data)
+
+        return in_threads(self.threads, work, list(range(spec.n_blocks)))
 
     def note(self) -> str:
         window = 2 * READ_WINDOW * self.cache.spec.block_bytes
@@ -270,10 +325,10 @@ def read(load: Load) -> list[Contender]:
     batches = cache.spec.train_tokens // batch
     config = LoaderConfig(batch=batch, window_blocks=READ_WINDOW, threads=load.threads)
     loader = ActivationLoader(cache, 0, config, torch.device(load.device), last=batches)
-    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches)
-    return [
-        Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note),
-    ]
+    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=load.threads)
+    ours = Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note)
+    payload = cache.spec.n_blocks * cache.spec.block_bytes
+    return [ours, *raw_limits("read", reads.raw, payload, cache.spec, load.threads)]
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
