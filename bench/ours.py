@@ -267,10 +267,13 @@ class Reads:
     batch: int
     batches: int
     threads: int
+    before: int | None  # bytes resident before the loader was made
+    growth: int | None = None  # how far they had risen at most, batches included
     shares: list[float] = field(default_factory=list)
 
     def run(self) -> float:
         evict_blocks(self.cache)
+        _resident(reset=True)
         waited, start, seen = self.loader.waited, time.perf_counter(), 0
         for x in self.loader:
             seen += len(x)
@@ -278,6 +281,8 @@ class Reads:
         if seen != self.batch * self.batches:
             raise RuntimeError(f"{seen} rows came, {self.batch * self.batches} were asked for")
         self.shares.append((self.loader.waited - waited) / seconds)
+        peak = _resident()
+        self.growth = None if self.before is None or peak is None else peak - self.before
         return seconds
 
     def raw(self, *, direct: bool) -> float:
@@ -300,9 +305,10 @@ class Reads:
 
     def note(self) -> str:
         window = 2 * READ_WINDOW * self.cache.spec.block_bytes
+        memory = f", resident set +{self.growth / 1e9:.2f} GB" if self.growth is not None else ""
         return (
-            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB; nothing trains, so the "
-            f"consumer waits {statistics.median(self.shares):.0%} of the time"
+            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB{memory}; nothing trains, so "
+            f"the consumer waits {statistics.median(self.shares):.0%} of the time"
         )
 
 
@@ -324,8 +330,9 @@ def read(load: Load) -> list[Contender]:
     batch = min(READ_BATCH, cache.spec.block_rows)
     batches = cache.spec.train_tokens // batch
     config = LoaderConfig(batch=batch, window_blocks=READ_WINDOW, threads=load.threads)
+    before = _resident(reset=True)
     loader = ActivationLoader(cache, 0, config, torch.device(load.device), last=batches)
-    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=load.threads)
+    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=load.threads, before=before)
     ours = Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note)
     payload = cache.spec.n_blocks * cache.spec.block_bytes
     return [ours, *raw_limits("read", reads.raw, payload, cache.spec, load.threads)]
