@@ -42,6 +42,13 @@ def load(source: Path) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(target))
 
 
+def cpu_flags() -> list[str]:
+    """The processor's features as Linux names them ("amx_bf16"); none where it does not say."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith("flags")), "").split()[2:]
+
+
 def _folder() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for folder in (root / "residual-saes", Path(tempfile.gettempdir()) / f"residual-saes-{os.getuid()}"):
@@ -57,9 +64,7 @@ def _folder() -> Path:
 def _fingerprint(source: Path, compiler: str, flags: list[str]) -> str:
     """Changes with the code, the compiler and the processor, for which -march=native compiles."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    info = Path("/proc/cpuinfo")
-    cpu = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
-    parts = [source.read_text(), version, " ".join(flags), cpu, platform.machine()]
+    parts = [source.read_text(), version, " ".join(flags), " ".join(cpu_flags()), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -1,15 +1,16 @@
-/* The training step between the matrix products, on a CPU. What each function computes is said in kernels.py.
+/* The training step around the matrix products, on a CPU. What each function computes is said in kernels.py.
  *
- * All of them are bound by memory: each reads and writes its matrices once. bfloat16 is uint16_t here. An entry of z is
- * active if its sixteen bits, read as a signed integer, are positive; the same test everywhere, so that lists and counts
- * agree even when a NaN goes through (it counts as active, and the sum it poisons stops the step).
+ * All of them are bound by memory: each reads and writes its matrices once. bfloat16 is uint16_t here, and the hidden layer
+ * is feature-major. An entry of z is active if its sixteen bits, read as a signed integer, are positive; the same test
+ * everywhere, so that lists and counts agree even when a NaN goes through (the sum it poisons stops the step).
  */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512BW__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -29,92 +30,86 @@ static inline bf16 narrow(float x) {
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-void activate(bf16 *restrict h, const float *restrict bias, int32_t *restrict row_count, int32_t *restrict feature_count,
-              float *restrict row_total, int64_t tokens, int64_t features) {
-    memset(feature_count, 0, features * sizeof *feature_count);
+/* h [features, tokens], as everywhere here. `token_counts` is [threads, tokens] and zero at first; the caller adds its rows. */
+void activate(bf16 *restrict h, const float *restrict bias, int32_t *restrict token_counts, int32_t *restrict feature_count,
+              float *restrict feature_total, int64_t tokens, int64_t features) {
 #pragma omp parallel
     {
-        int32_t *local = calloc(features, sizeof *local);
+        int32_t *restrict token_count = token_counts + omp_get_thread_num() * tokens;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            bf16 *row = h + t * features;
+        for (int64_t f = 0; f < features; f++) {
+            bf16 *row = h + f * tokens;
             int32_t count = 0;
             float total = 0;
-            for (int64_t f = 0; f < features; f++) {
-                float value = widen(row[f]) + bias[f];
+            for (int64_t t = 0; t < tokens; t++) {
+                float value = widen(row[t]) + bias[f];
                 value = value < 0 ? 0 : value;
                 bf16 rounded = narrow(value);
                 int32_t active = (int16_t)rounded > 0;
-                row[f] = rounded;
-                local[f] += active;
+                row[t] = rounded;
+                token_count[t] += active;
                 count += active;
                 total += widen(rounded);
             }
-            row_count[t] = count;
-            row_total[t] = total;
-        }
-#pragma omp critical
-        for (int64_t f = 0; f < features; f++) feature_count[f] += local[f];
-        free(local);
-    }
-}
-
-/* `partial` is [threads, features]; the caller adds its rows in order. */
-void mask(bf16 *restrict gz, const bf16 *restrict z, float l1, float *restrict partial, int64_t tokens, int64_t features,
-          int64_t threads) {
-#pragma omp parallel for schedule(static, 1)
-    for (int64_t part = 0; part < threads; part++) {
-        float *sum = partial + part * features;
-        memset(sum, 0, features * sizeof *sum);
-        for (int64_t t = tokens * part / threads; t < tokens * (part + 1) / threads; t++) {
-            bf16 *g = gz + t * features;
-            const bf16 *a = z + t * features;
-            for (int64_t f = 0; f < features; f++) {
-                bf16 value = (int16_t)a[f] > 0 ? narrow(widen(g[f]) + l1) : 0;
-                g[f] = value;
-                sum[f] += widen(value);
-            }
+            feature_count[f] = count;
+            feature_total[f] = total;
         }
     }
 }
 
-static void list_row(const bf16 *row, int64_t features, int32_t *feature, float *value) {
-    int64_t n = 0, f = 0;
+void mask(bf16 *restrict gz, const bf16 *restrict z, float l1, float *restrict sum, int64_t tokens, int64_t features) {
+#pragma omp parallel for schedule(static)
+    for (int64_t f = 0; f < features; f++) {
+        bf16 *g = gz + f * tokens;
+        const bf16 *a = z + f * tokens;
+        float total = 0;
+        for (int64_t t = 0; t < tokens; t++) {
+            bf16 value = (int16_t)a[t] > 0 ? narrow(widen(g[t]) + l1) : 0;
+            g[t] = value;
+            total += widen(value);
+        }
+        sum[f] = total;
+    }
+}
+
+static void list_row(const bf16 *row, int64_t tokens, int32_t *token, float *value) {
+    int64_t n = 0, t = 0;
 #if defined(__AVX512BW__)
-    for (; f + 32 <= features; f += 32) {
-        __m512i entries = _mm512_loadu_si512((const void *)(row + f));
+    for (; t + 32 <= tokens; t += 32) {
+        __m512i entries = _mm512_loadu_si512((const void *)(row + t));
         uint32_t active = _mm512_cmpgt_epi16_mask(entries, _mm512_setzero_si512());
         for (; active; active &= active - 1, n++) {
-            int64_t at = f + __builtin_ctz(active);
-            feature[n] = (int32_t)at;
+            int64_t at = t + __builtin_ctz(active);
+            token[n] = (int32_t)at;
             value[n] = widen(row[at]);
         }
     }
 #endif
-    for (; f < features; f++)
-        if ((int16_t)row[f] > 0) {
-            feature[n] = (int32_t)f;
-            value[n++] = widen(row[f]);
+    for (; t < tokens; t++)
+        if ((int16_t)row[t] > 0) {
+            token[n] = (int32_t)t;
+            value[n++] = widen(row[t]);
         }
 }
 
+/* First every feature's entries, then from these every token's. `listed` holds the values in the first order. */
 void compact(const bf16 *z, const int64_t *row_start, const int64_t *feature_start, int32_t *feature, float *value,
-             int32_t *by_feature, int32_t *token, int64_t tokens, int64_t features, int64_t parts) {
-#pragma omp parallel for schedule(dynamic, 16)
-    for (int64_t t = 0; t < tokens; t++)
-        list_row(z + t * features, features, feature + row_start[t], value + row_start[t]);
-    /* Each part owns a range of features and walks the whole list, so tokens come out ascending without any locking. */
+             int32_t *by_feature, int32_t *token, float *listed, int64_t tokens, int64_t features, int64_t parts) {
+#pragma omp parallel for schedule(dynamic, 64)
+    for (int64_t f = 0; f < features; f++) list_row(z + f * tokens, tokens, token + feature_start[f], listed + feature_start[f]);
+    /* Each part owns a range of tokens and walks the whole list, so features come out ascending without any locking. */
 #pragma omp parallel for schedule(static, 1)
     for (int64_t part = 0; part < parts; part++) {
-        int64_t low = features * part / parts, high = features * (part + 1) / parts;
+        int64_t low = tokens * part / parts, high = tokens * (part + 1) / parts;
         int64_t *next = malloc((high - low) * sizeof *next);
-        memcpy(next, feature_start + low, (high - low) * sizeof *next);
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t e = row_start[t]; e < row_start[t + 1]; e++) {
-                int64_t f = feature[e];
-                if (f < low || f >= high) continue;
-                by_feature[next[f - low]] = (int32_t)e;
-                token[next[f - low]++] = (int32_t)t;
+        memcpy(next, row_start + low, (high - low) * sizeof *next);
+        for (int64_t f = 0; f < features; f++)
+            for (int64_t e = feature_start[f]; e < feature_start[f + 1]; e++) {
+                if (token[e] < low || token[e] >= high) continue;
+                int64_t at = next[token[e] - low]++;
+                feature[at] = (int32_t)f;
+                value[at] = listed[e];
+                by_feature[e] = (int32_t)at;
             }
         free(next);
     }
@@ -197,48 +192,61 @@ void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const
     }
 }
 
-/* Copies a [rows, d] tile to or from a matrix stored feature-last ([d, features]), 64 bytes of a line at a time. */
-enum { TILE = 32 };
+/* A dead feature's moments decay into subnormal numbers, which cost ten times as much and then never change: they are zero here. */
+static unsigned flush_subnormals(void) {
+#if defined(__SSE__)
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static void restore_subnormals(unsigned before) {
+#if defined(__SSE__)
+    _mm_setcsr(before);
+#else
+    (void)before;
+#endif
+}
 
 void adam(float *restrict w, float *restrict m, float *restrict v, const bf16 *restrict grad, bf16 *restrict copy,
-          int64_t features, int64_t d, int grad_feature_last, int copy_feature_last, int unit_norm, float lr, float clip,
-          float beta1, float beta2, float inverse_correction2, float eps) {
-    int64_t pitch = d + 16; /* not a power of two: the tile's rows must not fall on the same cache lines */
+          int64_t features, int64_t d, int unit_norm, float lr, float clip, float beta1, float beta2,
+          float inverse_correction2, float eps) {
 #pragma omp parallel
     {
-        bf16 *tile = malloc(TILE * pitch * sizeof *tile);
+        unsigned mode = flush_subnormals();
 #pragma omp for schedule(static)
-        for (int64_t f0 = 0; f0 < features; f0 += TILE) {
-            int64_t rows = features - f0 < TILE ? features - f0 : TILE;
-            if (grad_feature_last)
-                for (int64_t j = 0; j < d; j++)
-                    for (int64_t k = 0; k < rows; k++) tile[k * pitch + j] = grad[j * features + f0 + k];
-            for (int64_t k = 0; k < rows; k++) {
-                int64_t at = (f0 + k) * d;
-                const bf16 *g = grad_feature_last ? tile + k * pitch : grad + at;
-                float *restrict wr = w + at, *restrict mr = m + at, *restrict vr = v + at;
-                float square = 0;
-                for (int64_t j = 0; j < d; j++) {
-                    float gj = widen(g[j]) * clip;
-                    float mj = mr[j] + (1 - beta1) * (gj - mr[j]);
-                    float vj = beta2 * vr[j] + (1 - beta2) * gj * gj;
-                    float wj = wr[j] - lr * mj / (sqrtf(vj * inverse_correction2) + eps);
-                    mr[j] = mj;
-                    vr[j] = vj;
-                    wr[j] = wj;
-                    square += wj * wj;
-                }
-                if (unit_norm) {
-                    float inverse = 1 / fmaxf(sqrtf(square), 1e-12f);
-                    for (int64_t j = 0; j < d; j++) wr[j] *= inverse;
-                }
-                bf16 *out = copy_feature_last ? tile + k * pitch : copy + at;
-                for (int64_t j = 0; j < d; j++) out[j] = narrow(wr[j]);
+        for (int64_t f = 0; f < features; f++) {
+            const bf16 *restrict g = grad + f * d;
+            float *restrict wr = w + f * d, *restrict mr = m + f * d, *restrict vr = v + f * d, square = 0;
+            for (int64_t j = 0; j < d; j++) {
+                float gj = widen(g[j]) * clip;
+                float mj = mr[j] + (1 - beta1) * (gj - mr[j]);
+                float vj = beta2 * vr[j] + (1 - beta2) * gj * gj;
+                float wj = wr[j] - lr * mj / (sqrtf(vj * inverse_correction2) + eps);
+                mr[j] = mj;
+                vr[j] = vj;
+                wr[j] = wj;
+                square += wj * wj;
             }
-            if (copy_feature_last)
-                for (int64_t j = 0; j < d; j++)
-                    for (int64_t k = 0; k < rows; k++) copy[j * features + f0 + k] = tile[k * pitch + j];
+            if (unit_norm) {
+                float inverse = 1 / fmaxf(sqrtf(square), 1e-12f);
+                for (int64_t j = 0; j < d; j++) wr[j] *= inverse;
+            }
+            for (int64_t j = 0; j < d; j++) copy[f * d + j] = narrow(wr[j]);
         }
-        free(tile);
+        restore_subnormals(mode);
+    }
+}
+
+/* Sum of squares of n numbers, a partial sum for each part of them so that the order is always the same. */
+void squares(const bf16 *x, double *partial, int64_t n, int64_t parts) {
+#pragma omp parallel for schedule(static)
+    for (int64_t part = 0; part < parts; part++) {
+        float sum = 0;
+        for (int64_t i = n * part / parts; i < n * (part + 1) / parts; i++) sum += widen(x[i]) * widen(x[i]);
+        partial[part] = sum;
     }
 }

@@ -1,16 +1,20 @@
-"""The pieces of a training step that no matrix product does, and which implementation runs them.
+"""The arithmetic of a training step in pieces, and which implementation runs them.
 
-Three implementations of one interface. `TorchKernels` (this file) is plain torch, runs on any device and in any dtype,
-and is the definition the others are tested against. `native.NativeKernels` is a small compiled C file for CPUs,
-`triton_kernels.TritonKernels` is for CUDA. Shapes everywhere: B tokens, d = d_model, F features; a weight is always
-handed over as an [F, d] view, whatever its storage order, so that a row is a feature.
+`TorchKernels` (this file) is plain torch, runs on any device and in any dtype, and is the definition that the others are
+tested against; they replace those of its methods at which they are faster. `native.NativeKernels` is compiled C for CPUs,
+`triton_kernels.TritonKernels` is for CUDA. Shapes everywhere: B tokens, d = d_model, F features. Weights and their
+gradients are [F, d], a row is a feature. The hidden layer is a [B, F] view of memory that the native kernels fill feature-major:
+then a feature's tokens are a row, for the products, for the bias, and for the lists of active entries.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -31,7 +35,7 @@ class Activation:
 
     row_count: Tensor  # int32 [B]: active features of each token
     feature_count: Tensor  # int32 [F]: tokens on which each feature is active
-    total: Tensor  # float32 scalar: sum of all activations
+    total: Tensor  # float32 or float64 scalar: sum of all activations
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -50,50 +54,96 @@ class Active:
     token: Tensor  # int32 [nnz], the token of each entry of by_feature (same order as by_feature)
 
 
+class Workspace:
+    """Memory that steps of one shape share, whichever SAE they belong to: [B, F] once (on CUDA twice) and [F, d] twice."""
+
+    def __init__(self, batch: int, d_model: int, n_features: int, precision: str, device: torch.device) -> None:
+        dtype = COMPUTE[precision]
+        self._z = torch.empty(batch * n_features, dtype=dtype, device=device)
+        self._gz = self._z[:0]  # only dense steps need it, and not everyone's, so it is made by the first of them
+        self.dw_enc = torch.empty(n_features, d_model, dtype=dtype, device=device)
+        self.dw_dec = torch.empty(n_features, d_model, dtype=dtype, device=device)
+
+    def z(self, batch: int, *, feature_major: bool) -> Tensor:
+        """The hidden layer, [batch, F]."""
+        return _view(self._z, batch, len(self.dw_enc), feature_major)
+
+    def gz(self, batch: int, n_features: int, *, feature_major: bool) -> Tensor:
+        """The gradient of some features of the hidden layer, [batch, n_features]."""
+        if self._gz.numel() < batch * n_features:
+            self._gz = self._z.new_empty(batch * n_features)
+        return _view(self._gz, batch, n_features, feature_major)
+
+
+def _view(flat: Tensor, batch: int, n_features: int, feature_major: bool) -> Tensor:
+    flat = flat[: batch * n_features]
+    return flat.view(n_features, batch).t() if feature_major else flat.view(batch, n_features)
+
+
+# dW_enc and dW_dec [F, d] in compute precision, and the gradient of the encoder's bias, [F] in the accumulator's
+WeightGrads = tuple[Tensor, Tensor, Tensor]
+
+
 class Kernels(Protocol):
     """Every method writes its results completely; a trailing underscore marks the argument changed in place."""
 
-    def activate_(self, h: Tensor, bias: Tensor) -> Activation:
-        """h [B, F] becomes z = relu(h + bias), bias float32 [F] added in float32, rounded to h's dtype."""
+    def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:
+        """z [B, F] = relu(xc [B, d] · w_encᵀ + bias), bias float32 [F] added in float32; it lies in the workspace."""
         ...
 
-    def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
-        """gz [B, F] becomes (gz + l1_grad) where z > 0, else 0. Returns its column sums, float32 [F]."""
+    def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Decode and compare: x̂ = z · w_dec + bias, g = scale · (x̂ − x). x [B, d] (any float dtype), bias float32 [d].
+
+        Returns g [B, d] in w_dec's dtype and Σ (x̂ − x)², a scalar.
+        """
+        ...
+
+    def dense_weight_grads(
+        self, z: Tensor, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
+    ) -> WeightGrads:
+        """Both weight gradients through the whole hidden gradient (g · w_decᵀ + l1_grad where z > 0, else 0)."""
         ...
 
     def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
         """List the nnz non-zero entries of z [B, F]."""
         ...
 
-    def residual(
+    def sparse_residual(
         self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode, compare, and pull the error back to the active entries.
+        """`dense_residual` from the active entries alone, and the error pulled back to them.
 
-        x̂ = z @ w_dec + bias; g = scale · (x̂ − x).  w_dec [F, d], x [B, d] (any float dtype), bias float32 [d].
-        Returns g [B, d] in w_dec's dtype, the hidden gradient g_b · w_dec[i] + l1_grad of each entry, float32 [nnz],
-        and Σ (x̂ − x)², a float32 scalar.
+        Returns also, second, the hidden gradient g_b · w_dec[i] + l1_grad of each entry, float32 [nnz].
         """
         ...
 
-    def weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both weight gradients from the active entries alone.
+    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
+        """Both weight gradients from the active entries alone: dW_enc = Σ g_hidden · xc_b, dW_dec = Σ value · g_b, and the
+        encoder bias gradient Σ g_hidden; zero for features with no entry."""
+        ...
 
-        g, xc [B, d]. Returns dW_enc [F, d] = Σ g_hidden · xc_b, dW_dec [F, d] = Σ value · g_b, both in g's dtype, and
-        the encoder bias gradient Σ g_hidden, float32 [F]; zero for features with no entry.
-        """
+    def square_sum(self, x: Tensor) -> Tensor:
+        """Σ x² of a contiguous tensor, a scalar in at least the accumulator's precision."""
         ...
 
     def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
-        """Adam on w, m, v [F, d] (contiguous masters) from grad [F, d] (any strides); then, if `unit_norm`, scale
-        every row of w to norm 1; then write w into `copy` [F, d] (any strides, any dtype)."""
+        """Adam on w, m, v [F, d] (contiguous masters) from grad [F, d]; then, if `unit_norm`, scale every row of w to
+        norm 1; then write w into `copy` [F, d] of the compute precision."""
         ...
 
 
 class TorchKernels:
     """The definition, in torch operations. Accumulates in float32, or in float64 for float64 inputs."""
 
+    feature_major = False  # the order in which the hidden layer lies
+    features_at_once: int | None = None  # the part of the hidden gradient that is made and used up at once; None is all
+
+    def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:
+        z = _product(xc, w_enc.t(), out.z(len(xc), feature_major=self.feature_major))
+        return z, self.activate_(z, bias)
+
     def activate_(self, h: Tensor, bias: Tensor) -> Activation:
+        """h [B, F] becomes z = relu(h + bias), rounded to h's dtype."""
         torch.add(h, bias, out=h) if h.dtype == bias.dtype else h.copy_(h.to(bias.dtype) + bias)
         h.relu_()
         active = h > 0
@@ -103,7 +153,26 @@ class TorchKernels:
             total=h.sum(dtype=_accumulator(h)),
         )
 
+    def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        decoded = torch.mm(w_dec.t(), z.t()).t() if self.feature_major else torch.mm(z, w_dec)
+        residual = decoded.to(_accumulator(w_dec)).add_(bias).sub_(x)
+        square = residual.square().sum()
+        return residual.mul_(scale).to(w_dec.dtype).contiguous(), square
+
+    def dense_weight_grads(
+        self, z: Tensor, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
+    ) -> WeightGrads:
+        db_enc = torch.empty(z.shape[1], dtype=_accumulator(z), device=z.device)
+        for part in _parts(z.shape[1], self.features_at_once or z.shape[1]):
+            gz = out.gz(len(z), part.stop - part.start, feature_major=self.feature_major)
+            _product(g, w_dec[part].t(), gz)
+            db_enc[part] = self.mask_(gz, z[:, part], l1_grad)
+            torch.mm(z[:, part].t(), g, out=out.dw_dec[part])
+            torch.mm(gz.t(), xc, out=out.dw_enc[part])
+        return out.dw_enc, out.dw_dec, db_enc
+
     def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
+        """gz [B, F] becomes (gz + l1_grad) where z > 0, else 0. Returns its column sums, [F]."""
         gz.copy_(torch.where(z > 0, gz.to(_accumulator(gz)) + l1_grad, 0.0))
         return gz.sum(0, dtype=_accumulator(gz))
 
@@ -119,7 +188,7 @@ class TorchKernels:
             token=token[by_feature].int(),
         )
 
-    def residual(
+    def sparse_residual(
         self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         accumulator = _accumulator(w_dec)
@@ -131,16 +200,16 @@ class TorchKernels:
         g_hidden = (g[token].to(accumulator) * rows).sum(1) + l1_grad
         return g, g_hidden, r.square().sum()
 
-    def weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        accumulator = _accumulator(g)
+    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
         token, feature = _tokens(active), active.feature.long()
-        n_features, d = active.feature_start.numel() - 1, g.shape[1]
-        dw_enc = torch.zeros(n_features, d, dtype=accumulator, device=g.device)
-        dw_dec = torch.zeros_like(dw_enc)
-        dw_enc.index_add_(0, feature, xc[token].to(accumulator) * g_hidden[:, None])
-        dw_dec.index_add_(0, feature, g[token].to(accumulator) * active.value[:, None])
-        db_enc = torch.zeros(n_features, dtype=accumulator, device=g.device).index_add_(0, feature, g_hidden)
-        return dw_enc.to(g.dtype), dw_dec.to(g.dtype), db_enc
+        for target, rows, weight in ((out.dw_enc, xc, g_hidden), (out.dw_dec, g, active.value)):
+            total = torch.zeros_like(target, dtype=_accumulator(g))
+            target.copy_(total.index_add_(0, feature, rows[token].to(total.dtype) * weight[:, None]))
+        db_enc = torch.zeros(len(out.dw_enc), dtype=_accumulator(g), device=g.device).index_add_(0, feature, g_hidden)
+        return out.dw_enc, out.dw_dec, db_enc
+
+    def square_sum(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dtype=_accumulator(x)).square()
 
     def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
         adam_update_(w, m, v, grad.to(w.dtype), adam)
@@ -156,6 +225,18 @@ def adam_update_(w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep) 
     v.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
     scale = adam.lr / (1 - adam.beta1**adam.step)
     w.addcdiv_(m, (v / (1 - adam.beta2**adam.step)).sqrt_().add_(adam.eps), value=-scale)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a · b for an `out` stored either way round; torch.mm would go through a copy for one of them."""
+    if out.is_contiguous():
+        return torch.mm(a, b, out=out)
+    torch.mm(b.t(), a.t(), out=out.t())
+    return out
+
+
+def _parts(n: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

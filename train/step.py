@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels import Active, AdamStep, Kernels, TorchKernels, adam_update_
+from train.kernels import COMPUTE, AdamStep, Kernels, TorchKernels, Workspace, adam_update_
 from train.sae import Sae
-
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -46,30 +44,6 @@ class StepResult:
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-# Σ (x̂ − x)², the gradient of x̂ [B, d], and those of w_enc [F, d], w_dec [F, d] and b_enc [F]
-Gradients = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]
-
-
-class Workspace:
-    """Memory that steps of one shape share, whichever SAE they belong to: two [B, F] and two [F, d] matrices."""
-
-    def __init__(self, batch: int, d_model: int, n_features: int, precision: str, device: torch.device) -> None:
-        dtype = COMPUTE[precision]
-        self.z = torch.empty(batch, n_features, dtype=dtype, device=device)
-        self._gz: Tensor | None = None
-        shape = (n_features, d_model) if device.type == "cuda" else (d_model, n_features)
-        # On a CPU the product that yields a [d, F] gradient is the faster one (bench/limits.py measures both).
-        self.dw_enc = torch.empty(shape, dtype=dtype, device=device)
-        self.dw_dec = torch.empty(shape, dtype=dtype, device=device)
-
-    @property
-    def gz(self) -> Tensor:
-        """Needed by dense steps alone, so made by the first of them."""
-        if self._gz is None:
-            self._gz = torch.empty_like(self.z)
-        return self._gz
 
 
 def pick_kernels(precision: str, device: torch.device) -> Kernels:
@@ -104,17 +78,8 @@ class TrainingSae:
         self.moments = {f"{k}.{n}": torch.zeros_like(w) for n, w in self._parameters().items() for k in "mv"}
         self.step_count = 0
         self.last_active = torch.zeros(n_features, dtype=torch.int32, device=device)  # step of each feature's last firing
-        self._enc = self._feature_last()
-        self._dec_sparse = torch.empty_like(self.w_dec, dtype=self._compute)
-        self._dec_dense = self._dec_sparse if device.type == "cuda" else self._feature_last()
-        self._dec_fresh = self._dec_dense
-        self._refresh_copies()
-
-    def _feature_last(self) -> Tensor:
-        """An [F, d] matrix in compute precision, stored as [d, F] on a CPU (whose products like that) and as is on CUDA."""
-        if self.device.type == "cuda":
-            return torch.empty_like(self.w_enc, dtype=self._compute)
-        return torch.empty(self.d, self.n_features, dtype=self._compute, device=self.device).t()
+        # What the products read; Adam writes them in the pass in which it has the row at hand.
+        self._enc, self._dec = self.w_enc.to(self._compute, copy=True), self.w_dec.to(self._compute, copy=True)
 
     def _parameters(self) -> dict[str, Tensor]:
         return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias}
@@ -140,8 +105,7 @@ class TrainingSae:
         batch = x.shape[0]
         l1_scale = l1 / batch / (self.n_features if self.config.l1_reduction == "mean" else 1)
         centred = (x.to(self._master) - self.b_pre).to(self._compute)
-        z = torch.mm(centred, self._enc.t(), out=workspace.z[:batch])
-        activation = self.kernels.activate_(z, self.b_enc)
+        z, activation = self.kernels.encode(centred, self._enc, self.b_enc, workspace)
         active, total = torch.stack([activation.row_count.sum().double(), activation.total.double()]).tolist()
         if not math.isfinite(total):  # a NaN in the batch; what follows could not even list the active entries
             return StepResult(
@@ -149,16 +113,19 @@ class TrainingSae:
             )
         sparse = active < self.config.sparse_below * z.numel()
         scale = 2 / (batch * self.d)
+        bias = self.b_pre + self.b_dec
         if sparse:
             entries = self.kernels.compact(z, activation, int(active))
-            square, g, grads = self._sparse_gradients(entries, x, centred, scale, l1_scale)
+            g, g_hidden, square = self.kernels.sparse_residual(entries, self._dec, x, bias, scale, l1_scale)
+            grads = self.kernels.sparse_weight_grads(entries, g, centred, g_hidden, workspace)
         else:
-            square, g, grads = self._dense_gradients(z, x, centred, scale, l1_scale, workspace)
+            g, square = self.kernels.dense_residual(z, self._dec, x, bias, scale)
+            grads = self.kernels.dense_weight_grads(z, self._dec, g, centred, l1_scale, workspace)
         dw_enc, dw_dec, db_enc = grads
         db_dec = g.sum(0, dtype=self._master)
         d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
-        norm = torch.stack([torch.linalg.vector_norm(t, dtype=self._master) for t in (dw_enc, dw_dec, d_bias)]).norm()
-        square_sum, grad_norm = torch.stack([square, norm.to(square.dtype)]).tolist()
+        norm = (self.kernels.square_sum(dw_enc) + self.kernels.square_sum(dw_dec) + d_bias.double().square().sum()).sqrt()
+        square_sum, grad_norm = torch.stack([square.double(), norm]).tolist()
         result = StepResult(
             loss=square_sum / (batch * self.d) + l1_scale * total,
             mse=square_sum / (batch * self.d),
@@ -169,54 +136,18 @@ class TrainingSae:
         )
         if result.finite:
             self.last_active.masked_fill_(activation.feature_count > 0, self.step_count + 1)
-            self._update(dw_enc, dw_dec, d_bias, grad_norm, lr, sparse)
+            self._update(dw_enc, dw_dec, d_bias, grad_norm, lr)
         return result
 
-    def _dense_gradients(
-        self, z: Tensor, x: Tensor, centred: Tensor, scale: float, l1_scale: float, workspace: Workspace
-    ) -> Gradients:
-        w_dec = self._decoder(self._dec_dense)
-        residual = torch.mm(z, w_dec).to(self._master).add_(self.b_pre + self.b_dec).sub_(x)
-        square = residual.square().sum()
-        g = residual.mul_(scale).to(self._compute)
-        dw_dec = self._weight_product(g, z, workspace.dw_dec)
-        gz = torch.mm(g, w_dec.t(), out=workspace.gz[: len(x)])
-        db_enc = self.kernels.mask_(gz, z, l1_scale)
-        return square, g, (self._weight_product(centred, gz, workspace.dw_enc), dw_dec, db_enc)
-
-    def _weight_product(self, small: Tensor, large: Tensor, out: Tensor) -> Tensor:
-        """Σ over tokens of large [B, F] ⊗ small [B, d], as an [F, d] view of `out`."""
-        if self.device.type == "cuda":
-            return torch.mm(large.t(), small, out=out)
-        return torch.mm(small.t().contiguous(), large, out=out).t()
-
-    def _sparse_gradients(self, entries: Active, x: Tensor, centred: Tensor, scale: float, l1_scale: float) -> Gradients:
-        w_dec = self._decoder(self._dec_sparse)
-        g, g_hidden, square = self.kernels.residual(entries, w_dec, x, self.b_pre + self.b_dec, scale, l1_scale)
-        return square, g, self.kernels.weight_grads(entries, g, centred, g_hidden)
-
-    def _decoder(self, wanted: Tensor) -> Tensor:
-        """The compute copy of w_dec in the order this step wants; Adam writes one of the two, the other is made here."""
-        if wanted is not self._dec_fresh:
-            wanted.copy_(self.w_dec)
-            self._dec_fresh = wanted
-        return wanted
-
-    def _update(self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, grad_norm: float, lr: float, sparse: bool) -> None:
+    def _update(self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, grad_norm: float, lr: float) -> None:
         self.step_count += 1
         c, m = self.config, self.moments
         clip = min(1.0, c.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
         adam = AdamStep(step=self.step_count, lr=lr, clip=clip, beta1=c.beta1, beta2=c.beta2)
-        self._dec_fresh = self._dec_sparse if sparse else self._dec_dense
         update = self.kernels.adam_
         update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, unit_norm=False, copy=self._enc)
-        update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=True, copy=self._dec_fresh)
+        update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=True, copy=self._dec)
         adam_update_(self.bias, m["m.bias"], m["v.bias"], d_bias.to(self._master), adam)
-
-    def _refresh_copies(self) -> None:
-        self._enc.copy_(self.w_enc)
-        self._dec_fresh = self._dec_dense
-        self._dec_dense.copy_(self.w_dec)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs to go on bit for bit; tensors on the training device."""
@@ -226,7 +157,8 @@ class TrainingSae:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.step_count = step_count
-        self._refresh_copies()
+        self._enc.copy_(self.w_enc)
+        self._dec.copy_(self.w_dec)
 
     def snapshot(self, config: dict[str, Any], stats: dict[str, Any]) -> Sae:
         """The SAE as it is now; shares memory with this one."""

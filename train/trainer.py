@@ -13,11 +13,11 @@ from shared.cache import Cache
 from shared.cli import UserError, format_bytes, format_layers
 from shared.files import free_bytes, make_dir
 from shared.progress import Progress
-from train.kernels import Kernels
+from train.kernels import Kernels, Workspace
 from train.l1 import ControllerConfig, L1Controller, L1Setting
 from train.loader import ActivationLoader, LoaderConfig
 from train.runs import SNAPSHOTS, Run, snapshot_tokens
-from train.step import StepConfig, StepResult, TrainingSae, Workspace, pick_kernels
+from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

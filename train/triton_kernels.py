@@ -10,21 +10,21 @@ about 5.5 TB/s. These are floors worked out on paper, not timings.
                    lists written, sorted and permuted 0.5 GB                               1.0 GB HBM     0.25 ms
                    (its instructions take about as long: a scan and a few turns over every word of bits)
                    (from an `Activation` without bits: z once more, 2.15 GB                              +0.5 ms)
-    residual       2 KB of w_dec for each entry 10 GB                                       10 GB L2      1.8 ms
+    sparse_residual       2 KB of w_dec for each entry 10 GB                                10 GB L2      1.8 ms
                    w_dec, x, g, lists and partial dot products, hidden behind it           0.9 GB HBM    (0.2 ms)
-    weight_grads   2 KB of x and 2 KB of g for each entry 20 GB                             20 GB L2      3.7 ms
+    sparse_weight_grads   2 KB of x and 2 KB of g for each entry 20 GB                      20 GB L2      3.7 ms
                    x, g, lists, both gradients, partial sums, hidden behind it             0.8 GB HBM    (0.2 ms)
     adam_          28 bytes an element (bf16 gradient and copy)                            0.94 GB HBM    0.22 ms a matrix
 
-`residual` and `weight_grads` grow with L0. A dense product of this size takes 2.9 ms, so `residual` stays ahead of the
-two products that it replaces up to L0 = 480, `weight_grads` up to L0 = 230, and both together, mask_ and compact
+The two sparse ones grow with L0. A dense product of this size takes 2.9 ms, so `sparse_residual` stays ahead of the two
+products that it replaces up to L0 = 480, `sparse_weight_grads` up to L0 = 230, and both together, mask_ and compact
 counted in, up to about 350.
 
 What they trade:
 
 - The gathers work on one slice of the d columns at a time, all tokens (or features) of a slice before the next slice:
   the slice of the matrix being gathered from (8 or 16 MB) then stays in L2, which the whole matrix would not.
-  `residual` needs each row twice, first to decode and then to pull g back; a token's rows of one slice are small enough
+  `sparse_residual` needs each row twice, first to decode and then to pull g back; a token's rows of one slice are small enough
   that the second visit should find them in L1 (where it does not, 3.7 ms and not 1.8). Paid for with partial dot
   products, a float for each entry and slice.
 - Counts come from integer atomics: any order gives the same integers. Every float sum is taken in a fixed order
@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels import Activation, Active, AdamStep, starts
+from train.kernels import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
 TILE_ROWS, TILE_COLS = 16, 256  # activate_
@@ -65,8 +65,8 @@ class MarkedActivation(Activation):
     bits: Tensor  # int32 [B, ceil(F / 32)]: bit j of word k stands for feature 32 k + j
 
 
-class TritonKernels:
-    """See `train.kernels.Kernels`. bf16, float16 or float32; the columns of [B, F] and [B, d] tensors contiguous."""
+class TritonKernels(TorchKernels):
+    """See `train.kernels.Kernels`; the dense products are torch's. bf16, float16 or float32; the columns of [B, F] and [B, d] tensors contiguous."""
 
     def activate_(self, h: Tensor, bias: Tensor) -> MarkedActivation:
         n_rows, n_cols = h.shape
@@ -115,7 +115,7 @@ class TritonKernels:
             token=token[order],
         )
 
-    def residual(
+    def sparse_residual(
         self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_rows, d = x.shape
@@ -133,11 +133,11 @@ class TritonKernels:
         )  # fmt: skip
         return g, dots[0] if n_slices == 1 else dots.sum(0), squares.sum()
 
-    def weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
         plan = _plan(active, g.shape[1])
-        dw_enc, db_enc = plan.weighted_sums(xc, g_hidden.index_select(0, active.by_feature), g.dtype)
-        dw_dec, _ = plan.weighted_sums(g, active.value.index_select(0, active.by_feature), g.dtype)
-        return dw_enc, dw_dec, db_enc
+        db_enc = plan.weighted_sums(xc, g_hidden.index_select(0, active.by_feature), out.dw_enc)
+        plan.weighted_sums(g, active.value.index_select(0, active.by_feature), out.dw_dec)
+        return out.dw_enc, out.dw_dec, db_enc
 
     def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
         if not (w.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
@@ -171,13 +171,12 @@ class _Plan:
     sums: Tensor  # float32 [n_chunks, d]
     coefficient_sums: Tensor  # float32 [n_chunks]
 
-    def weighted_sums(self, rows: Tensor, coefficient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Σ coefficient · rows[token] over the entries of each feature, [F, d], and Σ coefficient, float32 [F].
+    def weighted_sums(self, rows: Tensor, coefficient: Tensor, out: Tensor) -> Tensor:
+        """`out` [F, d] = Σ coefficient · rows[token] over the entries of each feature; returns Σ coefficient, float32 [F].
 
         `coefficient` lists the entries by feature.
         """
         n_features, d = self.active.feature_start.numel() - 1, rows.shape[1]
-        out = torch.empty(n_features, d, dtype=dtype, device=rows.device)
         total = torch.empty(n_features, dtype=torch.float32, device=rows.device)
         cols = _slice(d, GRAD_COLS)
         _launch(
@@ -192,7 +191,7 @@ class _Plan:
                 self.chunk_start, self.sums, self.coefficient_sums, out, total, d,
                 CHUNKS=8, COLS=cols, num_warps=4,
             )  # fmt: skip
-        return out, total
+        return total
 
 
 def _plan(active: Active, d: int) -> _Plan:

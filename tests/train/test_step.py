@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels import TorchKernels
+from train.kernels import TorchKernels, Workspace
 from train.native import load_native
-from train.step import StepConfig, TrainingSae, Workspace
+from train.step import StepConfig, TrainingSae
 
 CPU = torch.device("cpu")
 D, F, B = 24, 100, 37

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels import Activation, Active, AdamStep, TorchKernels
+from train.kernels import COMPUTE, Activation, Active, AdamStep, TorchKernels, Workspace
 
 TORCH = TorchKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,6 +124,12 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return fenced(torch.randn(shape).to(dtype))
 
 
+def room(n_features: int, d: int, dtype: torch.dtype, device: Any = DEVICE) -> Workspace:
+    """Memory for both weight gradients; poisoned where `torch.empty` is."""
+    precision = next(name for name, one in COMPUTE.items() if one == dtype)
+    return Workspace(1, d, n_features, precision, torch.device(device))
+
+
 def transposed(x: Tensor) -> Tensor:
     return fenced(x.t().contiguous()).t()
 
@@ -205,8 +211,8 @@ def check_residual(kernels: Any, small_tiles: None, fences: None, size: Size, dt
     active = lists(size, dtype)
     x_dtype, layout = (torch.float32, transposed) if dtype == torch.float32 else (torch.float16, fenced)
     w, x, bias = random(size.features, size.d, dtype=dtype), random(size.tokens, size.d, dtype=x_dtype), random(size.d)
-    wanted_g, _, wanted_squares = TORCH.residual(active, w, x, bias, 0.7, 0.3)
-    g, g_hidden, squares = kernels.residual(active, layout(w), x, bias, 0.7, 0.3)
+    wanted_g, _, wanted_squares = TORCH.sparse_residual(active, w, x, bias, 0.7, 0.3)
+    g, g_hidden, squares = kernels.sparse_residual(active, layout(w), x, bias, 0.7, 0.3)
     assert_rounded_alike(g, wanted_g)
     assert_close(squares, wanted_squares, 1e-6)
     token = torch.repeat_interleave(torch.arange(size.tokens, device=DEVICE), active.row_start.diff())
@@ -223,9 +229,9 @@ def compare_weight_grads(kernels: Any, size: Size, dtype: torch.dtype) -> None:
     active = lists(size, dtype)
     g, xc = random(size.tokens, size.d, dtype=dtype), random(size.tokens, size.d, dtype=dtype)
     g_hidden = random(active.feature.numel())
-    wanted = TORCH.weight_grads(active, g, xc, g_hidden)
+    got, wanted = (k.sparse_weight_grads(active, g, xc, g_hidden, room(size.features, size.d, dtype)) for k in (kernels, TORCH))
     never = active.feature_start.diff() == 0
-    for one, other in zip(kernels.weight_grads(active, g, xc, g_hidden), wanted, strict=True):
+    for one, other in zip(got, wanted, strict=True):
         assert_rounded_alike(one, other)
         assert not one[never].any()
 
@@ -263,9 +269,9 @@ def compare_a_whole_step(kernels: Any, size: Size) -> None:
         z = fenced(h)
         activation = kernels.activate_(z, bias)
         active = kernels.compact(z, activation, int(activation.row_count.sum()))
-        g, g_hidden, squares = kernels.residual(active, w, x, b_dec, 1e-2, 1e-3)
+        g, g_hidden, squares = kernels.sparse_residual(active, w, x, b_dec, 1e-2, 1e-3)
         d_bias = kernels.mask_(fenced(h), z, 0.5)
-        weight_grads = kernels.weight_grads(active, g, x, g_hidden)
+        weight_grads = kernels.sparse_weight_grads(active, g, x, g_hidden, room(size.features, size.d, w.dtype))
         masters = [fenced(w.float()), torch.zeros_like(w.float()), torch.zeros_like(w.float())]
         kernels.adam_(*masters, weight_grads[1], AdamStep(step=1, lr=1e-3), unit_norm=True, copy=fenced(w))
         return [z, active.value, active.by_feature, g, g_hidden, squares, d_bias, *weight_grads, *masters]
@@ -304,9 +310,10 @@ def check_that_nan_is_not_hidden(kernels: Any) -> None:
 def check_no_entries_at_all(kernels: Any, fences: None) -> None:
     z, n_features, d = fenced(torch.zeros(9, 70)), 70, 20
     active = kernels.compact(z, kernels.activate_(z, -torch.ones(70, device=DEVICE)), 0)
-    g, g_hidden, _ = kernels.residual(active, random(n_features, d), random(9, d), random(d), 1.0, 0.1)
+    g, g_hidden, _ = kernels.sparse_residual(active, random(n_features, d), random(9, d), random(d), 1.0, 0.1)
     assert g_hidden.shape == (0,) and not g.isnan().any()
-    assert not any(grad.any() for grad in kernels.weight_grads(active, g, g, g_hidden))
+    grads = kernels.sparse_weight_grads(active, g, g, g_hidden, room(n_features, d, g.dtype))
+    assert not any(grad.any() for grad in grads)
 
 
 def check_that_strided_columns_are_refused(kernels: Any) -> None:
@@ -337,8 +344,8 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
     kernels.compact(z, bare, nnz)
     active = kernels.compact(z, activation, nnz)
     w, x = make(size.features, size.d, dtype=dtype), make(size.tokens, size.d, dtype=dtype)
-    g, g_hidden, _ = kernels.residual(active, w, x, make(size.d), 0.1, 0.1)
-    kernels.weight_grads(active, g, x, g_hidden)
+    g, g_hidden, _ = kernels.sparse_residual(active, w, x, make(size.d), 0.1, 0.1)
+    kernels.sparse_weight_grads(active, g, x, g_hidden, room(size.features, size.d, dtype, "meta"))
     master = make(size.features, size.d)
     for unit_norm in (False, True):
         kernels.adam_(master, master, master, w, AdamStep(step=2, lr=1e-3), unit_norm=unit_norm, copy=w)
