@@ -239,12 +239,15 @@ def _kernel_errors(lab: Lab, tokens: int, features: int, d: int, dtype: torch.dt
     found["mask sums"] = error(ours.mask_(masked, their_z, l1_grad), torchs.mask_(their_masked, their_z, l1_grad))
     found["masked"] = error(masked, their_masked)
     b_dec = torch.randn(d, device=device)
-    got = ours.residual(theirs, w, x, b_dec, 1e-2, 1e-3)
-    wanted = torchs.residual(theirs, w, x, b_dec, 1e-2, 1e-3)
+    got = ours.sparse_residual(theirs, w, x, b_dec, 1e-2, 1e-3)
+    wanted = torchs.sparse_residual(theirs, w, x, b_dec, 1e-2, 1e-3)
     found |= {n: error(a, b) for n, a, b in zip(("g", "g_hidden", "squares"), got, wanted, strict=True)}
-    grads = ours.weight_grads(theirs, wanted[0], centred, wanted[1])
-    again = ours.weight_grads(theirs, wanted[0], centred, wanted[1])
-    their_grads = torchs.weight_grads(theirs, wanted[0], centred, wanted[1])
+    precision = next(name for name, one in COMPUTE.items() if one == dtype)
+    rooms = [Workspace(1, d, features, precision, device) for _ in range(3)]
+    grads, again, their_grads = (
+        kernels.sparse_weight_grads(theirs, wanted[0], centred, wanted[1], room)
+        for kernels, room in zip((ours, ours, torchs), rooms, strict=True)
+    )
     found |= {n: error(a, b) for n, a, b in zip(("dw_enc", "dw_dec", "db_enc"), grads, their_grads, strict=True)}
     found["weight_grads twice"] = float(not all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)))
     for unit_norm in (False, True):

@@ -26,7 +26,8 @@ from bench import limits
 from bench.peers import Load
 from bench.report import Contender
 from shared.files import page_aligned
-from train.step import StepConfig, StepResult, TrainingSae, Workspace, pick_kernels
+from train.kernels import Workspace
+from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
 if TYPE_CHECKING:
