@@ -272,7 +272,7 @@ def _loader_with_steps(lab: Lab, cache: Any) -> None:
         synchronize(lab.device)
         seconds = time.perf_counter() - start
         share = (stream.waited - waited) / seconds
-        note = f"{seen * s.d * 2 / seconds / 1e9:.2f} GB/s asked for, page cache warm; goal below 0.02"
+        note = f"{seen * s.d * 2 / seconds / 1e9:.2f} GB/s asked for, page cache warm, after the first batch; goal below 0.02"
         lab.keep(f"wait share, three {name} SAEs", share, "", note)
         del saes, workspace, stream, batches, first, x
         lab.free()

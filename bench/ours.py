@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,21 +96,15 @@ def set_skewed_l0(sae: TrainingSae, l0: float) -> None:
 
 def step(load: Load) -> list[Contender]:
     device = torch.device(load.device)
-    make = partial(training_sae, d=load.d, features=load.features, device=device)
     workspace = Workspace(load.tokens, load.d, load.features, "bf16", device)
-    settings = [make(sparse=False, seed=seed) for seed in range(3)]
-    one = make(sparse=True)
     l0 = target_l0(load.features)
-    set_l0(one, l0)
-    rows = {
-        "ours, dense": settings[:1],
-        f"ours, sparse, L0≈{l0}": [one],
-        "ours, three settings on one stream": settings,
-    }
     contenders = []
-    for name, saes in rows.items():
-        steps = Steps(saes=saes, workspace=workspace, tokens=load.tokens)
-        contenders.append(Contender(name=name, role="ours", work=load.tokens * len(saes), run=steps.run, note=steps.note))
+    for key, name in (("dense", "ours, dense"), ("sparse", f"ours, sparse, L0≈{l0}")):
+        sae = training_sae(d=load.d, features=load.features, device=device, sparse=key == "sparse")
+        if key == "sparse":
+            set_l0(sae, l0)
+        steps = Steps(saes=[sae], workspace=workspace, tokens=load.tokens)
+        contenders.append(Contender(name=name, key=key, role="ours", work=load.tokens, run=steps.run, note=steps.note))
     return contenders
 
 
@@ -176,9 +169,9 @@ class Writes:
 
     def run(self) -> float:
         cache = self.emptied()
-        before = _resident(reset=True)
+        before = resident(reset=True)
         seconds = write_cache(cache, threads=self.threads)
-        peak = _resident()
+        peak = resident()
         self.growth = None if before is None or peak is None else peak - before
         return seconds
 
@@ -403,7 +396,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _resident(*, reset: bool = False) -> int | None:
+def resident(*, reset: bool = False) -> int | None:
     """Bytes resident at most since the last reset (or now, with `reset`); None where the system does not say."""
     with contextlib.suppress(OSError):
         if reset:
