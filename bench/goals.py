@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.report import Comparison, Entry, Results
+from bench.report import Comparison, Entry, Results, middle_half
 
 Sign = Literal["≥", ">", "≤", "<"]
 
@@ -99,8 +99,9 @@ def _settings(comparison: Comparison | None, way: str) -> Goal:
     value, note = None, ""
     ours, base = (comparison.find(role, way) if comparison is not None else None for role in ("ours", "base"))
     if ours is not None and base is not None:
-        costs = [1 / ratio for ratio in ours.ratios(base)]
-        value, note = statistics.median(costs), f"rounds {min(costs):.2f}–{max(costs):.2f}"
+        costs = base.ratios(ours)
+        low, high = middle_half(costs)
+        value, note = statistics.median(costs), f"half of the rounds {low:.3f}–{high:.3f}"
     name = f"three {way} settings, cost over three times one"
     return Goal(name=name, sign="≤", bound=1.02, percent=False, value=value, note=note)
 

@@ -209,6 +209,14 @@ def _note(contender: Contender, timing: Timing) -> str:
     return contender.note() if timing.seconds else ""
 
 
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles between which half of the rounds lie: how far noise reaches, without its outliers."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
 def busy_share(seconds: float = 2.0) -> float:
     """How much of the processors other work holds now: what would make every figure here too low."""
     before = _ticks()

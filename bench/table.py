@@ -59,13 +59,10 @@ def _beside(comparison: Comparison, entry: Entry) -> str:
 
 
 def _standing(ours: Entry, other: Entry) -> str:
-    ratios = ours.ratios(other)
-    ratio = statistics.median(ratios)
-    if other.role == "limit":
-        return f"{ratio:.0%}"
     if other.role == "base":
-        return f"costs {1 / ratio:.3f} × ({1 / max(ratios):.2f}–{1 / min(ratios):.2f})"
-    return f"{ratio:.2f} ×"
+        return f"costs {statistics.median(other.ratios(ours)):.3f} ×"
+    ratio = statistics.median(ours.ratios(other))
+    return f"{ratio:.0%}" if other.role == "limit" else f"{ratio:.2f} ×"
 
 
 def _notes(comparison: Comparison) -> list[str]:
