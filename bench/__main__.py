@@ -6,7 +6,8 @@
     python -m bench project        # what the measured parts come to at 300M tokens x 24 layers x 3 settings
     python -m bench gpu            # the GPU path: checked, timed and projected in one call of under 10 minutes
 
-Peers that fail are shown with the reason. `bench/ours.py` holds our own paths, a function per comparison.
+Peers that fail are shown with the reason. `bench/ours.py` and `bench/stream.py` hold our own paths, `bench/goals.py` what they
+are meant to reach.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import click
 import torch
 
-from bench import gpu, growth, limits, project, report
+from bench import gpu, growth, limits, ours, project, report, stream, table
 from bench.peers import ROOT, STEPS, WRITERS, Load, Peer, PeerFailed, Worker
 from shared.cli import DefaultRun, run
 
@@ -54,23 +54,56 @@ class Config:
 
 
 def training(config: Config) -> report.Comparison:
-    five = limits.five_products(tokens=config.tokens, d=config.d, features=config.features, device=config.device)
-    layouts = ", ".join(f"{each.name} {each.layout}" for each in five.products)
-    limit = report.Contender(
-        name="five products", role="limit", work=config.tokens, run=five.run, note=f"best layouts: {layouts}"
-    )
     load = config.load(tokens=config.tokens)
     with ExitStack() as stack:
-        peers, absent = _peers(stack, STEPS, load, config, work=load.tokens)
-        return report.compare(
+        peers, absent = _peers(stack, STEPS, load, config, work=load.tokens, against=("dense", "sparse"))
+        return _compare(
+            config,
             key="training",
             name=f"SAE step, d={config.d}, F={config.features}, {config.tokens} tokens",
             unit="tokens",
-            contenders=[*_ours("step", load), limit, *peers],
+            contenders=[*ours.step(load), _five_products(config), *peers],
             absent=absent,
-            rounds=config.rounds,
-            say=click.echo,
         )
+
+
+def _five_products(config: Config) -> report.Contender:
+    five = limits.five_products(tokens=config.tokens, d=config.d, features=config.features, device=config.device)
+    side = min(4096, config.features)
+    square = limits.matmul_rate(side=side, device=config.device) / 1e12
+    layouts = ", ".join(f"{each.name} {each.layout}" for each in five.products)
+    note = f"a square product of side {side} reaches {square:.2f} TFLOP/s; best layouts: {layouts}"
+    return report.Contender(
+        name="five products", role="limit", work=config.tokens, run=five.run, note=note, figures=lambda: {"flop": five.flop}
+    )
+
+
+def settings(config: Config) -> report.Comparison:
+    """Twice the rounds: what is asked for here is a difference of two percent, which is what one round is off by."""
+    return _compare(
+        replace(config, rounds=2 * config.rounds),
+        key="settings",
+        name=f"Three settings, {config.tokens} tokens a batch",
+        unit="tokens",
+        contenders=stream.settings(config.load(tokens=config.tokens)),
+        note=f"medians of {2 * config.rounds} rounds",
+    )
+
+
+def streaming(config: Config) -> report.Comparison:
+    load = config.load(tokens=config.tokens)
+    spec = stream.stream_spec(load)
+    return _compare(
+        replace(config, rounds=min(3, config.rounds)),
+        key="stream",
+        name=f"Training from a cold cache, {stream.BATCHES} batches of {config.tokens}",
+        unit="tokens",
+        contenders=stream.stream(load),
+        note=(
+            "one setting is the hardest case: further ones train longer on the same bytes; "
+            f"blocks of {spec.block_bytes / 1e6:.1f} MB, windows of {stream.WINDOW}; {stream.memory_bounds()}"
+        ),
+    )
 
 
 def writing(config: Config) -> report.Comparison:
@@ -78,40 +111,32 @@ def writing(config: Config) -> report.Comparison:
     payload = load.tokens * load.d * 2
     with ExitStack() as stack:
         peers, absent = _peers(stack, WRITERS, load, config, work=payload)
-        return report.compare(
+        return _compare(
+            config,
             key="writing",
-            name=f"cache write, {payload / 1e6:.0f} MB of fp16, durable",
+            name=f"Cache write, {payload / 1e6:.0f} MB of fp16, durable",
             unit="bytes",
-            contenders=[*_ours("write", load), *peers],
+            contenders=[*ours.write(load), *peers],
             absent=absent,
-            rounds=config.rounds,
-            say=click.echo,
         )
 
 
 def reading(config: Config) -> report.Comparison:
     load = config.load(tokens=config.write_tokens)
-    return report.compare(
+    return _compare(
+        config,
         key="reading",
-        name=f"cache read, {load.tokens * load.d * 2 / 1e6:.0f} MB, cold page cache",
+        name=f"Cache read, {load.tokens * load.d * 2 / 1e6:.0f} MB, cold page cache",
         unit="bytes",
-        contenders=_ours("read", load),
-        rounds=config.rounds,
-        say=click.echo,
+        contenders=ours.read(load),
     )
 
 
 def forward(config: Config) -> report.Comparison:
     """The language model: as the harvest runs it, and as plain transformers does."""
     load = config.load(tokens=config.forward_tokens)
-    return report.compare(
-        key="forward",
-        name=f"harvest forward, {load.tokens} tokens",
-        unit="tokens",
-        contenders=_ours("forward", load),
-        rounds=config.rounds,
-        say=click.echo,
-    )
+    name = f"Harvest forward, {load.tokens} tokens"
+    return _compare(config, key="forward", name=name, unit="tokens", contenders=ours.forward(load))
 
 
 def copying(config: Config) -> report.Comparison:
@@ -120,13 +145,13 @@ def copying(config: Config) -> report.Comparison:
         report.Contender(name=name, role="limit", work=copy.bytes, run=copy.run)
         for name, copy in limits.copies(device=config.device).items()
     ]
-    return report.compare(
-        key="copying", name="1 GiB copied", unit="bytes", contenders=contenders, rounds=config.rounds, say=click.echo
-    )
+    return _compare(config, key="copying", name="1 GiB copied", unit="bytes", contenders=contenders)
 
 
 COMPARISONS: dict[str, Callable[[Config], report.Comparison]] = {
     "training": training,
+    "settings": settings,
+    "stream": streaming,
     "writing": writing,
     "reading": reading,
     "forward": forward,
@@ -134,16 +159,12 @@ COMPARISONS: dict[str, Callable[[Config], report.Comparison]] = {
 }
 
 
-def _ours(path: str, load: Load) -> list[report.Contender]:
-    """Our contenders for one path, from `bench.ours`, where it has them."""
-    if find_spec("bench.ours") is None:
-        return []
-    make = getattr(import_module("bench.ours"), path, None)
-    return list(make(load)) if make else []
+def _compare(config: Config, **what: Any) -> report.Comparison:
+    return report.compare(rounds=config.rounds, say=click.echo, **what)
 
 
 def _peers(
-    stack: ExitStack, peers: tuple[Peer, ...], load: Load, config: Config, *, work: float
+    stack: ExitStack, peers: tuple[Peer, ...], load: Load, config: Config, *, work: float, against: tuple[str, ...] = ()
 ) -> tuple[list[report.Contender], list[report.Entry]]:
     """The peers that start, as contenders; those that do not, as entries that say why."""
     ready, absent = [], []
@@ -152,10 +173,14 @@ def _peers(
             worker = stack.enter_context(Worker(peer, load, torch_index=config.torch_index))
         except PeerFailed as failure:
             click.echo(str(failure), err=True)
-            absent.append(report.Entry(name=peer.label, role="peer", failure=str(failure)))
+            absent.append(report.Entry(name=peer.label, role="peer", key=peer.name, failure=str(failure)))
             continue
         note = f"{worker.about['version']}, {worker.about['note']}"
-        ready.append(report.Contender(name=peer.label, role="peer", work=work, run=_round_of(worker), note=note))
+        ready.append(
+            report.Contender(
+                name=peer.label, role="peer", key=peer.name, work=work, run=_round_of(worker), against=against, note=note
+            )
+        )
     return ready, absent
 
 
@@ -213,12 +238,14 @@ def run_command(
     found = tuple(COMPARISONS[name](config) for name in COMPARISONS if name in (only or COMPARISONS))
     shutil.rmtree(SCRATCH, ignore_errors=True)
     results = report.Results(machine=report.machine(), settings=asdict(config), comparisons=found, busy=busy)
-    click.echo("\n" + report.table(results))
+    click.echo("\n" + table.markdown(results))
+    if quick:
+        click.echo("\nThis shows that everything runs. At these sizes no figure and no goal means anything.")
     # A partial run must not replace a whole one.
     if not quick and not only:
         click.echo(f"\n{report.write(results)}")
         if README.exists():
-            report.publish(results, README)
+            table.publish(results, README)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bench.lab import Lab
 from bench.ours import base_model, lm_config, set_l0
-from train.kernels import Active, AdamStep, Kernels, TorchKernels
-from train.step import StepConfig, TrainingSae, Workspace, pick_kernels
+from train.kernels import COMPUTE, Active, AdamStep, TorchKernels, Workspace
+from train.step import StepConfig, TrainingSae, pick_kernels
 
 WEIGHTS = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
 NO_CLIP = 1e9
@@ -256,7 +256,7 @@ def _kernel_errors(lab: Lab, tokens: int, features: int, d: int, dtype: torch.dt
     return found
 
 
-def _adam(kernels: Kernels, w: Tensor, grad: Tensor, unit_norm: bool) -> list[Tensor]:
+def _adam(kernels: TorchKernels, w: Tensor, grad: Tensor, unit_norm: bool) -> list[Tensor]:
     """Masters and moments after two steps, and the copy, which lies feature-last."""
     master = w.to(torch.float32, copy=True)
     m, v = torch.zeros_like(master), torch.zeros_like(master)

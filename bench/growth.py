@@ -22,12 +22,12 @@ import torch
 
 from bench import limits, ours, report
 from bench.peers import ROOT
-from train.step import Workspace
+from train.kernels import Workspace
 
 SCRATCH = ROOT / "build" / "bench" / "growth"
 PICTURE = Path(__file__).resolve().with_name("growth.png")
-DENSE, SPARSE, LIMIT = "dense step", "sparse step, L0 ≤ 150", "five products"
-WRITE, RAW = "harvest write, fsync and checksums", "raw write of as many bytes"
+DENSE, SPARSE, LIMIT = "dense step", "sparse step, L0 ≤ 150", "five products (limit)"
+WRITE, RAW = "harvest write, fsync and checksums", "raw write of as many bytes (limit)"
 STYLES = {DENSE: "o-", SPARSE: "s-", LIMIT: "k--", WRITE: "o-", RAW: "k--"}
 
 
@@ -57,7 +57,7 @@ def step_point(sizes: Sizes, *, d: int, features: int, settings: int = 1) -> dic
     """Median seconds of the dense and sparse step of `settings` SAEs, and of their products, at one size."""
     device = torch.device(sizes.device)
     workspace = Workspace(sizes.tokens, d, features, "bf16", device)
-    five = limits.five_products(tokens=sizes.tokens, d=d, features=features, device=sizes.device, rounds=1)
+    five = limits.five_products(tokens=sizes.tokens, d=d, features=features, device=sizes.device, rounds=0)
     runs: dict[str, report.Run] = {LIMIT: lambda: sum(five.run() for _ in range(settings))}
     for name, sparse in ((DENSE, False), (SPARSE, True)):
         saes = [ours.training_sae(d=d, features=features, device=device, sparse=sparse, seed=seed) for seed in range(settings)]
@@ -71,9 +71,7 @@ def write_point(sizes: Sizes, *, layers: int, rows: int) -> dict[str, float]:
     """Median seconds of a durable write of `rows` rows in each of `layers` layers."""
     spec = ours.cache_spec(d=sizes.d, n_layers=layers, rows=rows)
     writes = ours.Writes(folder=SCRATCH / "cache", spec=spec, threads=sizes.threads)
-    size = max(1, writes.payload // sizes.threads // limits.PAGE) * limits.PAGE
-    disk = limits.Disk(folder=SCRATCH / "raw", threads=sizes.threads, files=1, size=size)
-    return _medians({RAW: lambda: limits.write_seconds(disk), WRITE: writes.run}, sizes.rounds)
+    return _medians({RAW: writes.best_raw, WRITE: writes.run}, sizes.rounds)
 
 
 def _medians(runs: Mapping[str, report.Run], rounds: int) -> dict[str, float]:
@@ -100,30 +98,39 @@ def draw(series: list[Series], about: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, NullLocator
 
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8))
     for axes, one in zip(grid.flat, series, strict=True):
-        for name, seconds in one.seconds.items():
-            axes.plot(one.x, seconds, STYLES[name], label=name, markersize=5)
-        if one.log:
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.set_ylim(bottom=0)
-            axes.set_xlim(left=0)
+        for name, style in STYLES.items():
+            if name in one.seconds:
+                axes.plot(one.x, [1e3 * seconds for seconds in one.seconds[name]], style, label=name, markersize=5)
+        _scale(axes, one)
         axes.set_xticks(one.x, [f"{x:,}" for x in one.x])
         axes.set_xlabel(one.axis)
         axes.set_ylabel(one.unit)
         axes.set_title(one.title, fontsize=10)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper left")
     figure.suptitle(about, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _scale(axes: Any, one: Series) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    if not one.log:
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        return
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    # Less than a decade can lie between the ends, so powers of ten alone would leave the axis without numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -142,7 +149,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple
 @click.option("--at", default=16_384, show_default=True, help="F where it does not vary")
 @click.option("--tokens", default=2048, show_default=True, help="tokens a step")
 @click.option("--rows", default=16_384, show_default=True, help="rows written in each layer")
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--picture", type=click.Path(path_type=Path), default=PICTURE, help="Where the plot goes.")
@@ -166,7 +173,7 @@ def command(
     torch.set_num_threads(threads)
     sizes = Sizes(tokens=tokens, d=d, features=at, rounds=rounds, threads=threads, device=device)
     machine = report.machine()
-    step = f"seconds a step of {tokens:,} tokens"
+    step = f"ms a step of {tokens:,} tokens"
     try:
         series = [
             _series(
@@ -182,14 +189,14 @@ def command(
                 lambda n: step_point(sizes, d=d, features=at, settings=n), log=False,
             ),
             _series(
-                f"durable write against layers (d = {d})", "layers", layers, f"seconds for {rows:,} rows a layer",
+                f"durable write against layers (d = {d})", "layers", layers, f"ms for {rows:,} rows a layer",
                 lambda n: write_point(sizes, layers=n, rows=rows), log=False,
             ),
         ]  # fmt: skip
     finally:
         shutil.rmtree(SCRATCH, ignore_errors=True)
     busy = report.busy_share()
-    about = f"{machine.gpu or machine.cpu}, {threads} threads, torch {machine.torch}, medians of {rounds}"
+    about = f"{machine.gpu or machine.cpu}, {threads} threads, torch {machine.torch}: medians of {rounds} interleaved rounds"
     draw(series, about, picture)
     _write(series, machine, sizes, busy, results)
     click.echo(f"{picture}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.ours import synchronize
-from train.kernels import Kernels
+from train.kernels import TorchKernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class Lab:
 
     device: torch.device
     sizes: Sizes
-    kernels: Kernels
+    kernels: TorchKernels
     scratch: Path  # on the disk that a harvest would fill
     memory: Path  # memory-backed
     threads: int

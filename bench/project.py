@@ -2,14 +2,15 @@
 
     python -m bench project        # after `python -m bench`, and `python -m bench gpu` where there was a GPU
 
-Nothing is measured here. The parts come from results/<machine>.json and from the GPU results of the latest date.
+Nothing is measured here. The parts come from results/<machine>.json and from the GPU results of the latest date. A training
+run begins dense and turns sparse as L0 falls, so its hours are given between two bounds: no step sparse, every step sparse.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import click
 from bench import report
 from shared.cli import UserError, parse_count
 
-PUBLISHED_MINUTES = 35.0  # per layer and setting on an H100, the published practice
+PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
+DENSE, SPARSE = "training, every step dense (upper bound)", "training, every step sparse (lower bound)"
 D, FEATURES, SETTINGS = 1024, 32_768, 3
 FIGURES = ("forward tokens/s", "write bytes/s", "read bytes/s", "dense SAE tokens/s", "sparse SAE tokens/s")
 
@@ -70,8 +72,8 @@ class Hours:
             "harvest forward": self.forward,
             "harvest write": self.write,
             "read": self.read,
-            "training, all steps dense": self.dense,
-            "training, all steps sparse": self.sparse,
+            DENSE: self.dense,
+            SPARSE: self.sparse,
         }
 
     def total(self, training: float) -> float:
@@ -80,8 +82,7 @@ class Hours:
         return self.forward + self.write + self.read + training
 
     def binds(self, training: str) -> str:
-        other = {"training, all steps dense", "training, all steps sparse"} - {training}
-        parts = {name: hours for name, hours in self.parts.items() if name not in other}
+        parts = {name: hours for name, hours in self.parts.items() if name == training or name not in (DENSE, SPARSE)}
         return max(parts, key=lambda name: parts[name])
 
 
@@ -98,25 +99,28 @@ def hours(parts: Parts, job: Job) -> Hours:
 
 
 def from_results(results: report.Results) -> Parts:
-    """Parts of `python -m bench`. Raises UserError if one of them was not measured."""
-    rates = {comparison.key: comparison.rates("ours") for comparison in results.comparisons}
-    shape = results.settings
-    scaled = int(str(shape["d"])) * int(str(shape["features"])) / (D * FEATURES)
-    try:
-        training = rates["training"]
-        return Parts(
-            machine=results.machine.gpu or results.machine.cpu,
-            date=results.date,
-            forward=rates["forward"][0],
-            write=rates["writing"][0],
-            read=rates["reading"][0],
-            dense=training[2] * scaled,
-            sparse=training[1] * scaled,
-            overlap=results.machine.gpu is not None,
-            scaled=scaled,
-        )
-    except (KeyError, IndexError):
-        raise UserError("the results lack a part that failed or was left out: run `python -m bench` again, whole") from None
+    """Parts of `python -m bench`. Raises UserError if one of them was not measured, or not at the job's shape."""
+    shape = {name: results.settings[name] for name in ("d", "features")}
+    if shape != {"d": D, "features": FEATURES}:
+        raise UserError(f"the results are of another shape, {shape}: run `python -m bench` without --d and --features")
+    return Parts(
+        machine=results.machine.gpu or results.machine.cpu,
+        date=results.date,
+        forward=_rate(results, "forward"),
+        write=_rate(results, "writing"),
+        read=_rate(results, "reading"),
+        dense=_rate(results, "settings", "dense"),
+        sparse=_rate(results, "settings", "sparse"),
+        overlap=results.machine.gpu is not None,
+    )
+
+
+def _rate(results: report.Results, path: str, key: str = "") -> float:
+    comparison = results.path(path)
+    entry = comparison.find("ours", key) if comparison is not None else None
+    if entry is None or entry.rate is None:
+        raise UserError(f"the results lack {' '.join(filter(None, (path, key)))}: run `python -m bench` again, whole")
+    return entry.rate
 
 
 def from_figures(figures: Mapping[str, float], *, machine: str, date: str, scaled: float = 1.0) -> Parts:
@@ -139,17 +143,22 @@ def from_figures(figures: Mapping[str, float], *, machine: str, date: str, scale
 
 def table(parts: Parts, job: Job) -> str:
     """Hours per part, the whole, what binds, and beside it the published practice."""
-    found = hours(parts, job)
-    dense, sparse = "training, all steps dense", "training, all steps sparse"
-    rows = list(found.parts.items())
-    rows += [("whole job, dense", found.total(found.dense)), ("whole job, sparse", found.total(found.sparse))]
-    rows += [(f"published practice, {PUBLISHED_MINUTES:g} min x {job.saes}", PUBLISHED_MINUTES * job.saes / 60)]
-    lines = [f"{parts.machine} ({parts.date}): {job.tokens / 1e6:g}M tokens x {job.layers} layers x {job.settings} settings"]
-    lines += [f"  {name:<40} {_time(value):>12}" for name, value in rows]
-    lines += [f"  binding: {found.binds(dense)} with dense steps, {found.binds(sparse)} with sparse ones"]
-    layer = Job(tokens=job.tokens, layers=1, settings=job.settings, d=job.d)
-    one = hours(parts, layer)
-    lines += [f"  one layer, {job.settings} settings: training {_time(one.dense)} dense, {_time(one.sparse)} sparse"]
+    found, one = hours(parts, job), hours(parts, replace(job, layers=1))
+    dense, sparse = found.total(found.dense), found.total(found.sparse)
+    published = PUBLISHED_MINUTES / 60 * job.saes * job.tokens / PUBLISHED_TOKENS
+    rows = [
+        *found.parts.items(),
+        ("whole job, every step dense (upper bound)", dense),
+        ("whole job, every step sparse (lower bound)", sparse),
+        (f"published practice, H100, {PUBLISHED_MINUTES:g} min x {job.saes}", published),
+    ]
+    lines = [
+        f"{parts.machine} ({parts.date}): {job.tokens / 1e6:g}M tokens x {job.layers} layers x {job.settings} settings",
+        *(f"  {name:<44} {_time(value):>12}" for name, value in rows),
+        f"  of the published practice's time: {dense / published:.2f} x every step dense, {sparse / published:.2f} x sparse",
+        f"  binding: {found.binds(DENSE)}; {found.binds(SPARSE)}",
+        f"  one layer, {job.settings} settings: training {_time(one.sparse)} (every step sparse) to {_time(one.dense)} (dense)",
+    ]
     if parts.gpu_memory is not None:
         lines += [f"  GPU memory at its peak: {parts.gpu_memory / 1e9:.1f} GB"]
     return "\n".join([*lines, *_assumptions(parts, job)])
@@ -164,7 +173,8 @@ def _assumptions(parts: Parts, job: Job) -> list[str]:
     said = [
         f"rates stay as measured over the whole job; {job.bytes / 1e12:.1f} TB of activations go to disk and come back once",
         together,
-        f"F = 32 x d = {FEATURES:,}; a real run begins dense and turns sparse as L0 falls, so it lies between the two",
+        f"F = 32 x d = {FEATURES:,}; a real run begins dense and turns sparse as L0 falls, so it lies between the bounds",
+        "the published practice runs the language model again for every SAE, so it is compared with the whole job",
         "tokenising, snapshots and evaluation are left out",
     ]
     if abs(parts.scaled - 1) > 1e-9:

@@ -1,8 +1,8 @@
-"""Rounds, results and the table: everything a comparison needs that is not itself a measurement.
+"""Rounds and results: everything a comparison needs that is not itself a measurement.
 
 Contenders take turns (A B C, A B C, ...), so that a machine that slows down slows all of them, and each
 one's first turn is thrown away. What is kept is every round's raw seconds; medians and ratios are worked
-out when they are shown.
+out when they are shown. A ratio is the median of the rounds' own ratios: what slows a whole round cancels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
@@ -48,10 +47,13 @@ class Contender:
     """Who takes part: `work` is what one of its rounds does, in the comparison's unit."""
 
     name: str
-    role: str  # "ours", "limit" or "peer"
+    role: str  # "ours", "limit", "peer", or "base": the same work of ours done another way, whose cost is compared
     work: float
     run: Run
+    key: str = ""  # which one, for programs; of ours also its label in the table
+    against: tuple[str, ...] = ()  # the keys of ours it is compared with; all of them if empty
     note: str | Callable[[], str] = ""  # called after the rounds, for what only they can tell
+    figures: Callable[[], Mapping[str, float]] = dict  # likewise: what is measured besides the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,20 @@ class Entry:
     role: str
     work: float = 0.0
     seconds: tuple[float, ...] = ()
+    key: str = ""
+    against: tuple[str, ...] = ()
     note: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
 
     @property
     def rate(self) -> float | None:
         return self.work / statistics.median(self.seconds) if self.seconds else None
+
+    def ratios(self, other: Entry) -> list[float]:
+        """How often this one is as fast as the other, round by round."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return [self.work / mine / (other.work / theirs) for mine, theirs in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +100,23 @@ class Comparison:
     """One hot path: ours, its limit and its peers, in one unit."""
 
     name: str
-    unit: str  # what `work` counts: "tokens", "bytes", "flop"
+    unit: str  # what `work` counts: "tokens", "bytes"
     entries: tuple[Entry, ...]
     note: str = ""
     key: str = ""  # which path, for programs: "training", "writing", ...
 
-    def rates(self, role: str) -> list[float]:
-        return [entry.rate for entry in self.entries if entry.role == role and entry.rate is not None]
+    def find(self, role: str, key: str = "") -> Entry | None:
+        """The measured entry of this role and key, if there is one."""
+        return next((e for e in self.entries if (e.role, e.key) == (role, key) and e.seconds), None)
+
+    def best(self, role: str) -> Entry | None:
+        """The fastest measured entry of a role."""
+        return max((e for e in self.entries if e.role == role and e.seconds), key=lambda e: e.rate or 0.0, default=None)
+
+    def rivals(self, entry: Entry) -> list[Entry]:
+        """Those of ours that this entry is compared with."""
+        ours = [e for e in self.entries if e.role == "ours" and e.seconds]
+        return [e for e in ours if not entry.against or e.key in entry.against]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +126,10 @@ class Results:
     comparisons: tuple[Comparison, ...]
     busy: float = 0.0  # share of the processors that other work held just before
     date: str = field(default_factory=lambda: today())
-    format: int = 1
+    format: int = 2
+
+    def path(self, key: str) -> Comparison | None:
+        return next((comparison for comparison in self.comparisons if comparison.key == key), None)
 
 
 class Rounds:
@@ -169,7 +192,10 @@ def compare(
             role=contender.role,
             work=contender.work,
             seconds=timings[contender.name].seconds,
+            key=contender.key,
+            against=contender.against,
             note=_note(contender, timings[contender.name]),
+            figures=contender.figures() if timings[contender.name].seconds else {},
             failure=timings[contender.name].failure,
         )
         for contender in contenders
@@ -181,6 +207,14 @@ def _note(contender: Contender, timing: Timing) -> str:
     if isinstance(contender.note, str):
         return contender.note
     return contender.note() if timing.seconds else ""
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles between which half of the rounds lie: how far noise reaches, without its outliers."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def busy_share(seconds: float = 2.0) -> float:
@@ -228,80 +262,7 @@ def read(path: Path) -> Results:
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
-    return Entry(**{**raw, "seconds": tuple(raw["seconds"])})
-
-
-def table(results: Results) -> str:
-    """The markdown that README shows: a line per contender, its rate, and how ours stand to limit and peers."""
-    about = results.machine
-    hardware = f"{about.cpu}, {about.cores} cores, {about.memory_gib:.0f} GiB" + (f", {about.gpu}" if about.gpu else "")
-    flags = ", ".join(flag for flag in about.flags if "bf16" in flag) or "no bf16 instructions"
-    lines = [
-        f"Measured on {hardware} ({flags}), torch {about.torch}, {results.date}: "
-        "medians of interleaved rounds. Ratios carry over to other machines better than rates do."
-        + (f" **Other work held {results.busy:.0%} of the processors.**" if results.busy > 0.1 else ""),
-        "",
-        "| hot path | who | rate | ours stands at | spread |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
-    for comparison in results.comparisons:
-        lines += _lines(comparison)
-    notes = [note for comparison in results.comparisons for note in _notes(comparison)]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
-
-
-def publish(results: Results, readme: Path) -> None:
-    """Put the table between the two marker comments, which must be there."""
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} needs one {BEGIN} and, after it, one {END}")
-    before, _, rest = text.partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
-
-
-def _lines(comparison: Comparison) -> list[str]:
-    lines = []
-    for position, entry in enumerate(comparison.entries):
-        path = comparison.name if position == 0 else ""
-        name = f"**{entry.name}**" if entry.role == "ours" else entry.name
-        name = f"_{name}_ (limit)" if entry.role == "limit" else name
-        rate = entry.rate
-        if rate is None:
-            lines.append(f"| {path} | {name} | no figure: {_cell(entry.failure or 'not run')} | | |")
-            continue
-        spread = Timing(seconds=entry.seconds).spread
-        standing = _standing(comparison, entry)
-        lines.append(f"| {path} | {name} | {_rate(rate, comparison.unit)} | {standing} | {spread:.0%} |")
-    return lines
-
-
-def _standing(comparison: Comparison, entry: Entry) -> str:
-    """Our rows: share of the limit, the fastest if there are several. A peer's row: how often ours is as fast, for the
-    first of ours and the second where there is one (the dense and the sparse step)."""
-    limit = max((e for e in comparison.entries if e.role == "limit" and e.rate), key=lambda e: e.rate or 0.0, default=None)
-    if entry.rate is None or entry.role == "limit":
-        return ""
-    if entry.role == "ours":
-        return f"{entry.rate / limit.rate:.0%} of {limit.name}" if limit is not None and limit.rate else ""
-    return " and ".join(f"{ours / entry.rate:.2f} ×" for ours in comparison.rates("ours")[:2])
-
-
-def _notes(comparison: Comparison) -> list[str]:
-    said = [f"{entry.name}: {entry.note}" for entry in comparison.entries if entry.note]
-    parts = [part for part in (comparison.note, *said) if part]
-    return [f"- {comparison.name}. {'; '.join(parts)}."] if parts else []
-
-
-def _rate(rate: float, unit: str) -> str:
-    if unit == "bytes":
-        return f"{rate / 1e9:.2f} GB/s"
-    if unit == "flop":
-        return f"{rate / 1e12:.2f} TFLOP/s"
-    return f"{rate:,.0f} {unit}/s"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return Entry(**raw | {name: tuple(raw[name]) for name in ("seconds", "against") if name in raw})
 
 
 def _cpu() -> tuple[str, set[str]]:

@@ -323,7 +323,7 @@ static void store_rows(const float *c, bf16 *out, int64_t rows, int64_t columns)
         }
 }
 
-/* db is zero at first. gz never leaves a thread's cache, some hundred features at a time. */
+/* gz never leaves a thread's cache, some hundred features at a time. */
 void amx_weight_grads(const bf16 *w_dec, const bf16 *z, const bf16 *g, const bf16 *x, float l1, bf16 *dw_enc, bf16 *dw_dec,
                       float *db, int64_t tokens, int64_t features, int64_t d) {
     size_t small = (size_t)(tokens * d) * sizeof *g;
@@ -340,6 +340,7 @@ void amx_weight_grads(const bf16 *w_dec, const bf16 *z, const bf16 *g, const bf1
 #pragma omp for schedule(static)
         for (int64_t f = 0; f < features; f += GRAD_ROWS) {
             int64_t rows = smaller(GRAD_ROWS, features - f);
+            memset(db + f, 0, (size_t)rows * sizeof *db);
             for (int64_t k = 0; k < d; k += DEPTH) pack_rows(w_dec + f * d + k, d, rows, smaller(DEPTH, d - k), a + k * rows);
             for (int64_t t = 0; t < tokens; t += ENCODE_COLS) {
                 int64_t columns = smaller(ENCODE_COLS, tokens - t);

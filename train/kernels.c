@@ -192,7 +192,7 @@ void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const
     }
 }
 
-/* A dead feature's moments decay into subnormal numbers, which cost ten times as much and then never change: they are zero here. */
+/* A dead feature's moments would decay into subnormal numbers, which cost ten times as much, for good. */
 static unsigned flush_subnormals(void) {
 #if defined(__SSE__)
     unsigned before = _mm_getcsr();

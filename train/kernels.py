@@ -3,13 +3,12 @@
 `TorchKernels` (this file) is plain torch, runs on any device and in any dtype, and is the definition that the others are
 tested against; they replace those of its methods at which they are faster. `native.NativeKernels` is compiled C for CPUs,
 `triton_kernels.TritonKernels` is for CUDA. Shapes everywhere: B tokens, d = d_model, F features. Weights and their
-gradients are [F, d], a row is a feature. The hidden layer is a [B, F] view of memory that the native kernels fill feature-major:
-then a feature's tokens are a row, for the products, for the bias, and for the lists of active entries.
+gradients are [F, d], a row is a feature. The hidden layer is a [B, F] view of memory that the native kernels fill
+feature-major: then a feature's tokens are a row, for the products, for the bias, and for the lists of active entries.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -84,61 +83,17 @@ def _view(flat: Tensor, batch: int, n_features: int, feature_major: bool) -> Ten
 WeightGrads = tuple[Tensor, Tensor, Tensor]
 
 
-class Kernels(Protocol):
-    """Every method writes its results completely; a trailing underscore marks the argument changed in place."""
-
-    def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:
-        """z [B, F] = relu(xc [B, d] · w_encᵀ + bias), bias float32 [F] added in float32; it lies in the workspace."""
-        ...
-
-    def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Decode and compare: x̂ = z · w_dec + bias, g = scale · (x̂ − x). x [B, d] (any float dtype), bias float32 [d].
-
-        Returns g [B, d] in w_dec's dtype and Σ (x̂ − x)², a scalar.
-        """
-        ...
-
-    def dense_weight_grads(
-        self, z: Tensor, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
-    ) -> WeightGrads:
-        """Both weight gradients through the whole hidden gradient (g · w_decᵀ + l1_grad where z > 0, else 0)."""
-        ...
-
-    def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
-        """List the nnz non-zero entries of z [B, F]."""
-        ...
-
-    def sparse_residual(
-        self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`dense_residual` from the active entries alone, and the error pulled back to them.
-
-        Returns also, second, the hidden gradient g_b · w_dec[i] + l1_grad of each entry, float32 [nnz].
-        """
-        ...
-
-    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
-        """Both weight gradients from the active entries alone: dW_enc = Σ g_hidden · xc_b, dW_dec = Σ value · g_b, and the
-        encoder bias gradient Σ g_hidden; zero for features with no entry."""
-        ...
-
-    def square_sum(self, x: Tensor) -> Tensor:
-        """Σ x² of a contiguous tensor, a scalar in at least the accumulator's precision."""
-        ...
-
-    def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
-        """Adam on w, m, v [F, d] (contiguous masters) from grad [F, d]; then, if `unit_norm`, scale every row of w to
-        norm 1; then write w into `copy` [F, d] of the compute precision."""
-        ...
-
-
 class TorchKernels:
-    """The definition, in torch operations. Accumulates in float32, or in float64 for float64 inputs."""
+    """The definition, in torch operations. Accumulates in float32, or in float64 for float64 inputs.
+
+    Every method writes its results completely; a trailing underscore marks the argument changed in place.
+    """
 
     feature_major = False  # the order in which the hidden layer lies
     features_at_once: int | None = None  # the part of the hidden gradient that is made and used up at once; None is all
 
     def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:
+        """z [B, F] = relu(xc [B, d] · w_encᵀ + bias), bias float32 [F] added in float32; it lies in the workspace."""
         z = _product(xc, w_enc.t(), out.z(len(xc), feature_major=self.feature_major))
         return z, self.activate_(z, bias)
 
@@ -154,6 +109,10 @@ class TorchKernels:
         )
 
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Decode and compare: x̂ = z · w_dec + bias, g = scale · (x̂ − x). x [B, d] (any float dtype), bias float32 [d].
+
+        Returns g [B, d] in w_dec's dtype and Σ (x̂ − x)², a scalar.
+        """
         decoded = torch.mm(w_dec.t(), z.t()).t() if self.feature_major else torch.mm(z, w_dec)
         residual = decoded.to(_accumulator(w_dec)).add_(bias).sub_(x)
         square = residual.square().sum()
@@ -162,6 +121,7 @@ class TorchKernels:
     def dense_weight_grads(
         self, z: Tensor, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
+        """Both weight gradients through the whole hidden gradient (g · w_decᵀ + l1_grad where z > 0, else 0)."""
         db_enc = torch.empty(z.shape[1], dtype=_accumulator(z), device=z.device)
         for part in _parts(z.shape[1], self.features_at_once or z.shape[1]):
             gz = out.gz(len(z), part.stop - part.start, feature_major=self.feature_major)
@@ -177,6 +137,7 @@ class TorchKernels:
         return gz.sum(0, dtype=_accumulator(gz))
 
     def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
+        """List the nnz non-zero entries of z [B, F]."""
         token, feature = z.nonzero(as_tuple=True)
         by_feature = torch.sort(feature, stable=True).indices
         return Active(
@@ -191,6 +152,10 @@ class TorchKernels:
     def sparse_residual(
         self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """`dense_residual` from the active entries alone, and the error pulled back to them.
+
+        Returns also, second, the hidden gradient g_b · w_dec[i] + l1_grad of each entry, float32 [nnz].
+        """
         accumulator = _accumulator(w_dec)
         token = _tokens(active)
         rows = w_dec[active.feature.long()].to(accumulator)
@@ -201,6 +166,8 @@ class TorchKernels:
         return g, g_hidden, r.square().sum()
 
     def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
+        """Both weight gradients from the active entries alone: dW_enc = Σ g_hidden · xc_b, dW_dec = Σ value · g_b, and the
+        encoder bias gradient Σ g_hidden; zero for features with no entry."""
         token, feature = _tokens(active), active.feature.long()
         for target, rows, weight in ((out.dw_enc, xc, g_hidden), (out.dw_dec, g, active.value)):
             total = torch.zeros_like(target, dtype=_accumulator(g))
@@ -209,9 +176,13 @@ class TorchKernels:
         return out.dw_enc, out.dw_dec, db_enc
 
     def square_sum(self, x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dtype=_accumulator(x)).square()
+        """Σ x² of a contiguous tensor, a scalar in at least the accumulator's precision."""
+        norm: Tensor = torch.linalg.vector_norm(x, dtype=_accumulator(x))
+        return norm.square()
 
     def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
+        """Adam on w, m, v [F, d] (contiguous masters) from grad [F, d]; then, if `unit_norm`, scale every row of w to
+        norm 1; then write w into `copy` [F, d] of the compute precision."""
         adam_update_(w, m, v, grad.to(w.dtype), adam)
         if unit_norm:
             w.div_(w.norm(dim=1, keepdim=True).clamp_min_(1e-12))

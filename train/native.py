@@ -1,4 +1,4 @@
-"""`Kernels` for CPUs: bfloat16 matrices, float32 arithmetic, the loops in kernels.c, and with AMX the products in amx.c."""
+"""Kernels for CPUs: bfloat16 matrices, float32 arithmetic, the loops in kernels.c, and with AMX the products in amx.c."""
 
 import ctypes
 from pathlib import Path
@@ -30,7 +30,7 @@ def _arguments(*values: Tensor | int | float) -> list[Any]:
 
 
 class NativeKernels(TorchKernels):
-    """Matrices are contiguous bfloat16, the hidden layer feature-major; see `kernels.Kernels` for the rest."""
+    """Matrices are contiguous bfloat16, the hidden layer feature-major; see `kernels.TorchKernels` for the rest."""
 
     feature_major = True
     features_at_once = 4096  # a part that stays in cache: the two products that use it take 113 ms instead of 146

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels import COMPUTE, AdamStep, Kernels, TorchKernels, Workspace, adam_update_
+from train.kernels import COMPUTE, AdamStep, TorchKernels, Workspace, adam_update_
 from train.sae import Sae
 
 
@@ -46,7 +46,7 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def pick_kernels(precision: str, device: torch.device) -> Kernels:
+def pick_kernels(precision: str, device: torch.device) -> TorchKernels:
     """The fastest implementation for this device and precision; plain torch where there is no other."""
     if precision == "bf16" and device.type == "cuda":
         from train.triton_kernels import TritonKernels
@@ -63,7 +63,7 @@ class TrainingSae:
     """Weights, moments and the step of one SAE. Shapes as in `kernels`; everything lies on one device."""
 
     def __init__(
-        self, d_model: int, n_features: int, config: StepConfig, kernels: Kernels, device: torch.device, seed: int
+        self, d_model: int, n_features: int, config: StepConfig, kernels: TorchKernels, device: torch.device, seed: int
     ) -> None:
         self.config, self.kernels, self.device = config, kernels, device
         self.d, self.n_features = d_model, n_features

@@ -13,7 +13,7 @@ from shared.cache import Cache
 from shared.cli import UserError, format_bytes, format_layers
 from shared.files import free_bytes, make_dir
 from shared.progress import Progress
-from train.kernels import Kernels, Workspace
+from train.kernels import TorchKernels, Workspace
 from train.l1 import ControllerConfig, L1Controller, L1Setting
 from train.loader import ActivationLoader, LoaderConfig
 from train.runs import SNAPSHOTS, Run, snapshot_tokens
@@ -123,7 +123,7 @@ class _LayerJob:
         runs: list[tuple[Run, L1Setting]],
         config: TrainConfig,
         options: RunOptions,
-        kernels: Kernels,
+        kernels: TorchKernels,
     ) -> None:
         self._cache, self._layer, self._config, self._options = cache, layer, config, options
         unfinished = [(run, setting) for run, setting in runs if not run.snapshot_path(layer, "final").exists()]
@@ -195,7 +195,14 @@ class _SaeJob:
     """One SAE: its schedule, its files, and its place in the stream."""
 
     def __init__(
-        self, run: Run, setting: L1Setting, cache: Cache, layer: int, config: TrainConfig, options: RunOptions, kernels: Kernels
+        self,
+        run: Run,
+        setting: L1Setting,
+        cache: Cache,
+        layer: int,
+        config: TrainConfig,
+        options: RunOptions,
+        kernels: TorchKernels,
     ) -> None:
         self._run, self._layer, self._config, self._options = run, layer, config, options
         d = cache.spec.d_model

@@ -1,4 +1,4 @@
-"""`Kernels` for CUDA, in Triton. Written for H100, H200 and A100; in TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
+"""Kernels for CUDA, in Triton. Written for H100, H200 and A100; in TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
 
 Every method moves bytes and does little with them, so the number that matters is bytes over bandwidth. Full size is
 B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries); HBM at 4.3 TB/s (H200, copy), L2 to the multiprocessors at
@@ -66,7 +66,7 @@ class MarkedActivation(Activation):
 
 
 class TritonKernels(TorchKernels):
-    """See `train.kernels.Kernels`; the dense products are torch's. bf16, float16 or float32; the columns of [B, F] and [B, d] tensors contiguous."""
+    """What is not here, the dense products, is torch's. bf16, float16 or float32; columns of [B, F] and [B, d] contiguous."""
 
     def activate_(self, h: Tensor, bias: Tensor) -> MarkedActivation:
         n_rows, n_cols = h.shape
