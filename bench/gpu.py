@@ -138,7 +138,7 @@ def _harvest_to(lab: Lab, model: Any, where: str, folder: Path) -> None:
     needed = spec.n_blocks * spec.block_bytes * spec.n_layers
     if not _fits(lab, f"harvest to {where}", folder, needed):
         return
-    cache = _cache_with_tokens(folder / "harvest", spec)
+    cache = ours.cache_with_tokens(folder / "harvest", spec)
     config = HarvestConfig(device=lab.device, forward_sequences=s.sequences, writer=WriterConfig(threads=lab.threads))
     try:
         harvest_blocks(cache, model, [0], config)  # also locks the host buffers, which the next call finds ready
@@ -154,16 +154,6 @@ def _harvest_to(lab: Lab, model: Any, where: str, folder: Path) -> None:
     lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {shares}")
     lab.keep(f"harvest to {where}, bytes/s", size / seconds, "bytes/s")
     lab.require(f"harvest to {where}: every block as its ledger says", damaged == 0, f"{damaged} damaged")
-
-
-def _cache_with_tokens(path: Path, spec: Any) -> Any:
-    import zarr
-
-    cache = ours.new_cache(path, spec)
-    array = zarr.open_array(str(path / "activations.zarr" / "tokens"), mode="r+")
-    tokens = torch.randint(0, spec.vocab_size, (spec.sequences, spec.context))
-    array[:] = tokens.numpy().astype(spec.token_dtype)
-    return cache
 
 
 def _damaged(cache: Any, layer: int, block: int) -> bool:

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
 if TYPE_CHECKING:
+    from harvest.harvest import HarvestConfig, Shares
     from harvest.model import ResidualModel
     from shared.cache import Cache, CacheSpec
 
@@ -40,6 +41,7 @@ L0 = 150
 LAYERS = 24
 CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
 READ_BATCH, READ_WINDOW = 4096, 4
+HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
 
 
 # ---------------------------------------------------------------------------------------------------- training step
@@ -135,6 +137,15 @@ def new_cache(path: Path, spec: CacheSpec) -> Cache:
     return Cache.create(path, spec, tuple(range(spec.n_layers)))
 
 
+def empty(cache: Cache) -> None:
+    """Removes every block and its ledger entry; the folders and the tokens stay."""
+    for layer in cache.layers:
+        for file in cache.block_path(layer, 0).parent.glob("c.*"):
+            file.unlink()
+    for entry in cache.path.glob("ledger/*/*.json"):
+        entry.unlink()
+
+
 def fill_random(data: Tensor) -> None:
     """Random float16 over a whole buffer, a piece of it repeated: drawing gigabytes would take longer than the round."""
     flat = data.view(-1)
@@ -184,8 +195,7 @@ class Writes:
         virtual disk the first write to a place is several times slower than the next."""
         if self.cache is None:
             self.cache = new_cache(self.folder, self.spec)
-        for file in [*self.folder.rglob("c.*"), *self.folder.glob("ledger/*/*.json")]:
-            file.unlink()
+        empty(self.cache)
         return self.cache
 
     def raw(self, *, direct: bool) -> float:
@@ -375,7 +385,7 @@ class Harvest:
     vocab: int
 
     def run(self) -> float:
-        from harvest.writer import to_float16
+        from harvest.native import put_rows
 
         layers, rows, d = self.data.shape
         tokens = torch.randint(0, self.vocab, (rows // self.context, self.context))
@@ -383,9 +393,7 @@ class Harvest:
         nonfinite = torch.zeros(layers, dtype=torch.int64, device=self.data.device)
 
         def store(layer: int, output: Tensor) -> None:
-            half, bad = to_float16(output.reshape(-1, d))
-            self.data[layer].index_copy_(0, place, half)
-            nonfinite[layer] += bad
+            nonfinite[layer] += put_rows(output.reshape(-1, d), place, self.data[layer])
 
         synchronize(self.data.device)
         start = time.perf_counter()
@@ -427,6 +435,51 @@ def plain(model: nn.Module, rows: int, context: int, vocab: int, device: torch.d
     return run
 
 
+def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
+    """A new cache whose token array is filled at random."""
+    import zarr
+
+    cache = new_cache(path, spec)
+    array: Any = zarr.open_array(str(path / "activations.zarr" / "tokens"), mode="r+")
+    tokens = torch.randint(0, spec.vocab_size, (spec.sequences, spec.context))
+    array[:] = tokens.numpy().astype(spec.token_dtype)
+    return cache
+
+
+@dataclass(kw_only=True, slots=True)
+class HarvestRuns:
+    """A round is a harvest of every block of a cache: forward, checksums, durable files, ledger."""
+
+    model: ResidualModel
+    cache: Cache
+    config: HarvestConfig
+    shares: Shares | None = None  # of the last round
+
+    def run(self) -> float:
+        from harvest.harvest import harvest_blocks
+
+        empty(self.cache)
+        start = time.perf_counter()
+        self.shares = harvest_blocks(self.cache, self.model, list(range(self.cache.spec.n_blocks)), self.config)
+        return time.perf_counter() - start
+
+    def note(self) -> str:
+        spec = self.cache.spec
+        return f"{spec.n_blocks} blocks of {spec.block_bytes / 1e6:.1f} MB a layer; {self.shares}"
+
+
+def harvest_runs(load: Load, model: ResidualModel, context: int, vocab: int) -> HarvestRuns:
+    from harvest.harvest import HarvestConfig
+    from harvest.writer import WriterConfig
+
+    rows = max(load.tokens, 2 * context)  # two contexts are one pass on a CPU
+    layers = len(model.layers)
+    spec = replace(cache_spec(d=load.d, n_layers=layers, rows=rows, vocab=vocab), context=context, n_blocks=HARVEST_BLOCKS)
+    spec = replace(spec, block_sequences=rows // context)
+    config = HarvestConfig(device=model.device, writer=WriterConfig(threads=load.threads))
+    return HarvestRuns(model=model, cache=cache_with_tokens(load.directory / "ours-harvest", spec), config=config)
+
+
 def forward(load: Load) -> list[Contender]:
     from transformers import AutoModelForCausalLM
 
@@ -450,10 +503,14 @@ def forward(load: Load) -> list[Contender]:
         ("transformers causal LM, output_hidden_states", "peer"): plain(causal, *shape),
     }
     note = f"{layers} layers, d {load.d}, vocabulary {vocab}, random bf16 weights, the same for all"
-    return [
+    contenders = [
         Contender(name=name, role=role, work=load.tokens, run=run, note=note if role == "ours" else "")
         for (name, role), run in rows.items()
     ]
+    runs = harvest_runs(load, model, context, vocab)
+    work = runs.cache.spec.n_blocks * runs.cache.spec.block_rows
+    whole = Contender(name="ours, the whole harvest to disk", role="ours", work=work, run=runs.run, note=runs.note)
+    return [contenders[0], whole, *contenders[1:]]
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers

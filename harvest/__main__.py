@@ -102,7 +102,9 @@ _settings = _options(
     click.option("--holdout-tokens", help="Tokens held out for evaluation."),
     click.option("--context", type=click.IntRange(2), help="Tokens in a context."),
     click.option("--block-sequences", type=click.IntRange(1), help="Contexts in a block."),
-    click.option("--forward-sequences", type=click.IntRange(1), help="Contexts in one forward pass."),
+    click.option(
+        "--forward-sequences", type=click.IntRange(1), help="Contexts in one forward pass; on a CPU 2,048 tokens at most."
+    ),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
     click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order inside blocks."),

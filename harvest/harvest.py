@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from harvest.model import ResidualModel
+from harvest.native import put_rows
 from harvest.text import TextSource, TokenLedger, load_tokenizer, write_tokens
-from harvest.writer import BlockWriter, Buffer, WriterConfig, to_float16
+from harvest.writer import BlockWriter, Buffer, WriterConfig
 from shared.cache import Cache, CacheSpec, crc32c
 from shared.cli import UserError, format_bytes, format_layers, format_seconds
 from shared.files import free_bytes, make_dir, write_file
@@ -26,6 +27,7 @@ from shared.progress import Progress
 
 LEDGER_BYTES_PER_LAYER = 230  # of one block, as measured; it is 0.0004 % of a full-size block
 _PROBE_BYTES = 64 << 20
+_CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -150,44 +152,60 @@ def harvest_blocks(cache: Cache, model: ResidualModel, blocks: list[int], config
 
         cuda = config.device.type == "cuda"
         with BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed) as writer:
-            fill = _CudaFiller(cache, model, config) if cuda else _CpuFiller(cache, model, config)
+            fill = (_CudaFiller if cuda else _CpuFiller)(cache, model, config, shares)
+            began = time.perf_counter()
             for block in blocks:
-                began = time.perf_counter()
-                buffer = writer.buffer()
-                got = time.perf_counter()
-                fill.fill(block, buffer, writer)
-                shares.forward += time.perf_counter() - got
-                shares.wait += got - began
-            drain = time.perf_counter()
-        shares.wait += time.perf_counter() - drain
+                fill.fill(block, writer.buffer(), writer)
+                shares.total = time.perf_counter() - began
+        fill.finish()
+        shares.total = time.perf_counter() - began
     return shares
 
 
 @dataclass(kw_only=True, slots=True)
 class Shares:
-    """Seconds the main thread spent computing and waiting for the disk."""
+    """Where a harvest's seconds went: in the language model, in rows on their way to the writer's buffer, and the rest.
+
+    On CUDA the first two are the device's own and overlap; `forward` has the float16 and the order in it, `copy` is the
+    transfer to the host, and the rest is the time in which the device had nothing to run.
+    """
 
     forward: float = 0.0
-    wait: float = 0.0
+    copy: float = 0.0
+    total: float = 0.0
+    overlap: bool = False
+
+    @property
+    def wait(self) -> float:
+        return max(0.0, self.total - self.forward - (0.0 if self.overlap else self.copy))
 
     def __str__(self) -> str:
-        return f"waiting for the disk {self.wait / max(self.forward + self.wait, 1e-9):.0%}"
+        total = max(self.total, 1e-9)
+        copy = f"copy {self.copy / total:.0%}{' beside it' if self.overlap else ''}"
+        return f"forward {self.forward / total:.0%}, {copy}, waiting for the disk {self.wait / total:.0%}"
 
 
 class _CpuFiller:
     """The forward pass puts every layer's rows at their places in the writer's buffer."""
 
-    def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig) -> None:
-        self._cache, self._model, self._config = cache, model, config
+    def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig, shares: Shares) -> None:
+        self._cache, self._model, self._shares = cache, model, shares
         self._index = {layer: i for i, layer in enumerate(model.layers)}
+        most = max(1, _CPU_TOKENS // cache.spec.context)
+        self._step = min(config.forward_sequences, most) if config.device.type == "cpu" else config.forward_sequences
 
     def fill(self, block: int, buffer: Buffer, writer: BlockWriter) -> None:
+        began, copied = time.perf_counter(), self._shares.copy
         self._run(block, buffer.data, buffer.nonfinite)
+        self._shares.forward += time.perf_counter() - began - (self._shares.copy - copied)
         writer.submit(block, buffer)
+
+    def finish(self) -> None:
+        """Called when every block is written."""
 
     def _run(self, block: int, data: Tensor, nonfinite: Tensor) -> None:
         """data float16 [layers, block_rows, d_model], nonfinite int64 [layers], both on the model's device."""
-        spec, step = self._cache.spec, self._config.forward_sequences
+        spec, step = self._cache.spec, self._step
         place = torch.from_numpy(np.argsort(self._cache.block_order(block), kind="stable")).to(data.device)
         tokens = torch.from_numpy(self._cache.block_tokens(block))
         nonfinite.zero_()
@@ -195,9 +213,10 @@ class _CpuFiller:
             rows = place[first * spec.context : (first + step) * spec.context]
 
             def store(layer: int, output: Tensor, rows: Tensor = rows) -> None:
-                half, bad = to_float16(output.reshape(-1, spec.d_model))
-                data[self._index[layer]].index_copy_(0, rows, half)
-                nonfinite[self._index[layer]] += bad
+                began = time.perf_counter()
+                nonfinite[self._index[layer]] += put_rows(output.reshape(-1, spec.d_model), rows, data[self._index[layer]])
+                if data.device.type == "cpu":  # elsewhere this only queues it
+                    self._shares.copy += time.perf_counter() - began
 
             self._model.run(tokens[first : first + step], store)
 
@@ -205,34 +224,64 @@ class _CpuFiller:
 class _CudaFiller(_CpuFiller):
     """Rows are permuted on the device; a block is copied to pinned memory on a stream of its own while the next runs."""
 
-    def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig) -> None:
-        super().__init__(cache, model, config)
-        spec, device = cache.spec, config.device
-        self._stream = torch.Stream(device)
-        shape = (len(model.layers), spec.block_rows, spec.d_model)
-        self._slots = itertools.cycle(
-            [
-                (
-                    torch.empty(shape, dtype=torch.float16, device=device),
-                    torch.zeros(len(model.layers), dtype=torch.int64, device=device),
-                    torch.Event(config.device),
-                )
-                for _ in range(2)
-            ]
-        )
+    def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig, shares: Shares) -> None:
+        super().__init__(cache, model, config, shares)
+        shares.overlap = True
+        self._stream = torch.Stream(config.device)
+        self._slots = [_Slot.empty(cache.spec, len(model.layers), config.device) for _ in range(2)]
+        self._turns = itertools.cycle(self._slots)
 
     def fill(self, block: int, buffer: Buffer, writer: BlockWriter) -> None:
-        data, nonfinite, copied = next(self._slots)
-        torch.accelerator.current_stream().wait_event(copied)  # the copy that last used this slot
-        self._run(block, data, nonfinite)
-        self._stream.wait_stream(torch.accelerator.current_stream())
+        slot = next(self._turns)
+        self._account(slot)
+        compute = torch.accelerator.current_stream()
+        compute.record_event(slot.began)
+        self._run(block, slot.data, slot.nonfinite)
+        compute.record_event(slot.ran)
+        self._stream.wait_event(slot.ran)
         with self._stream:
-            buffer.data.copy_(data, non_blocking=True)
-            buffer.nonfinite.copy_(nonfinite, non_blocking=True)
-            copied.record()
-            arrived = torch.Event(self._config.device)
+            self._stream.record_event(slot.copying)
+            buffer.data.copy_(slot.data, non_blocking=True)
+            buffer.nonfinite.copy_(slot.nonfinite, non_blocking=True)
+            self._stream.record_event(slot.copied)
+            arrived = torch.Event(slot.data.device)
             arrived.record()
+        slot.used = True
         writer.submit(block, buffer, arrived.synchronize)
+
+    def _account(self, slot: "_Slot") -> None:
+        """Waits for the copy that last used the slot (another block is queued behind it) and takes its times."""
+        if slot.used:
+            slot.copied.synchronize()
+            self._shares.forward += slot.began.elapsed_time(slot.ran) / 1e3
+            self._shares.copy += slot.copying.elapsed_time(slot.copied) / 1e3
+            slot.used = False
+
+    def finish(self) -> None:
+        for slot in self._slots:
+            self._account(slot)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Slot:
+    """A block of all layers on the device, and when it was computed and copied."""
+
+    data: Tensor
+    nonfinite: Tensor
+    began: torch.Event
+    ran: torch.Event
+    copying: torch.Event
+    copied: torch.Event
+    used: bool = False
+
+    @classmethod
+    def empty(cls, spec: CacheSpec, layers: int, device: torch.device) -> "_Slot":
+        began, ran, copying, copied = (torch.Event(device, enable_timing=True) for _ in range(4))
+        return cls(
+            data=torch.empty(layers, spec.block_rows, spec.d_model, dtype=torch.float16, device=device),
+            nonfinite=torch.zeros(layers, dtype=torch.int64, device=device),
+            began=began, ran=ran, copying=copying, copied=copied,
+        )  # fmt: skip
 
 
 def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> tuple[list[tuple[int, int, str]], list[str]]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.harvest import HarvestConfig, harvest_blocks, planned_bytes
+from harvest.harvest import HarvestConfig, Shares, harvest_blocks, planned_bytes
 from harvest.model import ResidualModel
 from shared.cache import Cache
 from shared.lm import load_model
@@ -152,3 +152,19 @@ def test_values_that_do_not_fit_are_reported(lm: Path, cache: Cache, tmp_path: P
     copy.read_block(1, 5, out)
     assert np.isfinite(out).all()
     assert (out[:, 3] == 65504).all()
+
+
+def test_shares_are_of_the_whole_time(lm: Path, cache: Cache, tmp_path: Path) -> None:
+    shutil.copytree(cache.path, tmp_path / "c")
+    copy = Cache.open(tmp_path / "c")
+    copy.forget(5, (0, 1, 2))
+    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), (0, 1, 2), CPU)
+    shares = harvest_blocks(copy, model, [5], HarvestConfig(device=CPU))
+    assert shares.forward > 0 and shares.copy > 0 and shares.wait > 0
+    assert shares.forward + shares.copy + shares.wait == pytest.approx(shares.total)
+
+
+def test_what_overlaps_is_not_taken_off_twice() -> None:
+    assert str(Shares(forward=6, copy=1, total=10)) == "forward 60%, copy 10%, waiting for the disk 30%"
+    beside = Shares(forward=6, copy=1, total=10, overlap=True)
+    assert str(beside) == "forward 60%, copy 10% beside it, waiting for the disk 40%"
