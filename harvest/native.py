@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harvest.writer import to_float16
-from shared.native import load
+from shared.native import arguments, load
 
 Sink = Callable[[int, Tensor], None]
 
@@ -131,12 +131,5 @@ def _difference(base: Any, fast: NeoxForward) -> float:
     return float((last[0].float() - want).norm() / want.norm())
 
 
-def _call(function: Any, *arguments: Tensor | int | float) -> int:
-    return int(function(*map(_native, arguments)))
-
-
-def _native(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+def _call(function: Any, *values: Tensor | int | float) -> int:
+    return int(function(*arguments(*values)))

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 _FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno",
@@ -26,7 +29,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """The compiled library of a C file, or None where it cannot be compiled (said once on stderr)."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
-        print(f"note: no C compiler found; {source.name} is replaced by slower torch operations", file=sys.stderr)
+        print(f"note: no C compiler found; {source.name} is replaced by something slower", file=sys.stderr)
         return None
     flags = [f for f in _FLAGS if platform.machine() in ("x86_64", "AMD64") or "prefer-vector" not in f]
     target = _folder() / f"{source.stem}-{_fingerprint(source, compiler, flags)}.so"
@@ -36,10 +39,23 @@ def load(source: Path) -> ctypes.CDLL | None:
             done = subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lm"], capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                print(f"note: {source.name} did not compile ({reason}); slower torch operations are used", file=sys.stderr)
+                print(f"note: {source.name} did not compile ({reason}); something slower is used", file=sys.stderr)
                 return None
             made.replace(target)
     return ctypes.CDLL(str(target))
+
+
+def arguments(*values: Tensor | int | float) -> list[Any]:
+    """Values as C functions take them: a pointer to a contiguous CPU tensor's numbers, int64_t, float."""
+    return [_argument(value) for value in values]
+
+
+def _argument(value: Tensor | int | float) -> Any:
+    if isinstance(value, Tensor):
+        assert value.device.type == "cpu"
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 def cpu_flags() -> list[str]:

@@ -2,12 +2,11 @@
 
 import ctypes
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.native import cpu_flags, load
+from shared.native import arguments, cpu_flags, load
 from train.kernels import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
 
 _AMX_SIDE = 32  # sizes must be multiples of it: two tiles
@@ -21,12 +20,6 @@ def load_native() -> "NativeKernels | None":
         return None
     amx = load(Path(__file__).with_name("amx.c")) if "amx_bf16" in cpu_flags() else None
     return AmxKernels(library, amx) if amx is not None and amx.amx_allowed() else NativeKernels(library)
-
-
-def _arguments(*values: Tensor | int | float) -> list[Any]:
-    """As C takes them: pointers, int64_t, float."""
-    kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
-    return [ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else kinds[type(v)](v) for v in values]
 
 
 class NativeKernels(TorchKernels):
@@ -43,14 +36,14 @@ class NativeKernels(TorchKernels):
         tokens, features = h.shape
         token_counts, feature_count = torch.zeros(self._threads, tokens, dtype=torch.int32), torch.empty_like(bias).int()
         feature_total = torch.empty_like(bias)
-        self._c.activate(*_arguments(_hidden(h), bias, token_counts, feature_count, feature_total, tokens, features))
+        self._c.activate(*arguments(_hidden(h), bias, token_counts, feature_count, feature_total, tokens, features))
         row_count = token_counts.sum(0, dtype=torch.int32)
         return Activation(row_count=row_count, feature_count=feature_count, total=feature_total.sum(dtype=torch.float64))
 
     def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
         tokens, features = z.shape
         sums = torch.empty(features)
-        self._c.mask(*_arguments(_hidden(gz), _hidden(z), l1_grad, sums, tokens, features))
+        self._c.mask(*arguments(_hidden(gz), _hidden(z), l1_grad, sums, tokens, features))
         return sums
 
     def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
@@ -65,7 +58,7 @@ class NativeKernels(TorchKernels):
         )
         a, listed = active, torch.empty(nnz)
         lists = (a.row_start, a.feature_start, a.feature, a.value, a.by_feature, a.token, listed)
-        self._c.compact(*_arguments(_hidden(z), *lists, tokens, features, self._threads))
+        self._c.compact(*arguments(_hidden(z), *lists, tokens, features, self._threads))
         return active
 
     def sparse_residual(
@@ -76,7 +69,7 @@ class NativeKernels(TorchKernels):
         g_hidden, row_square = torch.empty_like(active.value), torch.empty(tokens)
         lists = (active.row_start, active.feature, active.value)
         x = x.float().contiguous()
-        self._c.residual(*_arguments(*lists, _matrix(w_dec), x, bias, scale, l1_grad, g, g_hidden, row_square, tokens, d))
+        self._c.residual(*arguments(*lists, _matrix(w_dec), x, bias, scale, l1_grad, g, g_hidden, row_square, tokens, d))
         return g, g_hidden, row_square.sum(dtype=torch.float64)
 
     def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
@@ -84,19 +77,19 @@ class NativeKernels(TorchKernels):
         db_enc = torch.empty(features)
         lists = (active.feature_start, active.by_feature, active.token, active.value, g_hidden)
         results = (out.dw_enc, out.dw_dec, db_enc)
-        self._c.weight_grads(*_arguments(*lists, _matrix(g), _matrix(xc), *results, features, d))
+        self._c.weight_grads(*arguments(*lists, _matrix(g), _matrix(xc), *results, features, d))
         return results
 
     def square_sum(self, x: Tensor) -> Tensor:
         partial = torch.empty(min(_SUM_PARTS, x.numel()), dtype=torch.float64)
-        self._c.squares(*_arguments(_matrix(x), partial, x.numel(), partial.numel()))
+        self._c.squares(*arguments(_matrix(x), partial, x.numel(), partial.numel()))
         return partial.sum()
 
     def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
         lr, inverse_correction2 = adam.lr / (1 - adam.beta1**adam.step), 1 / (1 - adam.beta2**adam.step)
         scalars = (lr, adam.clip, adam.beta1, adam.beta2, inverse_correction2, adam.eps)
         shape = (*w.shape, int(unit_norm))
-        self._c.adam(*_arguments(w, m, v, _matrix(grad), _matrix(copy), *shape), *_arguments(*map(float, scalars)))
+        self._c.adam(*arguments(w, m, v, _matrix(grad), _matrix(copy), *shape), *arguments(*map(float, scalars)))
 
 
 class AmxKernels(NativeKernels):
@@ -114,7 +107,7 @@ class AmxKernels(NativeKernels):
         token_counts, feature_count = torch.zeros(self._threads, tokens, dtype=torch.int32), torch.zeros_like(bias).int()
         totals = torch.zeros(self._threads, dtype=torch.float64)
         matrices = (_matrix(w_enc), _matrix(xc), bias, _hidden(z))
-        self._amx.amx_encode(*_arguments(*matrices, feature_count, token_counts, totals, tokens, features, d))
+        self._amx.amx_encode(*arguments(*matrices, feature_count, token_counts, totals, tokens, features, d))
         row_count = token_counts.sum(0, dtype=torch.int32)
         return z, Activation(row_count=row_count, feature_count=feature_count, total=totals.sum())
 
@@ -124,7 +117,7 @@ class AmxKernels(NativeKernels):
             return super().dense_residual(z, w_dec, x, bias, scale)
         g, row_square = torch.empty(tokens, d, dtype=torch.bfloat16), torch.empty(tokens)
         x = x.float().contiguous()
-        self._amx.amx_decode(*_arguments(_matrix(w_dec), _hidden(z), x, bias, scale, g, row_square, tokens, features, d))
+        self._amx.amx_decode(*arguments(_matrix(w_dec), _hidden(z), x, bias, scale, g, row_square, tokens, features, d))
         return g, row_square.sum(dtype=torch.float64)
 
     def dense_weight_grads(
@@ -135,7 +128,7 @@ class AmxKernels(NativeKernels):
             return super().dense_weight_grads(z, w_dec, g, xc, l1_grad, out)
         results = (out.dw_enc, out.dw_dec, torch.empty(features))
         matrices = (_matrix(w_dec), _hidden(z), _matrix(g), _matrix(xc))
-        self._amx.amx_weight_grads(*_arguments(*matrices, l1_grad, *results, tokens, features, d))
+        self._amx.amx_weight_grads(*arguments(*matrices, l1_grad, *results, tokens, features, d))
         return results
 
 
