@@ -40,7 +40,8 @@ L1 = 1e-5
 L0 = 150
 LAYERS = 24
 CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
-READ_BATCH, READ_WINDOW = 4096, 4
+READ_BATCH, READ_WINDOW = 4096, 8
+READ_CALL = 1 << 20  # bytes of a direct read; a buffered one is faster in one piece
 HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
 
 
@@ -295,7 +296,7 @@ class Reads:
         return seconds
 
     def raw(self, *, direct: bool) -> float:
-        """The same files into memory that is there already, from as many threads, and nothing else."""
+        """The same files into memory that is there already, from as many threads and in as large calls, and nothing else."""
         evict_blocks(self.cache)
         spec = self.cache.spec
         memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
@@ -307,7 +308,7 @@ class Reads:
             left = memoryview(data.numpy().data).cast("B")
             with raw_file(self.cache.block_path(0, block), os.O_RDONLY, direct) as fd:
                 while left:
-                    left = left[os.readv(fd, [left]) :]
+                    left = left[os.readv(fd, [left[:READ_CALL] if direct else left]) :]
             memory.put(data)
 
         return in_threads(self.threads, work, list(range(spec.n_blocks)))
@@ -334,17 +335,19 @@ def evict_blocks(cache: Cache) -> None:
 def read(load: Load) -> list[Contender]:
     from train.loader import ActivationLoader, LoaderConfig
 
-    cache = new_cache(load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=load.tokens))
+    cache = new_cache(
+        load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=2 * load.tokens)
+    )  # long enough for its ends not to count
     write_cache(cache, threads=load.threads)
     batch = min(READ_BATCH, cache.spec.block_rows)
     batches = cache.spec.train_tokens // batch
-    config = LoaderConfig(batch=batch, window_blocks=READ_WINDOW, threads=load.threads)
+    config = LoaderConfig(batch=batch, window_blocks=READ_WINDOW)  # its own number of threads, and the raw reads' too
     before = resident(reset=True)
     loader = ActivationLoader(cache, 0, config, torch.device(load.device), last=batches)
-    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=load.threads, before=before)
+    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=config.threads, before=before)
     ours = Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note)
     payload = cache.spec.n_blocks * cache.spec.block_bytes
-    return [ours, *raw_limits("read", reads.raw, payload, cache.spec, load.threads)]
+    return [ours, *raw_limits("read", reads.raw, payload, cache.spec, config.threads)]
 
 
 # ---------------------------------------------------------------------------------------------------------- forward

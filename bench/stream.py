@@ -92,7 +92,6 @@ class Training:
     sae: TrainingSae
     workspace: Workspace
     batch: int
-    threads: int
     idle: list[float] = field(default_factory=list)  # share of a round that was not spent in steps
     waited: list[float] = field(default_factory=list)  # the part of it in which no window was ready
     first: list[float] = field(default_factory=list)  # the part of it before the first batch
@@ -104,7 +103,7 @@ class Training:
         ours.evict_blocks(self.cache)
         without = self._peak_of_a_step()
         ours.resident(reset=True)
-        config = LoaderConfig(batch=self.batch, window_blocks=WINDOW, threads=self.threads)
+        config = LoaderConfig(batch=self.batch, window_blocks=WINDOW)
         stepping, first = 0.0, 0.0
         start = time.perf_counter()
         loader = ActivationLoader(self.cache, 0, config, self.sae.device, last=BATCHES)
@@ -161,7 +160,7 @@ def stream(load: Load) -> list[Contender]:
     contenders = []
     for way in WAYS:
         sae = new_saes(load, way, 1)[0]
-        training = Training(cache=cache, sae=sae, workspace=workspace, batch=load.tokens, threads=load.threads)
+        training = Training(cache=cache, sae=sae, workspace=workspace, batch=load.tokens)
         contenders.append(
             Contender(
                 name=f"ours, one {way} setting",

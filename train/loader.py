@@ -31,7 +31,7 @@ class LoaderConfig:
 
     batch: int
     window_blocks: int = 16
-    threads: int = 4
+    threads: int = 8
     seed: int = 0
     check: bool = True  # compare every block with its checksum as it is read
 
