@@ -41,7 +41,7 @@ L0 = 150
 LAYERS = 24
 CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
 READ_BATCH, READ_WINDOW = 4096, 8
-READ_CALL = 1 << 20  # bytes of a direct read; a buffered one is faster in one piece
+READ_CALL = 512 << 10  # bytes of a direct read; a buffered one is faster in one piece
 HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
 
 

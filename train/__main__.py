@@ -34,7 +34,7 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option("--sparse-below", type=click.FloatRange(0, 1), help="Share of active entries under which a step is sparse.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
-@click.option("--threads", type=click.IntRange(1), default=8, show_default=True, help="Reader threads.")
+@click.option("--threads", type=click.IntRange(1), default=16, show_default=True, help="Reader threads.")
 @click.option("--save-minutes", type=click.FloatRange(0), default=5.0, show_default=True, help="Between resume states.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
 def main(preset: str, cache: Path | None, **options: Any) -> None:

@@ -31,7 +31,7 @@ class LoaderConfig:
 
     batch: int
     window_blocks: int = 16
-    threads: int = 8
+    threads: int = 16  # each waits for one call of the disk at a time
     seed: int = 0
     check: bool = True  # compare every block with its checksum as it is read
 

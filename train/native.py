@@ -34,7 +34,8 @@ class NativeKernels(TorchKernels):
 
     def activate_(self, h: Tensor, bias: Tensor) -> Activation:
         tokens, features = h.shape
-        token_counts, feature_count = torch.zeros(self._threads, tokens, dtype=torch.int32), torch.empty_like(bias).int()
+        token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
+        feature_count = torch.empty(features, dtype=torch.int32)
         feature_total = torch.empty_like(bias)
         self._c.activate(*arguments(_hidden(h), bias, token_counts, feature_count, feature_total, tokens, features))
         row_count = token_counts.sum(0, dtype=torch.int32)
@@ -104,7 +105,8 @@ class AmxKernels(NativeKernels):
         if not _fits(tokens, features, d):
             return super().encode(xc, w_enc, bias, out)
         z = out.z(tokens, feature_major=True)
-        token_counts, feature_count = torch.zeros(self._threads, tokens, dtype=torch.int32), torch.zeros_like(bias).int()
+        token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
+        feature_count = torch.zeros(features, dtype=torch.int32)
         totals = torch.zeros(self._threads, dtype=torch.float64)
         matrices = (_matrix(w_enc), _matrix(xc), bias, _hidden(z))
         self._amx.amx_encode(*arguments(*matrices, feature_count, token_counts, totals, tokens, features, d))

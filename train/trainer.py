@@ -47,7 +47,7 @@ class RunOptions:
 
     runs: Path
     device: torch.device
-    threads: int = 8
+    threads: int = 16
     epochs: int = 1
     save_minutes: float = 5.0
     log_records: int = 300  # points of a training curve
