@@ -25,6 +25,7 @@ import torch
 from bench import gpu, growth, limits, ours, project, report, stream, table
 from bench.peers import ROOT, STEPS, WRITERS, Load, Peer, PeerFailed, Worker
 from shared.cli import DefaultRun, run
+from shared.device import pick_device
 
 README = ROOT / "README.md"
 SCRATCH = ROOT / "build" / "bench" / "scratch"
@@ -230,6 +231,7 @@ def run_command(
     if quick:
         d, features, tokens, write_tokens, forward_tokens, rounds = 128, 1024, 1024, 16_384, 64, 1
     torch.set_num_threads(threads)
+    pick_device(device)  # with what it sets for the process, as every command of the product does
     config = Config(
         d=d, features=features, tokens=tokens, threads=threads, device=device, rounds=rounds,
         write_tokens=write_tokens, forward_tokens=forward_tokens, torch_index=torch_index,

@@ -40,7 +40,7 @@ L1 = 1e-5
 L0 = 150
 LAYERS = 24
 CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
-READ_BATCH, READ_WINDOW = 4096, 8
+READ_BATCH, READ_WINDOW = 4096, 16
 READ_CALL = 512 << 10  # bytes of a direct read; a buffered one is faster in one piece
 HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
 
@@ -335,9 +335,8 @@ def evict_blocks(cache: Cache) -> None:
 def read(load: Load) -> list[Contender]:
     from train.loader import ActivationLoader, LoaderConfig
 
-    cache = new_cache(
-        load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=2 * load.tokens)
-    )  # long enough for its ends not to count
+    # Long enough for its end to count little, when the last rows are handed out and nothing is read any more.
+    cache = new_cache(load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=8 * load.tokens))
     write_cache(cache, threads=load.threads)
     batch = min(READ_BATCH, cache.spec.block_rows)
     batches = cache.spec.train_tokens // batch

@@ -44,9 +44,10 @@ def make_dir(path: Path) -> Path:
 
 def page_aligned(*shape: int) -> Tensor:
     """Zeros, float16, in host memory that direct reads and writes accept: torch aligns its own to 64 bytes only."""
-    memory = mmap.mmap(-1, 2 * math.prod(shape))
+    # private: Python's default is shared memory, which gets no huge pages on most systems
+    memory = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer, longer pieces for the disk: direct reads of 2.1 GB/s instead of 1.6
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer, longer pieces for the disk: 2.4 GB/s instead of 1.5 to 2.2
     return torch.frombuffer(memory, dtype=torch.float16).view(shape)
 
 
