@@ -27,7 +27,7 @@ from train.kernels import Workspace
 SCRATCH = ROOT / "build" / "bench" / "growth"
 PICTURE = Path(__file__).resolve().with_name("growth.png")
 DENSE, SPARSE, LIMIT = "dense step", "sparse step, L0 ≤ 150", "five products (limit)"
-WRITE, RAW = "harvest write, fsync and checksums", "raw write of as many bytes (limit)"
+WRITE, RAW = "harvest write, fsync and checksums", "raw write of the same files (limit)"
 STYLES = {DENSE: "o-", SPARSE: "s-", LIMIT: "k--", WRITE: "o-", RAW: "k--"}
 
 
