@@ -62,7 +62,8 @@ class Steps:
         x = torch.randn(self.tokens, self.saes[0].d, device=device).half()
         synchronize(device)
         start = time.perf_counter()
-        self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
+        wide = x.float()  # once for all, as the trainer does it
+        self.results = [sae.step(wide, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
         synchronize(device)
         return time.perf_counter() - start
 

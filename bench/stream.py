@@ -54,7 +54,7 @@ class Alone:
         ours.synchronize(device)
         start = time.perf_counter()
         for x in batches:
-            self.sae.step(x, lr=ours.LR, l1=ours.L1, workspace=self.workspace)
+            self.sae.step(x.float(), lr=ours.LR, l1=ours.L1, workspace=self.workspace)
         ours.synchronize(device)
         return time.perf_counter() - start
 
@@ -110,7 +110,7 @@ class Training:
         for x in loader:
             began = time.perf_counter()
             first = first or began - start
-            self.sae.step(x, lr=ours.LR, l1=ours.L1, workspace=self.workspace)
+            self.sae.step(x.float(), lr=ours.LR, l1=ours.L1, workspace=self.workspace)
             ours.synchronize(self.sae.device)
             stepping += time.perf_counter() - began
         seconds = time.perf_counter() - start

@@ -153,8 +153,9 @@ class _LayerJob:
         clock = _Clock(loader)
         title = f"training layer {self._layer}"
         with Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress:
-            for step, x in enumerate(loader, first):
+            for step, half in enumerate(loader, first):
                 clock.tick(step, config.batch)
+                x = half.float()  # once for all settings
                 for job in self._jobs:
                     job.take(step, x, workspace, clock)
                 if all(job.stopped for job in self._jobs):
