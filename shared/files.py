@@ -80,9 +80,10 @@ def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int])
         try:
             n = move(fd, view[done : whole if direct else None])
         except OSError as error:
-            if not direct or error.errno != errno.EINVAL:
+            if not direct or error.errno not in (errno.EINVAL, errno.EFAULT):
                 raise
-            direct = _set_direct(fd, False)  # larger blocks than our pages, or a network that takes none
+            # larger blocks than our pages, a network that takes none, or memory of a device's driver
+            direct = _set_direct(fd, False)
             continue
         if n == 0:
             break
