@@ -50,20 +50,22 @@ HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
 
 @dataclass(kw_only=True, slots=True)
 class Steps:
-    """A round is one step of each of these SAEs on one batch of fresh activations."""
+    """A round is one step of each of these SAEs on each of `batches` batches of fresh activations."""
 
     saes: list[TrainingSae]
     workspace: Workspace
     tokens: int
+    batches: int = 1
     results: list[StepResult] = field(default_factory=list)
 
     def run(self) -> float:
         device = self.saes[0].device
-        x = torch.randn(self.tokens, self.saes[0].d, device=device).half()
+        batches = [torch.randn(self.tokens, self.saes[0].d, device=device).half() for _ in range(self.batches)]
         synchronize(device)
         start = time.perf_counter()
-        wide = x.float()  # once for all, as the trainer does it
-        self.results = [sae.step(wide, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
+        for half in batches:
+            x = half.float()  # once for all, as the trainer does it
+            self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
         synchronize(device)
         return time.perf_counter() - start
 

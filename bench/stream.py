@@ -39,26 +39,6 @@ def new_saes(load: Load, way: str, count: int) -> list[TrainingSae]:
 # -------------------------------------------------------------------------------------------------------- settings
 
 
-@dataclass(kw_only=True, slots=True)
-class Alone:
-    """A round is `batches` steps of one SAE, each on a batch of its own: what a run of one setting does."""
-
-    sae: TrainingSae
-    workspace: Workspace
-    tokens: int
-    batches: int
-
-    def run(self) -> float:
-        device = self.sae.device
-        batches = [torch.randn(self.tokens, self.sae.d, device=device).half() for _ in range(self.batches)]
-        ours.synchronize(device)
-        start = time.perf_counter()
-        for x in batches:
-            self.sae.step(x.float(), lr=ours.LR, l1=ours.L1, workspace=self.workspace)
-        ours.synchronize(device)
-        return time.perf_counter() - start
-
-
 def settings(load: Load) -> list[Contender]:
     """Three SAEs that step one after another on each batch, beside one of them that takes three batches by itself.
 
@@ -70,7 +50,7 @@ def settings(load: Load) -> list[Contender]:
     for way in WAYS:
         saes = new_saes(load, way, SETTINGS)
         steps = ours.Steps(saes=saes, workspace=workspace, tokens=load.tokens)
-        alone = Alone(sae=saes[0], workspace=workspace, tokens=load.tokens, batches=SETTINGS)
+        alone = ours.Steps(saes=saes[:1], workspace=workspace, tokens=load.tokens, batches=SETTINGS)
         contenders += [
             Contender(
                 name=f"ours, three {way} SAEs, one batch", key=way, role="ours", work=work, run=steps.run, note=steps.note

@@ -9,21 +9,7 @@
 #endif
 #include <immintrin.h>
 
-typedef uint16_t bf16;
-
-static inline float widen(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* To nearest even. A NaN stays one: those from bfloat16 and from arithmetic have a lower half that cannot carry over. */
-static inline bf16 narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+#include "bf16.h"
 
 /* a = norm(x) * a_weight + a_bias and b likewise: both norms of a block see the same x. */
 void norms(const bf16 *x, const bf16 *a_weight, const bf16 *a_bias, const bf16 *b_weight, const bf16 *b_bias, bf16 *a, bf16 *b,

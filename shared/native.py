@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+_HEADERS = Path(__file__).parent
 _FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno",
     # sums may be reordered (they are vectors), but NaN and infinity must keep their meaning
@@ -36,7 +37,9 @@ def load(source: Path) -> ctypes.CDLL | None:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            done = subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lm"], capture_output=True, text=True)
+            done = subprocess.run(
+                [compiler, *flags, f"-I{_HEADERS}", str(source), "-o", str(made), "-lm"], capture_output=True, text=True
+            )
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 print(f"note: {source.name} did not compile ({reason}); something slower is used", file=sys.stderr)
@@ -80,7 +83,8 @@ def _folder() -> Path:
 def _fingerprint(source: Path, compiler: str, flags: list[str]) -> str:
     """Changes with the code, the compiler and the processor, for which -march=native compiles."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [source.read_text(), version, " ".join(flags), " ".join(cpu_flags()), platform.machine()]
+    texts = [file.read_text() for file in (source, *sorted(_HEADERS.glob("*.h")))]
+    parts = [*texts, version, " ".join(flags), " ".join(cpu_flags()), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t bf16;
+#include "bf16.h"
 
 enum { SIDE = 32, BLOCK = SIDE * SIDE, DEPTH = 256 };
 enum { ENCODE_ROWS = 512, ENCODE_COLS = 128, DECODE_COLS = 256, GRAD_ROWS = 256 };
@@ -66,6 +66,11 @@ static void pack_rows(const bf16 *a, int64_t pitch, int64_t rows, int64_t depth,
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < depth; k += SIDE)
             _mm512_store_si512(out + (i / SIDE) * SIDE * depth + k * SIDE + (i % SIDE) * SIDE, _mm512_loadu_si512(a + i * pitch + k));
+}
+
+/* The same over any depth, DEPTH by DEPTH. */
+static void pack_whole_rows(const bf16 *a, int64_t rows, int64_t depth, bf16 *out) {
+    for (int64_t k = 0; k < depth; k += DEPTH) pack_rows(a + k, depth, rows, smaller(DEPTH, depth - k), out + k * rows);
 }
 
 /* b [depth, columns]: panel after panel of 32 columns. */
@@ -176,6 +181,14 @@ static void multiply(const bf16 *a, const bf16 *b, int64_t pitch, int64_t rows, 
                   (const char *)(b + (j + 1) * pitch) + i * share, share);
 }
 
+/* The same over any depth: a from pack_whole_rows, b from pack_all_transposed. */
+static void multiply_whole(const bf16 *a, const bf16 *b, int64_t rows, int64_t columns, int64_t depth, float *c) {
+    for (int64_t j = 0; j < columns; j += SIDE)
+        for (int64_t k = 0; k < depth; k += DEPTH)
+            multiply(a + k * rows, b + j * depth + k * SIDE, DEPTH * SIDE, rows, SIDE, smaller(DEPTH, depth - k), c + j * rows,
+                     k == 0);
+}
+
 /* Columns 0–15 and 16–31 of a row of a block. */
 static inline const float *row_of(const float *c, int64_t rows, int64_t i, int64_t j) {
     return c + (j / SIDE * (rows / SIDE) + i / SIDE) * BLOCK + (i % SIDE) / 16 * 512 + (i % 16) * 16;
@@ -242,13 +255,10 @@ void amx_encode(const bf16 *w, const bf16 *x, const float *bias, bf16 *z, int32_
 #pragma omp for schedule(static)
         for (int64_t f = 0; f < features; f += ENCODE_ROWS) {
             int64_t rows = smaller(ENCODE_ROWS, features - f);
-            for (int64_t k = 0; k < d; k += DEPTH) pack_rows(w + f * d + k, d, rows, smaller(DEPTH, d - k), a + k * rows);
+            pack_whole_rows(w + f * d, rows, d, a);
             for (int64_t t = 0; t < tokens; t += ENCODE_COLS) {
                 int64_t columns = smaller(ENCODE_COLS, tokens - t);
-                for (int64_t j = 0; j < columns; j += SIDE)
-                    for (int64_t k = 0; k < d; k += DEPTH)
-                        multiply(a + k * rows, packed_x + (t + j) * d + k * SIDE, DEPTH * SIDE, rows, SIDE, smaller(DEPTH, d - k),
-                                 c + j * rows, k == 0);
+                multiply_whole(a, packed_x + t * d, rows, columns, d, c);
                 total += store_hidden(&hidden, c, rows, columns, f, t);
             }
         }
@@ -341,13 +351,10 @@ void amx_weight_grads(const bf16 *w_dec, const bf16 *z, const bf16 *g, const bf1
         for (int64_t f = 0; f < features; f += GRAD_ROWS) {
             int64_t rows = smaller(GRAD_ROWS, features - f);
             memset(db + f, 0, (size_t)rows * sizeof *db);
-            for (int64_t k = 0; k < d; k += DEPTH) pack_rows(w_dec + f * d + k, d, rows, smaller(DEPTH, d - k), a + k * rows);
+            pack_whole_rows(w_dec + f * d, rows, d, a);
             for (int64_t t = 0; t < tokens; t += ENCODE_COLS) {
                 int64_t columns = smaller(ENCODE_COLS, tokens - t);
-                for (int64_t j = 0; j < columns; j += SIDE)
-                    for (int64_t k = 0; k < d; k += DEPTH)
-                        multiply(a + k * rows, g_transposed + (t + j) * d + k * SIDE, DEPTH * SIDE, rows, SIDE, smaller(DEPTH, d - k),
-                                 c + j * rows, k == 0);
+                multiply_whole(a, g_transposed + t * d, rows, columns, d, c);
                 store_masked(c, z + f * tokens, l1, gz, db + f, rows, tokens, t, columns);
             }
             for (int64_t t = 0; t < tokens; t += DEPTH) {

@@ -14,21 +14,7 @@
 #include <immintrin.h>
 #endif
 
-typedef uint16_t bf16;
-
-static inline float widen(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* Round to nearest, ties to even. Only NaNs of a few exotic payloads would turn infinite, which stops the step as well. */
-static inline bf16 narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+#include "bf16.h"
 
 /* h [features, tokens], as everywhere here. `token_counts` is [threads, tokens] and zero at first; the caller adds its rows. */
 void activate(bf16 *restrict h, const float *restrict bias, int32_t *restrict token_counts, int32_t *restrict feature_count,

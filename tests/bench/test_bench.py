@@ -354,7 +354,7 @@ def test_each_setting_steps_as_often_together_as_alone() -> None:
     workspace = Workspace(16, 32, 64, "bf16", torch.device("cpu"))
     ours.Steps(saes=saes, workspace=workspace, tokens=16).run()
     assert [sae.step_count for sae in saes] == [1, 1, 1]
-    stream.Alone(sae=saes[0], workspace=workspace, tokens=16, batches=3).run()
+    ours.Steps(saes=saes[:1], workspace=workspace, tokens=16, batches=3).run()
     assert saes[0].step_count == 4
 
 
