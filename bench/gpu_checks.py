@@ -236,7 +236,7 @@ def _kernel_errors(lab: Lab, tokens: int, features: int, d: int, dtype: torch.dt
     found["lists"] = float(not all(torch.equal(getattr(active, n), getattr(theirs, n)) for n in Active.__dataclass_fields__))
     masked, their_masked = gz.clone(), gz.clone()
     l1_grad = 0.3125  # exact in bfloat16
-    found["mask sums"] = error(ours.mask_(masked, their_z, l1_grad), torchs.mask_(their_masked, their_z, l1_grad))
+    found["mask sums"] = error(ours.mask_(masked, their_z, act, l1_grad), torchs.mask_(their_masked, their_z, act, l1_grad))
     found["masked"] = error(masked, their_masked)
     b_dec = torch.randn(d, device=device)
     got = ours.sparse_residual(theirs, w, x, b_dec, 1e-2, 1e-3)

@@ -7,6 +7,7 @@ gradients are [F, d], a row is a feature. The hidden layer is a [B, F] view of m
 feature-major: then a feature's tokens are a row, for the products, for the bias, and for the lists of active entries.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,11 +19,12 @@ COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class AdamStep:
-    """One Adam update's scalars. `clip` multiplies the gradient; step counts from 1 (bias correction)."""
+    """One Adam update's scalars. `clip` multiplies the gradient; if it is NaN the update changes nothing, so that a host that
+    does not wait for the gradient's norm can leave that to the device. `step` counts from 1 (bias correction)."""
 
     step: int
     lr: float
-    clip: float = 1.0
+    clip: float | Tensor = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -54,23 +56,31 @@ class Active:
 
 
 class Workspace:
-    """Memory that steps of one shape share, whichever SAE they belong to: [B, F] once (on CUDA twice) and [F, d] twice."""
+    """Memory that steps of one shape share, whichever SAE they belong to: [B, F] once for each of the `slots` steps that may
+    be under way at a time and (on CUDA) once more, and [F, d] twice."""
 
-    def __init__(self, batch: int, d_model: int, n_features: int, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, d_model: int, n_features: int, precision: str, device: torch.device, *, slots: int = 1
+    ) -> None:
         dtype = COMPUTE[precision]
-        self._z = torch.empty(batch * n_features, dtype=dtype, device=device)
-        self._gz = self._z[:0]  # only dense steps need it, and not everyone's, so it is made by the first of them
+        self._z = [torch.empty(batch * n_features, dtype=dtype, device=device) for _ in range(slots)]
+        self._gz = self._z[0][:0]  # only dense steps need it, and not everyone's, so it is made by the first of them
         self.dw_enc = torch.empty(n_features, d_model, dtype=dtype, device=device)
         self.dw_dec = torch.empty(n_features, d_model, dtype=dtype, device=device)
 
+    @property
+    def slots(self) -> int:
+        return len(self._z)
+
     def z(self, batch: int, *, feature_major: bool) -> Tensor:
-        """The hidden layer, [batch, F]."""
-        return _view(self._z, batch, len(self.dw_enc), feature_major)
+        """A hidden layer, [batch, F]: the one that was handed out longest ago."""
+        self._z.append(self._z.pop(0))
+        return _view(self._z[-1], batch, len(self.dw_enc), feature_major)
 
     def gz(self, batch: int, n_features: int, *, feature_major: bool) -> Tensor:
         """The gradient of some features of the hidden layer, [batch, n_features]."""
         if self._gz.numel() < batch * n_features:
-            self._gz = self._z.new_empty(batch * n_features)
+            self._gz = self._z[0].new_empty(batch * n_features)
         return _view(self._gz, batch, n_features, feature_major)
 
 
@@ -91,6 +101,11 @@ class TorchKernels:
 
     feature_major = False  # the order in which the hidden layer lies
     features_at_once: int | None = None  # the part of the hidden gradient that is made and used up at once; None is all
+    sparse_below = 1 / 64  # share of active entries under which following them alone is the faster way
+
+    def centre(self, x: Tensor, b_pre: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [B, d] − b_pre [d], taken in b_pre's precision and rounded to `dtype`."""
+        return (x.to(b_pre.dtype) - b_pre).to(dtype)
 
     def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:
         """z [B, F] = relu(xc [B, d] · w_encᵀ + bias), bias float32 [F] added in float32; it lies in the workspace."""
@@ -119,20 +134,20 @@ class TorchKernels:
         return residual.mul_(scale).to(w_dec.dtype).contiguous(), square
 
     def dense_weight_grads(
-        self, z: Tensor, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
+        self, z: Tensor, activation: Activation, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
         """Both weight gradients through the whole hidden gradient (g · w_decᵀ + l1_grad where z > 0, else 0)."""
         db_enc = torch.empty(z.shape[1], dtype=_accumulator(z), device=z.device)
         for part in _parts(z.shape[1], self.features_at_once or z.shape[1]):
             gz = out.gz(len(z), part.stop - part.start, feature_major=self.feature_major)
             _product(g, w_dec[part].t(), gz)
-            db_enc[part] = self.mask_(gz, z[:, part], l1_grad)
+            db_enc[part] = self.mask_(gz, z[:, part], activation, l1_grad)
             torch.mm(z[:, part].t(), g, out=out.dw_dec[part])
             torch.mm(gz.t(), xc, out=out.dw_enc[part])
         return out.dw_enc, out.dw_dec, db_enc
 
-    def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
-        """gz [B, F] becomes (gz + l1_grad) where z > 0, else 0. Returns its column sums, [F]."""
+    def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
+        """gz [B, F] becomes (gz + l1_grad) where z > 0, else 0; z came with this activation. Returns gz's column sums, [F]."""
         gz.copy_(torch.where(z > 0, gz.to(_accumulator(gz)) + l1_grad, 0.0))
         return gz.sum(0, dtype=_accumulator(gz))
 
@@ -180,22 +195,31 @@ class TorchKernels:
         norm: Tensor = torch.linalg.vector_norm(x, dtype=_accumulator(x))
         return norm.square()
 
-    def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
-        """Adam on w, m, v [F, d] (contiguous masters) from grad [F, d]; then, if `unit_norm`, scale every row of w to
-        norm 1; then write w into `copy` [F, d] of the compute precision."""
-        adam_update_(w, m, v, grad.to(w.dtype), adam)
+    def adam_(
+        self,
+        w: Tensor,
+        m: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        adam: AdamStep,
+        *,
+        unit_norm: bool = False,
+        copy: Tensor | None = None,
+    ) -> None:
+        """Adam (Kingma & Ba 2015, algorithm 1) on w, m, v [F, d] (contiguous masters) from grad [F, d]; then, if `unit_norm`,
+        scale every row of w to norm 1; then write w into `copy` [F, d], if there is one, of the compute precision."""
+        clip = float(adam.clip)
+        if math.isnan(clip):
+            return
+        g = grad.to(w.dtype) * clip
+        m.lerp_(g, 1 - adam.beta1)
+        v.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
+        scale = adam.lr / (1 - adam.beta1**adam.step)
+        w.addcdiv_(m, (v / (1 - adam.beta2**adam.step)).sqrt_().add_(adam.eps), value=-scale)
         if unit_norm:
             w.div_(w.norm(dim=1, keepdim=True).clamp_min_(1e-12))
-        copy.copy_(w)
-
-
-def adam_update_(w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep) -> None:
-    """Adam (Kingma & Ba 2015, algorithm 1) on tensors of any one shape, in place."""
-    g = grad * adam.clip
-    m.lerp_(g, 1 - adam.beta1)
-    v.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
-    scale = adam.lr / (1 - adam.beta1**adam.step)
-    w.addcdiv_(m, (v / (1 - adam.beta2**adam.step)).sqrt_().add_(adam.eps), value=-scale)
+        if copy is not None:
+            copy.copy_(w)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Kernels for CPUs: bfloat16 matrices, float32 arithmetic, the loops in kernels.c, and with AMX the products in amx.c."""
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ class NativeKernels(TorchKernels):
         row_count = token_counts.sum(0, dtype=torch.int32)
         return Activation(row_count=row_count, feature_count=feature_count, total=feature_total.sum(dtype=torch.float64))
 
-    def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
+    def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         tokens, features = z.shape
         sums = torch.empty(features)
         self._c.mask(*arguments(_hidden(gz), _hidden(z), l1_grad, sums, tokens, features))
@@ -86,9 +87,24 @@ class NativeKernels(TorchKernels):
         self._c.squares(*arguments(_matrix(x), partial, x.numel(), partial.numel()))
         return partial.sum()
 
-    def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
+    def adam_(
+        self,
+        w: Tensor,
+        m: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        adam: AdamStep,
+        *,
+        unit_norm: bool = False,
+        copy: Tensor | None = None,
+    ) -> None:
+        if copy is None:  # the biases
+            super().adam_(w, m, v, grad, adam, unit_norm=unit_norm)
+            return
+        if math.isnan(clip := float(adam.clip)):
+            return
         lr, inverse_correction2 = adam.lr / (1 - adam.beta1**adam.step), 1 / (1 - adam.beta2**adam.step)
-        scalars = (lr, adam.clip, adam.beta1, adam.beta2, inverse_correction2, adam.eps)
+        scalars = (lr, clip, adam.beta1, adam.beta2, inverse_correction2, adam.eps)
         shape = (*w.shape, int(unit_norm))
         self._c.adam(*arguments(w, m, v, _matrix(grad), _matrix(copy), *shape), *arguments(*map(float, scalars)))
 
@@ -123,11 +139,11 @@ class AmxKernels(NativeKernels):
         return g, row_square.sum(dtype=torch.float64)
 
     def dense_weight_grads(
-        self, z: Tensor, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
+        self, z: Tensor, activation: Activation, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
         tokens, features, d = *z.shape, xc.shape[1]
         if not _fits(tokens, features, d):
-            return super().dense_weight_grads(z, w_dec, g, xc, l1_grad, out)
+            return super().dense_weight_grads(z, activation, w_dec, g, xc, l1_grad, out)
         results = (out.dw_enc, out.dw_dec, torch.empty(features))
         matrices = (_matrix(w_dec), _hidden(z), _matrix(g), _matrix(xc))
         self._amx.amx_weight_grads(*arguments(*matrices, l1_grad, *results, tokens, features, d))

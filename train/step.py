@@ -9,12 +9,13 @@ Both ways compute the same function. Cost on a CPU and on a GPU: see bench/.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.kernels import COMPUTE, AdamStep, TorchKernels, Workspace, adam_update_
+from train.kernels import COMPUTE, Activation, AdamStep, TorchKernels, Workspace
 from train.sae import Sae
 
 
@@ -27,19 +28,65 @@ class StepConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     precision: str = "bf16"
-    sparse_below: float = 1 / 64  # share of active entries under which the step follows them alone; 0 never does
+    # share of active entries under which the step follows them alone; 0 never does, None leaves it to the kernels
+    sparse_below: float | None = None
+
+
+class Late:
+    """Numbers on their way from a device: reading them waits until they have arrived, and for nothing that was queued later."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.Event | None = None
+        self._host = values
+        if values.device.type != "cpu":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._arrived = torch.Event(values.device)
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[float] = self._host.tolist()
+        return found
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Begun:
+    """The forward half of a step: what its second half needs."""
+
+    x: Tensor  # [B, d] as it came
+    centred: Tensor  # [B, d] in the products' precision
+    z: Tensor  # [B, F]
+    activation: Activation
+    counts: Late  # active entries, and the sum of all activations
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class StepResult:
-    """Scalars of one batch, before the update. If `finite` is false the weights were left as they were."""
+    """Scalars of one batch, before the update. What is read from `late` waits for the device to reach the step's end.
 
-    loss: float
-    mse: float
+    If `finite` is false the weights were left as they were, and stay so: a host that reads a step late loses nothing.
+    """
+
+    step: int  # steps before this one
     l1: float  # the L1 term of the loss, λ included
     l0: float
-    grad_norm: float
     sparse: bool
+    values: int  # of the batch
+    late: Late  # sum of squared errors, and norm of the gradient
+
+    @property
+    def mse(self) -> float:
+        return self.late.read()[0] / self.values
+
+    @property
+    def loss(self) -> float:
+        return self.mse + self.l1
+
+    @property
+    def grad_norm(self) -> float:
+        return self.late.read()[1]
 
     @property
     def finite(self) -> bool:
@@ -77,6 +124,7 @@ class TrainingSae:
         self.bias = torch.zeros(n_features + 2 * d_model, dtype=self._master, device=device)
         self.moments = {f"{k}.{n}": torch.zeros_like(w) for n, w in self._parameters().items() for k in "mv"}
         self.step_count = 0
+        self._whole = torch.ones((), dtype=torch.bool, device=device)  # no step so far was other than finite
         self.last_active = torch.zeros(n_features, dtype=torch.int32, device=device)  # step of each feature's last firing
         # What the products read; Adam writes them in the pass in which it has the row at hand.
         self._enc, self._dec = self.w_enc.to(self._compute, copy=True), self.w_dec.to(self._compute, copy=True)
@@ -102,17 +150,30 @@ class TrainingSae:
 
     def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
         """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite."""
-        batch = x.shape[0]
-        l1_scale = l1 / batch / (self.n_features if self.config.l1_reduction == "mean" else 1)
-        centred = (x.to(self._master) - self.b_pre).to(self._compute)
+        return self.finish(self.begin(x, workspace), lr=lr, l1=l1, workspace=workspace)
+
+    def begin(self, x: Tensor, workspace: Workspace) -> Begun:
+        """Encode a batch. As many steps as the workspace has slots may be begun before the first of them is finished: then the
+        device has work while the host reads the counts."""
+        centred = self.kernels.centre(x, self.b_pre, self._compute)
         z, activation = self.kernels.encode(centred, self._enc, self.b_enc, workspace)
-        active, total = torch.stack([activation.row_count.sum().double(), activation.total.double()]).tolist()
+        counts = Late(torch.stack([activation.row_count.sum().double(), activation.total.double()]))
+        return Begun(x=x, centred=centred, z=z, activation=activation, counts=counts)
+
+    def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
+        """Decode, go back, and update; see `step`."""
+        x, centred, z, activation = begun.x, begun.centred, begun.z, begun.activation
+        batch, below = x.shape[0], self.config.sparse_below
+        active, total = begun.counts.read()
+        l1_scale = l1 / batch / (self.n_features if self.config.l1_reduction == "mean" else 1)
+        sparse = active < (self.kernels.sparse_below if below is None else below) * z.numel()
+        report = partial(
+            StepResult, step=self.step_count, l1=l1_scale * total, l0=active / batch, sparse=sparse, values=x.numel()
+        )
         if not math.isfinite(total):  # a NaN in the batch; what follows could not even list the active entries
-            return StepResult(
-                loss=total, mse=math.nan, l1=l1_scale * total, l0=active / batch, grad_norm=math.nan, sparse=False
-            )
-        sparse = active < self.config.sparse_below * z.numel()
-        scale = 2 / (batch * self.d)
+            self._whole.fill_(False)
+            return report(late=Late(torch.tensor([math.nan, math.nan])))
+        scale = 2 / x.numel()
         bias = self.b_pre + self.b_dec
         if sparse:
             entries = self.kernels.compact(z, activation, int(active))
@@ -120,34 +181,31 @@ class TrainingSae:
             grads = self.kernels.sparse_weight_grads(entries, g, centred, g_hidden, workspace)
         else:
             g, square = self.kernels.dense_residual(z, self._dec, x, bias, scale)
-            grads = self.kernels.dense_weight_grads(z, self._dec, g, centred, l1_scale, workspace)
+            grads = self.kernels.dense_weight_grads(z, activation, self._dec, g, centred, l1_scale, workspace)
         dw_enc, dw_dec, db_enc = grads
         db_dec = g.sum(0, dtype=self._master)
         d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
         norm = (self.kernels.square_sum(dw_enc) + self.kernels.square_sum(dw_dec) + d_bias.double().square().sum()).sqrt()
-        square_sum, grad_norm = torch.stack([square.double(), norm]).tolist()
-        result = StepResult(
-            loss=square_sum / (batch * self.d) + l1_scale * total,
-            mse=square_sum / (batch * self.d),
-            l1=l1_scale * total,
-            l0=active / batch,
-            grad_norm=grad_norm,
-            sparse=sparse,
-        )
-        if result.finite:
-            self.last_active.masked_fill_(activation.feature_count > 0, self.step_count + 1)
-            self._update(dw_enc, dw_dec, d_bias, grad_norm, lr)
-        return result
+        late = torch.stack([square.double(), norm])
+        self._whole.logical_and_(torch.isfinite(late).all())
+        self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr)
+        return report(late=Late(late))
 
-    def _update(self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, grad_norm: float, lr: float) -> None:
+    def _update(
+        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, feature_count: Tensor, grad_norm: Tensor, lr: float
+    ) -> None:
+        """Clip, Adam and the unit norm, or nothing where a step was not finite: that is settled on the device."""
         self.step_count += 1
+        self.last_active.masked_fill_((feature_count > 0) & self._whole, self.step_count)
         c, m = self.config, self.moments
-        clip = min(1.0, c.clip_norm / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
+        clip = (c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+        clip = torch.where(self._whole, clip, math.nan)
         adam = AdamStep(step=self.step_count, lr=lr, clip=clip, beta1=c.beta1, beta2=c.beta2)
         update = self.kernels.adam_
-        update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, unit_norm=False, copy=self._enc)
+        update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
         update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=True, copy=self._dec)
-        adam_update_(self.bias, m["m.bias"], m["v.bias"], d_bias.to(self._master), adam)
+        bias, m_bias, v_bias = (t[None] for t in (self.bias, m["m.bias"], m["v.bias"]))
+        update(bias, m_bias, v_bias, d_bias.to(self._master)[None], adam)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs to go on bit for bit; tensors on the training device."""
@@ -157,6 +215,7 @@ class TrainingSae:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.step_count = step_count
+        self._whole.fill_(True)
         self._enc.copy_(self.w_enc)
         self._dec.copy_(self.w_dec)
 

@@ -51,6 +51,7 @@ from train.kernels import Activation, Active, AdamStep, TorchKernels, WeightGrad
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
 TILE_ROWS, TILE_COLS = 16, 256  # activate_
 MASK_ROWS, MASK_COLS, MASK_BLOCK = 32, 256, 512  # mask_: a tile, and the rows one program adds up, tile by tile
+RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 WORDS = 1024  # compact: words of 32 features at a time
 DECODE_ENTRIES, DECODE_COLS = 64, 128  # residual: rows gathered at once, and the slice of d
 GRAD_ENTRIES, GRAD_COLS = 16, 256  # weight_grads: the same
@@ -60,13 +61,25 @@ ADAM_ELEMENTS = 1024  # adam_: elements a program updates, where rows are shorte
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class MarkedActivation(Activation):
-    """Also remembers which elements are active, so that `compact` need not read z again to find them."""
+    """Also remembers which elements are active, so that `compact` and `mask_` need not read z again to find them."""
 
     bits: Tensor  # int32 [B, ceil(F / 32)]: bit j of word k stands for feature 32 k + j
 
 
 class TritonKernels(TorchKernels):
     """What is not here, the dense products, is torch's. bf16, float16 or float32; columns of [B, F] and [B, d] contiguous."""
+
+    sparse_below = 1 / 96
+
+    def centre(self, x: Tensor, b_pre: Tensor, dtype: torch.dtype) -> Tensor:
+        n_rows, d = x.shape
+        rows, cols = _tile(d)
+        out = torch.empty(n_rows, d, dtype=dtype, device=x.device)
+        _launch(
+            _centre_kernel, (triton.cdiv(n_rows, rows), triton.cdiv(d, cols)),
+            x, b_pre, out, n_rows, d, _row_stride(x), ROWS=rows, COLS=cols, num_warps=4,
+        )  # fmt: skip
+        return out
 
     def activate_(self, h: Tensor, bias: Tensor) -> MarkedActivation:
         n_rows, n_cols = h.shape
@@ -82,20 +95,33 @@ class TritonKernels(TorchKernels):
         )  # fmt: skip
         return MarkedActivation(row_count=row_count, feature_count=feature_count, total=partial.sum(), bits=bits)
 
-    def mask_(self, gz: Tensor, z: Tensor, l1_grad: float) -> Tensor:
+    def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        g = torch.mm(z, w_dec)
+        n_rows, d = x.shape
+        rows, cols = _tile(d)
+        grid = (triton.cdiv(n_rows, rows), triton.cdiv(d, cols))
+        squares = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=x.device)
+        _launch(
+            _dense_residual_kernel, grid,
+            g, x, bias, squares, float(scale), n_rows, d, _row_stride(x), ROWS=rows, COLS=cols, num_warps=4,
+        )  # fmt: skip
+        return g, squares.sum()
+
+    def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         n_rows, n_cols = gz.shape
+        bits = _bits(activation)
         grid = (triton.cdiv(n_cols, MASK_COLS), triton.cdiv(n_rows, MASK_BLOCK))
         partial = torch.empty(grid[1], n_cols, dtype=torch.float32, device=gz.device)
         _launch(
             _mask_kernel, grid,
-            gz, z, partial, float(l1_grad), n_rows, n_cols, _row_stride(gz), _row_stride(z),
+            gz, bits, partial, float(l1_grad), n_rows, n_cols, _row_stride(gz), bits.stride(0),
             BLOCK=MASK_BLOCK, ROWS=MASK_ROWS, COLS=MASK_COLS, num_warps=8,
         )  # fmt: skip
         return partial.sum(0)
 
     def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
         n_rows, n_cols = z.shape
-        bits = activation.bits if isinstance(activation, MarkedActivation) else _bits(z)
+        bits = _bits(activation)
         row_start = starts(activation.row_count)
         feature = torch.empty(nnz, dtype=torch.int32, device=z.device)
         value = torch.empty(nnz, dtype=torch.float32, device=z.device)
@@ -139,17 +165,29 @@ class TritonKernels(TorchKernels):
         plan.weighted_sums(g, active.value.index_select(0, active.by_feature), out.dw_dec)
         return out.dw_enc, out.dw_dec, db_enc
 
-    def adam_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, adam: AdamStep, *, unit_norm: bool, copy: Tensor) -> None:
+    def adam_(
+        self,
+        w: Tensor,
+        m: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        adam: AdamStep,
+        *,
+        unit_norm: bool = False,
+        copy: Tensor | None = None,
+    ) -> None:
         if not (w.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
             raise ValueError("adam_ takes contiguous w, m and v")
         n_rows, d = w.shape
         # A norm needs its row in one program; otherwise the widths of a row are independent.
         cols = triton.next_power_of_2(d) if unit_norm else _slice(d, ADAM_ELEMENTS)
         rows = max(1, ADAM_ELEMENTS // cols)
+        clip = torch.as_tensor(adam.clip, dtype=torch.float32, device=w.device)
+        copy = w if copy is None else copy  # then the same numbers go to the same places twice
         _launch(
             _adam_kernel, (triton.cdiv(n_rows, rows), triton.cdiv(d, cols)),
-            w, m, v, grad, copy,
-            float(adam.clip), 1 - adam.beta1, adam.beta2, 1 - adam.beta2, 1 / (1 - adam.beta2**adam.step), adam.eps,
+            w, m, v, grad, copy, clip,
+            1 - adam.beta1, adam.beta2, 1 - adam.beta2, 1 / (1 - adam.beta2**adam.step), adam.eps,
             adam.lr / (1 - adam.beta1**adam.step), n_rows, d,
             grad.stride(0), grad.stride(1), copy.stride(0), copy.stride(1),
             UNIT_NORM=unit_norm, ROWS=rows, COLS=cols, num_warps=min(16, max(4, cols // 512)),
@@ -222,14 +260,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **met
         kernel[grid](first, *args, **meta)
 
 
-def _bits(z: Tensor) -> Tensor:
-    n_rows, n_cols = z.shape
-    bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
-    _launch(
-        _bits_kernel, (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_ROWS)),
-        z, bits, n_rows, n_cols, _row_stride(z), bits.stride(0), ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
-    )  # fmt: skip
-    return bits
+def _bits(activation: Activation) -> Tensor:
+    if not isinstance(activation, MarkedActivation):
+        raise TypeError("these kernels take the activation that they made themselves")
+    return activation.bits
 
 
 def _feature_order(feature: Tensor, n_features: int) -> Tensor:
@@ -240,6 +274,12 @@ def _feature_order(feature: Tensor, n_features: int) -> Tensor:
 
 def _slice(d: int, most: int) -> int:
     return int(min(most, max(16, triton.next_power_of_2(d))))
+
+
+def _tile(d: int) -> tuple[int, int]:
+    """Rows and columns of a program that has nothing to add up along either."""
+    cols = _slice(d, 1024)
+    return max(1, RESIDUAL_ELEMENTS // cols), cols
 
 
 def _row_stride(x: Tensor) -> int:
@@ -262,6 +302,12 @@ def _pack(active: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> tl.tenso
     """[ROWS, COLS] of 0 and 1 as [ROWS, COLS / 32] words. A thread holds 8 columns, so four threads make a word."""
     lanes = tl.reshape(active, [ROWS, COLS // 32, 32])
     return tl.sum(lanes << tl.arange(0, 32)[None, None, :], axis=2)
+
+
+@triton.jit
+def _unpack(words: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> tl.tensor:
+    """[ROWS, COLS / 32] words as [ROWS, COLS] of 0 and 1."""
+    return tl.reshape((words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [ROWS, COLS])
 
 
 @triton.jit
@@ -302,38 +348,60 @@ def _activate_kernel(
 
 
 @triton.jit
-def _bits_kernel(
-    z_ptr: tl.tensor, bits_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, z_stride: tl.tensor,
-    bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr,
+def _centre_kernel(
+    x_ptr: tl.tensor, b_pre_ptr: tl.tensor, out_ptr: tl.tensor, n_rows: tl.tensor, d: tl.tensor, x_stride: tl.tensor,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    first_col = tl.program_id(0) * COLS
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    cols = first_col + tl.arange(0, COLS)
-    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * z_stride + cols[None, :], mask=inside, other=0.0)
-    words = _pack((z.to(tl.float32) > 0.0).to(tl.int32), ROWS, COLS)
-    _store_bits(bits_ptr, words, rows, first_col, n_rows, n_cols, bits_stride, COLS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < d)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + wide * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    b_pre = tl.load(b_pre_ptr + cols, mask=cols < d, other=0.0)
+    tl.store(out_ptr + wide * d + cols[None, :], (x - b_pre[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dense_residual_kernel(
+    g_ptr: tl.tensor, x_ptr: tl.tensor, bias_ptr: tl.tensor, squares_ptr: tl.tensor, scale: tl.tensor, n_rows: tl.tensor,
+    d: tl.tensor, x_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """g comes as z · w_dec and leaves as scale · (x̂ − x)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < d)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    at = g_ptr + wide * d + cols[None, :]
+    x = tl.load(x_ptr + wide * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=cols < d, other=0.0)
+    error = tl.load(at, mask=inside, other=0.0).to(tl.float32) + bias[None, :] - x
+    error = tl.where(inside, error, 0.0)  # rows past the end have a bias all the same
+    tl.store(squares_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(error * error))
+    tl.store(at, (error * scale).to(g_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _mask_kernel(
-    gz_ptr: tl.tensor, z_ptr: tl.tensor, partial_ptr: tl.tensor, l1_grad: tl.tensor, n_rows: tl.tensor,
-    n_cols: tl.tensor, gz_stride: tl.tensor, z_stride: tl.tensor,
+    gz_ptr: tl.tensor, bits_ptr: tl.tensor, partial_ptr: tl.tensor, l1_grad: tl.tensor, n_rows: tl.tensor,
+    n_cols: tl.tensor, gz_stride: tl.tensor, bits_stride: tl.tensor,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One strip of COLS columns and BLOCK rows, ROWS at a time; the sums stay in registers until the strip ends."""
     block = tl.program_id(1)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    word = tl.program_id(0) * (COLS // 32) + tl.arange(0, COLS // 32)
     col_inside = cols < n_cols
     total = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for first in range(0, BLOCK, ROWS):
         rows = block * BLOCK + first + tl.arange(0, ROWS)
-        inside = (rows < n_rows)[:, None] & col_inside[None, :]
+        row_inside = (rows < n_rows)[:, None]
+        inside = row_inside & col_inside[None, :]
         wide = rows.to(tl.int64)[:, None]
         at = gz_ptr + wide * gz_stride + cols[None, :]
         gz = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + wide * z_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        rounded = tl.where(z > 0.0, gz + l1_grad, 0.0).to(gz_ptr.dtype.element_ty)
+        words = tl.load(bits_ptr + wide * bits_stride + word[None, :], mask=row_inside & (word * 32 < n_cols)[None, :], other=0)
+        active = _unpack(words, ROWS, COLS)
+        rounded = tl.where(active != 0, gz + l1_grad, 0.0).to(gz_ptr.dtype.element_ty)
         tl.store(at, rounded, mask=inside)
         total += rounded.to(tl.float32)
     tl.store(partial_ptr + block.to(tl.int64) * n_cols + cols, tl.sum(total, axis=0), mask=col_inside)
@@ -494,12 +562,15 @@ def _add_chunks_kernel(
 
 @triton.jit
 def _adam_kernel(
-    w_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor, grad_ptr: tl.tensor, copy_ptr: tl.tensor, clip: tl.tensor,
+    w_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor, grad_ptr: tl.tensor, copy_ptr: tl.tensor, clip_ptr: tl.tensor,
     one_minus_beta1: tl.tensor, beta2: tl.tensor, one_minus_beta2: tl.tensor, v_correction: tl.tensor, eps: tl.tensor,
     rate: tl.tensor, n_rows: tl.tensor, d: tl.tensor, grad_stride: tl.tensor, grad_col_stride: tl.tensor,
     copy_stride: tl.tensor, copy_col_stride: tl.tensor,
     UNIT_NORM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
+    clip = tl.load(clip_ptr)
+    if clip != clip:
+        return  # not finite: nothing is changed
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (rows < n_rows)[:, None] & (cols < d)[None, :]

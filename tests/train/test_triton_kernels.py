@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels import COMPUTE, Activation, Active, AdamStep, TorchKernels, Workspace
+from train.kernels import COMPUTE, Active, AdamStep, TorchKernels, Workspace
 
 TORCH = TorchKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -71,7 +71,15 @@ def kernels() -> Any:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that the sizes above cross every edge: several slices of d, several chunks of a feature."""
-    tiles = {"TILE_ROWS": 8, "TILE_COLS": 64, "MASK_ROWS": 8, "MASK_COLS": 64, "MASK_BLOCK": 16, "WORDS": 2}
+    tiles = {
+        "TILE_ROWS": 8,
+        "TILE_COLS": 64,
+        "MASK_ROWS": 8,
+        "MASK_COLS": 64,
+        "MASK_BLOCK": 16,
+        "WORDS": 2,
+        "RESIDUAL_ELEMENTS": 64,
+    }
     tiles |= {"DECODE_ENTRIES": 4, "DECODE_COLS": 32, "GRAD_ENTRIES": 4, "GRAD_COLS": 32, "CHUNK": 8}
     for name, value in (tiles | {"ADAM_ELEMENTS": 32}).items():
         monkeypatch.setattr(f"train.triton_kernels.{name}", value)
@@ -186,24 +194,27 @@ def check_activation_and_lists(kernels: Any, small_tiles: None, fences: None, si
     assert_same(kernels.compact(h, got, nnz), wanted_lists, list(Active.__dataclass_fields__))
 
 
-def check_lists_of_an_activation_counted_by_others(kernels: Any, small_tiles: None, fences: None) -> None:
-    z, bias = hidden(Size(7, 131, 0), torch.bfloat16)
-    activation = TORCH.activate_(z, bias)
-    nnz = int(activation.row_count.sum())
-    wanted = TORCH.compact(z, activation, nnz)
-    assert_same(kernels.compact(z, activation, nnz), wanted, list(Active.__dataclass_fields__))
-
-
 @small
 def check_mask(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
     z, bias = hidden(size, dtype)
-    TORCH.activate_(z, bias)
+    marked = kernels.activate_(z, bias)
     gz = random(size.tokens, size.features, dtype=dtype)
     wanted = gz.clone()
     l1_grad = 0.3125  # exact in bfloat16, to which torch rounds it first on a CPU but not on a GPU
-    wanted_sums = TORCH.mask_(wanted, z, l1_grad)
-    assert_close(kernels.mask_(gz, z, l1_grad), wanted_sums, 1e-6)
+    wanted_sums = TORCH.mask_(wanted, z, marked, l1_grad)
+    assert_close(kernels.mask_(gz, z, marked, l1_grad), wanted_sums, 1e-6)
     assert torch.equal(gz, wanted)
+
+
+@small
+def check_centring_and_dense_residual(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
+    z, w, bias = random(size.tokens, size.features, dtype=dtype), random(size.features, size.d, dtype=dtype), random(size.d)
+    x = random(size.tokens, size.d, dtype=torch.float16)
+    assert torch.equal(kernels.centre(x, bias, dtype), TORCH.centre(x, bias, dtype))
+    g, squares = kernels.dense_residual(z, w, x, bias, 0.7)
+    wanted_g, wanted_squares = TORCH.dense_residual(z, w, x, bias, 0.7)
+    assert_rounded_alike(g, wanted_g)
+    assert_close(squares, wanted_squares, 1e-6)
 
 
 @small
@@ -270,7 +281,7 @@ def compare_a_whole_step(kernels: Any, size: Size) -> None:
         activation = kernels.activate_(z, bias)
         active = kernels.compact(z, activation, int(activation.row_count.sum()))
         g, g_hidden, squares = kernels.sparse_residual(active, w, x, b_dec, 1e-2, 1e-3)
-        d_bias = kernels.mask_(fenced(h), z, 0.5)
+        d_bias = kernels.mask_(fenced(h), z, activation, 0.5)
         weight_grads = kernels.sparse_weight_grads(active, g, x, g_hidden, room(size.features, size.d, w.dtype))
         masters = [fenced(w.float()), torch.zeros_like(w.float()), torch.zeros_like(w.float())]
         kernels.adam_(*masters, weight_grads[1], AdamStep(step=1, lr=1e-3), unit_norm=True, copy=fenced(w))
@@ -339,11 +350,11 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
 
     z, nnz = make(size.tokens, size.features, dtype=dtype), 150 * size.tokens
     activation = kernels.activate_(z, make(size.features))
-    kernels.mask_(z, z, 0.1)
-    bare = Activation(row_count=activation.row_count, feature_count=activation.feature_count, total=activation.total)
-    kernels.compact(z, bare, nnz)
+    kernels.mask_(z, z, activation, 0.1)
     active = kernels.compact(z, activation, nnz)
     w, x = make(size.features, size.d, dtype=dtype), make(size.tokens, size.d, dtype=dtype)
+    kernels.centre(x, make(size.d), dtype)
+    kernels.dense_residual(z, w, x, make(size.d), 0.1)
     g, g_hidden, _ = kernels.sparse_residual(active, w, x, make(size.d), 0.1, 0.1)
     kernels.sparse_weight_grads(active, g, x, g_hidden, room(size.features, size.d, dtype, "meta"))
     master = make(size.features, size.d)
@@ -401,4 +412,4 @@ def compile_every_kernel(
         # At full size every kernel that streams or gathers must do it 16 bytes at a time.
         wide = re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
         assert wide or size.d % 16 or name == "_compact_kernel", name
-    assert len(names) == 8
+    assert len(names) == 9
