@@ -1,19 +1,40 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how tensors get there without anybody waiting."""
+
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from shared.cli import UserError
 from shared.native import keep_memory
 
+_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one. Raises UserError for a name that is no device, or is not there."""
+    """The named device; without a name CUDA where there is a driver for it, else the CPU.
+
+    Raises UserError for a name that is no device, for a device that is not there, and where nothing is named and there is
+    an NVIDIA driver that torch cannot use: hours on the CPU beside an idle GPU are nothing to begin silently.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        there = torch.cuda.is_available()  # what is wrong with a driver torch says in a warning
+    if not name and not there and (_DRIVER.exists() or shutil.which("nvidia-smi")):
+        raise UserError(
+            f"there is an NVIDIA driver here, but torch cannot use it ({_why_no_cuda(said)}): update the driver, "
+            "install the torch that fits it (https://pytorch.org), or pass --device cpu"
+        )
     try:
-        device = torch.device(name) if name else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name or ("cuda" if there else "cpu"))
     except RuntimeError:
         raise UserError(f"{name!r} is not a device: write cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA was asked for, but no CUDA device is available here; use --device cpu")
+    if device.type == "cuda" and not there:
+        raise UserError(f"CUDA was asked for, but no CUDA device is available here ({_why_no_cuda(said)}); use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
     if device.index is not None and device.type == "cuda":
@@ -21,3 +42,30 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cpu":
         keep_memory()
     return device
+
+
+def _why_no_cuda(said: list[warnings.WarningMessage]) -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    reasons = [re.split(r"\. | \(Triggered", str(warning.message))[0] for warning in said]
+    return reasons[0] if reasons else f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU"
+
+
+def announce(device: torch.device) -> None:
+    """One line that says where the work is done. Called when nothing can be refused any more: a refusal stands alone."""
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device: {device}, {what}", file=sys.stderr)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device, queued behind what runs there. From memory that is not pinned a copy would wait for all of it."""
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def new_event(*, timing: bool = False) -> torch.cuda.Event:
+    """A thread that waits for it on the host leaves the processor to others."""
+    return torch.cuda.Event(enable_timing=timing, blocking=True)  # type: ignore[no-untyped-call]

@@ -15,7 +15,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from shared.cli import UserError
 PAGE = mmap.PAGESIZE
 _READ_CALL = 512 << 10  # bytes
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 on systems that have no such thing, where everything is buffered
+
+moved: Counter[str] = Counter()  # bytes that this process has read and written, "direct" and "buffered": did it work?
+_moved_lock = threading.Lock()
 
 
 def make_dir(path: Path) -> Path:
@@ -72,7 +77,7 @@ def read_file(path: Path, out: memoryview) -> int:
 
 def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int]) -> int:
     """Move bytes between memory and file until `view` or the file ends; whole pages go past the page cache if they can."""
-    done, whole = 0, len(view) // PAGE * PAGE
+    done, whole, past_cache = 0, len(view) // PAGE * PAGE, 0
     direct = bool(_DIRECT and whole) and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 and _set_direct(fd, True)
     while done < len(view):
         if direct and (done == whole or done % PAGE):
@@ -88,6 +93,9 @@ def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int])
         if n == 0:
             break
         done += n
+        past_cache += n if direct else 0
+    with _moved_lock:
+        moved.update(direct=past_cache, buffered=done - past_cache)
     return done
 
 
@@ -109,6 +117,21 @@ def sync_dir(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path`, durable, when it is whole; after an error nothing is left of it."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_dir(path.parent)
 
 
 def publish_file(path: Path, data: bytes) -> None:

@@ -1,15 +1,18 @@
 """Blocks on disk → shuffled batches on the device.
 
 Training blocks are visited in a random order, `window_blocks` at a time; the rows of such a window are shuffled and
-handed out. While one window is trained on, reader threads fill the next, past the page cache. The order is a pure
-function of (seed, epoch, cache), so a run resumes at any batch, and every setting and every later ablation sees the
-same batches.
+handed out. While one window is trained on, reader threads fill the next, past the page cache, and draw its order. The
+order is a pure function of (seed, epoch, cache), so a run resumes at any batch, and every setting and every later
+ablation sees the same batches.
 
 Memory: two windows (on the device), and on CUDA one pinned block for each reader thread besides. A block is read
 straight into the window on a CPU, and into pinned memory and from there by a copy on a stream of its own on CUDA.
+
+On CUDA the training thread queues gathers and never waits for the device here. Two rules keep the streams apart: what goes
+up into a slot waits, on the device, for the gathers that were queued from its last window (`free`); and a window is
+handed out only when a reader thread has seen its copies arrive, so that whatever is queued after that finds them there.
 """
 
-import itertools
 import queue
 import time
 from collections import deque
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from shared.cache import Cache
+from shared.device import new_event, new_stream
 from shared.files import page_aligned
 from shared.shuffle import epoch_blocks, window_rows
 
@@ -37,21 +41,50 @@ class LoaderConfig:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class _Window:
-    """Blocks whose rows are handed out together; whole when the reads are done."""
+class _Slot:
+    """The memory of one window."""
 
+    data: Tensor  # float16 [window_blocks · block_rows, d_model]
+    order: Tensor  # int64, as many as there are rows
+    drawn: Tensor  # the order on the host: pinned memory on CUDA, `order` itself on a CPU
+
+    @classmethod
+    def empty(cls, rows: int, d_model: int, device: torch.device) -> "_Slot":
+        if device.type == "cpu":
+            order = torch.empty(rows, dtype=torch.int64)
+            return cls(data=page_aligned(rows, d_model), order=order, drawn=order)
+        return cls(
+            data=torch.empty(rows, d_model, dtype=torch.float16, device=device),
+            order=torch.empty(rows, dtype=torch.int64, device=device),
+            drawn=torch.empty(rows, dtype=torch.int64, pin_memory=True),
+        )
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Window:
+    """Blocks whose rows are handed out together."""
+
+    epoch: int
+    index: int  # within the epoch
     start: int  # the row of the stream at which it begins
-    slot: int  # whose memory it has
-    data: Tensor  # [window_blocks · block_rows, d_model]
-    order: Tensor  # int64, as many as the window has rows
-    reads: list[Future[None]]
+    blocks: list[int]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Load:
+    """A window on its way into a slot; whole when its work is done."""
+
+    window: _Window
+    slot: _Slot
+    rows: int
+    work: list[Future[None]]
 
 
 class ActivationLoader:
     """Iterate over batches `first` … `last` − 1, each float16 [batch, d_model] on the device.
 
     Raises UserError, naming layer and block, if a block is missing or damaged. `waited` counts the seconds for which
-    the consumer found no batch ready.
+    the consumer found no window ready: not read, not on the device, or its order not drawn.
     """
 
     def __init__(
@@ -61,102 +94,104 @@ class ActivationLoader:
         self._first, self._last = first, last
         spec = cache.spec
         self._window_blocks = min(config.window_blocks, spec.train_blocks)
-        self._windows_per_epoch = -(-spec.train_blocks // self._window_blocks)
-        shape = (self._window_blocks * spec.block_rows, spec.d_model)
-        self._cuda = device.type == "cuda"
-        self._slots = [
-            torch.empty(shape, dtype=torch.float16, device=device) if self._cuda else page_aligned(*shape) for _ in range(2)
-        ]
+        rows = self._window_blocks * spec.block_rows
+        self._slots = [_Slot.empty(rows, spec.d_model, device) for _ in range(2)]
         self._staging: queue.Queue[Tensor] = queue.Queue()
+        self._cuda = device.type == "cuda"
         if self._cuda:
-            self._stream = torch.Stream(device)
+            self._stream = new_stream(device)
             for _ in range(config.threads):
                 self._staging.put(torch.empty(spec.block_rows, spec.d_model, dtype=torch.float16, pin_memory=True))
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
-        batch = self._config.batch
-        left: Tensor | None = None
-        at = self._first * batch  # the row of the endless stream that comes next
-        end = self._last * batch
+        at = self._first * self._config.batch  # the row of the endless stream that comes next
+        end = self._last * self._config.batch
+        x, filled = self._new_batch(), 0
         with ThreadPoolExecutor(self._config.threads, "reader") as pool:
             try:
-                for window in self._stream_windows(pool, at):
-                    place = at - window.start
-                    while at < end and place < len(window.order):
-                        take = min(batch - (0 if left is None else len(left)), len(window.order) - place)
-                        part = window.data.index_select(0, window.order[place : place + take])
-                        whole = part if left is None else torch.cat([left, part])
-                        at, place = at + take, place + take
-                        left = whole if len(whole) < batch else None
-                        if left is None:
-                            yield whole
+                for load in self._loads(pool, at):
+                    place = at - load.window.start
+                    while at < end and place < load.rows:
+                        take = min(len(x) - filled, load.rows - place)
+                        rows = load.slot.order[place : place + take]
+                        torch.index_select(load.slot.data, 0, rows, out=x[filled : filled + take])
+                        at, place, filled = at + take, place + take, filled + take
+                        if filled == len(x):
+                            yield x
+                            x, filled = self._new_batch(), 0
                     if at >= end:
                         return
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _stream_windows(self, pool: ThreadPoolExecutor, at: int) -> "Iterator[_Window]":
+    def _new_batch(self) -> Tensor:
+        return torch.empty(self._config.batch, self._cache.spec.d_model, dtype=torch.float16, device=self._device)
+
+    def _loads(self, pool: ThreadPoolExecutor, at: int) -> "Iterator[_Load]":
         """From row `at` of the stream on, window after window, each whole and shuffled."""
-        wanted = self._wanted(at)
-        loading = deque(self._load(pool, slot, *window) for slot, window in enumerate(itertools.islice(wanted, 2)))
+        wanted = self._windows(at)
+        loading = deque(self._load(pool, slot, window) for slot, window in zip(self._slots, wanted, strict=False))
         while loading:
-            window = loading.popleft()
+            load = loading.popleft()
             began = time.perf_counter()
-            for future in window.reads:
+            for future in load.work:
                 future.result()
             self.waited += time.perf_counter() - began
-            yield window
+            yield load
             # Its slot is free now, though the window after it may still be on its way: the disk never waits for a window's end.
             if (following := next(wanted, None)) is not None:
-                loading.append(self._load(pool, window.slot, *following))
+                loading.append(self._load(pool, load.slot, following))
 
-    def _wanted(self, at: int) -> Iterator[tuple[int, int]]:
-        """(epoch, window) of every window from row `at` of the stream to its end."""
-        spec, end = self._cache.spec, self._last * self._config.batch
-        epoch, row = divmod(at, spec.train_tokens)
-        index = row // (self._window_blocks * spec.block_rows)
-        while self._start(epoch, index) < end:
-            yield epoch, index
-            epoch, index = (epoch, index + 1) if index + 1 < self._windows_per_epoch else (epoch + 1, 0)
+    def _windows(self, at: int) -> Iterator[_Window]:
+        """Every window from row `at` of the stream to its end."""
+        spec, size = self._cache.spec, self._window_blocks
+        for epoch in range(at // spec.train_tokens, -(-self._last * self._config.batch // spec.train_tokens)):
+            blocks = epoch_blocks(spec.train_blocks, seed=self._config.seed, epoch=epoch).tolist()
+            for index, first in enumerate(range(0, spec.train_blocks, size)):
+                start = epoch * spec.train_tokens + first * spec.block_rows
+                window = _Window(epoch=epoch, index=index, start=start, blocks=blocks[first : first + size])
+                if start + len(window.blocks) * spec.block_rows > at and start < self._last * self._config.batch:
+                    yield window
 
-    def _start(self, epoch: int, index: int) -> int:
-        """The row of the stream at which a window begins."""
-        return epoch * self._cache.spec.train_tokens + index * self._window_blocks * self._cache.spec.block_rows
-
-    def _load(self, pool: ThreadPoolExecutor, slot: int, epoch: int, index: int) -> "_Window":
-        """Begin to fill a window."""
-        spec, seed = self._cache.spec, self._config.seed
-        first = index * self._window_blocks
-        blocks = epoch_blocks(spec.train_blocks, seed=seed, epoch=epoch)[first : first + self._window_blocks]
-        n_rows = len(blocks) * spec.block_rows
-        data = self._slots[slot]
-        free = None
+    def _load(self, pool: ThreadPoolExecutor, slot: _Slot, window: _Window) -> _Load:
+        """Begin to fill a slot."""
+        free, size = None, self._cache.spec.block_rows
         if self._cuda:
-            free = torch.Event(self._device)
-            free.record(torch.accelerator.current_stream())  # what still reads the slot's old rows is queued before this
-        reads = [
-            pool.submit(self._read, int(block), data[i * spec.block_rows : (i + 1) * spec.block_rows], free)
-            for i, block in enumerate(blocks)
+            free = new_event()
+            free.record(torch.cuda.current_stream(self._device))
+        rows = len(window.blocks) * size
+        work = [pool.submit(self._draw, window, rows, slot, free)]
+        work += [
+            pool.submit(self._read, block, slot.data[i * size : (i + 1) * size], free) for i, block in enumerate(window.blocks)
         ]
-        order = torch.from_numpy(window_rows(n_rows, seed=seed, epoch=epoch, window=index)).to(self._device)
-        return _Window(start=self._start(epoch, index), slot=slot, data=data, order=order, reads=reads)
+        return _Load(window=window, slot=slot, rows=rows, work=work)
 
-    def _read(self, block: int, target: Tensor, free: torch.Event | None) -> None:
+    def _draw(self, window: _Window, rows: int, slot: _Slot, free: torch.cuda.Event | None) -> None:
+        order = window_rows(rows, seed=self._config.seed, epoch=window.epoch, window=window.index)
+        slot.drawn[:rows] = torch.from_numpy(order)
+        if free is not None:
+            self._send(slot.drawn[:rows], slot.order[:rows], free)
+
+    def _read(self, block: int, target: Tensor, free: torch.cuda.Event | None) -> None:
         if free is None:
             self._read_host(block, target)
             return
         staging = self._staging.get()
         try:
             self._read_host(block, staging)
-            with self._stream:
-                self._stream.wait_event(free)
-                target.copy_(staging, non_blocking=True)
-                copied = torch.Event(self._device)
-                copied.record()
-            copied.synchronize()
+            self._send(staging, target, free)
         finally:
             self._staging.put(staging)
+
+    def _send(self, pinned: Tensor, target: Tensor, free: torch.cuda.Event) -> None:
+        """Copy to the device; returns when it has arrived."""
+        arrived = new_event()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(free)
+            target.copy_(pinned, non_blocking=True)
+            arrived.record(self._stream)
+        arrived.synchronize()
 
     def _read_host(self, block: int, target: Tensor) -> None:
         data = target.numpy()

@@ -9,19 +9,19 @@ runs/<model>-saes-x<expansion>-l1-<setting>/
 
 import dataclasses
 import json
-import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.cache import CacheSpec
 from shared.cli import UserError, format_count
-from shared.files import make_dir, publish_json, sync_dir
+from shared.files import make_dir, publish_json, replacing
 
 FORMAT = 1
 SNAPSHOTS = 6
@@ -141,12 +141,11 @@ class Run:
         """Replace the resume state in one move: tensors, and a small JSON of everything else."""
         path = self.state_path(layer)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.cpu() for k, v in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_dir(path.parent)
+        with replacing(path) as temporary:
+            try:
+                save_file({k: v.cpu() for k, v in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
+            except SafetensorError as error:
+                raise OSError(f"{path}: {error}") from None
 
     def load_state(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         path = self.state_path(layer)
@@ -160,6 +159,6 @@ class Run:
             raise UserError(f"{path} is damaged ({error}); delete it to train this layer from the start") from None
 
     def drop_state(self, layer: int) -> None:
-        self.state_path(layer).unlink(missing_ok=True)
-        if self.state_path(layer).parent.exists():
-            self.state_path(layer).parent.rmdir()
+        folder = self.state_path(layer).parent
+        if folder.exists():
+            shutil.rmtree(folder)  # a kill may have left half a state beside the last whole one

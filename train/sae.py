@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.cli import UserError
-from shared.files import sync_dir
+from shared.files import replacing
 
 _SHAPES = {
     "b_pre": ("d",),
@@ -42,9 +42,11 @@ class Sae:
         """z [..., F] → x̂ [..., d]."""
         return z @ self.w_dec + (self.b_dec + self.b_pre)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")}
+
     def to(self, device: torch.device) -> "Sae":
-        parts = {name: getattr(self, name).to(device) for name in ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")}
-        return Sae(**parts, config=self.config, stats=self.stats)
+        return Sae(**{k: v.to(device) for k, v in self.tensors().items()}, config=self.config, stats=self.stats)
 
     def save(self, path: Path) -> None:
         """Write the published form: `model_state`, `config`, `stats`, readable with weights_only=True."""
@@ -57,11 +59,12 @@ class Sae:
         }
         # A clone holds its own numbers only; saving a view would write the whole storage behind it.
         state = {k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save({"model_state": state, "config": self.config, "stats": self.stats}, file)
-        temporary.replace(path)
-        sync_dir(path.parent)
+        with replacing(path) as temporary:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save({"model_state": state, "config": self.config, "stats": self.stats}, file)
+            except RuntimeError as error:  # torch hides the error of a full disk behind one of its own
+                raise (error.__context__ or error) from None
 
     @classmethod
     def load(cls, path: Path, d_model: int | None = None) -> "Sae":

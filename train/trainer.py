@@ -11,12 +11,15 @@ import torch
 
 from shared.cache import Cache
 from shared.cli import UserError, format_bytes, format_layers
+from shared.device import announce
 from shared.files import free_bytes, make_dir
 from shared.progress import Progress
 from train.kernels import TorchKernels, Workspace
 from train.l1 import ControllerConfig, L1Controller, L1Setting
 from train.loader import ActivationLoader, LoaderConfig
 from train.runs import SNAPSHOTS, Run, snapshot_tokens
+from train.sae import Sae
+from train.saver import Saver
 from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
 
 
@@ -61,10 +64,17 @@ def train(
     _require_trainable(cache, layers, config, options)
     runs = [_open_run(cache, name, setting, config, options.runs) for setting in settings]
     _require_space(cache, runs, layers, config, options.runs)
+    announce(options.device)
     kernels = pick_kernels(config.step.precision, options.device)
     whole = True
-    for layer in layers:
-        whole &= _LayerJob(cache, layer, list(zip(runs, settings, strict=True)), config, options, kernels).run()
+    try:
+        with Saver(options.device, most=len(runs)) as saver:
+            for layer in layers:
+                whole &= _LayerJob(cache, layer, list(zip(runs, settings, strict=True)), config, options, kernels, saver).run()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {options.runs} ({error}): put that right and run the same command again to continue"
+        ) from error
     return whole
 
 
@@ -95,7 +105,7 @@ def _open_run(cache: Cache, name: str, setting: L1Setting, config: TrainConfig, 
 
 
 def _require_space(cache: Cache, runs: list[Run], layers: tuple[int, ...], config: TrainConfig, where: Path) -> None:
-    """Snapshots of all layers, and the resume state of one."""
+    """Snapshots of all layers, the resume states of one, and the state that is written before it replaces another."""
     d = cache.spec.d_model
     weights = 2 * config.expansion * d * d * 4
     due = sum(
@@ -104,7 +114,7 @@ def _require_space(cache: Cache, runs: list[Run], layers: tuple[int, ...], confi
         for layer in layers
         for label in snapshot_tokens(config.tokens)
     )
-    needed = due * weights + (len(runs) * 3 * weights if due else 0)
+    needed = due * weights + ((len(runs) + 1) * 3 * weights if due else 0)
     free = free_bytes(where)
     if needed > free:
         raise UserError(
@@ -124,12 +134,13 @@ class _LayerJob:
         config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,
+        saver: Saver,
     ) -> None:
-        self._cache, self._layer, self._config, self._options = cache, layer, config, options
+        self._cache, self._layer, self._config, self._options, self._saver = cache, layer, config, options, saver
         unfinished = [(run, setting) for run, setting in runs if not run.snapshot_path(layer, "final").exists()]
         for run, _ in set(runs) - set(unfinished):
             run.drop_state(layer)  # left over if the last run was killed right at its end
-        self._jobs = [_SaeJob(run, setting, cache, layer, config, options, kernels) for run, setting in unfinished]
+        self._jobs = [_SaeJob(run, setting, cache, layer, config, options, kernels, saver) for run, setting in unfinished]
 
     def run(self) -> bool:
         """Returns whether every SAE was trained to its end."""
@@ -154,6 +165,7 @@ class _LayerJob:
         title = f"training layer {self._layer}"
         with Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress:
             for step, half in enumerate(loader, first):
+                self._saver.check()
                 clock.tick(step, config.batch)
                 x = half.float()  # once for all settings
                 for job in self._jobs:
@@ -204,8 +216,9 @@ class _SaeJob:
         config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,
+        saver: Saver,
     ) -> None:
-        self._run, self._layer, self._config, self._options = run, layer, config, options
+        self._run, self._layer, self._config, self._options, self._saver = run, layer, config, options, saver
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
         self._l1 = L1Controller(setting, config.steps, config.controller)
@@ -246,8 +259,8 @@ class _SaeJob:
         if done in self._snapshots:
             self._snapshot(self._snapshots[done], result, l1)
         if done == self._config.steps:
-            self._run.drop_state(self._layer)
-        elif done in self._snapshots or time.monotonic() - self._saved > 60 * self._options.save_minutes:
+            self._saver.submit({}, lambda _: self._run.drop_state(self._layer))
+        elif time.monotonic() - self._saved > 60 * self._options.save_minutes and self._saver.has_room():
             self._save()
 
     def _alive(self) -> int:
@@ -285,11 +298,13 @@ class _SaeJob:
             "alive": self._alive(),
         }
         config = self._run.config() | {"layer": self._layer, "snapshot": label}
-        self.sae.snapshot(config, stats).save(self._run.snapshot_path(self._layer, label))
+        path = self._run.snapshot_path(self._layer, label)
+        tensors = self.sae.snapshot(config, stats).tensors()
+        self._saver.submit(tensors, lambda host: Sae(**host, config=config, stats=stats).save(path))
 
     def _save(self) -> None:
         facts = {"step": self.sae.step_count, "l1": self._l1.value, "mean_l0": self._l1.mean_l0}
-        self._run.save_state(self._layer, self.sae.state(), facts)
+        self._saver.submit(self.sae.state(), lambda host: self._run.save_state(self._layer, host, facts))
         self._saved = time.monotonic()
 
     def _stop(self, step: int, result: StepResult) -> None:

@@ -1,4 +1,5 @@
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from shared.cache import Cache
 from shared.cli import UserError
+from train import loader as module
 from train.loader import ActivationLoader, LoaderConfig
 
 CPU = torch.device("cpu")
@@ -114,3 +116,33 @@ def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> No
     loader = ActivationLoader(cache, 1, LoaderConfig(batch=512, window_blocks=2, threads=1), CPU, last=8)
     assert len(list(loader)) == 8
     assert loader.waited > 0.2  # eight reads of 50 ms in turn, less what overlapped
+
+
+def test_orders_are_drawn_by_reader_threads_and_waited_for(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is slow here, and the first window has nothing to hide behind."""
+    threads: list[str] = []
+    draw = module.window_rows
+
+    def slow(n_rows: int, **key: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+        threads.append(threading.current_thread().name)
+        time.sleep(0.2)
+        return draw(n_rows, **key)
+
+    monkeypatch.setattr(module, "window_rows", slow)
+    loader = ActivationLoader(cache, 1, LoaderConfig(batch=512, window_blocks=20, threads=2), CPU, last=21)
+    assert len(list(loader)) == 21
+    assert len(threads) == 2 and all(name.startswith("reader") for name in threads)
+    assert loader.waited > 0.15
+
+
+def test_the_order_of_blocks_is_drawn_once_an_epoch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    draw = module.epoch_blocks
+
+    def count(n_blocks: int, *, seed: int, epoch: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+        epochs.append(epoch)
+        return draw(n_blocks, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr(module, "epoch_blocks", count)
+    assert len(batches(cache, first=100, last=430)) == 330
+    assert epochs == [0, 1, 2]

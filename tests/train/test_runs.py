@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,3 +119,46 @@ def test_state_survives_and_says_when_it_is_damaged(tmp_path: Path) -> None:
         run.load_state(1)
     run.drop_state(1)
     assert run.load_state(1) is None
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a page, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    run = Run.open_or_create(tmp_path / "r", {"tokens": 60}, SPEC)
+    sae().save(run.snapshot_path(1, "final"))
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match="File too large"):
+        sae(64, 64).save(run.snapshot_path(1, "final"))
+    with pytest.raises(OSError, match="state.safetensors.*File too large"):
+        run.save_state(1, {"a": torch.randn(5000)}, {"step": 8})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = Run.open_or_create(tmp_path / "r", {"tokens": 60}, SPEC), []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    sae().save(run.snapshot_path(1, "final"))
+    assert calls == ["sae_layer01_final.tmp", "replace", "r"]
+    calls.clear()
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    assert calls == ["state.tmp", "replace", "layer01"]
+
+
+def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) -> None:
+    run = Run.open_or_create(tmp_path / "r", {"tokens": 60}, SPEC)
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    run.state_path(1).with_suffix(".tmp").write_bytes(b"half")
+    run.drop_state(1)
+    assert list((run.path / "state").iterdir()) == []
+    run.drop_state(1)

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from shared.cache import Cache
 from tests.conftest import TRAIN_ARGS, Cli
-from train.runs import Run
+from train.runs import Run, snapshot_tokens
 from train.sae import Sae
 from train.step import StepResult, TrainingSae
 
@@ -83,7 +84,7 @@ def test_resumes_bit_for_bit(
     kill_at: int,
     save_minutes: int,
 ) -> None:
-    """Killed in the middle of the second setting's step, with every state saved or only those at snapshots."""
+    """Killed in the middle of the second setting's step, with states saved as often as they can be, or none at all."""
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", L1, "--layers", 1, "--save-minutes", save_minutes)
     step, calls = TrainingSae.step, 0
 
@@ -98,6 +99,7 @@ def test_resumes_bit_for_bit(
     with pytest.raises(Killed):
         cli("train", *TRAIN_ARGS, *args)
     monkeypatch.setattr(TrainingSae, "step", step)
+    assert bool(list(tmp_path.glob("*/state/*/*"))) == (save_minutes == 0)  # by the clock alone, not at snapshots
     result = cli("train", *TRAIN_ARGS, *args)
     assert result.code == 0, result.err
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k})
@@ -107,6 +109,76 @@ def test_resumes_bit_for_bit(
         assert [{k: v for k, v in r.items() if k not in timeless} for r in mine] == [
             {k: v for k, v in r.items() if k not in timeless} for r in whole
         ]
+
+
+def test_training_goes_on_while_a_state_is_written(
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first state takes until the 50th step; what it holds is the SAE after the first step all the same."""
+    reached, states = threading.Event(), []
+    step, save = TrainingSae.step, Run.save_state
+
+    def watched(self: TrainingSae, x: torch.Tensor, **options: object) -> StepResult:
+        if self.step_count == 50:
+            reached.set()
+        return step(self, x, **options)  # type: ignore[arg-type]
+
+    def slow(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
+        assert reached.wait(60), "training waited"
+        states.append((facts["step"], int(tensors["last_active"].max())))
+        save(self, layer, tensors, facts)
+
+    monkeypatch.setattr(TrainingSae, "step", watched)
+    monkeypatch.setattr(Run, "save_state", slow)
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3", "--layers", 1, "--save-minutes", 0, "--tokens", 20_480)
+    # no snapshot may be due before the 50th step, for it would wait for room
+    monkeypatch.setattr("train.trainer.snapshot_tokens", lambda tokens: {"final": tokens})
+    result = cli("train", *TRAIN_ARGS, *args)
+    assert result.code == 0, result.err
+    assert states[0] == (1, 1)
+    assert all(step == last for step, last in states)
+    same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "3e-3-fixed/sae_layer01_final" in k})
+
+
+def test_a_state_is_never_ahead_of_its_snapshots_nor_dropped_before_the_last(
+    cli: Cli, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash at any moment a resumed run makes every snapshot that is not there."""
+    save, drop, seen = Run.save_state, Run.drop_state, []
+
+    def labels(self: Run, layer: int) -> list[str]:
+        return [s.label for s in self.snapshots() if s.layer == layer]
+
+    def checked_save(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, int]) -> None:
+        due = [label for label, tokens in snapshot_tokens(20_480).items() if tokens // 256 <= facts["step"]]
+        assert labels(self, layer) == due
+        seen.append(len(due))
+        save(self, layer, tensors, facts)
+
+    def checked_drop(self: Run, layer: int) -> None:
+        assert labels(self, layer)[-1] == "final"
+        seen.append(-1)
+        drop(self, layer)
+
+    monkeypatch.setattr(Run, "save_state", checked_save)
+    monkeypatch.setattr(Run, "drop_state", checked_drop)
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", "0-1", "--save-minutes", 0)
+    result = cli("train", *TRAIN_ARGS, *args)
+    assert result.code == 0, result.err
+    assert max(seen) > 0
+    assert seen.count(-1) == 4
+
+
+def test_a_disk_that_is_full_stops_training_in_one_line(
+    cli: Cli, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Sae, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Sae, "save", full)
+    result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3", "--layers", 1)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith(f"error: cannot write to {tmp_path} ([Errno 28] No space left on device)")
 
 
 def test_a_finished_run_is_left_alone(cli: Cli, runs_path: Path, cache_path: Path) -> None:
