@@ -20,7 +20,7 @@ from train.loader import ActivationLoader, LoaderConfig
 from train.runs import SNAPSHOTS, Run, snapshot_tokens
 from train.sae import Sae
 from train.saver import Saver
-from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
+from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -160,16 +160,20 @@ class _LayerJob:
             last=config.steps,
         )
         features = config.expansion * self._cache.spec.d_model
-        workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device)
+        # On a GPU every setting's forward half is queued before the first one's counts are read. On a CPU nothing is queued.
+        slots = len(self._jobs) if device.type == "cuda" else 1
+        workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device, slots=slots)
         clock = _Clock(loader)
         title = f"training layer {self._layer}"
         with Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress:
             for step, half in enumerate(loader, first):
                 self._saver.check()
                 clock.tick(step, config.batch)
-                x = half.float()  # once for all settings
-                for job in self._jobs:
-                    job.take(step, x, workspace, clock)
+                x = half.float() if device.type == "cpu" else half  # once for all settings; a GPU widens as it reads
+                jobs = [job for job in self._jobs if job.wants(step)]
+                for some in (jobs[i : i + slots] for i in range(0, len(jobs), slots)):
+                    for job, begun in [(job, job.begin(step, x, workspace)) for job in some]:
+                        job.finish(step, begun, workspace, clock)
                 if all(job.stopped for job in self._jobs):
                     break
                 progress.update((step + 1) * config.batch, self._note(clock))
@@ -178,7 +182,7 @@ class _LayerJob:
         return not any(job.stopped for job in self._jobs)
 
     def _note(self, clock: "_Clock") -> str:
-        l0 = " ".join(f"{job.last.l0:.0f}" for job in self._jobs if job.last)
+        l0 = " ".join(f"{job.l0:.0f}" for job in self._jobs)
         return f"L0 {l0} · waiting for data {clock.wait_share:.0%}"
 
 
@@ -227,7 +231,7 @@ class _SaeJob:
         self._log_every = max(1, config.steps // options.log_records)
         self._saved = time.monotonic()
         self._board = _tensorboard(run, layer) if options.tensorboard else None
-        self.last: StepResult | None = None
+        self._taken: tuple[dict[str, Any], StepResult] | None = None  # the last step, and the facts before it
         self.stopped = False
         self._resume()
 
@@ -239,29 +243,47 @@ class _SaeJob:
             self._l1.value, self._l1.mean_l0 = facts["l1"], facts["mean_l0"]
         self._run.rewind_metrics(self._layer, self.sae.step_count)
 
-    def take(self, step: int, x: torch.Tensor, workspace: Workspace, clock: _Clock) -> None:
-        """Train on batch `step`, unless this SAE has had it already or has stopped."""
-        if self.stopped or step != self.sae.step_count:
-            return
+    @property
+    def l0(self) -> float:
+        return self._taken[1].l0 if self._taken else 0.0
+
+    def wants(self, step: int) -> bool:
+        """Whether this SAE has neither had this batch already nor stopped."""
+        return not self.stopped and step == self.sae.step_count
+
+    def begin(self, step: int, x: torch.Tensor, workspace: Workspace) -> Begun:
         if step == 0:
             self.sae.init_centre(x)
+        return self.sae.begin(x, workspace)
+
+    def finish(self, step: int, begun: Begun, workspace: Workspace, clock: _Clock) -> None:
         warm_lr = min(1.0, (step + 1) / max(1, self._config.lr_warmup))
         warm_l1 = min(1.0, (step + 1) / max(1, self._config.l1_warmup))
+        facts = self._facts()
         l1 = self._l1.value
-        self.last = result = self.sae.step(x, lr=self._config.lr * warm_lr, l1=l1 * warm_l1, workspace=workspace)
-        if not result.finite:
-            self._stop(step, result)
-            return
+        result = self.sae.finish(begun, lr=self._config.lr * warm_lr, l1=l1 * warm_l1, workspace=workspace)
         self._l1.update(step, result.l0)
         done = step + 1
-        if done % self._log_every == 0 or done == self._config.steps:
+        log = done % self._log_every == 0 or done == self._config.steps
+        save = time.monotonic() - self._saved > 60 * self._options.save_minutes and self._saver.has_room()
+        taken, self._taken = self._taken, (facts, result)
+        # A step late, or the GPU would wait for its next step; what goes into a file is looked at before.
+        for earlier in (taken, self._taken if log or save or done in self._snapshots else None):
+            if earlier is not None and not earlier[1].finite:
+                self._stop(*earlier)
+                return
+        if log:
             self._log(done, result, l1 * warm_l1, clock)
         if done in self._snapshots:
             self._snapshot(self._snapshots[done], result, l1)
         if done == self._config.steps:
             self._saver.submit({}, lambda _: self._run.drop_state(self._layer))
-        elif time.monotonic() - self._saved > 60 * self._options.save_minutes and self._saver.has_room():
-            self._save()
+        elif save:
+            self._save(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """Everything of the state that is no tensor."""
+        return {"step": self.sae.step_count, "l1": self._l1.value, "mean_l0": self._l1.mean_l0}
 
     def _alive(self) -> int:
         horizon = self.sae.step_count - max(1, round(self._config.dead_after * self._config.steps))
@@ -302,17 +324,17 @@ class _SaeJob:
         tensors = self.sae.snapshot(config, stats).tensors()
         self._saver.submit(tensors, lambda host: Sae(**host, config=config, stats=stats).save(path))
 
-    def _save(self) -> None:
-        facts = {"step": self.sae.step_count, "l1": self._l1.value, "mean_l0": self._l1.mean_l0}
+    def _save(self, facts: dict[str, Any]) -> None:
         self._saver.submit(self.sae.state(), lambda host: self._run.save_state(self._layer, host, facts))
         self._saved = time.monotonic()
 
-    def _stop(self, step: int, result: StepResult) -> None:
+    def _stop(self, facts: dict[str, Any], result: StepResult) -> None:
         """The weights are those before the step that failed; keep them, and let the other settings go on."""
         self.stopped = True
-        self._save()
-        tokens = (step + 1) * self._config.batch
-        self._run.append_metrics(self._layer, {"step": step + 1, "tokens": tokens, "stopped": "not finite"})
+        self._save(facts)
+        step = result.step + 1
+        tokens = step * self._config.batch
+        self._run.append_metrics(self._layer, {"step": step, "tokens": tokens, "stopped": "not finite"})
         print(
             f"\nwarning: {self._run.name} layer {self._layer} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
             f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._layer)}. Check the cache with "

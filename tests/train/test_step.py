@@ -154,3 +154,39 @@ def test_what_a_step_reports() -> None:
     assert result.l1 == pytest.approx(0.05 * float(z.sum(1).mean()))
     assert result.loss == pytest.approx(result.mse + result.l1)
     assert torch.equal(sae.last_active > 0, (z > 0).any(0))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_nothing_is_changed_after_a_step_that_was_not_finite_either(native: bool) -> None:
+    """Its loss overflows where nobody looks before the next step is under way."""
+    sae, x = problem(10, "bf16", 0.0, native=native)
+    workspace = Workspace(B, D, F, "bf16", CPU)
+    sae.b_dec.fill_(1e30)
+    before = {k: v.clone() for k, v in sae.state().items()}
+    failed = sae.step(x, lr=0.1, l1=0.01, workspace=workspace)
+    sae.b_dec.fill_(0.0)
+    before["bias"][F + D :] = 0.0
+    assert sae.step(x, lr=0.1, l1=0.01, workspace=workspace).finite
+    assert not failed.finite and failed.step == 0
+    for name, tensor in sae.state().items():
+        assert torch.equal(tensor, before[name]), name
+    sae.load_state(sae.state(), 0)
+    sae.step(x, lr=0.1, l1=0.01, workspace=workspace)
+    assert not torch.equal(sae.w_enc, before["w_enc"])
+
+
+def test_steps_that_are_under_way_together_are_those_that_follow_one_another() -> None:
+    ends = []
+    for slots in (1, 2):
+        saes = [problem(seed, "bf16", below)[0] for seed, below in ((11, 0.0), (12, 1.0))]
+        workspace = Workspace(B, D, F, "bf16", CPU, slots=slots)
+        for step in range(3):
+            x = torch.randn(B, D, generator=torch.Generator().manual_seed(step)).half()
+            if slots == 1:
+                losses = [sae.step(x, lr=1e-3, l1=0.01, workspace=workspace).loss for sae in saes]
+            else:
+                begun = [(sae, sae.begin(x, workspace)) for sae in saes]
+                losses = [sae.finish(b, lr=1e-3, l1=0.01, workspace=workspace).loss for sae, b in begun]
+        ends.append((losses, [sae.w_dec for sae in saes]))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(ends[0][1], ends[1][1], strict=True))

@@ -9,9 +9,10 @@ import torch
 
 from shared.cache import Cache
 from tests.conftest import TRAIN_ARGS, Cli
+from train.kernels import Workspace
 from train.runs import Run, snapshot_tokens
 from train.sae import Sae
-from train.step import StepResult, TrainingSae
+from train.step import Begun, StepResult, TrainingSae
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -86,19 +87,19 @@ def test_resumes_bit_for_bit(
 ) -> None:
     """Killed in the middle of the second setting's step, with states saved as often as they can be, or none at all."""
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", L1, "--layers", 1, "--save-minutes", save_minutes)
-    step, calls = TrainingSae.step, 0
+    finish, calls = TrainingSae.finish, 0
 
-    def dying(self: TrainingSae, x: torch.Tensor, **options: object) -> StepResult:
+    def dying(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
         nonlocal calls
         calls += 1
         if calls == 3 * kill_at + 2:
             raise Killed
-        return step(self, x, **options)  # type: ignore[arg-type]
+        return finish(self, begun, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingSae, "step", dying)
+    monkeypatch.setattr(TrainingSae, "finish", dying)
     with pytest.raises(Killed):
         cli("train", *TRAIN_ARGS, *args)
-    monkeypatch.setattr(TrainingSae, "step", step)
+    monkeypatch.setattr(TrainingSae, "finish", finish)
     assert bool(list(tmp_path.glob("*/state/*/*"))) == (save_minutes == 0)  # by the clock alone, not at snapshots
     result = cli("train", *TRAIN_ARGS, *args)
     assert result.code == 0, result.err
@@ -116,19 +117,19 @@ def test_training_goes_on_while_a_state_is_written(
 ) -> None:
     """The first state takes until the 50th step; what it holds is the SAE after the first step all the same."""
     reached, states = threading.Event(), []
-    step, save = TrainingSae.step, Run.save_state
+    finish, save = TrainingSae.finish, Run.save_state
 
-    def watched(self: TrainingSae, x: torch.Tensor, **options: object) -> StepResult:
+    def watched(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
         if self.step_count == 50:
             reached.set()
-        return step(self, x, **options)  # type: ignore[arg-type]
+        return finish(self, begun, **options)  # type: ignore[arg-type]
 
     def slow(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
         assert reached.wait(60), "training waited"
         states.append((facts["step"], int(tensors["last_active"].max())))
         save(self, layer, tensors, facts)
 
-    monkeypatch.setattr(TrainingSae, "step", watched)
+    monkeypatch.setattr(TrainingSae, "finish", watched)
     monkeypatch.setattr(Run, "save_state", slow)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3", "--layers", 1, "--save-minutes", 0, "--tokens", 20_480)
     # no snapshot may be due before the 50th step, for it would wait for room
@@ -191,14 +192,14 @@ def test_a_setting_that_diverges_stops_alone(
     cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end."""
-    step = TrainingSae.step
+    finish = TrainingSae.finish
 
-    def poisoned(self: TrainingSae, x: torch.Tensor, *, l1: float, **options: object) -> StepResult:
+    def poisoned(self: TrainingSae, begun: Begun, *, l1: float, workspace: Workspace, **options: object) -> StepResult:
         if self.step_count == 30 and l1 == 3e-3:
-            x = x * math.nan
-        return step(self, x, l1=l1, **options)  # type: ignore[arg-type]
+            begun = self.begin(begun.x * math.nan, workspace)
+        return finish(self, begun, l1=l1, workspace=workspace, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingSae, "step", poisoned)
+    monkeypatch.setattr(TrainingSae, "finish", poisoned)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1)
     result = cli("train", *TRAIN_ARGS, *args)
     assert result.code == 2
@@ -210,7 +211,7 @@ def test_a_setting_that_diverges_stops_alone(
     assert state[1]["step"] == 30
     assert all(torch.isfinite(t).all() for t in state[0].values())
     assert other.snapshot_path(1, "final").exists()
-    monkeypatch.setattr(TrainingSae, "step", step)
+    monkeypatch.setattr(TrainingSae, "finish", finish)
     assert cli("train", *TRAIN_ARGS, *args).code == 0
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k and "adaptive" not in k})
 
