@@ -40,8 +40,17 @@ class Activation:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class Frequent:
+    """Features that fire so often that a dense product over them is cheaper than following their entries."""
+
+    feature: Tensor  # int64 [n], ascending
+    z: Tensor  # [B, n], their columns of z
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Active:
-    """The non-zero entries of z [B, F], listed by token and, as positions in that list, by feature.
+    """The non-zero entries of z [B, F] but for those of the frequent features: listed by token and, as positions in that
+    list, by feature.
 
     Entries of token b are `row_start[b] : row_start[b+1]`; entries of feature i are
     `by_feature[feature_start[i] : feature_start[i+1]]`, tokens ascending.
@@ -53,6 +62,7 @@ class Active:
     feature_start: Tensor  # int64 [F+1]
     by_feature: Tensor  # int32 [nnz], positions in the two lists above
     token: Tensor  # int32 [nnz], the token of each entry of by_feature (same order as by_feature)
+    frequent: Frequent | None = None
 
 
 class Workspace:
@@ -151,8 +161,13 @@ class TorchKernels:
         gz.copy_(torch.where(z > 0, gz.to(_accumulator(gz)) + l1_grad, 0.0))
         return gz.sum(0, dtype=_accumulator(gz))
 
-    def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
-        """List the nnz non-zero entries of z [B, F]."""
+    def counts(self, activation: Activation) -> Tensor:
+        """float64 [4]: active entries, the sum of all activations, entries that `compact` would list, frequent features."""
+        active = activation.row_count.sum().double()
+        return torch.stack([active, activation.total.double(), active, torch.zeros_like(active)])
+
+    def compact(self, z: Tensor, activation: Activation, nnz: int, n_frequent: int) -> Active:
+        """List the nnz non-zero entries of z [B, F] that do not belong to one of the n_frequent frequent features."""
         token, feature = z.nonzero(as_tuple=True)
         by_feature = torch.sort(feature, stable=True).indices
         return Active(
@@ -180,9 +195,11 @@ class TorchKernels:
         g_hidden = (g[token].to(accumulator) * rows).sum(1) + l1_grad
         return g, g_hidden, r.square().sum()
 
-    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
+    def sparse_weight_grads(
+        self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
+    ) -> WeightGrads:
         """Both weight gradients from the active entries alone: dW_enc = Σ g_hidden · xc_b, dW_dec = Σ value · g_b, and the
-        encoder bias gradient Σ g_hidden; zero for features with no entry."""
+        encoder bias gradient Σ g_hidden; zero for features with no entry. `w_dec` and `l1_grad` are for frequent features."""
         token, feature = _tokens(active), active.feature.long()
         for target, rows, weight in ((out.dw_enc, xc, g_hidden), (out.dw_dec, g, active.value)):
             total = torch.zeros_like(target, dtype=_accumulator(g))

@@ -48,7 +48,7 @@ class NativeKernels(TorchKernels):
         self._c.mask(*arguments(_hidden(gz), _hidden(z), l1_grad, sums, tokens, features))
         return sums
 
-    def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
+    def compact(self, z: Tensor, activation: Activation, nnz: int, n_frequent: int) -> Active:
         tokens, features = z.shape
         active = Active(
             row_start=starts(activation.row_count),
@@ -74,7 +74,9 @@ class NativeKernels(TorchKernels):
         self._c.residual(*arguments(*lists, _matrix(w_dec), x, bias, scale, l1_grad, g, g_hidden, row_square, tokens, d))
         return g, g_hidden, row_square.sum(dtype=torch.float64)
 
-    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
+    def sparse_weight_grads(
+        self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
+    ) -> WeightGrads:
         features, d = out.dw_enc.shape
         db_enc = torch.empty(features)
         lists = (active.feature_start, active.by_feature, active.token, active.value, g_hidden)

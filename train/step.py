@@ -59,7 +59,7 @@ class Begun:
     centred: Tensor  # [B, d] in the products' precision
     z: Tensor  # [B, F]
     activation: Activation
-    counts: Late  # active entries, and the sum of all activations
+    counts: Late  # see `TorchKernels.counts`
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -157,16 +157,18 @@ class TrainingSae:
         device has work while the host reads the counts."""
         centred = self.kernels.centre(x, self.b_pre, self._compute)
         z, activation = self.kernels.encode(centred, self._enc, self.b_enc, workspace)
-        counts = Late(torch.stack([activation.row_count.sum().double(), activation.total.double()]))
+        counts = Late(self.kernels.counts(activation))
         return Begun(x=x, centred=centred, z=z, activation=activation, counts=counts)
 
     def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
         """Decode, go back, and update; see `step`."""
         x, centred, z, activation = begun.x, begun.centred, begun.z, begun.activation
         batch, below = x.shape[0], self.config.sparse_below
-        active, total = begun.counts.read()
+        active, total, listed, frequent = begun.counts.read()
         l1_scale = l1 / batch / (self.n_features if self.config.l1_reduction == "mean" else 1)
-        sparse = active < (self.kernels.sparse_below if below is None else below) * z.numel()
+        # A frequent feature costs its share of the dense products, which leaves that much less to the entries.
+        room = (self.kernels.sparse_below if below is None else below) * z.numel()
+        sparse = listed < room * (1 - frequent / self.n_features)
         report = partial(
             StepResult, step=self.step_count, l1=l1_scale * total, l0=active / batch, sparse=sparse, values=x.numel()
         )
@@ -176,9 +178,9 @@ class TrainingSae:
         scale = 2 / x.numel()
         bias = self.b_pre + self.b_dec
         if sparse:
-            entries = self.kernels.compact(z, activation, int(active))
+            entries = self.kernels.compact(z, activation, int(listed), int(frequent))
             g, g_hidden, square = self.kernels.sparse_residual(entries, self._dec, x, bias, scale, l1_scale)
-            grads = self.kernels.sparse_weight_grads(entries, g, centred, g_hidden, workspace)
+            grads = self.kernels.sparse_weight_grads(entries, self._dec, g, centred, g_hidden, l1_scale, workspace)
         else:
             g, square = self.kernels.dense_residual(z, self._dec, x, bias, scale)
             grads = self.kernels.dense_weight_grads(z, activation, self._dec, g, centred, l1_scale, workspace)

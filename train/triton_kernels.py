@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
+from train.kernels import Activation, Active, AdamStep, Frequent, TorchKernels, WeightGrads, Workspace, starts
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
 TILE_ROWS, TILE_COLS = 16, 256  # activate_
@@ -56,6 +56,8 @@ WORDS = 1024  # compact: words of 32 features at a time
 DECODE_ENTRIES, DECODE_COLS = 64, 128  # residual: rows gathered at once, and the slice of d
 GRAD_ENTRIES, GRAD_COLS = 16, 256  # weight_grads: the same
 CHUNK = 256  # weight_grads: entries of one feature that one program adds up
+FREQUENT = 1 / 64  # share of the tokens above which a feature is taken into dense products
+FREQUENT_STEP = 64  # their number is rounded up to a multiple of it: sizes that the products like
 ADAM_ELEMENTS = 1024  # adam_: elements a program updates, where rows are shorter
 
 
@@ -119,26 +121,51 @@ class TritonKernels(TorchKernels):
         )  # fmt: skip
         return partial.sum(0)
 
-    def compact(self, z: Tensor, activation: Activation, nnz: int) -> Active:
+    def counts(self, activation: Activation) -> Tensor:
+        frequent = self._frequent(activation)
+        rare = torch.where(frequent, 0, activation.feature_count)
+        counts = [activation.feature_count.sum(), activation.total, rare.sum(), frequent.sum()]
+        return torch.stack([count.double() for count in counts])
+
+    def _frequent(self, activation: Activation) -> Tensor:
+        return activation.feature_count > FREQUENT * activation.row_count.numel()
+
+    def compact(self, z: Tensor, activation: Activation, nnz: int, n_frequent: int) -> Active:
         n_rows, n_cols = z.shape
         bits = _bits(activation)
-        row_start = starts(activation.row_count)
+        row_count, feature_count = activation.row_count, activation.feature_count
+        frequent, columns, mask, place = None, z, bits, feature_count
+        if n_frequent:
+            flags = self._frequent(activation)
+            place = torch.where(flags, flags.cumsum(0, dtype=torch.int32) - 1, -1)
+            mask = _packed(~flags)
+            feature = torch.sort(flags, stable=True, descending=True).indices[:n_frequent]
+            columns = z.new_zeros(n_rows, triton.cdiv(n_frequent, FREQUENT_STEP) * FREQUENT_STEP)
+            frequent = Frequent(feature=feature, z=columns)
+            feature_count = torch.where(flags, 0, feature_count)
+            row_count = torch.empty_like(row_count)
+            _launch(
+                _count_kernel, (n_rows,),
+                bits, mask, row_count, bits.shape[1], bits.stride(0), WORDS=_words(bits), num_warps=4,
+            )  # fmt: skip
+        row_start = starts(row_count)
         feature = torch.empty(nnz, dtype=torch.int32, device=z.device)
         value = torch.empty(nnz, dtype=torch.float32, device=z.device)
         token = torch.empty(nnz, dtype=torch.int32, device=z.device)
         _launch(
             _compact_kernel, (n_rows,),
-            bits, z, row_start, feature, value, token, bits.shape[1], bits.stride(0), _row_stride(z),
-            WORDS=min(WORDS, triton.next_power_of_2(bits.shape[1])), num_warps=4,
+            bits, z, row_start, feature, value, token, mask, place, columns, bits.shape[1], bits.stride(0), _row_stride(z),
+            columns.stride(0), SPLIT=frequent is not None, WORDS=_words(bits), num_warps=4,
         )  # fmt: skip
         order = _feature_order(feature, n_cols)
         return Active(
             row_start=row_start,
             feature=feature,
             value=value,
-            feature_start=starts(activation.feature_count),
+            feature_start=starts(feature_count),
             by_feature=order.int(),
             token=token[order],
+            frequent=frequent,
         )
 
     def sparse_residual(
@@ -151,18 +178,30 @@ class TritonKernels(TorchKernels):
         g = torch.empty(n_rows, d, dtype=w_dec.dtype, device=x.device)
         dots = torch.empty(n_slices, nnz, dtype=torch.float32, device=x.device)
         squares = torch.empty(n_slices * n_rows, dtype=torch.float32, device=x.device)
+        often = active.frequent
+        if often is not None:
+            torch.mm(often.z, _rows(w_dec, often), out=g)
         _launch(
             _residual_kernel, (n_rows, n_slices),
             active.row_start, active.feature, active.value, w_dec, x, bias, g, dots, squares,
             float(scale), float(l1_grad), nnz, d, w_dec.stride(0), w_dec.stride(1), _row_stride(x),
-            ENTRIES=DECODE_ENTRIES, COLS=cols, num_warps=8,
+            BEGUN=often is not None, ENTRIES=DECODE_ENTRIES, COLS=cols, num_warps=8,
         )  # fmt: skip
         return g, dots[0] if n_slices == 1 else dots.sum(0), squares.sum()
 
-    def sparse_weight_grads(self, active: Active, g: Tensor, xc: Tensor, g_hidden: Tensor, out: Workspace) -> WeightGrads:
+    def sparse_weight_grads(
+        self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
+    ) -> WeightGrads:
         plan = _plan(active, g.shape[1])
         db_enc = plan.weighted_sums(xc, g_hidden.index_select(0, active.by_feature), out.dw_enc)
         plan.weighted_sums(g, active.value.index_select(0, active.by_feature), out.dw_dec)
+        if (often := active.frequent) is not None:
+            gz = torch.mm(g, _rows(w_dec, often).t()).add_(l1_grad)
+            gz = torch.ops.aten.threshold_backward(gz, often.z, 0.0)  # 0 where z is
+            n = len(often.feature)
+            out.dw_enc.index_copy_(0, often.feature, torch.mm(gz.t(), xc)[:n])
+            out.dw_dec.index_copy_(0, often.feature, torch.mm(often.z.t(), g)[:n])
+            db_enc.index_copy_(0, often.feature, gz.sum(0, dtype=db_enc.dtype)[:n])
         return out.dw_enc, out.dw_dec, db_enc
 
     def adam_(
@@ -264,6 +303,23 @@ def _bits(activation: Activation) -> Tensor:
     if not isinstance(activation, MarkedActivation):
         raise TypeError("these kernels take the activation that they made themselves")
     return activation.bits
+
+
+def _words(bits: Tensor) -> int:
+    return int(min(WORDS, triton.next_power_of_2(bits.shape[1])))
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """bool [F] as int32 [ceil(F / 32)], as `MarkedActivation` has its rows."""
+    padded = torch.nn.functional.pad(flags, (0, -len(flags) % 32)).view(-1, 32)
+    return (padded.long() << torch.arange(32, device=flags.device)).sum(1).int()  # the 32nd bit becomes the sign
+
+
+def _rows(w_dec: Tensor, frequent: Frequent) -> Tensor:
+    """Their rows of w_dec, and zeros for the columns that only round their number up."""
+    rows = w_dec.new_zeros(frequent.z.shape[1], w_dec.shape[1])
+    rows[: len(frequent.feature)] = w_dec[frequent.feature]
+    return rows
 
 
 def _feature_order(feature: Tensor, n_features: int) -> Tensor:
@@ -407,19 +463,39 @@ def _mask_kernel(
     tl.store(partial_ptr + block.to(tl.int64) * n_cols + cols, tl.sum(total, axis=0), mask=col_inside)
 
 
+@triton.jit
+def _count_kernel(
+    bits_ptr: tl.tensor, mask_ptr: tl.tensor, count_ptr: tl.tensor, n_words: tl.tensor, bits_stride: tl.tensor,
+    WORDS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One token: how many of its bits lie inside the mask."""
+    row = tl.program_id(0)
+    total = tl.zeros([WORDS], dtype=tl.int32)
+    for first in range(0, n_words, WORDS):
+        index = first + tl.arange(0, WORDS)
+        words = tl.load(bits_ptr + row.to(tl.int64) * bits_stride + index, mask=index < n_words, other=0)
+        total += _popcount((words & tl.load(mask_ptr + index, mask=index < n_words, other=0)).to(tl.uint32))
+    tl.store(count_ptr + row, tl.sum(total, axis=0))
+
+
 @triton.jit(do_not_specialize=["bits_stride"])  # aligned loads would give a thread 4 words, and every store a shuffle
 def _compact_kernel(
     bits_ptr: tl.tensor, z_ptr: tl.tensor, row_start_ptr: tl.tensor, feature_ptr: tl.tensor, value_ptr: tl.tensor,
-    token_ptr: tl.tensor, n_words: tl.tensor, bits_stride: tl.tensor, z_stride: tl.tensor, WORDS: tl.constexpr,
+    token_ptr: tl.tensor, mask_ptr: tl.tensor, place_ptr: tl.tensor, columns_ptr: tl.tensor, n_words: tl.tensor,
+    bits_stride: tl.tensor, z_stride: tl.tensor, columns_stride: tl.tensor, SPLIT: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token. Every word takes its lowest bit off at each turn, so there are as many turns as the fullest word has
-    bits (two or three at L0 = 150), not 32."""
+    bits (two or three at L0 = 150), not 32. What the mask leaves out goes to its place among the frequent columns."""
     row = tl.program_id(0)
     wide = row.to(tl.int64)
     base = tl.load(row_start_ptr + row)
     for first in range(0, n_words, WORDS):
         index = first + tl.arange(0, WORDS)
         words = tl.load(bits_ptr + wide * bits_stride + index, mask=index < n_words, other=0).to(tl.uint32)
+        often = words
+        if SPLIT:
+            words &= tl.load(mask_ptr + index, mask=index < n_words, other=0).to(tl.uint32)
+            often ^= words
         count = _popcount(words)
         at = base + tl.cumsum(count, axis=0) - count
         base += tl.sum(count, axis=0)
@@ -433,6 +509,15 @@ def _compact_kernel(
             tl.store(token_ptr + at, row, mask=left)
             words = rest
             at += 1
+        if SPLIT:
+            for _ in range(tl.max(_popcount(often), axis=0)):
+                left = often != 0
+                rest = often & (often - 1)
+                feature = index * 32 + _popcount((often ^ rest) - 1)
+                value = tl.load(z_ptr + wide * z_stride + feature, mask=left, other=0.0)
+                place = tl.load(place_ptr + feature, mask=left, other=0)
+                tl.store(columns_ptr + wide * columns_stride + place, value, mask=left)
+                often = rest
 
 
 @triton.jit
@@ -440,9 +525,10 @@ def _residual_kernel(
     row_start_ptr: tl.tensor, feature_ptr: tl.tensor, value_ptr: tl.tensor, w_ptr: tl.tensor, x_ptr: tl.tensor,
     bias_ptr: tl.tensor, g_ptr: tl.tensor, dots_ptr: tl.tensor, squares_ptr: tl.tensor, scale: tl.tensor,
     l1_grad: tl.tensor, nnz: tl.tensor, d: tl.tensor, w_stride: tl.tensor, w_col_stride: tl.tensor, x_stride: tl.tensor,
-    ENTRIES: tl.constexpr, COLS: tl.constexpr,
+    BEGUN: tl.constexpr, ENTRIES: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token and one slice of the columns. Tokens vary fastest: see the opening about L2."""
+    """One token and one slice of the columns. Tokens vary fastest: see the opening about L2. If the reconstruction is BEGUN,
+    g comes with what the frequent features gave."""
     row = tl.program_id(0)
     part = tl.program_id(1)
     cols = part * COLS + tl.arange(0, COLS)
@@ -468,9 +554,12 @@ def _residual_kernel(
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=inside, other=0.0)
     error = bias - x + tl.sum(total, axis=0)
+    g_at = g_ptr + row.to(tl.int64) * d + cols
+    if BEGUN:
+        error += tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(squares_ptr + part * tl.num_programs(0) + row, tl.sum(error * error, axis=0))
     g = (error * scale).to(g_ptr.dtype.element_ty)
-    tl.store(g_ptr + row.to(tl.int64) * d + cols, g, mask=inside)
+    tl.store(g_at, g, mask=inside)
 
     rounded = g.to(tl.float32)  # the gradient that everything downstream sees is the rounded one
     once = tl.where(part == 0, l1_grad, 0.0)

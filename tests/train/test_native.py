@@ -63,7 +63,7 @@ def test_activate_and_compact(native: NativeKernels, b: int, d: int, f: int) -> 
     torch.testing.assert_close(got.total.float(), wanted.total)
     n = int(got.row_count.sum())
     assert 0 < n < b * f
-    same(native.compact(ours, got, n), TORCH.compact(theirs, wanted, n))
+    same(native.compact(ours, got, n, 0), TORCH.compact(theirs, wanted, n, 0))
 
 
 @pytest.mark.parametrize(("b", "d", "f"), SIZES)
@@ -84,14 +84,14 @@ def test_residual_and_weight_grads(native: NativeKernels, b: int, d: int, f: int
     torch.manual_seed(b)
     z = hidden(b, f)
     activation = TORCH.activate_(z, torch.zeros(f))
-    active = TORCH.compact(z, activation, int(activation.row_count.sum()))
+    active = TORCH.compact(z, activation, int(activation.row_count.sum()), 0)
     w_dec, x, bias = torch.randn(f, d).bfloat16(), torch.randn(b, d).half(), torch.randn(d)
     got, wanted = (kernels.sparse_residual(active, w_dec, x, bias, 0.5, 0.1) for kernels in (native, TORCH))
     torch.testing.assert_close(got[0], wanted[0], rtol=0.01, atol=1e-3)
     torch.testing.assert_close(got[1], wanted[1], rtol=0.01, atol=0.05)
     torch.testing.assert_close(got[2].float(), wanted[2], rtol=1e-4, atol=1e-3)
     xc, g, g_hidden = torch.randn(b, d).bfloat16(), wanted[0], wanted[1]
-    grads = (kernels.sparse_weight_grads(active, g, xc, g_hidden, room(b, d, f)) for kernels in (native, TORCH))
+    grads = (kernels.sparse_weight_grads(active, w_dec, g, xc, g_hidden, 0.1, room(b, d, f)) for kernels in (native, TORCH))
     for ours, theirs in zip(*grads, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=0.01, atol=1e-2)
@@ -176,10 +176,10 @@ def test_moments_of_a_dead_feature_do_not_become_subnormal(native: NativeKernels
 
 def test_nothing_active_gives_zero_gradients(native: NativeKernels) -> None:
     z = feature_major(torch.full((5, 40), -1.0).bfloat16())
-    active = native.compact(z, native.activate_(z, torch.zeros(40)), 0)
+    active = native.compact(z, native.activate_(z, torch.zeros(40)), 0, 0)
     w_dec, x = torch.randn(40, 8).bfloat16(), torch.randn(5, 8)
     g, g_hidden, square = native.sparse_residual(active, w_dec, x, torch.zeros(8), 1.0, 0.1)
     torch.testing.assert_close(g, -x.bfloat16())
     torch.testing.assert_close(square.float(), x.square().sum())
-    for grad in native.sparse_weight_grads(active, g, g, g_hidden, room(5, 8, 40)):
+    for grad in native.sparse_weight_grads(active, g, g, g, g_hidden, 0.1, room(5, 8, 40)):
         assert (grad == 0).all()

@@ -25,6 +25,7 @@ from train.kernels import COMPUTE, Active, AdamStep, TorchKernels, Workspace
 
 TORCH = TorchKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LISTS = [name for name in Active.__dataclass_fields__ if name != "frequent"]
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 RUNS = [("check_*", "1"), ("compile_*", "0")] + ([("check_*", "0"), ("large_*", "0")] if torch.cuda.is_available() else [])
 
@@ -155,7 +156,7 @@ def hidden(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def lists(size: Size, dtype: torch.dtype) -> Active:
     z, bias = hidden(size, dtype)
     activation = TORCH.activate_(z, bias)
-    return TORCH.compact(z, activation, int(activation.row_count.sum()))
+    return TORCH.compact(z, activation, int(activation.row_count.sum()), 0)
 
 
 def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -190,8 +191,8 @@ def check_activation_and_lists(kernels: Any, small_tiles: None, fences: None, si
     assert_close(got.total, wanted.total, 1e-6)
 
     nnz = int(wanted.row_count.sum())
-    wanted_lists = TORCH.compact(wanted_z, wanted, nnz)
-    assert_same(kernels.compact(h, got, nnz), wanted_lists, list(Active.__dataclass_fields__))
+    wanted_lists = TORCH.compact(wanted_z, wanted, nnz, 0)
+    assert_same(kernels.compact(h, got, nnz, 0), wanted_lists, LISTS)
 
 
 @small
@@ -232,6 +233,44 @@ def check_residual(kernels: Any, small_tiles: None, fences: None, size: Size, dt
 
 
 @small
+def check_frequent_features(
+    kernels: Any, small_tiles: None, fences: None, monkeypatch: pytest.MonkeyPatch, size: Size, dtype: torch.dtype
+) -> None:
+    """A few by dense products and the rest by their entries: what the entries alone give."""
+    monkeypatch.setattr("train.triton_kernels.FREQUENT", 0.3)
+    monkeypatch.setattr("train.triton_kernels.FREQUENT_STEP", 8)
+    z, bias = hidden(size, dtype)
+    activation = kernels.activate_(z, bias)
+    often = activation.feature_count > 0.3 * size.tokens
+    active, total, listed, n_frequent = kernels.counts(activation).tolist()
+    assert (active, n_frequent) == (float((z > 0).sum()), float(often.sum()))
+    assert total == pytest.approx(float(z.double().sum()))
+
+    rare = z.masked_fill(often, 0.0)
+    rare_activation = TORCH.activate_(rare, torch.zeros(size.features, device=DEVICE))
+    got, wanted = (
+        kernels.compact(z, activation, int(listed), int(n_frequent)),
+        TORCH.compact(rare, rare_activation, int(listed), 0),
+    )
+    assert_same(got, wanted, LISTS)
+    if not n_frequent:  # a single token may have nothing active at all
+        assert size.tokens == 1 and got.frequent is None
+        return
+    assert torch.equal(got.frequent.feature, often.nonzero()[:, 0])
+    assert torch.equal(got.frequent.z[:, : int(n_frequent)], z[:, often]) and not got.frequent.z[:, int(n_frequent) :].any()
+
+    w, x, bias = random(size.features, size.d, dtype=dtype), random(size.tokens, size.d, dtype=torch.float16), random(size.d)
+    xc, whole = random(size.tokens, size.d, dtype=dtype), TORCH.compact(z, activation, int(active), 0)
+    results = []
+    for k, entries in ((kernels, got), (TORCH, whole)):
+        g, g_hidden, squares = k.sparse_residual(entries, w, x, bias, 0.7, 0.3)
+        rooms = room(size.features, size.d, dtype)
+        results.append([g, squares, *k.sparse_weight_grads(entries, w, g, xc, g_hidden, 0.3, rooms)])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@small
 def check_weight_grads(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
     compare_weight_grads(kernels, size, dtype)
 
@@ -240,7 +279,9 @@ def compare_weight_grads(kernels: Any, size: Size, dtype: torch.dtype) -> None:
     active = lists(size, dtype)
     g, xc = random(size.tokens, size.d, dtype=dtype), random(size.tokens, size.d, dtype=dtype)
     g_hidden = random(active.feature.numel())
-    got, wanted = (k.sparse_weight_grads(active, g, xc, g_hidden, room(size.features, size.d, dtype)) for k in (kernels, TORCH))
+    got, wanted = (
+        k.sparse_weight_grads(active, g, g, xc, g_hidden, 0.3, room(size.features, size.d, dtype)) for k in (kernels, TORCH)
+    )
     never = active.feature_start.diff() == 0
     for one, other in zip(got, wanted, strict=True):
         assert_rounded_alike(one, other)
@@ -279,10 +320,10 @@ def compare_a_whole_step(kernels: Any, size: Size) -> None:
     def step(kernels: Any) -> list[Tensor]:
         z = fenced(h)
         activation = kernels.activate_(z, bias)
-        active = kernels.compact(z, activation, int(activation.row_count.sum()))
+        active = kernels.compact(z, activation, int(activation.row_count.sum()), 0)
         g, g_hidden, squares = kernels.sparse_residual(active, w, x, b_dec, 1e-2, 1e-3)
         d_bias = kernels.mask_(fenced(h), z, activation, 0.5)
-        weight_grads = kernels.sparse_weight_grads(active, g, x, g_hidden, room(size.features, size.d, w.dtype))
+        weight_grads = kernels.sparse_weight_grads(active, w, g, x, g_hidden, 1e-3, room(size.features, size.d, w.dtype))
         masters = [fenced(w.float()), torch.zeros_like(w.float()), torch.zeros_like(w.float())]
         kernels.adam_(*masters, weight_grads[1], AdamStep(step=1, lr=1e-3), unit_norm=True, copy=fenced(w))
         return [z, active.value, active.by_feature, g, g_hidden, squares, d_bias, *weight_grads, *masters]
@@ -320,10 +361,10 @@ def check_that_nan_is_not_hidden(kernels: Any) -> None:
 
 def check_no_entries_at_all(kernels: Any, fences: None) -> None:
     z, n_features, d = fenced(torch.zeros(9, 70)), 70, 20
-    active = kernels.compact(z, kernels.activate_(z, -torch.ones(70, device=DEVICE)), 0)
+    active = kernels.compact(z, kernels.activate_(z, -torch.ones(70, device=DEVICE)), 0, 0)
     g, g_hidden, _ = kernels.sparse_residual(active, random(n_features, d), random(9, d), random(d), 1.0, 0.1)
     assert g_hidden.shape == (0,) and not g.isnan().any()
-    grads = kernels.sparse_weight_grads(active, g, g, g_hidden, room(n_features, d, g.dtype))
+    grads = kernels.sparse_weight_grads(active, g, g, g, g_hidden, 0.1, room(n_features, d, g.dtype))
     assert not any(grad.any() for grad in grads)
 
 
@@ -351,12 +392,15 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
     z, nnz = make(size.tokens, size.features, dtype=dtype), 150 * size.tokens
     activation = kernels.activate_(z, make(size.features))
     kernels.mask_(z, z, activation, 0.1)
-    active = kernels.compact(z, activation, nnz)
+    kernels.counts(activation)
+    active = kernels.compact(z, activation, nnz, 0)
     w, x = make(size.features, size.d, dtype=dtype), make(size.tokens, size.d, dtype=dtype)
     kernels.centre(x, make(size.d), dtype)
     kernels.dense_residual(z, w, x, make(size.d), 0.1)
     g, g_hidden, _ = kernels.sparse_residual(active, w, x, make(size.d), 0.1, 0.1)
-    kernels.sparse_weight_grads(active, g, x, g_hidden, room(size.features, size.d, dtype, "meta"))
+    kernels.sparse_weight_grads(active, w, g, x, g_hidden, 0.1, room(size.features, size.d, dtype, "meta"))
+    some = kernels.compact(z, activation, nnz, min(100, size.features))
+    kernels.sparse_residual(some, w, x, make(size.d), 0.1, 0.1)
     master = make(size.features, size.d)
     for unit_norm in (False, True):
         kernels.adam_(master, master, master, w, AdamStep(step=2, lr=1e-3), unit_norm=unit_norm, copy=w)
@@ -412,4 +456,4 @@ def compile_every_kernel(
         # At full size every kernel that streams or gathers must do it 16 bytes at a time.
         wide = re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
         assert wide or size.d % 16 or name == "_compact_kernel", name
-    assert len(names) == 9
+    assert len(names) == 10
