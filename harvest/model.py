@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from harvest.native import Sink, neox_forward
 from shared.cli import UserError
+from shared.device import send
 from shared.lm import find_blocks
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
@@ -56,6 +57,6 @@ class ResidualModel:
             return
         self._sink = sink
         try:
-            self.model(input_ids=tokens.to(self.device, non_blocking=True), use_cache=False)
+            self.model(input_ids=send(tokens, self.device), use_cache=False)
         finally:
             self._sink = None
