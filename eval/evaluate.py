@@ -16,6 +16,7 @@ from eval.metrics import heldout_rows, heldout_tokens, reconstruction
 from eval.splice import SplicedModel, through
 from shared.cache import Cache
 from shared.cli import UserError
+from shared.device import announce
 from shared.files import make_dir, publish_file, publish_json
 from shared.lm import model_revision, unpin
 from shared.progress import Progress
@@ -55,6 +56,7 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig) -> dict[str, lis
     todo = [(s.layer, run, s) for run in runs for s in run.snapshots() if _key(s) not in records[run.name]]
     if todo:
         lm = _language_model(cache, config)
+        announce(config.device)
         with Progress("evaluating", len(todo), "SAEs") as progress:
             for layer in sorted({layer for layer, _, _ in todo}):
                 _evaluate_layer(cache, layer, [(run, s) for at, run, s in todo if at == layer], lm, config, records, progress)

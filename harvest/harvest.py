@@ -1,12 +1,14 @@
 """The harvest: plan it, run it, check it, mend it.
 
 On CUDA three things overlap: the forward pass of one block, the copy of the block before to pinned memory, and the
-writing of those before that. On a CPU the hooks put rows straight into the writer's buffer.
+writing of those before that. On a CPU the hooks put rows straight into the writer's buffer. Tokens and order of the next
+block are read meanwhile.
 """
 
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from harvest.text import TextSource, TokenLedger, load_tokenizer, write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig
 from shared.cache import Cache, CacheSpec, crc32c
 from shared.cli import UserError, format_bytes, format_layers, format_seconds
+from shared.device import announce, new_event, new_stream, send
 from shared.files import free_bytes, make_dir, write_file
 from shared.lm import load_model
 from shared.progress import Progress
@@ -136,6 +139,7 @@ def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, revision:
         model = ResidualModel(load_model(spec.model, revision, spec.precision, head=False), group, config.device)
         if model.d_model != spec.d_model:
             raise UserError(f"{spec.model} is {model.d_model} wide, the cache expects {spec.d_model}: name the right --model")
+        announce(config.device)
         harvest_blocks(cache, model, blocks, config)
 
 
@@ -151,15 +155,41 @@ def harvest_blocks(cache: Cache, model: ResidualModel, blocks: list[int], config
             progress.advance(spec.block_rows, str(shares))
 
         cuda = config.device.type == "cuda"
-        with BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed) as writer:
+        with (
+            BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed) as writer,
+            ThreadPoolExecutor(1, "inputs") as reader,
+        ):
             fill = (_CudaFiller if cuda else _CpuFiller)(cache, model, config, shares)
             began = time.perf_counter()
-            for block in blocks:
-                fill.fill(block, writer.buffer(), writer)
+            for inputs in _read_ahead(cache, blocks, reader):
+                fill.fill(inputs, writer.buffer(), writer)
                 shares.total = time.perf_counter() - began
         fill.finish()
         shares.total = time.perf_counter() - began
     return shares
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Inputs:
+    """What the forward pass of a block needs."""
+
+    block: int
+    tokens: Tensor  # int64 [block_sequences, context]
+    place: Tensor  # int64 [block_rows]: where in the block each activation goes
+
+    @classmethod
+    def read(cls, cache: Cache, block: int) -> "_Inputs":
+        place = np.argsort(cache.block_order(block), kind="stable")
+        return cls(block=block, tokens=torch.from_numpy(cache.block_tokens(block)), place=torch.from_numpy(place))
+
+
+def _read_ahead(cache: Cache, blocks: list[int], reader: ThreadPoolExecutor) -> Iterator[_Inputs]:
+    """The inputs of every block; those of the next one are read while one is used."""
+    coming = (reader.submit(_Inputs.read, cache, block) for block in blocks)
+    following = next(coming, None)
+    while (now := following) is not None:
+        following = next(coming, None)
+        yield now.result()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,20 +224,19 @@ class _CpuFiller:
         most = max(1, _CPU_TOKENS // cache.spec.context)
         self._step = min(config.forward_sequences, most) if config.device.type == "cpu" else config.forward_sequences
 
-    def fill(self, block: int, buffer: Buffer, writer: BlockWriter) -> None:
+    def fill(self, inputs: _Inputs, buffer: Buffer, writer: BlockWriter) -> None:
         began, copied = time.perf_counter(), self._shares.copy
-        self._run(block, buffer.data, buffer.nonfinite)
+        self._run(inputs, buffer.data, buffer.nonfinite)
         self._shares.forward += time.perf_counter() - began - (self._shares.copy - copied)
-        writer.submit(block, buffer)
+        writer.submit(inputs.block, buffer)
 
     def finish(self) -> None:
         """Called when every block is written."""
 
-    def _run(self, block: int, data: Tensor, nonfinite: Tensor) -> None:
+    def _run(self, inputs: _Inputs, data: Tensor, nonfinite: Tensor) -> None:
         """data float16 [layers, block_rows, d_model], nonfinite int64 [layers], both on the model's device."""
         spec, step = self._cache.spec, self._step
-        place = torch.from_numpy(np.argsort(self._cache.block_order(block), kind="stable")).to(data.device)
-        tokens = torch.from_numpy(self._cache.block_tokens(block))
+        tokens, place = send(inputs.tokens, data.device), send(inputs.place, data.device)
         nonfinite.zero_()
         for first in range(0, spec.block_sequences, step):
             rows = place[first * spec.context : (first + step) * spec.context]
@@ -227,27 +256,27 @@ class _CudaFiller(_CpuFiller):
     def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig, shares: Shares) -> None:
         super().__init__(cache, model, config, shares)
         shares.overlap = True
-        self._stream = torch.Stream(config.device)
+        self._device, self._stream = config.device, new_stream(config.device)
         self._slots = [_Slot.empty(cache.spec, len(model.layers), config.device) for _ in range(2)]
         self._turns = itertools.cycle(self._slots)
 
-    def fill(self, block: int, buffer: Buffer, writer: BlockWriter) -> None:
+    def fill(self, inputs: _Inputs, buffer: Buffer, writer: BlockWriter) -> None:
         slot = next(self._turns)
         self._account(slot)
-        compute = torch.accelerator.current_stream()
-        compute.record_event(slot.began)
-        self._run(block, slot.data, slot.nonfinite)
-        compute.record_event(slot.ran)
-        self._stream.wait_event(slot.ran)
-        with self._stream:
-            self._stream.record_event(slot.copying)
+        compute = torch.cuda.current_stream(self._device)
+        slot.began.record(compute)
+        self._run(inputs, slot.data, slot.nonfinite)
+        slot.ran.record(compute)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(slot.ran)
+            slot.copying.record(self._stream)
             buffer.data.copy_(slot.data, non_blocking=True)
             buffer.nonfinite.copy_(slot.nonfinite, non_blocking=True)
-            self._stream.record_event(slot.copied)
-            arrived = torch.Event(slot.data.device)
-            arrived.record()
+            slot.copied.record(self._stream)
+            arrived = new_event()  # of this block alone: the slot's events are recorded again
+            arrived.record(self._stream)
         slot.used = True
-        writer.submit(block, buffer, arrived.synchronize)
+        writer.submit(inputs.block, buffer, arrived.synchronize)
 
     def _account(self, slot: "_Slot") -> None:
         """Waits for the copy that last used the slot (another block is queued behind it) and takes its times."""
@@ -268,15 +297,15 @@ class _Slot:
 
     data: Tensor
     nonfinite: Tensor
-    began: torch.Event
-    ran: torch.Event
-    copying: torch.Event
-    copied: torch.Event
+    began: torch.cuda.Event
+    ran: torch.cuda.Event
+    copying: torch.cuda.Event
+    copied: torch.cuda.Event
     used: bool = False
 
     @classmethod
     def empty(cls, spec: CacheSpec, layers: int, device: torch.device) -> "_Slot":
-        began, ran, copying, copied = (torch.Event(device, enable_timing=True) for _ in range(4))
+        began, ran, copying, copied = (new_event(timing=True) for _ in range(4))
         return cls(
             data=torch.empty(layers, spec.block_rows, spec.d_model, dtype=torch.float16, device=device),
             nonfinite=torch.zeros(layers, dtype=torch.int64, device=device),

@@ -5,8 +5,10 @@ of them is taken after the final layer norm.) One pass serves all wanted layers.
 way to the same values (harvest/native.py); every other model, precision and device takes the hooks.
 """
 
-from collections.abc import Callable
-from typing import cast
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from transformers import PretrainedConfig
 
 from harvest.native import Sink, neox_forward
 from shared.cli import UserError
+from shared.device import send
 from shared.lm import find_blocks
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
@@ -56,6 +59,25 @@ class ResidualModel:
             return
         self._sink = sink
         try:
-            self.model(input_ids=tokens.to(self.device, non_blocking=True), use_cache=False)
+            with _never_packed():
+                self.model(input_ids=send(tokens, self.device), use_cache=False)
         finally:
             self._sink = None
+
+
+@contextlib.contextmanager
+def _never_packed() -> Iterator[None]:
+    """Before every pass transformers asks the device whether several texts are packed into a context with positions of their
+    own, and waits for all that is queued to hear it. They are not; where it does not ask (before 4.53) nothing is changed."""
+    name = "find_packed_sequence_indices"
+    try:
+        masks: Any = importlib.import_module("transformers.masking_utils")
+        ask = getattr(masks, name)
+    except (ImportError, AttributeError):
+        yield
+        return
+    setattr(masks, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masks, name, ask)

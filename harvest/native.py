@@ -1,4 +1,4 @@
-"""The harvest's hot path on a CPU: GPT-NeoX blocks in bfloat16, and rows to their places in the writer's buffer.
+"""The harvest's hot path: on a CPU GPT-NeoX blocks in bfloat16; everywhere rows to their places in the writer's buffer.
 
 The model's own weights, oneDNN's products, and neox.c for all that lies between. There transformers makes some twenty
 passes a block, most of them into fresh memory; here it is five, over buffers that stay. Arithmetic between the products is
@@ -33,6 +33,10 @@ def _library() -> ctypes.CDLL | None:
 
 def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
     """x float [n, d] as float16 to data[rows], float16 [≥ n, d]; how many values did not fit (see `to_float16`)."""
+    if x.device.type == "cuda":
+        from harvest.triton_rows import put_rows as in_one_pass
+
+        return in_one_pass(x, rows, data)
     library = _library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 else None
     if library is not None and x.is_contiguous():
         return torch.tensor(_call(library.store, x, rows, data, *x.shape))

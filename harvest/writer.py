@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class BlockWriter:
             # Pinned memory is page aligned too, as direct writes want it.
             data = torch.empty(shape, dtype=torch.float16, pin_memory=True) if pinned else page_aligned(*shape)
             self._free.put(Buffer(data=data, nonfinite=torch.zeros(len(layers), dtype=torch.int64, pin_memory=pinned)))
+        self._waiter = ThreadPoolExecutor(1, "waiter")
         self._disk = ThreadPoolExecutor(config.threads, "disk")
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
@@ -62,7 +64,7 @@ class BlockWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for pool in (self._disk, self._arithmetic):
+        for pool in (self._waiter, self._disk, self._arithmetic):  # the first of them feeds the others
             pool.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             self._check()
@@ -77,23 +79,29 @@ class BlockWriter:
                 continue
 
     def submit(self, block: int, buffer: Buffer, ready: Callable[[], None] | None = None) -> None:
-        """Write a filled buffer; `ready` blocks until its last copy has arrived. The writer gives the buffer back."""
+        """Write a filled buffer; `ready`, called in a thread, returns when it has arrived. The writer gives the buffer back."""
         self._check()
-        job = _BlockJob(block=block, buffer=buffer, ready=ready, left=2 * len(self._layers))
+        job = _BlockJob(block=block, buffer=buffer, left=2 * len(self._layers))
+        self._waiter.submit(self._guarded, self._begin, job, ready)
+
+    def _begin(self, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
+        if ready is not None:
+            ready()
         for index in range(len(self._layers)):
-            self._disk.submit(self._run, job, index, self._write)
-            self._arithmetic.submit(self._run, job, index, self._take_stats)
+            self._disk.submit(self._guarded, self._run, job, index, self._write)
+            self._arithmetic.submit(self._guarded, self._run, job, index, self._take_stats)
 
     def _run(self, job: "_BlockJob", index: int, work: "Callable[[_BlockJob, int], None]") -> None:
+        work(job, index)
+        with job.lock:
+            job.left -= 1
+            last = job.left == 0
+        if last:
+            self._commit(job)
+
+    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         try:
-            if job.ready is not None:
-                job.ready()
-            work(job, index)
-            with job.lock:
-                job.left -= 1
-                last = job.left == 0
-            if last:
-                self._commit(job)
+            work(*args)
         except BaseException as error:
             self._error = self._error or error
 
@@ -121,7 +129,6 @@ class _BlockJob:
 
     block: int
     buffer: Buffer
-    ready: Callable[[], None] | None
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     stats: dict[int, BlockStats] = field(default_factory=dict)

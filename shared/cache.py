@@ -18,6 +18,7 @@ import ctypes
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -170,6 +171,7 @@ class Cache:
 
     def __init__(self, path: Path, spec: CacheSpec, layers: tuple[int, ...]) -> None:
         self.path, self.spec, self.layers = path, spec, layers
+        self._groups: dict[int, list[Path]] = {}  # {layer: the folders of the ledger that may have its entries}, as last seen
 
     @property
     def _store(self) -> Path:
@@ -306,7 +308,7 @@ class Cache:
 
     def committed(self, layer: int) -> set[int]:
         """The committed blocks of a layer, from the names of the ledger's files."""
-        return {block for _, block in self._entries(layer)}
+        return {int(path.stem) for group in self._find_groups(layer) for path in group.glob("*.json") if path.stem.isdigit()}
 
     def missing(self, layers: tuple[int, ...]) -> dict[tuple[int, ...], list[int]]:
         """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}."""
@@ -321,13 +323,22 @@ class Cache:
 
     def stats(self, layer: int, block: int) -> BlockStats:
         """The ledger's record of one block of one layer. Raises UserError if there is none."""
-        paths = [path for path, _ in self._entries(layer, block)]
-        if not paths:
+        path = self._entry(block, self._groups.get(layer, ())) or self._entry(block, self._find_groups(layer))
+        if path is None:
             raise UserError(f"layer {layer} block {block} of {self.path} is not harvested: run `python -m harvest` again")
         try:
-            return BlockStats(**json.loads(paths[0].read_text())["layers"][str(layer)])
+            return BlockStats(**json.loads(path.read_text())["layers"][str(layer)])
         except (ValueError, KeyError, TypeError):
-            raise self._damaged(layer, block, f"its ledger entry {paths[0]} is unreadable") from None
+            raise self._damaged(layer, block, f"its ledger entry {path} is unreadable") from None
+
+    def _entry(self, block: int, groups: Iterable[Path]) -> Path | None:
+        """By path: a folder holds thousands of entries, and there are few folders."""
+        paths = (group / f"{block:08d}.json" for group in groups)
+        return next((path for path in paths if path.exists()), None)
+
+    def _find_groups(self, layer: int) -> list[Path]:
+        self._groups[layer] = [g for g in self._ledger.iterdir() if g.is_dir() and layer in parse_layers(g.name)]
+        return self._groups[layer]
 
     def totals(self) -> "dict[int, LayerTotals]":
         """Every layer's blocks taken together, from one reading of the ledger."""
@@ -352,11 +363,6 @@ class Cache:
             if kept:
                 self.commit(block, kept)
             path.unlink()
-
-    def _entries(self, layer: int, block: int | None = None) -> list[tuple[Path, int]]:
-        pattern = "*.json" if block is None else f"{block:08d}.json"
-        groups = [g for g in self._ledger.iterdir() if g.is_dir() and layer in parse_layers(g.name)]
-        return [(path, int(path.stem)) for group in groups for path in group.glob(pattern) if path.stem.isdigit()]
 
     # --- tokens ---
 

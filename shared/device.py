@@ -53,7 +53,7 @@ def _why_no_cuda(said: list[warnings.WarningMessage]) -> str:
 
 def announce(device: torch.device) -> None:
     """One line that says where the work is done. Called when nothing can be refused any more: a refusal stands alone."""
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     print(f"device: {device}, {what}", file=sys.stderr)
 
 

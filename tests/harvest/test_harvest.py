@@ -1,4 +1,5 @@
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from harvest.harvest import HarvestConfig, Shares, harvest_blocks, planned_bytes
 from harvest.model import ResidualModel
+from harvest.native import Sink
 from shared.cache import Cache
 from shared.lm import load_model
 from tests.conftest import Cli
@@ -54,6 +56,29 @@ def test_blocks_come_out_the_same_in_any_order_and_batch(lm: Path, cache: Cache,
     for layer in copy.layers:
         for block in (1, 3):
             assert copy.block_path(layer, block).read_bytes() == cache.block_path(layer, block).read_bytes()
+
+
+def test_the_next_block_is_read_while_one_runs(lm: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(cache.path, tmp_path / "c")
+    copy, read, following = Cache.open(tmp_path / "c"), Cache.block_tokens, threading.Event()
+
+    def watched(self: Cache, block: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+        assert threading.current_thread().name.startswith("inputs")
+        if block == 1:
+            following.set()
+        return read(self, block)
+
+    run = ResidualModel.run
+
+    def patient(self: ResidualModel, tokens: torch.Tensor, sink: Sink) -> None:
+        assert following.wait(20), "nothing was read ahead"
+        run(self, tokens, sink)
+
+    monkeypatch.setattr(Cache, "block_tokens", watched)
+    monkeypatch.setattr(ResidualModel, "run", patient)
+    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), (0, 1, 2), CPU)
+    harvest_blocks(copy, model, [3, 1], HarvestConfig(device=CPU))
+    assert copy.block_path(0, 1).read_bytes() == cache.block_path(0, 1).read_bytes()
 
 
 def written_bytes(path: Path) -> int:

@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -84,3 +87,20 @@ def test_other_families_and_layers_are_refused() -> None:
         ResidualModel(family("gpt_neox").base_model, (3,), CPU)
     with pytest.raises(UserError, match="Linear is not of the NeoX, GPT-2 or Llama families"):
         ResidualModel(nn.Linear(2, 2), (0,), CPU)
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses whatever makes the host wait for a value from the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(word in str(function) for word in ("is_nonzero", "item", "_local_scalar_dense", "nonzero", "equal"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
+def test_a_pass_never_waits_for_the_device(name: str) -> None:
+    base: Any = family(name)
+    model = ResidualModel(base.base_model, (0, 2), CPU)
+    model.fast = None
+    with NoQuestions():
+        model.run(TOKENS, lambda layer, output: None)

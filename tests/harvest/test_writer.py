@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -89,4 +90,43 @@ def test_a_failed_write_stops_the_harvest_and_commits_nothing(tmp_path: Path, mo
     ):
         for block in range(SPEC.n_blocks):
             fill(writer, block)
+    assert cache.committed(0) == set()
+
+
+def test_a_block_is_waited_for_once_and_written_after_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a block is submitted before its copy has arrived. While it is on its way the threads are free for others."""
+    cache, arrived, done = Cache.create(tmp_path / "c", SPEC, (0, 2)), threading.Event(), threading.Event()
+    waits: list[int] = []
+
+    def ready() -> None:
+        waits.append(1)
+        assert arrived.wait(20)
+
+    with BlockWriter(cache, (0, 2), WriterConfig(threads=1, buffers=2), pinned=False, done=lambda _: done.set()) as writer:
+        buffer = writer.buffer()
+        buffer.data.fill_(-1.0)
+        writer.submit(4, buffer, ready)
+        assert writer._disk.submit(lambda: True).result(20)
+        buffer.data.fill_(4.0)  # the copy arrives
+        buffer.nonfinite.zero_()
+        arrived.set()
+        assert done.wait(20)
+    assert len(waits) == 1
+    out = np.empty((SPEC.block_rows, SPEC.d_model), dtype=np.float16)
+    cache.read_block(2, 4, out)
+    cache.check_block(2, 4, out, cache.stats(2, 4))
+    assert (out == 4).all()
+
+
+def test_a_copy_that_fails_stops_the_harvest_and_commits_nothing(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path / "c", SPEC, (0, 2))
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error")
+
+    with (
+        pytest.raises(RuntimeError, match="CUDA error"),
+        BlockWriter(cache, (0, 2), WriterConfig(), pinned=False, done=lambda _: None) as writer,
+    ):
+        writer.submit(0, writer.buffer(), fail)
     assert cache.committed(0) == set()

@@ -214,3 +214,20 @@ def test_listing_a_full_size_ledger_is_quick(tmp_path: Path) -> None:
         (folder / f"{block:08d}.json").touch()  # empty: reading one would fail
     assert len(cache.committed(0)) == 9155
     assert cache.missing((0,)) == {}
+
+
+def test_an_entry_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was published since, in a folder that was not there; no folder is listed for one that is known."""
+    cache = Cache.create(tmp_path / "c", SPEC, (0, 1))
+    cache.commit(2, {0: STATS, 1: STATS})
+    assert cache.stats(1, 2) == STATS
+    other = dataclasses.replace(STATS, nonfinite=5)
+    Cache.open(tmp_path / "c").commit(3, {1: other})
+    assert cache.stats(1, 3) == other
+
+    def listed(*_: object) -> None:
+        raise AssertionError("a folder was listed")
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    monkeypatch.setattr(Path, "glob", listed)
+    assert (cache.stats(1, 2), cache.stats(1, 3)) == (STATS, other)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared.cli import UserError
-from shared.files import PAGE, free_bytes, make_dir, page_aligned, publish_file, publish_json, read_file, write_file
+from shared.files import PAGE, free_bytes, make_dir, moved, page_aligned, publish_file, publish_json, read_file, write_file
 from shared.progress import Progress
 
 
@@ -74,6 +74,7 @@ def test_the_bytes_are_right_whatever_the_file_system_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, refusal: str, shift: int
 ) -> None:
     data, out = random_bytes(size, shift=shift), random_bytes(size + 2, shift=shift)
+    before = moved.total()
     Calls(monkeypatch, refuse_flag=refusal == "flag", refuse_call=refusal == "call")
     (tmp_path / "a").write_bytes(b"older and longer" * PAGE)
     write_file(tmp_path / "a", data)
@@ -81,6 +82,7 @@ def test_the_bytes_are_right_whatever_the_file_system_takes(
     assert read_file(tmp_path / "a", out) == size  # two bytes fewer than asked for
     assert out[:size] == data
     assert read_file(tmp_path / "a", out[: size // 2]) == size // 2
+    assert moved.total() - before == 2 * size + size // 2
 
 
 def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +92,14 @@ def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path: Pa
         pytest.skip("this file system takes no direct writes")
     assert calls.seen == [(True, 3 * PAGE), (False, 10)]
     calls.seen.clear()
+    before = moved.copy()
+    write_file(tmp_path / "a", random_bytes(3 * PAGE + 10))
+    assert moved - before == {"direct": 3 * PAGE, "buffered": 10}
+    calls.seen.clear()
+    before = moved.copy()
     write_file(tmp_path / "a", random_bytes(3 * PAGE, shift=64))
     assert calls.seen == [(False, 3 * PAGE)]
+    assert moved - before == {"buffered": 3 * PAGE}
 
 
 def test_other_errors_are_not_taken_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
