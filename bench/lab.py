@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,31 +34,29 @@ class Sizes:
     l0s: tuple[int, ...]
     common_l0: int
     rounds: int
+    ready_steps: int  # on a batch that is there, to know what a step takes
     side: int  # of the square product
     copy_bytes: int
     check_context: int
-    check_step: tuple[int, int, int]  # tokens, features, d
-    check_kernels: tuple[tuple[int, int, int], ...]
+    check_steps: tuple[tuple[int, int, int], ...]  # tokens, features, d; the second also trains and resumes
     resume_steps: int
 
 
 FULL = Sizes(
-    d=1024, features=32_768, tokens=32_768, layers=24, vocab=50_304, context=1024, sequences=32, blocks=4,
-    layer_blocks=32, window_blocks=8, l0s=(20, 50, 150, 300, 500, 1000), common_l0=150, rounds=7, side=8192,
-    copy_bytes=1 << 30, check_context=256, check_step=(512, 4096, 512),
-    check_kernels=((1, 1, 1), (33, 70, 50), (257, 1003, 200), (600, 12, 300), (1024, 32_768, 1024), (77, 65_537, 768)),
-    resume_steps=200,
+    d=1024, features=32_768, tokens=32_768, layers=24, vocab=50_304, context=1024, sequences=32, blocks=5,
+    layer_blocks=32, window_blocks=8, l0s=(20, 50, 150, 300, 500, 1000), common_l0=150, rounds=7, ready_steps=16, side=8192,
+    copy_bytes=1 << 30, check_context=256, check_steps=((33, 70, 50), (512, 4096, 512), (2048, 32_768, 1024)), resume_steps=60,
 )  # fmt: skip
 DRY = Sizes(
-    d=64, features=256, tokens=64, layers=3, vocab=97, context=16, sequences=2, blocks=2, layer_blocks=6, window_blocks=2,
-    l0s=(3, 12), common_l0=12, rounds=1, side=64, copy_bytes=1 << 12, check_context=16, check_step=(32, 128, 24),
-    check_kernels=((1, 1, 1), (19, 75, 24)), resume_steps=20,
+    d=64, features=256, tokens=64, layers=3, vocab=97, context=16, sequences=2, blocks=3, layer_blocks=6, window_blocks=2,
+    l0s=(3, 12), common_l0=12, rounds=1, ready_steps=1, side=64, copy_bytes=1 << 12, check_context=16,
+    check_steps=((19, 75, 24), (32, 128, 24)), resume_steps=20,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A line of the table. `verdict` is "" for a measurement, else "ok", "FAILED", "skipped" or "absent"."""
+    """A line of the table. `verdict` is "" for a measurement, else "ok", "FAILED", "skipped", "absent", "met" or "NOT met"."""
 
     name: str
     value: float | None = None
@@ -79,8 +80,10 @@ class Lab:
     memory: Path  # memory-backed
     threads: int
     dry: bool
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # of the part that runs
     figures: dict[str, float] = field(default_factory=dict)
+    goals: list[Row] = field(default_factory=list)
+    model: Any = None  # the language model, once a part has made it
 
     @property
     def cuda(self) -> bool:
@@ -89,17 +92,35 @@ class Lab:
     def say(self, name: str, value: float | None = None, unit: str = "", note: str = "", *, verdict: str = "") -> None:
         self.rows.append(Row(name=name, value=value, unit=unit, note=note, verdict=verdict))
 
-    def keep(self, name: str, value: float, unit: str, note: str = "") -> None:
+    def keep(self, name: str, value: float, unit: str = "", note: str = "") -> None:
         """A measurement that later parts and the projection use by its name."""
         self.figures[name] = value
         self.say(name, value, unit, note)
 
+    def goal(self, name: str, value: float, sign: str, bound: float, unit: str = "", note: str = "") -> None:
+        """A measurement that is to reach a bound."""
+        met = value >= bound if sign == "≥" else value <= bound if sign == "≤" else value < bound
+        said = f"goal {sign} {shown(bound)} {unit}".rstrip() + (f"; {note}" if note else "")
+        self.goals.append(Row(name=name, value=value, unit=unit, verdict="met" if met else "NOT met", note=said))
+        self.rows.append(self.goals[-1])
+        self.figures[name] = value
+
     def check(self, name: str, value: float, bound: float, note: str = "") -> None:
         """Right if value ≤ bound; NaN is wrong."""
-        self.say(name, value, "", f"{note + ', ' if note else ''}bound {bound:g}", verdict="ok" if value <= bound else "FAILED")
+        self.say(
+            name, value, "", f"{note + ', ' if note else ''}bound {bound:.3g}", verdict="ok" if value <= bound else "FAILED"
+        )
 
     def require(self, name: str, right: bool, note: str = "") -> None:
         self.say(name, note=note, verdict="ok" if right else "FAILED")
+
+    def attempt(self, name: str, what: Callable[[], object]) -> None:
+        """One of several things a part does: if it raises, that is a line of the table and the part goes on."""
+        try:
+            what()
+        except Exception as failure:
+            traceback.print_exc(file=sys.stderr)
+            self.say(name, verdict="FAILED", note=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
 
     def median(self, run: Callable[[], float | None], *, warm: int = 1, rounds: int | None = None) -> float:
         """Median seconds of a run that times itself and ends synchronised."""

@@ -64,15 +64,22 @@ class Steps:
         synchronize(device)
         start = time.perf_counter()
         for half in batches:
-            x = half.float()  # once for all, as the trainer does it
-            self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
+            self.take(half)
         synchronize(device)
         return time.perf_counter() - start
+
+    def take(self, half: Tensor) -> None:
+        x = half.float()  # once for all, as the trainer does it
+        self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
 
     def note(self) -> str:
         first = self.results[0]
         way = "sparse" if first.sparse else "dense"
         return f"{way} backward at L0 {first.l0:,.0f}, {type(self.saes[0].kernels).__name__}"
+
+
+def workspace(tokens: int, d: int, features: int, device: torch.device) -> Workspace:
+    return Workspace(tokens, d, features, "bf16", device)
 
 
 def target_l0(features: int) -> int:
@@ -121,11 +128,11 @@ def step(load: Load) -> list[Contender]:
 # ------------------------------------------------------------------------------------------------------------ cache
 
 
-def cache_spec(*, d: int, n_layers: int, rows: int, vocab: int = 50_304) -> CacheSpec:
+def cache_spec(*, d: int, n_layers: int, rows: int, context: int = CONTEXT, vocab: int = 50_304) -> CacheSpec:
     """A cache of about `rows` rows a layer, in blocks of the published job's size where there are enough of them."""
     from shared.cache import CacheSpec
 
-    context = min(CONTEXT, rows)
+    context = min(context, rows)
     sequences = min(BLOCK_SEQUENCES, rows // context)
     return CacheSpec(
         model="random", model_revision="", dataset="random", dataset_revision="", split="", text_column="",
@@ -298,24 +305,6 @@ class Reads:
         self.growth = None if self.before is None or peak is None else peak - self.before
         return seconds
 
-    def raw(self, *, direct: bool) -> float:
-        """The same files into memory that is there already, from as many threads and in as large calls, and nothing else."""
-        evict_blocks(self.cache)
-        spec = self.cache.spec
-        memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(self.threads):
-            memory.put(page_aligned(spec.block_rows, spec.d_model).fill_(1))
-
-        def work(block: int) -> None:
-            data = memory.get()
-            left = memoryview(data.numpy().data).cast("B")
-            with raw_file(self.cache.block_path(0, block), os.O_RDONLY, direct) as fd:
-                while left:
-                    left = left[os.readv(fd, [left[:READ_CALL] if direct else left]) :]
-            memory.put(data)
-
-        return in_threads(self.threads, work, list(range(spec.n_blocks)))
-
     def note(self) -> str:
         window = 2 * READ_WINDOW * self.cache.spec.block_bytes
         memory = f", resident set +{self.growth / 1e9:.2f} GB" if self.growth is not None else ""
@@ -323,6 +312,26 @@ class Reads:
             f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB{memory}; nothing trains, so "
             f"the consumer waits {statistics.median(self.shares):.0%} of the time"
         )
+
+
+def raw_read(cache: Cache, threads: int, *, direct: bool) -> float:
+    """The first layer's files into memory that is there already, from as many threads and in as large calls as ours, and
+    nothing else; from a cold page cache."""
+    evict_blocks(cache)
+    spec = cache.spec
+    memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+    for _ in range(threads):
+        memory.put(page_aligned(spec.block_rows, spec.d_model).fill_(1))
+
+    def work(block: int) -> None:
+        data = memory.get()
+        left = memoryview(data.numpy().data).cast("B")
+        with raw_file(cache.block_path(0, block), os.O_RDONLY, direct) as fd:
+            while left:
+                left = left[os.readv(fd, [left[:READ_CALL] if direct else left]) :]
+        memory.put(data)
+
+    return in_threads(threads, work, list(range(spec.n_blocks)))
 
 
 def evict_blocks(cache: Cache) -> None:
@@ -349,7 +358,7 @@ def read(load: Load) -> list[Contender]:
     reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=config.threads, before=before)
     ours = Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note)
     payload = cache.spec.n_blocks * cache.spec.block_bytes
-    return [ours, *raw_limits("read", reads.raw, payload, cache.spec, config.threads)]
+    return [ours, *raw_limits("read", partial(raw_read, cache, config.threads), payload, cache.spec, config.threads)]
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -370,14 +379,15 @@ def lm_config(*, d: int, layers: int = LAYERS, vocab: int = 50_304) -> Any:
     )
 
 
-def base_model(config: Any, dtype: torch.dtype, like: nn.Module | None = None) -> nn.Module:
-    """A base model with random weights, or with those of another."""
+def base_model(config: Any, dtype: torch.dtype, device: torch.device, like: nn.Module | None = None) -> nn.Module:
+    """A base model with random weights, drawn where they are to lie, or with those of another."""
     from transformers import AutoModel
 
-    model: nn.Module = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    with device:
+        model: nn.Module = AutoModel.from_config(config, dtype=dtype)
     if like is not None:
         model.load_state_dict(like.state_dict())
-    return model
+    return model.to(device).eval().requires_grad_(False)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -494,7 +504,7 @@ def forward(load: Load) -> list[Contender]:
     full = load.d == 1024
     config = lm_config(d=load.d, **({} if full else {"layers": 4, "vocab": 512}))
     causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False).to(device)
-    base = base_model(config, torch.bfloat16, like=causal.gpt_neox)
+    base = base_model(config, torch.bfloat16, device, like=causal.gpt_neox)
     layers, vocab = config.num_hidden_layers, config.vocab_size
     model = ResidualModel(base, tuple(range(layers)), device)
     context = min(CONTEXT, load.tokens)

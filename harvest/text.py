@@ -12,11 +12,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,6 +23,9 @@ from shared.cli import UserError
 from shared.files import publish_json, sync_dir, write_file
 from shared.lm import hash_files, unreachable
 from shared.progress import Progress
+
+if TYPE_CHECKING:  # imported where text is read: whoever harvests from tokens that are there needs no `datasets`
+    from datasets import IterableDataset
 
 _DOCUMENTS = 256  # documents tokenised in one call; the tokeniser spreads them over all cores
 _BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "txt": "text", "text": "text"}
@@ -62,8 +63,10 @@ class TextSource:
         except Exception as error:
             raise unreachable(f"the dataset {self.dataset}", error) from None
 
-    def documents(self) -> IterableDataset:
+    def documents(self) -> "IterableDataset":
         """A resumable stream of rows. Raises UserError for a missing source, an empty one, or a missing column."""
+        from datasets.exceptions import DatasetNotFoundError
+
         try:
             # A stream's state follows the iterator made last, so the row that is looked at comes from a stream of its own.
             first = next(iter(self._open()), None)
@@ -78,12 +81,16 @@ class TextSource:
             )
         return self._open()
 
-    def _open(self) -> IterableDataset:
+    def _open(self) -> "IterableDataset":
+        from datasets import load_dataset
+
         if Path(self.dataset).exists():
             return self._open_local()
         return load_dataset(self.dataset, revision=self.revision, split=self.split, streaming=True)
 
-    def _open_local(self) -> IterableDataset:
+    def _open_local(self) -> "IterableDataset":
+        from datasets import load_dataset
+
         files = self.local_files
         builders = {_builder(f) for f in files}
         if len(builders) != 1 or None in builders:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -160,6 +159,8 @@ def crc32c(data: NDArray[Any]) -> str:
 
 
 def _google_crc32c(raw: NDArray[np.uint8]) -> int:
+    import google_crc32c  # here, because most machines have a compiler and need none of it
+
     value = 0
     for start in range(0, raw.size, _CRC_PIECE):
         value = google_crc32c.extend(value, raw[start : start + _CRC_PIECE])

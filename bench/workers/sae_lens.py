@@ -3,14 +3,21 @@
 It has no decoder normalisation step: its L1 term weighs each feature by its decoder norm instead.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import repeat
+from types import ModuleType
 
 from bench.workers.worker import Job, Prepared, main, sparse_batch
 
 
 def prepare(job: Job) -> Prepared:
+    if find_spec("wandb") is None:  # which it imports and, as it is set up here, never calls
+        sys.modules["wandb"] = ModuleType("wandb")
+        sys.modules["wandb"].__spec__ = ModuleSpec("wandb", None)
     standard = import_module("sae_lens.saes.standard_sae")
     config = import_module("sae_lens.config")
     training = import_module("sae_lens.training.sae_trainer")

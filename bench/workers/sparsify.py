@@ -5,6 +5,7 @@ asks for bf16 autocast on CUDA only, so on a CPU the products are fp32, as they 
 with it there.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 
@@ -16,6 +17,8 @@ K = 128
 
 
 def prepare(job: Job) -> Prepared:
+    if not job.device.startswith("cuda"):
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels for the decoder, which need a GPU
     parts = import_module("sparsify.sparse_coder")
     sign_sgd = import_module("sparsify.sign_sgd").SignSGD
     schedule_free = import_module("schedulefree").ScheduleFreeWrapper
@@ -44,7 +47,7 @@ def prepare(job: Job) -> Prepared:
         fired.zero_()
         return {"loss": loss}
 
-    products = "bf16 autocast" if job.device.startswith("cuda") else "fp32: it autocasts on CUDA only"
+    products = "bf16 autocast, its Triton decoder" if job.device.startswith("cuda") else "fp32: it autocasts on CUDA only"
     return Prepared(step=step, version=version("eai-sparsify"), note=f"TopK k={config.k}, sign SGD; {products}")
 
 

@@ -1,7 +1,9 @@
 """`python -m bench gpu`: that it runs to its end, and that one failure does not take the rest along."""
 
 import json
-import time
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from click.testing import CliRunner
 from bench import gpu, project
 from bench.__main__ import main
 from bench.lab import DRY, Lab
+from bench.peers import ROOT
 from shared.cli import UserError
 from train.kernels import TorchKernels
 
@@ -28,9 +31,9 @@ def test_dry_run_goes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.set_num_threads(threads)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert [(part["title"], part["status"]) for part in found["parts"]] == [
-        (title, "done") for title, _ in (*gpu.CHECKS, *gpu.TIMINGS, *gpu.LAST)
-    ], done.output
+    assert [(part["title"], part["status"]) for part in found["parts"]] == [(part.title, "done") for part in gpu.PARTS], (
+        done.output
+    )
     assert set(project.FIGURES) <= set(found["figures"])
     assert project.latest_gpu(tmp_path) is None, "a dry run is no measurement"
 
@@ -42,26 +45,46 @@ def test_without_a_gpu_it_says_so() -> None:
     assert "needs an NVIDIA GPU" in str(done.exception)
 
 
-def test_a_part_that_fails_is_marked_and_the_rest_goes_on(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def parts(*found: tuple[str, Callable[[Lab], None], float]) -> list[gpu.Part]:
+    return [gpu.Part(title=title, run=run, seconds=seconds) for title, run, seconds in found]
+
+
+def test_a_part_that_fails_is_marked_and_the_rest_goes_on(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def breaks(lab: Lab) -> None:
         lab.keep("before", 1.0, "s")
         raise RuntimeError("no such kernel")
 
-    saved: list[int] = []
-    parts = [("one", breaks), ("two", lambda lab: lab.check("wrong", float("nan"), 1.0)), ("three", lambda lab: None)]
-    done = gpu.run_parts(lab, parts, time.monotonic() + 60, lambda done: saved.append(len(done)))
-    assert [part.status for part in done] == ["FAILED", "FAILED", "done"]
-    assert saved == [1, 2, 3] and lab.figures == {"before": 1.0}
+    session = gpu.Session(lab=lab, path=tmp_path / "found.json", last_begin=60)
+    wrong = ("two", lambda lab: lab.check("wrong", float("nan"), 1.0), 1)
+    session.run(parts(("one", breaks, 1), wrong, ("three", lambda lab: lab.goal("fast", 2, "≥", 3), 1), ("late", breaks, 61)))
+    assert [part.status for part in session.done] == ["FAILED", "FAILED", "done", "skipped"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["figures"] == {"before": 1.0, "fast": 2}
+    assert [(goal["name"], goal["verdict"]) for goal in found["goals"]] == [("fast", "NOT met")]
     out, err = capsys.readouterr()
     assert "RuntimeError: no such kernel" in out and "Traceback" in err
+    assert "1 done, 2 FAILED, 1 skipped" in session.summary()
 
 
-def test_what_would_begin_too_late_is_skipped(lab: Lab) -> None:
-    done = gpu.run_parts(lab, [("late", lambda lab: None)], time.monotonic() - 1, lambda done: None)
-    assert [part.status for part in done] == ["skipped"]
+def test_what_hangs_is_ended_with_what_there_is(tmp_path: Path) -> None:
+    script = f"""
+import time, torch
+from pathlib import Path
+from click.testing import CliRunner
+from bench import gpu
+gpu.PARTS = tuple(gpu.Part(title=t, run=r, seconds=0) for t, r in (
+    ("one", lambda lab: lab.keep("found", 1.0)), ("two", lambda lab: (lab.keep("half", 2.0), time.sleep(99)))))
+gpu.command(["--dry", "--hard-stop", "0.05", "--out", {str(tmp_path)!r}, "--scratch", {str(tmp_path / "scratch")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and "stopped at the hard limit" in done.stdout, done.stdout + done.stderr
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [(part["title"], part["status"]) for part in found["parts"]] == [("one", "done"), ("two", "stopped")]
+    assert found["figures"] == {"found": 1.0, "half": 2.0}
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_crossover_lies_between_the_points() -> None:
-    assert gpu._crossover({20: 1.0, 100: 3.0}, 2.0) == pytest.approx(60)
-    assert gpu._crossover({20: 1.0, 100: 3.0}, 4.0) == -1
-    assert gpu._crossover({20: 1.0}, 0.5) == 0
+    assert gpu.crossover({20: 1.0, 100: 3.0}, 2.0) == pytest.approx(60)
+    assert gpu.crossover({20: 1.0, 100: 3.0}, 4.0) == -1
+    assert gpu.crossover({20: 1.0}, 0.5) == 0
