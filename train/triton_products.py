@@ -42,6 +42,7 @@ class Tiling:
     per_processor: int = 1  # programs on each multiprocessor
 
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 ENCODE, HIDDEN_GRAD = Tiling(), Tiling(rows=256, cols=128)
 
 
@@ -142,36 +143,55 @@ def _strips(x: tl.tensor, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _rounded(x: tl.tensor, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, or relu(x), in bf16, and the same in float32. NaN comes through, or a broken run would look merely sparse.
+
+    The compiler rounds two numbers with one instruction only where nothing else looks at either of them, and the one
+    for a single number is several times slower; hence the words of its own language.
+    """
+    if _INTERPRETED:
+        narrow = (tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) if RELU else x).to(tl.bfloat16)
+        wide = narrow.to(tl.float32)
+    else:
+        ROUND: tl.constexpr = "cvt.rn.relu.bf16x2.f32" if RELU else "cvt.rn.bf16x2.f32"
+        WIDEN: tl.constexpr = " $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;"
+        narrow, wide = tl.inline_asm_elementwise(
+            ROUND + WIDEN, "=r,=r,=r,r,r", [x], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2
+        )
+    return narrow, wide
+
+
+@triton.jit
 def _encode_kernel(
     x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor, bias_ptr: tl.tensor, bits_ptr: tl.tensor, row_count_ptr: tl.tensor,
     feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor,
     bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ) -> None:  # fmt: skip
+    tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
         rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
+        total = _product(x_tiles, w_tiles, first_row, first_col, d, ROWS, COLS, DEPTH)
         # Columns past the end are not active.
-        bias = tl.load(bias_ptr + cols, mask=cols < n_cols, other=-float("inf"))
-        h = _product(x_tiles, w_tiles, first_row, first_col, d, ROWS, COLS, DEPTH) + bias[None, :]
-
-        sums = tl.zeros([ROWS], dtype=tl.float32)
-        strips = _strips(h, PARTS)
-        for i in tl.static_range(PARTS):
-            # NaN must come through, or a broken run would look merely sparse.
-            z = tl.maximum(strips[i], 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.bfloat16)
-            z_tiles.store([first_row, first_col + i * (COLS // PARTS)], z)
-            sums += tl.sum(z.to(tl.float32), axis=1)
-        tl.store(partial_ptr + tile, tl.sum(tl.where(rows < n_rows, sums, 0.0)))
+        h = total + tl.load(bias_ptr + cols, mask=cols < n_cols, other=-float("inf"))[None, :]
 
         # A thread's own flags first: feature 32 w + 8 group + 2 lane + side is bit 8 group + side of flags[row, w, lane].
         group, side = tl.arange(0, 4), tl.arange(0, 2)
         bit = 1 << (8 * group[:, None, None] + side[None, None, :])
-        active = tl.reshape(h > 2.0**-134, [ROWS, COLS // 32, 4, 4, 2])  # half of the smallest bf16 is rounded to 0
+        active = tl.reshape(h > tl.full([], 2.0**-134, tl.float32), [ROWS, COLS // 32, 4, 4, 2])  # half of the smallest bf16 is rounded to 0
         flags = tl.sum(tl.sum(tl.where(active, bit[None, None], 0), axis=4), axis=2)
         flags = tl.where((rows < n_rows)[:, None, None], flags, 0)
+
+        sums = tl.zeros([ROWS], dtype=tl.float32)
+        strips = _strips(h, PARTS)
+        for i in tl.static_range(PARTS):
+            z, wide = _rounded(strips[i], True)
+            z_tiles.store([first_row, first_col + i * (COLS // PARTS)], z)
+            sums += tl.sum(wide, axis=1)
+        tl.store(partial_ptr + tile, tl.sum(tl.where(rows < n_rows, sums, 0.0)))
 
         words = tl.sum(flags << (2 * tl.arange(0, 4))[None, None, :], axis=2)
         word = col_tile * (COLS // 32) + tl.arange(0, COLS // 32)
@@ -196,6 +216,7 @@ def _hidden_grad_kernel(
     n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ) -> None:  # fmt: skip
+    tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
@@ -208,12 +229,12 @@ def _hidden_grad_kernel(
         # As in _encode_kernel: one shift for a thread's 8 columns of 32, then constants.
         group, side = tl.arange(0, 4), tl.arange(0, 2)
         bit = 1 << (8 * group[:, None, None] + side[None, None, :])
-        shifted = words[:, :, None] >> (2 * tl.arange(0, 4))[None, None, :]
-        active = (shifted[:, :, None, :, None] & bit[None, None]) != 0
-        strips = _strips(tl.where(tl.reshape(active, [ROWS, COLS]), gz, 0.0), PARTS)
+        strips, word_strips = _strips(gz, PARTS), _strips(words, PARTS)
         for i in tl.static_range(PARTS):
-            rounded = strips[i].to(tl.bfloat16)
+            shifted = word_strips[i][:, :, None] >> (2 * tl.arange(0, 4))[None, None, :]
+            active = tl.reshape((shifted[:, :, None, :, None] & bit[None, None]) != 0, [ROWS, COLS // PARTS])
+            rounded, wide = _rounded(tl.where(active, strips[i], 0.0), False)
             cols = first_col + i * (COLS // PARTS) + tl.arange(0, COLS // PARTS)
             gz_tiles.store([first_row, first_col + i * (COLS // PARTS)], rounded)
-            sums = tl.sum(rounded.to(tl.float32), axis=0)
+            sums = tl.sum(wide, axis=0)
             tl.store(partial_ptr + row_tile.to(tl.int64) * n_cols + cols, sums, mask=cols < n_cols)
