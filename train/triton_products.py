@@ -13,7 +13,8 @@ while it is still in registers, and what is left of the passes is arithmetic: ab
 - Counts come from integer atomics; float sums are partials in a buffer, added in a fixed order.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from train.triton_kernels import MarkedActivation, _popcount
+from train.triton_kernels import MarkedActivation, _launch, _popcount
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,12 @@ class Tiling:
     parts: int = 2  # the result leaves in so many column strips
     group: int = 16  # tiles are taken in strips of so many rows of tiles, column by column: these rows stay in L2
     flatten: bool = True
-    specialize: bool = False  # warps of their own for the loads
     per_processor: int = 1  # programs on each multiprocessor
+
+    @property
+    def name(self) -> str:
+        tile = f"{self.rows}x{self.cols}x{self.depth}, stages {self.stages}, warps {self.warps}, parts {self.parts}"
+        return f"{tile}, group {self.group}{'' if self.flatten else ', nested'}, at once {self.per_processor}"
 
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -60,44 +65,51 @@ def encode(xc: Tensor, w_enc: Tensor, bias: Tensor, z: Tensor, tiling: Tiling = 
     bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
     n_tiles = triton.cdiv(n_rows, t.rows) * triton.cdiv(n_cols, t.cols)
     partial = torch.empty(n_tiles, dtype=torch.float32, device=z.device)
-    _launch(
-        _encode_kernel, n_tiles, t,
+    _run(
+        _encode_kernel, n_tiles, t, bits,
         _tiles(xc, t.rows, t.depth), _tiles(w_enc, t.cols, t.depth), _tiles(z, t.rows, t.cols // t.parts),
-        bias, bits, row_count, feature_count, partial, n_rows, n_cols, xc.shape[1], bits.stride(0),
+        bias, row_count, feature_count, partial, n_rows, n_cols, xc.shape[1], bits.stride(0),
     )  # fmt: skip
     return MarkedActivation(row_count=row_count, feature_count=feature_count, total=partial.sum(), bits=bits)
 
 
-def hidden_grad(
-    g: Tensor, w_dec: Tensor, bits: Tensor, l1_grad: float, gz: Tensor, tiling: Tiling = HIDDEN_GRAD
-) -> Tensor:
+def hidden_grad(g: Tensor, w_dec: Tensor, bits: Tensor, l1_grad: float, gz: Tensor, tiling: Tiling = HIDDEN_GRAD) -> Tensor:
     """gz [B, F] = g [B, d] · w_decᵀ + l1_grad where bits [B, ceil(F / 32)] are set, else 0. Returns its column sums,
     float32 [F]."""
     n_rows, n_cols = gz.shape
     t = tiling
     n_row_tiles = triton.cdiv(n_rows, t.rows)
     partial = torch.empty(n_row_tiles, n_cols, dtype=torch.float32, device=gz.device)
-    _launch(
-        _hidden_grad_kernel, n_row_tiles * triton.cdiv(n_cols, t.cols), t,
+    _run(
+        _hidden_grad_kernel, n_row_tiles * triton.cdiv(n_cols, t.cols), t, bits,
         _tiles(g, t.rows, t.depth), _tiles(w_dec, t.cols, t.depth), _tiles(gz, t.rows, t.cols // t.parts),
-        bits, partial, float(l1_grad), n_rows, n_cols, g.shape[1], bits.stride(0),
+        partial, float(l1_grad), n_rows, n_cols, g.shape[1], bits.stride(0),
     )  # fmt: skip
     return partial.sum(0)
+
+
+def variants() -> list[tuple[str, Callable[..., Any], Tiling]]:
+    """Tilings worth timing: a name, the product, and the tiling to call it with."""
+    wide, tall = Tiling(), Tiling(rows=256, cols=128)
+    small = Tiling(cols=128, warps=4, parts=4, per_processor=2)
+    both = [wide, replace(wide, stages=4, parts=4), replace(wide, flatten=False), tall, replace(tall, stages=4, parts=4), small]
+    listed = [(encode, t) for t in [*both, replace(wide, parts=1)]] + [
+        (hidden_grad, t) for t in [*both, replace(tall, parts=1)]
+    ]
+    return [(f"{product.__name__} {t.name}", product, t) for product, t in listed]
 
 
 def _tiles(x: Tensor, rows: int, cols: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols])
 
 
-def _launch(kernel: Any, n_tiles: int, t: Tiling, first: Any, *args: Any) -> None:
-    device = first.base.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
-    with torch.cuda.device(first.base.get_device()):  # -1 for the CPU: no device at all
-        kernel[(min(n_tiles, processors * t.per_processor),)](
-            first, *args,
-            ROWS=t.rows, COLS=t.cols, DEPTH=t.depth, PARTS=t.parts, GROUP=t.group, FLATTEN=t.flatten,
-            SPECIALIZE=t.specialize, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
+def _run(kernel: Any, n_tiles: int, t: Tiling, out: Tensor, *args: Any) -> None:
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 5
+    _launch(
+        kernel, (min(n_tiles, processors * t.per_processor),), out, *args,
+        ROWS=t.rows, COLS=t.cols, DEPTH=t.depth, PARTS=t.parts, GROUP=t.group, FLATTEN=t.flatten,
+        num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -113,9 +125,10 @@ def _place(tile: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, ROWS: tl.const
 @triton.jit
 def _product(
     a_tiles: tl.tensor_descriptor, b_tiles: tl.tensor_descriptor, first_row: tl.tensor, first_col: tl.tensor, d: tl.tensor,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    start: tl.tensor, DEPTH: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    """start [ROWS, COLS] + a · bᵀ for one tile."""
+    total = start
     for k in range(tl.cdiv(d, DEPTH)):
         a = a_tiles.load([first_row, k * DEPTH])
         b = b_tiles.load([first_col, k * DEPTH])
@@ -163,25 +176,27 @@ def _rounded(x: tl.tensor, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _encode_kernel(
-    x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor, bias_ptr: tl.tensor, bits_ptr: tl.tensor, row_count_ptr: tl.tensor,
-    feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor,
-    bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
-    GROUP: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    bits_ptr: tl.tensor, x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor,
+    bias_ptr: tl.tensor, row_count_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor,
+    n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ) -> None:  # fmt: skip
     tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
-    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
         rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
-        total = _product(x_tiles, w_tiles, first_row, first_col, d, ROWS, COLS, DEPTH)
+        nothing = tl.zeros([ROWS, COLS], dtype=tl.float32)
+        total = _product(x_tiles, w_tiles, first_row, first_col, d, nothing, DEPTH)
         # Columns past the end are not active.
         h = total + tl.load(bias_ptr + cols, mask=cols < n_cols, other=-float("inf"))[None, :]
 
         # A thread's own flags first: feature 32 w + 8 group + 2 lane + side is bit 8 group + side of flags[row, w, lane].
         group, side = tl.arange(0, 4), tl.arange(0, 2)
         bit = 1 << (8 * group[:, None, None] + side[None, None, :])
-        active = tl.reshape(h > tl.full([], 2.0**-134, tl.float32), [ROWS, COLS // 32, 4, 4, 2])  # half of the smallest bf16 is rounded to 0
+        nothing = tl.full([], 2.0**-134, tl.float32)  # half of the smallest bf16: up to here it is rounded to 0
+        active = tl.reshape(h > nothing, [ROWS, COLS // 32, 4, 4, 2])
         flags = tl.sum(tl.sum(tl.where(active, bit[None, None], 0), axis=4), axis=2)
         flags = tl.where((rows < n_rows)[:, None, None], flags, 0)
 
@@ -212,19 +227,21 @@ def _encode_kernel(
 
 @triton.jit
 def _hidden_grad_kernel(
-    g_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, gz_tiles: tl.tensor_descriptor, bits_ptr: tl.tensor, partial_ptr: tl.tensor, l1_grad: tl.tensor,
-    n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr,
-    DEPTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    bits_ptr: tl.tensor, g_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, gz_tiles: tl.tensor_descriptor,
+    partial_ptr: tl.tensor, l1_grad: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ) -> None:  # fmt: skip
     tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
-    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
         rows, word = first_row + tl.arange(0, ROWS), col_tile * (COLS // 32) + tl.arange(0, COLS // 32)
         inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
         words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], mask=inside, other=0)
-        gz = _product(g_tiles, w_tiles, first_row, first_col, d, ROWS, COLS, DEPTH) + l1_grad
+        start = tl.zeros([ROWS, COLS], dtype=tl.float32) + l1_grad  # costs nothing here
+        gz = _product(g_tiles, w_tiles, first_row, first_col, d, start, DEPTH)
 
         # As in _encode_kernel: one shift for a thread's 8 columns of 32, then constants.
         group, side = tl.arange(0, 4), tl.arange(0, 2)

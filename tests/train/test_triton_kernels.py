@@ -352,8 +352,8 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
     return launches
 
 
-def compiled(launch: Any, capability: int) -> str:
-    """The launch as PTX, specialised as Triton does: ints of 1 are constants, multiples of 16 are known to be."""
+def compiled(launch: Any, capability: int) -> Any:
+    """The launch through the compiler, specialised as Triton does: ints of 1 are constants, multiples of 16 are known to be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -367,6 +367,8 @@ def compiled(launch: Any, capability: int) -> str:
         aligned = name not in kernel.do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = pointers[value.dtype]
+        elif hasattr(value, "block_shape"):
+            signature[name], aligned = f"tensordesc<{pointers[value.base.dtype][1:]}{value.block_shape}>", False
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         elif value == 1 and aligned:
@@ -380,7 +382,7 @@ def compiled(launch: Any, capability: int) -> str:
     signature |= dict.fromkeys(constants, "constexpr")
     options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"])
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +398,7 @@ def compile_every_kernel(
 ) -> None:
     names = set()
     for launch in recorded_launches(kernels, monkeypatch, size, dtype):
-        ptx, name = compiled(launch, capability), launch[0].__name__
+        ptx, name = compiled(launch, capability).asm["ptx"], launch[0].__name__
         names.add(name)
         # At full size every kernel that streams or gathers must do it 16 bytes at a time.
         wide = re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
