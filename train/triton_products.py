@@ -175,6 +175,17 @@ def _rounded(x: tl.tensor, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _bias(  # type: ignore[no-untyped-def]
+    bias_ptr: tl.tensor, tile: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The bias of a tile's columns; those past the end are not to be active."""
+    _, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
+    cols = col_tile * COLS + tl.arange(0, COLS)
+    return tl.load(bias_ptr + cols, mask=cols < n_cols, other=-float("inf"))
+
+
+@triton.jit
 def _encode_kernel(
     bits_ptr: tl.tensor, x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor,
     bias_ptr: tl.tensor, row_count_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor,
@@ -183,14 +194,17 @@ def _encode_kernel(
 ) -> None:  # fmt: skip
     tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
+    bias = _bias(bias_ptr, tl.program_id(0), n_rows, n_cols, ROWS, COLS, GROUP)
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
         rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
         nothing = tl.zeros([ROWS, COLS], dtype=tl.float32)
         total = _product(x_tiles, w_tiles, first_row, first_col, d, nothing, DEPTH)
-        # Columns past the end are not active.
-        h = total + tl.load(bias_ptr + cols, mask=cols < n_cols, other=-float("inf"))[None, :]
+        h = total + bias[None, :]
+        # Asked for a tile ahead: nothing overlaps with waiting for it here.
+        following = tl.minimum(tile + tl.num_programs(0), n_tiles - 1)
+        bias = _bias(bias_ptr, following, n_rows, n_cols, ROWS, COLS, GROUP)
 
         # A thread's own flags first: feature 32 w + 8 group + 2 lane + side is bit 8 group + side of flags[row, w, lane].
         group, side = tl.arange(0, 4), tl.arange(0, 2)
