@@ -34,7 +34,6 @@ class AdamStep:
 class Activation:
     """What one pass over the hidden layer counts."""
 
-    row_count: Tensor  # int32 [B]: active features of each token
     feature_count: Tensor  # int32 [F]: tokens on which each feature is active
     total: Tensor  # float32 or float64 scalar: sum of all activations
 
@@ -128,7 +127,6 @@ class TorchKernels:
         h.relu_()
         active = h > 0
         return Activation(
-            row_count=active.sum(1, dtype=torch.int32),
             feature_count=active.sum(0, dtype=torch.int32),
             total=h.sum(dtype=_accumulator(h)),
         )
@@ -163,7 +161,7 @@ class TorchKernels:
 
     def counts(self, activation: Activation) -> Tensor:
         """float64 [4]: active entries, the sum of all activations, entries that `compact` would list, frequent features."""
-        active = activation.row_count.sum().double()
+        active = activation.feature_count.sum().double()
         return torch.stack([active, activation.total.double(), active, torch.zeros_like(active)])
 
     def compact(self, z: Tensor, activation: Activation, nnz: int, n_frequent: int) -> Active:
@@ -171,7 +169,7 @@ class TorchKernels:
         token, feature = z.nonzero(as_tuple=True)
         by_feature = torch.sort(feature, stable=True).indices
         return Active(
-            row_start=starts(activation.row_count),
+            row_start=starts((z > 0).sum(1)),
             feature=feature.int(),
             value=z[token, feature].to(_accumulator(z)),
             feature_start=starts(activation.feature_count),

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ def load_native() -> "NativeKernels | None":
     return AmxKernels(library, amx) if amx is not None and amx.amx_allowed() else NativeKernels(library)
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class RowActivation(Activation):
+    """Also knows where each token's entries will begin, so that `compact` need not count them."""
+
+    row_count: Tensor  # int64 [B]: active features of each token
+
+
 class NativeKernels(TorchKernels):
     """Matrices are contiguous bfloat16, the hidden layer feature-major; see `kernels.TorchKernels` for the rest."""
 
@@ -39,8 +47,8 @@ class NativeKernels(TorchKernels):
         feature_count = torch.empty(features, dtype=torch.int32)
         feature_total = torch.empty_like(bias)
         self._c.activate(*arguments(_hidden(h), bias, token_counts, feature_count, feature_total, tokens, features))
-        row_count = token_counts.sum(0, dtype=torch.int32)
-        return Activation(row_count=row_count, feature_count=feature_count, total=feature_total.sum(dtype=torch.float64))
+        total = feature_total.sum(dtype=torch.float64)
+        return RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
 
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         tokens, features = z.shape
@@ -50,6 +58,7 @@ class NativeKernels(TorchKernels):
 
     def compact(self, z: Tensor, activation: Activation, nnz: int, n_frequent: int) -> Active:
         tokens, features = z.shape
+        assert isinstance(activation, RowActivation)
         active = Active(
             row_start=starts(activation.row_count),
             feature=torch.empty(nnz, dtype=torch.int32),
@@ -128,8 +137,7 @@ class AmxKernels(NativeKernels):
         totals = torch.zeros(self._threads, dtype=torch.float64)
         matrices = (_matrix(w_enc), _matrix(xc), bias, _hidden(z))
         self._amx.amx_encode(*arguments(*matrices, feature_count, token_counts, totals, tokens, features, d))
-        row_count = token_counts.sum(0, dtype=torch.int32)
-        return z, Activation(row_count=row_count, feature_count=feature_count, total=totals.sum())
+        return z, RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=totals.sum())
 
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         tokens, features, d = *z.shape, x.shape[1]

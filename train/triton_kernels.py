@@ -49,7 +49,7 @@ from torch import Tensor
 from train.kernels import Activation, Active, AdamStep, Frequent, TorchKernels, WeightGrads, Workspace, starts
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
-TILE_ROWS, TILE_COLS = 16, 256  # activate_
+TILE_ROWS, TILE_COLS, TILE_BLOCK = 16, 256, 512  # activate_: a tile, and the rows that one program goes down
 MASK_ROWS, MASK_COLS, MASK_BLOCK = 32, 256, 512  # mask_: a tile, and the rows one program adds up, tile by tile
 RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 WORDS = 1024  # compact: words of 32 features at a time
@@ -85,17 +85,16 @@ class TritonKernels(TorchKernels):
 
     def activate_(self, h: Tensor, bias: Tensor) -> MarkedActivation:
         n_rows, n_cols = h.shape
-        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_ROWS))
-        row_count = torch.zeros(n_rows, dtype=torch.int32, device=h.device)
+        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_BLOCK))
         feature_count = torch.zeros(n_cols, dtype=torch.int32, device=h.device)
         bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=h.device)
         partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=h.device)
         _launch(
             _activate_kernel, grid,
-            h, bias, bits, row_count, feature_count, partial, n_rows, n_cols, _row_stride(h), bits.stride(0),
-            ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+            h, bias, bits, feature_count, partial, n_rows, n_cols, _row_stride(h), bits.stride(0),
+            BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=8,
         )  # fmt: skip
-        return MarkedActivation(row_count=row_count, feature_count=feature_count, total=partial.sum(), bits=bits)
+        return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
 
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         g = torch.mm(z, w_dec)
@@ -128,13 +127,13 @@ class TritonKernels(TorchKernels):
         return torch.stack([count.double() for count in counts])
 
     def _frequent(self, activation: Activation) -> Tensor:
-        return activation.feature_count > FREQUENT * activation.row_count.numel()
+        return activation.feature_count > FREQUENT * len(_bits(activation))
 
     def compact(self, z: Tensor, activation: Activation, nnz: int, n_frequent: int) -> Active:
         n_rows, n_cols = z.shape
         bits = _bits(activation)
-        row_count, feature_count = activation.row_count, activation.feature_count
-        frequent, columns, mask, place = None, z, bits, feature_count
+        feature_count = activation.feature_count
+        frequent, columns, mask, place = None, z, bits[0], feature_count
         if n_frequent:
             flags = self._frequent(activation)
             place = torch.where(flags, flags.cumsum(0, dtype=torch.int32) - 1, -1)
@@ -143,11 +142,12 @@ class TritonKernels(TorchKernels):
             columns = z.new_zeros(n_rows, triton.cdiv(n_frequent, FREQUENT_STEP) * FREQUENT_STEP)
             frequent = Frequent(feature=feature, z=columns)
             feature_count = torch.where(flags, 0, feature_count)
-            row_count = torch.empty_like(row_count)
-            _launch(
-                _count_kernel, (n_rows,),
-                bits, mask, row_count, bits.shape[1], bits.stride(0), WORDS=_words(bits), num_warps=4,
-            )  # fmt: skip
+        row_count = torch.empty(n_rows, dtype=torch.int32, device=z.device)
+        split = frequent is not None
+        _launch(
+            _count_kernel, (n_rows,),
+            bits, mask, row_count, bits.shape[1], bits.stride(0), SPLIT=split, WORDS=_words(bits), num_warps=4,
+        )  # fmt: skip
         row_start = starts(row_count)
         feature = torch.empty(nnz, dtype=torch.int32, device=z.device)
         value = torch.empty(nnz, dtype=torch.float32, device=z.device)
@@ -155,7 +155,7 @@ class TritonKernels(TorchKernels):
         _launch(
             _compact_kernel, (n_rows,),
             bits, z, row_start, feature, value, token, mask, place, columns, bits.shape[1], bits.stride(0), _row_stride(z),
-            columns.stride(0), SPLIT=frequent is not None, WORDS=_words(bits), num_warps=4,
+            columns.stride(0), SPLIT=split, WORDS=_words(bits), num_warps=4,
         )  # fmt: skip
         order = _feature_order(feature, n_cols)
         return Active(
@@ -378,29 +378,33 @@ def _store_bits(
 
 @triton.jit
 def _activate_kernel(
-    h_ptr: tl.tensor, bias_ptr: tl.tensor, bits_ptr: tl.tensor, row_count_ptr: tl.tensor, feature_count_ptr: tl.tensor,
-    partial_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, h_stride: tl.tensor, bits_stride: tl.tensor,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    h_ptr: tl.tensor, bias_ptr: tl.tensor, bits_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor,
+    n_rows: tl.tensor, n_cols: tl.tensor, h_stride: tl.tensor, bits_stride: tl.tensor,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
+    """One strip of COLS columns and BLOCK rows, ROWS at a time; counts and sum stay in registers until the strip ends."""
+    block = tl.program_id(1)
     first_col = tl.program_id(0) * COLS
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = first_col + tl.arange(0, COLS)
-    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    at = h_ptr + rows.to(tl.int64)[:, None] * h_stride + cols[None, :]
-    bias = tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0)
-    raw = tl.load(at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    # "Not above" rather than a maximum: NaN must come through, or a broken run would look merely sparse.
-    z = tl.where(inside & ~(raw <= 0.0), raw, 0.0).to(h_ptr.dtype.element_ty)
-    tl.store(at, z, mask=inside)
-    z = z.to(tl.float32)
-    active = (z > 0.0).to(tl.int32)
-    words = _pack(active, ROWS, COLS)
-    _store_bits(bits_ptr, words, rows, first_col, n_rows, n_cols, bits_stride, COLS)
-    row_count = tl.sum(_popcount(words.to(tl.uint32)), axis=1)
+    col_inside = cols < n_cols
+    bias = tl.load(bias_ptr + cols, mask=col_inside, other=0.0)
+    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    count = tl.zeros([ROWS, COLS], dtype=tl.int32)
+    for first in range(0, BLOCK, ROWS):
+        rows = block * BLOCK + first + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & col_inside[None, :]
+        at = h_ptr + rows.to(tl.int64)[:, None] * h_stride + cols[None, :]
+        raw = tl.load(at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        # "Not above" rather than a maximum: NaN must come through, or a broken run would look merely sparse.
+        z = tl.where(inside & ~(raw <= 0.0), raw, 0.0).to(h_ptr.dtype.element_ty)
+        tl.store(at, z, mask=inside)
+        active = (z.to(tl.float32) > 0.0).to(tl.int32)
+        _store_bits(bits_ptr, _pack(active, ROWS, COLS), rows, first_col, n_rows, n_cols, bits_stride, COLS)
+        total += z.to(tl.float32)
+        count += active
     # Integers: the order of the additions does not matter, and nobody reads them before the kernel ends.
-    tl.atomic_add(row_count_ptr + rows, row_count, mask=rows < n_rows, sem="relaxed")
-    tl.atomic_add(feature_count_ptr + cols, tl.sum(active, axis=0), mask=cols < n_cols, sem="relaxed")
-    tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(z))
+    tl.atomic_add(feature_count_ptr + cols, tl.sum(count, axis=0), mask=col_inside, sem="relaxed")
+    tl.store(partial_ptr + block * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
@@ -466,15 +470,17 @@ def _mask_kernel(
 @triton.jit
 def _count_kernel(
     bits_ptr: tl.tensor, mask_ptr: tl.tensor, count_ptr: tl.tensor, n_words: tl.tensor, bits_stride: tl.tensor,
-    WORDS: tl.constexpr,
+    SPLIT: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token: how many of its bits lie inside the mask."""
+    """One token: how many bits it has, if they are SPLIT inside the mask."""
     row = tl.program_id(0)
     total = tl.zeros([WORDS], dtype=tl.int32)
     for first in range(0, n_words, WORDS):
         index = first + tl.arange(0, WORDS)
         words = tl.load(bits_ptr + row.to(tl.int64) * bits_stride + index, mask=index < n_words, other=0)
-        total += _popcount((words & tl.load(mask_ptr + index, mask=index < n_words, other=0)).to(tl.uint32))
+        if SPLIT:
+            words &= tl.load(mask_ptr + index, mask=index < n_words, other=0)
+        total += _popcount(words.to(tl.uint32))
     tl.store(count_ptr + row, tl.sum(total, axis=0))
 
 
