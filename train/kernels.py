@@ -148,11 +148,14 @@ class TorchKernels:
         db_enc = torch.empty(z.shape[1], dtype=_accumulator(z), device=z.device)
         for part in _parts(z.shape[1], self.features_at_once or z.shape[1]):
             gz = out.gz(len(z), part.stop - part.start, feature_major=self.feature_major)
-            _product(g, w_dec[part].t(), gz)
-            db_enc[part] = self.mask_(gz, z[:, part], activation, l1_grad)
+            db_enc[part] = self.hidden_grad(g, w_dec[part], z[:, part], activation, l1_grad, gz)
             torch.mm(z[:, part].t(), g, out=out.dw_dec[part])
             torch.mm(gz.t(), xc, out=out.dw_enc[part])
         return out.dw_enc, out.dw_dec, db_enc
+
+    def hidden_grad(self, g: Tensor, w_dec: Tensor, z: Tensor, activation: Activation, l1_grad: float, gz: Tensor) -> Tensor:
+        """gz [B, F] = g · w_decᵀ + l1_grad where z > 0, else 0; z came with this activation. Returns its column sums, [F]."""
+        return self.mask_(_product(g, w_dec.t(), gz), z, activation, l1_grad)
 
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         """gz [B, F] becomes (gz + l1_grad) where z > 0, else 0; z came with this activation. Returns gz's column sums, [F]."""

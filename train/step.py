@@ -97,8 +97,9 @@ def pick_kernels(precision: str, device: torch.device) -> TorchKernels:
     """The fastest implementation for this device and precision; plain torch where there is no other."""
     if precision == "bf16" and device.type == "cuda":
         from train.triton_kernels import TritonKernels
+        from train.triton_products import HopperKernels
 
-        return TritonKernels()
+        return HopperKernels() if torch.cuda.get_device_capability(device) == (9, 0) else TritonKernels()
     if precision == "bf16" and device.type == "cpu":
         from train.native import load_native
 

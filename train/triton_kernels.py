@@ -53,8 +53,8 @@ TILE_ROWS, TILE_COLS, TILE_BLOCK = 16, 256, 512  # activate_: a tile, and the ro
 MASK_ROWS, MASK_COLS, MASK_BLOCK = 32, 256, 512  # mask_: a tile, and the rows one program adds up, tile by tile
 RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 WORDS = 1024  # compact: words of 32 features at a time
-DECODE_ENTRIES, DECODE_COLS = 64, 128  # residual: rows gathered at once, and the slice of d
-GRAD_ENTRIES, GRAD_COLS = 16, 256  # weight_grads: the same
+DECODE_ENTRIES, DECODE_COLS, DECODE_WARPS = 16, 512, 4  # residual: rows gathered at once, and the slice of d
+GRAD_ENTRIES, GRAD_COLS, GRAD_WARPS = 8, 512, 4  # weight_grads: the same
 CHUNK = 256  # weight_grads: entries of one feature that one program adds up
 FREQUENT = 1 / 64  # share of the tokens above which a feature is taken into dense products
 FREQUENT_STEP = 64  # their number is rounded up to a multiple of it: sizes that the products like
@@ -185,7 +185,7 @@ class TritonKernels(TorchKernels):
             _residual_kernel, (n_rows, n_slices),
             active.row_start, active.feature, active.value, w_dec, x, bias, g, dots, squares,
             float(scale), float(l1_grad), nnz, d, w_dec.stride(0), w_dec.stride(1), _row_stride(x),
-            BEGUN=often is not None, ENTRIES=DECODE_ENTRIES, COLS=cols, num_warps=8,
+            BEGUN=often is not None, ENTRIES=DECODE_ENTRIES, COLS=cols, num_warps=DECODE_WARPS,
         )  # fmt: skip
         return g, dots[0] if n_slices == 1 else dots.sum(0), squares.sum()
 
@@ -260,7 +260,7 @@ class _Plan:
             _weighted_sum_kernel, (self.work.numel(), triton.cdiv(d, cols)),
             self.work, self.active.feature_start, self.chunk_start, self.active.token, coefficient, rows,
             out, total, self.sums, self.coefficient_sums, self.n_chunks, n_features, d, _row_stride(rows),
-            CHUNK=CHUNK, ENTRIES=GRAD_ENTRIES, COLS=cols, num_warps=4,
+            CHUNK=CHUNK, ENTRIES=GRAD_ENTRIES, COLS=cols, num_warps=GRAD_WARPS,
         )  # fmt: skip
         if self.n_chunks:
             _launch(

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from train.triton_kernels import MarkedActivation, _launch, _popcount
+from train.kernels import Activation, Workspace
+from train.triton_kernels import MarkedActivation, TritonKernels, _bits, _launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,21 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 ENCODE, HIDDEN_GRAD = Tiling(), Tiling(rows=256, cols=128)
 
 
+class HopperKernels(TritonKernels):
+    """For compute capability 9.0: at sizes that fit, the hidden layer and its gradient come finished from their products."""
+
+    def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:
+        if not fits(len(xc), *w_enc.shape):
+            return super().encode(xc, w_enc, bias, out)
+        z = out.z(len(xc), feature_major=False)
+        return z, encode(xc, w_enc, bias, z)
+
+    def hidden_grad(self, g: Tensor, w_dec: Tensor, z: Tensor, activation: Activation, l1_grad: float, gz: Tensor) -> Tensor:
+        if not fits(len(g), *w_dec.shape):
+            return super().hidden_grad(g, w_dec, z, activation, l1_grad, gz)
+        return hidden_grad(g, w_dec, _bits(activation), l1_grad, gz)
+
+
 def fits(n_rows: int, n_cols: int, d: int) -> bool:
     """Whether the accelerator takes matrices of this size: rows of [B, F] and [B, d] must begin at multiples of 16 bytes."""
     return min(n_rows, n_cols, d) > 0 and n_cols % 8 == 0 and d % 8 == 0
@@ -60,7 +76,6 @@ def encode(xc: Tensor, w_enc: Tensor, bias: Tensor, z: Tensor, tiling: Tiling = 
     """z [B, F] = relu(xc [B, d] · w_encᵀ + bias), w_enc [F, d], bias float32 [F] added in float32; all else bf16."""
     n_rows, n_cols = z.shape
     t = tiling
-    row_count = torch.zeros(n_rows, dtype=torch.int32, device=z.device)
     feature_count = torch.zeros(n_cols, dtype=torch.int32, device=z.device)
     bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
     n_tiles = triton.cdiv(n_rows, t.rows) * triton.cdiv(n_cols, t.cols)
@@ -68,9 +83,9 @@ def encode(xc: Tensor, w_enc: Tensor, bias: Tensor, z: Tensor, tiling: Tiling = 
     _run(
         _encode_kernel, n_tiles, t, bits,
         _tiles(xc, t.rows, t.depth), _tiles(w_enc, t.cols, t.depth), _tiles(z, t.rows, t.cols // t.parts),
-        bias, row_count, feature_count, partial, n_rows, n_cols, xc.shape[1], bits.stride(0),
+        bias, feature_count, partial, n_rows, n_cols, xc.shape[1], bits.stride(0),
     )  # fmt: skip
-    return MarkedActivation(row_count=row_count, feature_count=feature_count, total=partial.sum(), bits=bits)
+    return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
 
 
 def hidden_grad(g: Tensor, w_dec: Tensor, bits: Tensor, l1_grad: float, gz: Tensor, tiling: Tiling = HIDDEN_GRAD) -> Tensor:
@@ -188,7 +203,7 @@ def _bias(  # type: ignore[no-untyped-def]
 @triton.jit
 def _encode_kernel(
     bits_ptr: tl.tensor, x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor,
-    bias_ptr: tl.tensor, row_count_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor,
+    bias_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor,
     n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -226,8 +241,6 @@ def _encode_kernel(
         word = col_tile * (COLS // 32) + tl.arange(0, COLS // 32)
         inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
         tl.store(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], words, mask=inside)
-        row_count = tl.sum(_popcount(words.to(tl.uint32)), axis=1)
-        tl.atomic_add(row_count_ptr + rows, row_count, mask=rows < n_rows, sem="relaxed")
 
         # Four features count in the bytes of one integer, which hold 128 rows.
         SPAN: tl.constexpr = min(ROWS, 128)
