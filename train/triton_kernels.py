@@ -49,12 +49,12 @@ from torch import Tensor
 from train.kernels import Activation, Active, AdamStep, Frequent, TorchKernels, WeightGrads, Workspace, starts
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
-TILE_ROWS, TILE_COLS, TILE_BLOCK = 16, 256, 512  # activate_: a tile, and the rows that one program goes down
+TILE_ROWS, TILE_COLS, TILE_BLOCK = 8, 512, 512  # activate_: a tile, and the rows that one program goes down
 MASK_ROWS, MASK_COLS, MASK_BLOCK = 32, 256, 512  # mask_: a tile, and the rows one program adds up, tile by tile
 RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 WORDS = 1024  # compact: words of 32 features at a time
-DECODE_ENTRIES, DECODE_COLS, DECODE_WARPS = 16, 512, 4  # residual: rows gathered at once, and the slice of d
-GRAD_ENTRIES, GRAD_COLS, GRAD_WARPS = 8, 512, 4  # weight_grads: the same
+DECODE_ENTRIES, DECODE_COLS, DECODE_WARPS = 8, 128, 1  # residual: rows gathered at once, and the slice of d
+GRAD_ENTRIES, GRAD_COLS, GRAD_WARPS = 2, 512, 1  # weight_grads: the same
 CHUNK = 256  # weight_grads: entries of one feature that one program adds up
 FREQUENT = 1 / 64  # share of the tokens above which a feature is taken into dense products
 FREQUENT_STEP = 64  # their number is rounded up to a multiple of it: sizes that the products like
@@ -71,7 +71,7 @@ class MarkedActivation(Activation):
 class TritonKernels(TorchKernels):
     """What is not here, the dense products, is torch's. bf16, float16 or float32; columns of [B, F] and [B, d] contiguous."""
 
-    sparse_below = 1 / 96
+    sparse_below = 1 / 86
 
     def centre(self, x: Tensor, b_pre: Tensor, dtype: torch.dtype) -> Tensor:
         n_rows, d = x.shape
@@ -92,7 +92,7 @@ class TritonKernels(TorchKernels):
         _launch(
             _activate_kernel, grid,
             h, bias, bits, feature_count, partial, n_rows, n_cols, _row_stride(h), bits.stride(0),
-            BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=8,
+            BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
         )  # fmt: skip
         return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
 
