@@ -1,32 +1,29 @@
 """Kernels for CUDA, in Triton. Written for H100, H200 and A100; in TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
 
 Every method moves bytes and does little with them, so the number that matters is bytes over bandwidth. Full size is
-B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries); HBM at 4.3 TB/s (H200, copy), L2 to the multiprocessors at
-about 5.5 TB/s. These are floors worked out on paper, not timings.
+B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries). Measured on an H200 whose memory copies at 4.2 TB/s:
 
-    activate_      h 2.15 GB read and written, a bit for every element 0.13 GB             4.4 GB HBM     1.0 ms
-    mask_          gz and z 4.30 GB read, gz 2.15 GB written, partial sums 0.03 GB         6.5 GB HBM     1.5 ms
-    compact        bits 0.13 GB, z only where a bit is set (64 bytes each) 0.31 GB,
-                   lists written, sorted and permuted 0.5 GB                               1.0 GB HBM     0.25 ms
-                   (its instructions take about as long: a scan and a few turns over every word of bits)
-                   (from an `Activation` without bits: z once more, 2.15 GB                              +0.5 ms)
-    sparse_residual       2 KB of w_dec for each entry 10 GB                                10 GB L2      1.8 ms
-                   w_dec, x, g, lists and partial dot products, hidden behind it           0.9 GB HBM    (0.2 ms)
-    sparse_weight_grads   2 KB of x and 2 KB of g for each entry 20 GB                      20 GB L2      3.7 ms
-                   x, g, lists, both gradients, partial sums, hidden behind it             0.8 GB HBM    (0.2 ms)
-    adam_          28 bytes an element (bf16 gradient and copy)                            0.94 GB HBM    0.22 ms a matrix
+    activate_      h 2.15 GB read and written, a bit for every element 0.13 GB             4.4 GB HBM     1.4 ms
+    mask_          gz 2.15 GB read and written, the bits                                   4.4 GB HBM     1.25 ms
+                   (both only where `triton_products` does not finish the product itself)
+    compact        bits 0.13 GB twice, z only where a bit is set (64 bytes each) 0.31 GB,
+                   lists written, sorted (0.2 ms) and permuted 0.5 GB                      1.1 GB HBM     0.57 ms
+    sparse_residual       2 KB of w_dec for each entry, twice: 20 GB                        8.2 TB/s       2.5 ms
+    sparse_weight_grads   2 KB of x and 2 KB of g for each entry: 20 GB                     8.2 TB/s       2 x 1.25 ms
+    dense_residual 0.04, centre 0.03, adam_ 28 bytes an element                            3.5 TB/s       0.22 ms a matrix
 
-The two sparse ones grow with L0. A dense product of this size takes 2.9 ms, so `sparse_residual` stays ahead of the two
-products that it replaces up to L0 = 480, `sparse_weight_grads` up to L0 = 230, and both together, mask_ and compact
-counted in, up to about 350.
+The two sparse ones are bound by L2 and the instructions around it: narrow tiles of one warp, many at a time, read 8 TB/s where
+64 rows by 8 warps read 2. They grow with L0: with features that are all equally frequent a sparse step takes as long as a
+dense one at L0 = 380, 1/86 of F. A feature's share of the dense products costs as much as its entries where it fires on
+1/69 of the tokens; those that fire more often (FREQUENT) are taken out of the lists.
 
 What they trade:
 
 - The gathers work on one slice of the d columns at a time, all tokens (or features) of a slice before the next slice:
-  the slice of the matrix being gathered from (8 or 16 MB) then stays in L2, which the whole matrix would not.
-  `sparse_residual` needs each row twice, first to decode and then to pull g back; a token's rows of one slice are small enough
-  that the second visit should find them in L1 (where it does not, 3.7 ms and not 1.8). Paid for with partial dot
-  products, a float for each entry and slice.
+  the slice of the matrix being gathered from (8 or 32 MB) then stays in L2, which the whole matrix would not.
+  `sparse_residual` needs each row twice, first to decode and then to pull g back. Keeping the rows in registers meanwhile,
+  or taking both products to the tensor cores, was slower (4.3 and 4.7 ms). Paid for with partial dot products, a float for
+  each entry and slice.
 - Counts come from integer atomics: any order gives the same integers. Every float sum is taken in a fixed order
   (partials in a buffer, added by a second reduction), so two runs of a step agree to the bit.
 - A feature can be active on a third of all tokens. Its entries are cut into chunks that separate programs add into a
@@ -50,7 +47,7 @@ from train.kernels import Activation, Active, AdamStep, Frequent, TorchKernels, 
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
 TILE_ROWS, TILE_COLS, TILE_BLOCK = 8, 512, 512  # activate_: a tile, and the rows that one program goes down
-MASK_ROWS, MASK_COLS, MASK_BLOCK = 32, 256, 512  # mask_: a tile, and the rows one program adds up, tile by tile
+MASK_ROWS, MASK_COLS, MASK_BLOCK = 16, 256, 2048  # mask_: a tile, and the rows one program adds up, tile by tile
 RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 WORDS = 1024  # compact: words of 32 features at a time
 DECODE_ENTRIES, DECODE_COLS, DECODE_WARPS = 8, 128, 1  # residual: rows gathered at once, and the slice of d

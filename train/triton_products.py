@@ -1,9 +1,13 @@
 """The two products of a training step whose results are [B, F], with the pass over the result inside. For H100 and H200.
 
-Full size is B = F = 32,768, d = 1024, bf16. A product of this size is 2.2 PFLOP, 2.8 ms of the tensor cores; the passes
-that follow it, `activate_` and `mask_` of `triton_kernels`, move 4.4 and 6.5 GB, 1.0 and 1.5 ms. Here a tile is finished
-while it is still in registers, and what is left of the passes is arithmetic: about 8 instructions an element in `encode`,
-6 in `hidden_grad`, a tenth of the product's time where nothing overlaps with them.
+At full size, B = F = 32,768 and d = 1024, a product is 2.2 TFLOP. Milliseconds on an H200 (torch 2.11, triton 3.6):
+
+                    cuBLAS alone   and the pass of triton_kernels   here
+    encode              2.9                   4.3                    3.55
+    hidden_grad         2.9                   4.2                    3.45
+
+cuBLAS's own epilogue (bias in bfloat16 and relu) takes 3.15 and leaves the counting, a read of 2.1 GB, to be done. Finishing a
+tile during the products of the next one was tried: its registers spill, and it took 5.4 ms and more.
 
 - Tiles come and go through the tensor memory accelerator: a few programs for each multiprocessor take tiles in turn, and
   the loads of the next tile begin before the last one is finished (`flatten` makes one loop of two for that).
@@ -13,8 +17,7 @@ while it is still in registers, and what is left of the passes is arithmetic: ab
 - Counts come from integer atomics; float sums are partials in a buffer, added in a fixed order.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,32 +30,26 @@ from train.kernels import Activation, Workspace
 from train.triton_kernels import MarkedActivation, TritonKernels, _bits, _launch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Tiling:
     """How a product is cut up: what a program holds in registers, and what the loads in flight take of shared memory,
     stages · (rows + cols) · depth · 2 bytes, beside rows · cols / parts · 2 bytes for the result on its way out."""
 
-    rows: int = 128
-    cols: int = 256
+    rows: int
+    cols: int
     depth: int = 64
     stages: int = 3
     warps: int = 8
-    parts: int = 2  # the result leaves in so many column strips
-    group: int = 16  # tiles are taken in strips of so many rows of tiles, column by column: these rows stay in L2
-    flatten: bool = True
+    parts: int = 1  # the result leaves in so many column strips
+    group: int = 32  # tiles are taken in strips of so many rows of tiles, column by column: these rows stay in L2
     per_processor: int = 1  # programs on each multiprocessor
-
-    @property
-    def name(self) -> str:
-        tile = f"{self.rows}x{self.cols}x{self.depth}, stages {self.stages}, warps {self.warps}, parts {self.parts}"
-        return f"{tile}, group {self.group}{'' if self.flatten else ', nested'}, at once {self.per_processor}"
 
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Measured on an H200, ms for 2.2 PFLOP: encode 3.55 (strips of two 3.7, 256 rows x 128 4.3, two small ones at once 4.2);
-# hidden_grad 3.45 (128 x 256 3.6, 256 x 128 3.6, 4 stages of half the depth 4.1). cuBLAS takes 2.9 for the bare product.
-ENCODE = Tiling(rows=128, cols=256, parts=1, group=32)
-HIDDEN_GRAD = Tiling(rows=128, cols=128, warps=4, parts=4, group=32, per_processor=2)
+# Others that were tried, in ms: encode with 128 x 256 in two strips 3.7, 256 x 128 4.3, 128 x 128 4.2 and more; hidden_grad
+# with 128 x 256 3.6, 256 x 128 3.6, 128 x 128 in two strips 5.0; 2 stages or tiles half as deep 4.1 and more.
+ENCODE = Tiling(rows=128, cols=256)
+HIDDEN_GRAD = Tiling(rows=128, cols=128, warps=4, parts=4, per_processor=2)
 
 
 class HopperKernels(TritonKernels):
@@ -106,17 +103,6 @@ def hidden_grad(g: Tensor, w_dec: Tensor, bits: Tensor, l1_grad: float, gz: Tens
     return partial.sum(0)
 
 
-def variants() -> list[tuple[str, Callable[..., Any], Tiling]]:
-    """Tilings worth timing: a name, the product, and the tiling to call it with."""
-    wide, tall = Tiling(), Tiling(rows=256, cols=128)
-    small = Tiling(cols=128, warps=4, parts=4, per_processor=2)
-    both = [wide, replace(wide, stages=4, parts=4), replace(wide, flatten=False), tall, replace(tall, stages=4, parts=4), small]
-    listed = [(encode, t) for t in [*both, replace(wide, parts=1)]] + [
-        (hidden_grad, t) for t in [*both, replace(tall, parts=1)]
-    ]
-    return [(f"{product.__name__} {t.name}", product, t) for product, t in listed]
-
-
 def _tiles(x: Tensor, rows: int, cols: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols])
 
@@ -125,7 +111,7 @@ def _run(kernel: Any, n_tiles: int, t: Tiling, out: Tensor, *args: Any) -> None:
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 5
     _launch(
         kernel, (min(n_tiles, processors * t.per_processor),), out, *args,
-        ROWS=t.rows, COLS=t.cols, DEPTH=t.depth, PARTS=t.parts, GROUP=t.group, FLATTEN=t.flatten,
+        ROWS=t.rows, COLS=t.cols, DEPTH=t.depth, PARTS=t.parts, GROUP=t.group,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
 
@@ -208,12 +194,12 @@ def _encode_kernel(
     bits_ptr: tl.tensor, x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor,
     bias_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor,
     n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
     bias = _bias(bias_ptr, tl.program_id(0), n_rows, n_cols, ROWS, COLS, GROUP)
-    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
         rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
@@ -260,11 +246,10 @@ def _hidden_grad_kernel(
     bits_ptr: tl.tensor, g_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, gz_tiles: tl.tensor_descriptor,
     partial_ptr: tl.tensor, l1_grad: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ) -> None:  # fmt: skip
     tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
-    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
         rows, word = first_row + tl.arange(0, ROWS), col_tile * (COLS // 32) + tl.arange(0, COLS // 32)

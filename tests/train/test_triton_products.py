@@ -72,7 +72,7 @@ def unpacked(bits: Tensor) -> Tensor:
 SIZES = [Size(70, 72, 48), Size(1, 8, 16), Size(256, 512, 64), Size(300, 264, 80)]
 TILES = [
     {"rows": 64, "cols": 64, "depth": 32, "parts": 1, "group": 2, "warps": 4},
-    {"rows": 128, "cols": 128, "depth": 64, "parts": 4, "flatten": False, "warps": 4},
+    {"rows": 128, "cols": 128, "depth": 64, "parts": 4, "warps": 4},
     {"rows": 256, "cols": 128, "depth": 64, "parts": 2},
 ]
 every = pytest.mark.parametrize(("size", "tiles"), [(s, t) for s in SIZES for t in TILES], ids=str)
