@@ -10,6 +10,7 @@ every part, to <gpu>.json; and what hangs is ended with what there is.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib.util
 import json
@@ -17,12 +18,14 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -33,10 +36,12 @@ import click
 import torch
 from torch import nn
 
-from bench import gpu_checks, limits, ours, project, report
+from bench import clock, gpu_checks, limits, ours, project, report
+from bench.clock import timed
 from bench.lab import DRY, FULL, Lab, Row
-from bench.ours import synchronize
+from shared import files
 from shared.cli import UserError
+from shared.device import pick_device
 from train.kernels import TorchKernels
 from train.step import pick_kernels
 
@@ -45,7 +50,6 @@ MEMORY = Path("/dev/shm")
 DENSE_GOAL, SPARSE_GOAL, SETTINGS_GOAL = 0.75, 0.011, 1.02  # of the matrix rate; seconds at L0 150; times one setting
 WAITING_GOAL, LAYER_GOAL, JOB_GOAL = 0.01, 8 / 60, 3.0  # share of the time; hours, every step dense; hours, 72 SAEs
 PROFILED_STEPS = 3
-WAYS = {"dense": False, "sparse": True}
 
 
 # ----------------------------------------------------------------------------------------------------------- the machine
@@ -57,24 +61,25 @@ def rates(lab: Lab) -> None:
     lab.keep("bf16 FLOP/s", limits.matmul_rate(side=s.side, device=device), "FLOP/s", f"square product, side {s.side}")
     five = limits.five_products(tokens=s.tokens, d=s.d, features=s.features, device=device)
     seconds = lab.median(five.run)
-    lab.keep("five products, seconds", seconds, "s", "; ".join(f"{p.name} {p.layout}" for p in five.products))
+    lab.keep("five products, seconds", seconds, "s", five.layouts)
     lab.keep("five products, tokens/s", s.tokens / seconds, "tokens/s")
     lab.keep("five products, share of the matrix rate", five.flop / seconds / lab.figures["bf16 FLOP/s"])
     for name, copy in limits.copies(size=s.copy_bytes, device=device).items():
-        lab.keep(f"{name}, bytes/s", copy.bytes / lab.median(copy.run), "bytes/s")
+        lab.keep(f"{name}, bytes/s", s.copy_bytes / lab.median(copy), "bytes/s")
 
 
 # ------------------------------------------------------------------------------------------------------------------- step
 
 
-def new_steps(lab: Lab, count: int, *, sparse: bool) -> ours.Steps:
+def new_steps(lab: Lab, count: int, way: str) -> ours.Steps:
+    """Of the same SAEs in every part: they hardly move (see `ours.LR`), and what they differ in is set here."""
     s = lab.sizes
-    saes = [ours.training_sae(d=s.d, features=s.features, device=lab.device, sparse=sparse, seed=i) for i in range(count)]
-    for sae in saes:
+    if len(lab.saes) < count:
+        lab.saes = ours.new_saes(count, d=s.d, features=s.features, device=lab.device, way=way)
+    for sae in lab.saes:
         sae.kernels = lab.kernels
-        if sparse:
-            ours.set_l0(sae, s.common_l0)
-    return ours.Steps(saes=saes, workspace=ours.workspace(s.tokens, s.d, s.features, lab.device), tokens=s.tokens)
+        ours.go(sae, way, s.common_l0)
+    return ours.Steps(saes=lab.saes[:count], workspace=ours.workspace(s.tokens, s.d, s.features, lab.device), tokens=s.tokens)
 
 
 def keep_step(lab: Lab, name: str, seconds: float, note: str, saes: int = 1) -> None:
@@ -96,7 +101,7 @@ def keep_step(lab: Lab, name: str, seconds: float, note: str, saes: int = 1) -> 
 
 def dense(lab: Lab) -> None:
     lab.reset_peak()
-    steps = new_steps(lab, 1, sparse=False)
+    steps = new_steps(lab, 1, "dense")
     seconds = lab.median(steps.run, warm=3)
     keep_step(lab, "dense step", seconds, steps.note())
     lab.keep("peak GPU memory, one SAE dense", lab.peak(), "bytes")
@@ -104,7 +109,7 @@ def dense(lab: Lab) -> None:
 
 def sparse(lab: Lab) -> None:
     """Against L0, to find where dense is the faster one; and once as unevenly active as trained SAEs are."""
-    steps = new_steps(lab, 1, sparse=True)
+    steps = new_steps(lab, 1, "sparse")
     sae, found, s = steps.saes[0], {}, lab.sizes
     for l0 in s.l0s:
         ours.set_l0(sae, l0)
@@ -136,18 +141,20 @@ def three(lab: Lab) -> None:
     s = lab.sizes
     # What training adds on the device: two shuffle windows of the preset's 16 full-size blocks.
     windows = 2 * 16 * s.sequences * s.context * s.d * 2
-    for way, is_sparse in WAYS.items():
+    for way in ours.WAYS:
         lab.reset_peak()
-        steps = new_steps(lab, 3, sparse=is_sparse)
-        seconds = lab.median(steps.run, warm=2)
+        steps = new_steps(lab, 3, way)
+        alone = replace(steps, saes=steps.saes[:1], batches=3)
+        found = clock.take_turns({"three": steps.run, "one": alone.run}, s.rounds)
+        seconds = found["three"].median
         keep_step(lab, f"three {way} settings", seconds, steps.note(), saes=3)
         lab.keep(f"{way} SAE tokens/s", 3 * s.tokens / seconds, "tokens/s")
-        if one := lab.figures.get(f"{way} step, seconds"):
-            lab.goal(f"three {way} settings, over three times one", seconds / 3 / one, "≤", SETTINGS_GOAL)
+        costs = [a / b for a, b in zip(found["three"].seconds, found["one"].seconds, strict=True)]
+        lab.goal(f"three {way} settings, over three times one", statistics.median(costs), "≤", SETTINGS_GOAL)
         peak = lab.peak() + windows
         lab.keep(f"peak GPU memory, three {way} settings and the loader's windows", peak, "bytes")
         lab.figures["peak GPU bytes"] = max(lab.figures.get("peak GPU bytes", 0.0), peak)
-        del steps
+        del steps, alone
 
 
 # ----------------------------------------------------------------------------------------------------------------- loader
@@ -168,58 +175,62 @@ def loader(lab: Lab) -> None:
             lab.keep(f"loader from {where}, bytes/s", size / seconds, "bytes/s", f"{lab.threads} threads, checksums, shuffle")
             if where == "disk":
                 lab.keep("read bytes/s", size / seconds, "bytes/s")
-                raw = lab.median(partial(ours.raw_read, cache, lab.threads, direct=lab.cuda), warm=0, rounds=2)
-                lab.keep("raw read bytes/s", size / raw, "bytes/s", f"{lab.threads} threads, cold page cache")
-            for way in WAYS:
+                lab.attempt("raw read", partial(_raw_read, lab, cache, size))
+            for way in ours.WAYS:
                 _waiting(lab, cache, way, where)
+            say_moved(lab, f"loader from {where}")
         finally:
             shutil.rmtree(folder / "layer", ignore_errors=True)
 
 
 def _new_loader(lab: Lab, cache: Any, epochs: int) -> Any:
-    from train.loader import ActivationLoader, LoaderConfig
-
     batch = min(lab.sizes.tokens, cache.spec.block_rows)
-    config = LoaderConfig(batch=batch, window_blocks=lab.sizes.window_blocks, threads=lab.threads)
-    return ActivationLoader(cache, 0, config, lab.device, last=epochs * cache.spec.train_tokens // batch)
+    return ours.new_loader(cache, batch, lab.sizes.window_blocks, lab.device, epochs=epochs, threads=lab.threads)
 
 
 def _read_once(lab: Lab, cache: Any, cold: bool) -> float:
     if cold:
-        ours.evict_blocks(cache)
+        with contextlib.suppress(RuntimeError):  # the loader reads past the page cache where it can: see `say_moved`
+            ours.evict_blocks(cache)
     stream = _new_loader(lab, cache, 1)
-    start = time.perf_counter()
-    for _ in stream:
-        pass
-    synchronize(lab.device)
-    return time.perf_counter() - start
+    return timed(lambda: [None for _ in stream], lab.device)
+
+
+def _raw_read(lab: Lab, cache: Any, size: int) -> None:
+    seconds = lab.median(partial(ours.raw, cache, lab.threads, direct=not lab.dry, write=False), warm=0, rounds=2)
+    lab.keep("raw read bytes/s", size / seconds, "bytes/s", f"{lab.threads} threads, direct")
+
+
+def say_moved(lab: Lab, name: str) -> None:
+    """How much of what this process has read and written since the last call went past the page cache, where it is counted."""
+    moved = dict(getattr(files, "moved", {}))
+    total = sum(moved.values()) - lab.moved.total()
+    if total:
+        direct = moved["direct"] - lab.moved["direct"]
+        lab.keep(f"{name}: share moved past the page cache", direct / total, "", f"of {total / 1e9:.1f} GB")
+    lab.moved = Counter(moved)
 
 
 def _waiting(lab: Lab, cache: Any, way: str, where: str) -> None:
     """The share of the time that is not spent in steps. What a step takes is measured before and after, on a ready batch."""
     s = lab.sizes
-    steps = new_steps(lab, 3, sparse=WAYS[way])
+    steps = new_steps(lab, 3, way)
     ready = torch.randn(min(s.tokens, cache.spec.block_rows), s.d, device=lab.device).half()
 
     def alone() -> float:
-        synchronize(lab.device)
-        start = time.perf_counter()
-        for _ in range(s.ready_steps):
-            steps.take(ready)
-        synchronize(lab.device)
-        return (time.perf_counter() - start) / s.ready_steps
+        return timed(lambda: steps.take(*[ready] * s.ready_steps), lab.device) / s.ready_steps
 
     alone()
     before = alone()
     began, seen = time.perf_counter(), 0
     batches = iter(_new_loader(lab, cache, 2))
     steps.take(next(batches))  # the first window has nothing to hide behind; it is once in a layer
-    synchronize(lab.device)
+    clock.synchronize(lab.device)
     start = time.perf_counter()
     for x in batches:
         steps.take(x)
         seen += 1
-    synchronize(lab.device)
+    clock.synchronize(lab.device)
     seconds = time.perf_counter() - start
     after = alone()
     share = 1 - seen * (before + after) / 2 / seconds
@@ -296,29 +307,29 @@ def harvest(lab: Lab) -> None:
 
 
 def _harvest_to(lab: Lab, where: str, folder: Path) -> None:
-    from harvest.harvest import HarvestConfig, harvest_blocks, verify
+    from harvest.harvest import HarvestConfig, verify
     from harvest.writer import WriterConfig
 
     s = lab.sizes
-    spec = ours.cache_spec(d=s.d, n_layers=s.layers, rows=s.blocks * s.sequences * s.context, context=s.context, vocab=s.vocab)
-    if not fits(lab, f"harvest to {where}", folder, spec.n_blocks * spec.block_bytes * spec.n_layers):
+    rows = s.blocks * s.sequences * s.context
+    spec = ours.cache_spec(d=s.d, n_layers=s.layers, rows=rows, context=s.context, vocab=s.vocab)
+    size = spec.n_blocks * spec.block_bytes * spec.n_layers
+    if not fits(lab, f"harvest to {where}", folder, size):
         return
-    model, cache = language_model(lab), ours.cache_with_tokens(folder / "harvest", spec)
+    cache = ours.cache_with_tokens(folder / "harvest", spec)
     config = HarvestConfig(device=lab.device, forward_sequences=s.sequences, writer=WriterConfig(threads=lab.threads))
+    runs = ours.HarvestRuns(model=language_model(lab), cache=cache, config=config, blocks=[0])
     try:
-        harvest_blocks(cache, model, [0], config)  # also locks the host buffers, which the next call finds ready
-        synchronize(lab.device)
-        blocks = list(range(1, spec.n_blocks))
-        start = time.perf_counter()
-        shares = harvest_blocks(cache, model, blocks, config)
-        seconds = time.perf_counter() - start
+        runs.run()  # also locks the host buffers, which the next call finds ready
+        runs.blocks = list(range(spec.n_blocks))
+        seconds = runs.run()
         damaged, _ = verify(cache, cache.layers, lab.threads)
     finally:
         shutil.rmtree(folder / "harvest", ignore_errors=True)
-    rows, size = len(blocks) * spec.block_rows, len(blocks) * spec.block_bytes * spec.n_layers
-    lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {shares}")
+    lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {runs.note()}")
     lab.keep(f"harvest to {where}, bytes/s", size / seconds, "bytes/s")
     lab.require(f"harvest to {where}: every block as its ledger says", not damaged, f"{len(damaged)} damaged")
+    say_moved(lab, f"harvest to {where}")
 
 
 def fits(lab: Lab, what: str, folder: Path, needed: int) -> bool:
@@ -334,15 +345,15 @@ def writing(lab: Lab) -> None:
     """The writer alone against the disk alone, with as many threads, taking turns."""
     s = lab.sizes
     spec = ours.cache_spec(d=s.d, n_layers=s.layers, rows=s.sequences * s.context, context=s.context)
-    writes = ours.Writes(folder=lab.scratch / "write", spec=spec, threads=lab.threads)
-    if not fits(lab, "writer", lab.scratch, 2 * writes.payload):
+    if not fits(lab, "writer", lab.scratch, 2 * spec.block_bytes * spec.n_layers):
         return
-    timings = report.Rounds({"ours": writes.run, "raw": writes.best_raw}).measure(min(2, s.rounds))
-    shutil.rmtree(writes.folder)
-    for name, timing in timings.items():
+    writes = ours.Writes(cache=ours.new_cache(lab.scratch / "write", spec), threads=lab.threads)
+    found = clock.take_turns({"ours": writes.run, "raw": writes.best_raw}, min(2, s.rounds))
+    shutil.rmtree(writes.cache.path)
+    for name, timing in found.items():
         if not timing.seconds:
             raise RuntimeError(f"{name}: {timing.failure}")
-    raw, own = writes.payload / timings["raw"].median, writes.payload / timings["ours"].median
+    raw, own = writes.payload / found["raw"].median, writes.payload / found["ours"].median
     lab.keep("raw write bytes/s", raw, "bytes/s", f"{lab.threads} threads, fsync")
     lab.keep("write bytes/s", own, "bytes/s", f"{own / raw:.0%} of raw; {writes.note()}")
 
@@ -352,8 +363,8 @@ def writing(lab: Lab) -> None:
 
 def profiles(lab: Lab) -> None:
     """Where the device's time goes, and how busy it is: what CUDA graphs could gain at most is the rest."""
-    for way, is_sparse in WAYS.items():
-        _profile(lab, f"{way} step", new_steps(lab, 1, sparse=is_sparse).run, steps=PROFILED_STEPS)
+    for way in ours.WAYS:
+        _profile(lab, f"{way} step", new_steps(lab, 1, way).run, steps=PROFILED_STEPS)
         lab.free()
     _profile(lab, "forward", forward_round(lab).run, steps=1)
 
@@ -364,16 +375,11 @@ def _profile(lab: Lab, name: str, run: Callable[[], object], *, steps: int) -> N
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if lab.cuda else [])
     run()
-    synchronize(lab.device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        run()
-    synchronize(lab.device)
-    wall = time.perf_counter() - start
+    wall = timed(lambda: [run() for _ in range(steps)], lab.device)
     with profile(activities=activities) as profiler:
         for _ in range(steps):
             run()
-        synchronize(lab.device)
+        clock.synchronize(lab.device)
     found: dict[str, float] = {}
     for event in profiler.key_averages():
         on_device = event.device_type.name == "CUDA"
@@ -407,17 +413,14 @@ def peers(lab: Lab) -> None:
 
 def _peer(lab: Lab, worker: str) -> None:
     """At our number of tokens a step, or a quarter of it where that does not fit into the memory."""
-    from bench.workers.worker import Job, timed
-
-    def timed_step(prepared: Any, job: Job) -> float:
-        return timed(prepared, job)["seconds"]
+    from bench.workers.worker import Job, round_seconds
 
     s = lab.sizes
     for tokens in (s.tokens, s.tokens // 4):
         job = Job(d=s.d, features=s.features, tokens=tokens, threads=1, device=lab.device.type, directory=lab.scratch)
         try:
             prepared = importlib.import_module(f"bench.workers.{worker}").prepare(job)
-            seconds = lab.median(partial(timed_step, prepared, job), warm=2, rounds=min(5, s.rounds))
+            seconds = lab.median(partial(round_seconds, prepared, job), warm=2, rounds=min(5, s.rounds))
             break
         except torch.OutOfMemoryError:
             prepared = None
@@ -427,7 +430,7 @@ def _peer(lab: Lab, worker: str) -> None:
     rate = tokens / seconds
     found = [
         f"ours {way} {lab.figures[f'{way} step, tokens/s'] / rate:.2f} x"
-        for way in WAYS
+        for way in ours.WAYS
         if f"{way} step, tokens/s" in lab.figures
     ]
     note = ", ".join([*found, f"{tokens} tokens", prepared.version, prepared.note])
@@ -438,18 +441,14 @@ def _peer(lab: Lab, worker: str) -> None:
 
 
 def projection(lab: Lab) -> None:
-    parts = project.from_figures(lab.figures, machine=_name(lab), date=report.today(), scaled=_scaled(lab))
-    for line in project.table(parts, project.Job()).splitlines():
+    parts = project.from_figures(lab.figures, machine=_name(lab), date=report.today())
+    for line in project.shown(parts, project.Job()).splitlines():
         lab.say(line)
     whole, layer = (project.hours(parts, project.Job(layers=layers)) for layers in (project.Job().layers, 1))
     lab.goal("one layer, three settings, 300M tokens, every step dense", 60 * layer.dense, "≤", 60 * LAYER_GOAL, "min")
     lab.goal("72 SAEs once cached, every step dense", whole.dense, "≤", JOB_GOAL, "h")
     lab.keep("one layer, three settings, 300M tokens, every step sparse", 60 * layer.sparse, "min")
     lab.keep("72 SAEs once cached, every step sparse", whole.sparse, "h")
-
-
-def _scaled(lab: Lab) -> float:
-    return lab.sizes.d * lab.sizes.features / (project.D * project.FEATURES)
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
@@ -547,7 +546,6 @@ class Session:
             "memory": torch.cuda.get_device_properties(lab.device).total_memory if lab.cuda else 0,
             "versions": _versions(),
             "sizes": asdict(lab.sizes),
-            "scaled": _scaled(lab),
             "goals": [asdict(goal) for goal in lab.goals],
             "figures": lab.figures,
             "parts": [asdict(part) for part in self.done],
@@ -617,7 +615,7 @@ def command(
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}  # for the peers: no network, no tracking
     if dry:
         torch.set_num_threads(1)  # the sizes are too small to share
-    device = torch.device("cpu" if dry else "cuda")
+    device = pick_device("cpu" if dry else "cuda")  # which also sets up the process, as in every command
     disk = scratch or report.RESULTS.parent.parent / "build" / "bench"
     disk.mkdir(parents=True, exist_ok=True)
     memory = MEMORY if MEMORY.is_dir() else disk

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.ours import synchronize
+from bench import clock
 from train.kernels import TorchKernels
+from train.step import TrainingSae
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +65,12 @@ class Row:
     verdict: str = ""
     note: str = ""
 
+    @property
+    def figure(self) -> str:
+        return "" if self.value is None else f"{shown(self.value)} {self.unit}".strip()
+
     def __str__(self) -> str:
-        figure = "" if self.value is None else f"{shown(self.value)} {self.unit}".strip()
-        return f"  {self.name:<58} {figure:>22} {self.verdict:<8}{self.note}".rstrip()
+        return f"  {self.name:<58} {self.figure:>22} {self.verdict:<8}{self.note}".rstrip()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,6 +88,8 @@ class Lab:
     figures: dict[str, float] = field(default_factory=dict)
     goals: list[Row] = field(default_factory=list)
     model: Any = None  # the language model, once a part has made it
+    moved: Counter[str] = field(default_factory=Counter)  # bytes counted so far, by how
+    saes: list[TrainingSae] = field(default_factory=list)  # likewise: drawing one takes a second
 
     @property
     def cuda(self) -> bool:
@@ -120,14 +126,10 @@ class Lab:
             what()
         except Exception as failure:
             traceback.print_exc(file=sys.stderr)
-            self.say(name, verdict="FAILED", note=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+            self.say(name, verdict="FAILED", note=clock.reason(failure))
 
-    def median(self, run: Callable[[], float | None], *, warm: int = 1, rounds: int | None = None) -> float:
-        """Median seconds of a run that times itself and ends synchronised."""
-        for _ in range(warm):
-            run()
-        taken = [run() for _ in range(rounds or self.sizes.rounds)]
-        return statistics.median(seconds for seconds in taken if seconds is not None)
+    def median(self, run: clock.Run, *, warm: int = 1, rounds: int | None = None) -> float:
+        return clock.median(run, rounds=rounds or self.sizes.rounds, warm=warm)
 
     def reset_peak(self) -> None:
         self.free()
@@ -140,7 +142,7 @@ class Lab:
     def free(self) -> None:
         gc.collect()
         if self.cuda:
-            synchronize(self.device)
+            clock.synchronize(self.device)
             torch.cuda.empty_cache()
 
 

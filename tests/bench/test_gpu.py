@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import gpu, project
+from bench import gpu, project, table
 from bench.__main__ import main
 from bench.lab import DRY, Lab
 from bench.peers import ROOT
@@ -35,7 +35,7 @@ def test_dry_run_goes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         done.output
     )
     assert set(project.FIGURES) <= set(found["figures"])
-    assert project.latest_gpu(tmp_path) is None, "a dry run is no measurement"
+    assert table.found(tmp_path) == ([], []), "a dry run is no measurement"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
