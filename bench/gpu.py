@@ -3,15 +3,14 @@
     python -m bench gpu                # needs one NVIDIA GPU; five minutes and a half at most
     python -m bench gpu --dry          # the same code at tiny sizes on a CPU: does the script run to its end?
 
-Correctness first, then what is worth most. Shapes are the published job's, weights and activations random. Each part is
-guarded: one that fails is marked and the rest goes on; one that would take too long is not begun; results are written after
-every part, to <gpu>.json; and what hangs is ended with what there is.
+Correctness first, then what is worth most. Shapes are the published job's, weights and activations random. A part that
+fails is marked and the rest goes on; one that would take too long is not begun; results are written after every part, to
+<gpu>.json. A child does the work: where it hangs, dies or loses the device, another one does the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import importlib.util
 import json
 import os
@@ -19,9 +18,9 @@ import platform
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ from torch import nn
 from bench import clock, gpu_checks, limits, ours, project, report
 from bench.clock import timed
 from bench.lab import DRY, FULL, Lab, Row
+from bench.peers import ROOT
 from shared import files
 from shared.cli import UserError
 from shared.device import pick_device
@@ -460,38 +460,48 @@ class Part:
     run: Callable[[Lab], None]
     seconds: float  # expected on an H100
 
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is taken to hang."""
+        return 40 + 2 * self.seconds
+
 
 PARTS = tuple(
     Part(title=title, run=run, seconds=seconds)
     for title, run, seconds in (
         ("direct input and output", gpu_checks.direct_io, 2),
-        ("step against its definition", gpu_checks.step, 40),
-        ("kill and resume", gpu_checks.resume, 20),
+        ("step against its definition", gpu_checks.step, 30),
+        ("kill and resume", gpu_checks.resume, 15),
         ("harvested activations against fp32 on the CPU", gpu_checks.activations, 12),
         ("float16 range", gpu_checks.half_range, 1),
         ("the machine's rates", rates, 8),
-        ("dense step", dense, 4),
-        ("sparse step", sparse, 5),
-        ("three settings at once", three, 9),
-        ("loader", loader, 50),
+        ("dense step", dense, 3),
+        ("sparse step", sparse, 4),
+        ("three settings at once", three, 6),
+        ("loader", loader, 40),
         ("language model forward", forward, 6),
         ("harvest end to end", harvest, 35),
         ("writer alone", writing, 25),
         ("projection", projection, 0),
         ("peers", peers, 40),
         ("where the time goes", profiles, 12),
+        ("step at odd sizes", gpu_checks.odd_steps, 15),
         ("compiled forward", compiled_forward, 60),
     )
 )
+CHILD = "BENCH_GPU_CHILD"  # set in the process that does the work
+LOST = 4  # its exit status when the device no longer answers it
 
 
 @dataclass(kw_only=True, slots=True)
 class Done:
-    """A part as it went; `status` is "done", "FAILED" (an exception, or a check that does not hold), "skipped", "stopped"."""
+    """A part as it went. `status`: "done", "FAILED" (an exception, or a check that does not hold), "skipped" for want of
+    time, "running", or "stopped" because it hung or the time was over."""
 
     title: str
     status: str
     seconds: float = 0.0
+    limit: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -500,74 +510,116 @@ class Done:
 
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """Runs the parts, one after the other, and keeps what there is in a file; `end_now` may be called by another thread."""
+    """The parts done so far, in a file that the next process, or whoever watches this one, goes on from."""
 
-    lab: Lab
-    path: Path | None
-    last_begin: float  # seconds after the start: a part begins only if it is expected to end by then
-    began: float = field(default_factory=time.monotonic)
-    done: list[Done] = field(default_factory=list)
-    running: Done | None = None
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    goals: list[Row] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    parts: list[Done] = field(default_factory=list)
 
-    def run(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            self.lab.rows = []
-            self.running = Done(title=part.title, status="stopped", rows=self.lab.rows)
-            if self.elapsed + part.seconds > self.last_begin:
-                self.running.status = "skipped"
-            else:
-                self._run_part(part, self.running)
-            self.done.append(self.running)
-            click.echo(str(self.running))
-            self.running = None
-            self.save()
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def _run_part(self, part: Part, done: Done) -> None:
-        start = time.perf_counter()
-        self.lab.attempt(part.title, lambda: part.run(self.lab))
-        self.lab.attempt("freeing memory", self.lab.free)  # after an error on the device even this can fail
-        done.seconds = time.perf_counter() - start
-        done.status = "FAILED" if any(row.verdict == "FAILED" for row in done.rows) else "done"
+    @classmethod
+    def load(cls, path: Path) -> Session:
+        raw: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        goals = [Row(**row) for row in raw.pop("goals", [])]
+        parts = [Done(**part | {"rows": [Row(**row) for row in part["rows"]]}) for part in raw.pop("parts", [])]
+        return cls(path=path, goals=goals, figures=raw.pop("figures", {}), parts=parts, about=raw)
 
     def save(self) -> None:
-        if self.path is None:
-            return
-        lab = self.lab
-        about: dict[str, Any] = {
+        found = {"goals": self.goals, "figures": self.figures, "parts": self.parts}
+        text = json.dumps(self.about | found, indent=1, ensure_ascii=False, default=asdict) + "\n"
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self.path)
+
+    def run(self, lab: Lab, parts: Sequence[Part], time_left: Callable[[], float]) -> bool:
+        """Those that are not done yet; False if the device was lost, and a new process must do the rest."""
+        lab.goals, lab.figures, lab.save = self.goals, self.figures, self.save
+        for part in parts:
+            if any(done.title == part.title for done in self.parts):
+                continue
+            lab.rows = []
+            late = part.seconds > time_left()
+            done = Done(title=part.title, status="skipped" if late else "running", limit=part.limit, rows=lab.rows)
+            self.parts.append(done)
+            self.save()
+            start = time.perf_counter()
+            if not late:
+                lab.attempt(part.title, lambda part=part: part.run(lab))  # type: ignore[misc]
+                lab.attempt("the device, after this part", lab.free)
+                done.status = "FAILED" if any(row.verdict == "FAILED" for row in done.rows) else "done"
+            done.seconds = time.perf_counter() - start
+            click.echo(str(done))
+            self.save()
+            if any(row.name == "the device, after this part" for row in done.rows):
+                return False
+        return True
+
+    def stop_running(self) -> None:
+        """The process that worked on it is gone."""
+        if self.parts and self.parts[-1].status == "running":
+            self.parts[-1].status = "stopped"
+            click.echo(str(self.parts[-1]))
+            self.save()
+
+    def __str__(self) -> str:
+        counts = [
+            f"{sum(one.status == word for one in self.parts)} {word}" for word in ("done", "FAILED", "skipped", "stopped")
+        ]
+        return "\n".join(["\ngoals", *map(str, self.goals), f"\n{', '.join(counts)}"])
+
+
+def watch(command: list[str], path: Path, began: float, hard_stop: float) -> Session:
+    """Run the child that does the work, and again for what is left if it dies, hangs or loses the device."""
+    while True:
+        child = subprocess.Popen(command, env=os.environ | {CHILD: str(began)}, cwd=ROOT)
+        code, current, since = None, "", time.monotonic()
+        while code is None and time.monotonic() < began + hard_stop:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(0.2)
+            last = next(iter(Session.load(path).parts[::-1]), Done(title="", status="", limit=120))
+            if (last.title + last.status) != current:
+                current, since = last.title + last.status, time.monotonic()
+            if time.monotonic() - since > (last.limit if last.status == "running" else 120):
+                break
+        child.kill()
+        child.wait()
+        session = Session.load(path)
+        session.stop_running()
+        if code in (0, 1, 2) or time.monotonic() > began + hard_stop or not session.parts:
+            return session
+
+
+def work(path: Path, disk: Path, wanted: Sequence[Part], dry: bool, threads: int, last_end: float) -> int:
+    """In the child: every part that is not done yet and is expected to end in time."""
+    if dry:
+        torch.set_num_threads(1)  # the sizes are too small to share
+    device = pick_device("cpu" if dry else "cuda")  # which also sets up the process, as in every command
+    with (
+        tempfile.TemporaryDirectory(dir=disk, prefix="gpu-") as on_disk,
+        tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else disk, prefix="bench-gpu-") as in_memory,
+    ):
+        lab = Lab(
+            device=device, sizes=DRY if dry else FULL, kernels=_kernels(device), scratch=Path(on_disk),
+            memory=Path(in_memory), threads=threads, dry=dry,
+        )  # fmt: skip
+        session = Session.load(path)
+        session.about = {
             "kind": "gpu",
             "dry": lab.dry,
             "date": report.today(),
-            "seconds": self.elapsed,
             "machine": asdict(report.machine()) | {"gpu": _name(lab)},
             "memory": torch.cuda.get_device_properties(lab.device).total_memory if lab.cuda else 0,
             "versions": _versions(),
             "sizes": asdict(lab.sizes),
-            "goals": [asdict(goal) for goal in lab.goals],
-            "figures": lab.figures,
-            "parts": [asdict(part) for part in self.done],
+            "kernels": type(lab.kernels).__name__,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-
-    def summary(self) -> str:
-        counts = [f"{sum(part.status == status for part in self.done)} {status}" for status in ("done", "FAILED", "skipped")]
-        return "\n".join(["\ngoals", *map(str, self.lab.goals), f"\n{', '.join(counts)}, {self.elapsed:.0f} s"])
-
-    def end_now(self) -> None:
-        """The hard stop: whatever runs, or hangs, is given up, and what was found is shown and kept."""
-        if self.running is not None:
-            self.done.append(self.running)
-            click.echo(str(self.running))
-        self.save()
-        click.echo(f"{self.summary()}\nstopped at the hard limit")
-        for folder in (self.lab.scratch, self.lab.memory):
-            shutil.rmtree(folder, ignore_errors=True)
+        click.echo(", ".join(f"{name} {found}" for name, found in {"gpu": _name(lab), **_versions()}.items()))
+        whole = session.run(lab, wanted, lambda: last_end - time.monotonic())
+    if not whole:
         sys.stdout.flush()
-        os._exit(3)
+        os._exit(LOST)  # what is left of the process hangs on the device
+    return 1 if any(part.status == "FAILED" for part in session.parts) else 0
 
 
 def _name(lab: Lab) -> str:
@@ -598,50 +650,40 @@ def _kernels(device: torch.device) -> TorchKernels:
 @click.option("--dry", is_flag=True, help="Tiny sizes on the CPU: prove that the script runs to its end.")
 @click.option("--minutes", default=5.2, show_default=True, help="No part begins that is not expected to end by then.")
 @click.option("--hard-stop", default=5.6, show_default=True, help="Minutes after which everything ends, with what there is.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for <gpu>.json [default: bench/results; none if dry].")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Folder on the disk to be measured [default: build/bench].")
+@click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS, help="Folder for <gpu>.json.")
+@click.option(
+    "--scratch", type=click.Path(path_type=Path), default=ROOT / "build" / "bench", help="On the disk to be measured."
+)
 @click.option("--only", multiple=True, help="Parts whose title contains this.")
 @click.option("--threads", default=16, show_default=True, help="Reader and writer threads.")
-def command(
-    dry: bool, minutes: float, hard_stop: float, out: Path | None, scratch: Path | None, only: tuple[str, ...], threads: int
-) -> int:
+def command(dry: bool, minutes: float, hard_stop: float, out: Path, scratch: Path, only: tuple[str, ...], threads: int) -> int:
     """Check and time everything on one NVIDIA GPU, in one call of under six minutes."""
     if not dry and not torch.cuda.is_available():
         raise UserError(
             "python -m bench gpu needs an NVIDIA GPU, and there is none here; --dry runs it at tiny sizes on the CPU"
         )
-    # cuBLAS reads it when it starts; without it the resume check could not be bit-identical.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}  # for the peers: no network, no tracking
-    if dry:
-        torch.set_num_threads(1)  # the sizes are too small to share
-    device = pick_device("cpu" if dry else "cuda")  # which also sets up the process, as in every command
-    disk = scratch or report.RESULTS.parent.parent / "build" / "bench"
-    disk.mkdir(parents=True, exist_ok=True)
-    memory = MEMORY if MEMORY.is_dir() else disk
-    folder = out or (None if dry else report.RESULTS)
-    with (
-        tempfile.TemporaryDirectory(dir=disk, prefix="gpu-") as on_disk,
-        tempfile.TemporaryDirectory(dir=memory, prefix="bench-gpu-") as in_memory,
-    ):
-        lab = Lab(
-            device=device, sizes=DRY if dry else FULL, kernels=_kernels(device), scratch=Path(on_disk),
-            memory=Path(in_memory), threads=threads, dry=dry,
-        )  # fmt: skip
-        name = re.sub(r"[^a-z0-9]+", "-", _name(lab).lower().replace("nvidia", "")).strip("-")
-        path = folder / f"{name}.json" if folder else None
-        session = Session(lab=lab, path=path, last_begin=60 * minutes)
-        about = ", ".join(f"{name} {found}" for name, found in _versions().items())
-        click.echo(f"{_name(lab)}, {type(lab.kernels).__name__}, {report.today()}; {about}")
-        timer = threading.Timer(60 * hard_stop, session.end_now)
-        timer.daemon = True
-        timer.start()
-        # And where the interpreter itself is held up, so that no thread of its own runs: results were saved part by part.
-        faulthandler.dump_traceback_later(60 * hard_stop + 15, exit=True, file=sys.__stderr__ or sys.stderr)
-        try:
-            session.run([part for part in PARTS if not only or any(word in part.title for word in only)])
-        finally:
-            timer.cancel()
-            faulthandler.cancel_dump_traceback_later()
-        click.echo(session.summary())
-    return 1 if any(part.status == "FAILED" for part in session.done) else 0
+    scratch = scratch.resolve()
+    out = out.resolve() if out else scratch if dry else report.RESULTS
+    path = out / "gpu-unfinished.json"
+    if CHILD in os.environ:
+        wanted = [part for part in PARTS if not only or any(word in part.title for word in only)]
+        return work(path, scratch, wanted, dry, threads, float(os.environ[CHILD]) + 60 * minutes)
+    # cuBLAS reads the first when it starts; without it the resume check could not be bit-identical. The rest is for the peers.
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    began = time.monotonic()
+    for folder in (out, scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    arguments = ["--minutes", str(minutes), "--out", str(out), "--scratch", str(scratch), "--threads", str(threads)]
+    arguments += ["--dry"] * dry + [part for word in only for part in ("--only", word)]
+    session = watch([sys.executable, "-m", "bench", "gpu", *arguments], path, began, 60 * hard_stop)
+    if not session.about:
+        raise UserError("the process that does the work ended before it began: see its message above")
+    session.about["seconds"] = time.monotonic() - began
+    session.save()
+    click.echo(f"{session}, {session.about['seconds']:.0f} s")
+    name = session.about["machine"]["gpu"].lower().replace("nvidia", "")
+    path.rename(out / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json"))
+    for left in [*scratch.glob("gpu-*"), *MEMORY.glob("bench-gpu-*")]:  # of children that were ended
+        shutil.rmtree(left, ignore_errors=True)
+    return 0 if all(part.status == "done" for part in session.parts) else 1
