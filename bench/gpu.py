@@ -3,26 +3,28 @@
     python -m bench gpu                # needs one NVIDIA GPU; five minutes and a half at most
     python -m bench gpu --dry          # the same code at tiny sizes on a CPU: does the script run to its end?
 
-Correctness first, then what is worth most. Shapes are the published job's, weights and activations random. Each part is
-guarded: one that fails is marked and the rest goes on; one that would take too long is not begun; results are written after
-every part, to <gpu>.json; and what hangs is ended with what there is.
+Correctness first, then what is worth most. Shapes are the published job's, weights and activations random. A part that
+fails is marked and the rest goes on; one that would take too long is not begun; results are written after every part, to
+<gpu>.json. A child does the work: where it hangs, dies or loses the device, another one does the rest.
 """
 
 from __future__ import annotations
 
-import faulthandler
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -33,10 +35,13 @@ import click
 import torch
 from torch import nn
 
-from bench import gpu_checks, limits, ours, project, report
+from bench import clock, gpu_checks, limits, ours, project, report
+from bench.clock import timed
 from bench.lab import DRY, FULL, Lab, Row
-from bench.ours import synchronize
+from bench.peers import ROOT
+from shared import files
 from shared.cli import UserError
+from shared.device import pick_device
 from train.kernels import TorchKernels
 from train.step import pick_kernels
 
@@ -45,7 +50,6 @@ MEMORY = Path("/dev/shm")
 DENSE_GOAL, SPARSE_GOAL, SETTINGS_GOAL = 0.75, 0.011, 1.02  # of the matrix rate; seconds at L0 150; times one setting
 WAITING_GOAL, LAYER_GOAL, JOB_GOAL = 0.01, 8 / 60, 3.0  # share of the time; hours, every step dense; hours, 72 SAEs
 PROFILED_STEPS = 3
-WAYS = {"dense": False, "sparse": True}
 
 
 # ----------------------------------------------------------------------------------------------------------- the machine
@@ -57,24 +61,25 @@ def rates(lab: Lab) -> None:
     lab.keep("bf16 FLOP/s", limits.matmul_rate(side=s.side, device=device), "FLOP/s", f"square product, side {s.side}")
     five = limits.five_products(tokens=s.tokens, d=s.d, features=s.features, device=device)
     seconds = lab.median(five.run)
-    lab.keep("five products, seconds", seconds, "s", "; ".join(f"{p.name} {p.layout}" for p in five.products))
+    lab.keep("five products, seconds", seconds, "s", five.layouts)
     lab.keep("five products, tokens/s", s.tokens / seconds, "tokens/s")
     lab.keep("five products, share of the matrix rate", five.flop / seconds / lab.figures["bf16 FLOP/s"])
     for name, copy in limits.copies(size=s.copy_bytes, device=device).items():
-        lab.keep(f"{name}, bytes/s", copy.bytes / lab.median(copy.run), "bytes/s")
+        lab.keep(f"{name}, bytes/s", s.copy_bytes / lab.median(copy), "bytes/s")
 
 
 # ------------------------------------------------------------------------------------------------------------------- step
 
 
-def new_steps(lab: Lab, count: int, *, sparse: bool) -> ours.Steps:
+def new_steps(lab: Lab, count: int, way: str) -> ours.Steps:
+    """Of the same SAEs in every part: they hardly move (see `ours.LR`), and what they differ in is set here."""
     s = lab.sizes
-    saes = [ours.training_sae(d=s.d, features=s.features, device=lab.device, sparse=sparse, seed=i) for i in range(count)]
-    for sae in saes:
+    if len(lab.saes) < count:
+        lab.saes = ours.new_saes(count, d=s.d, features=s.features, device=lab.device, way=way)
+    for sae in lab.saes:
         sae.kernels = lab.kernels
-        if sparse:
-            ours.set_l0(sae, s.common_l0)
-    return ours.Steps(saes=saes, workspace=ours.workspace(s.tokens, s.d, s.features, lab.device), tokens=s.tokens)
+        ours.go(sae, way, s.common_l0)
+    return ours.Steps(saes=lab.saes[:count], workspace=ours.workspace(s.tokens, s.d, s.features, lab.device), tokens=s.tokens)
 
 
 def keep_step(lab: Lab, name: str, seconds: float, note: str, saes: int = 1) -> None:
@@ -96,7 +101,7 @@ def keep_step(lab: Lab, name: str, seconds: float, note: str, saes: int = 1) -> 
 
 def dense(lab: Lab) -> None:
     lab.reset_peak()
-    steps = new_steps(lab, 1, sparse=False)
+    steps = new_steps(lab, 1, "dense")
     seconds = lab.median(steps.run, warm=3)
     keep_step(lab, "dense step", seconds, steps.note())
     lab.keep("peak GPU memory, one SAE dense", lab.peak(), "bytes")
@@ -104,7 +109,7 @@ def dense(lab: Lab) -> None:
 
 def sparse(lab: Lab) -> None:
     """Against L0, to find where dense is the faster one; and once as unevenly active as trained SAEs are."""
-    steps = new_steps(lab, 1, sparse=True)
+    steps = new_steps(lab, 1, "sparse")
     sae, found, s = steps.saes[0], {}, lab.sizes
     for l0 in s.l0s:
         ours.set_l0(sae, l0)
@@ -136,18 +141,20 @@ def three(lab: Lab) -> None:
     s = lab.sizes
     # What training adds on the device: two shuffle windows of the preset's 16 full-size blocks.
     windows = 2 * 16 * s.sequences * s.context * s.d * 2
-    for way, is_sparse in WAYS.items():
+    for way in ours.WAYS:
         lab.reset_peak()
-        steps = new_steps(lab, 3, sparse=is_sparse)
-        seconds = lab.median(steps.run, warm=2)
+        steps = new_steps(lab, 3, way)
+        alone = replace(steps, saes=steps.saes[:1], batches=3)
+        found = clock.take_turns({"three": steps.run, "one": alone.run}, s.rounds)
+        seconds = found["three"].median
         keep_step(lab, f"three {way} settings", seconds, steps.note(), saes=3)
         lab.keep(f"{way} SAE tokens/s", 3 * s.tokens / seconds, "tokens/s")
-        if one := lab.figures.get(f"{way} step, seconds"):
-            lab.goal(f"three {way} settings, over three times one", seconds / 3 / one, "≤", SETTINGS_GOAL)
+        costs = [a / b for a, b in zip(found["three"].seconds, found["one"].seconds, strict=True)]
+        lab.goal(f"three {way} settings, over three times one", statistics.median(costs), "≤", SETTINGS_GOAL)
         peak = lab.peak() + windows
         lab.keep(f"peak GPU memory, three {way} settings and the loader's windows", peak, "bytes")
         lab.figures["peak GPU bytes"] = max(lab.figures.get("peak GPU bytes", 0.0), peak)
-        del steps
+        del steps, alone
 
 
 # ----------------------------------------------------------------------------------------------------------------- loader
@@ -168,58 +175,62 @@ def loader(lab: Lab) -> None:
             lab.keep(f"loader from {where}, bytes/s", size / seconds, "bytes/s", f"{lab.threads} threads, checksums, shuffle")
             if where == "disk":
                 lab.keep("read bytes/s", size / seconds, "bytes/s")
-                raw = lab.median(partial(ours.raw_read, cache, lab.threads, direct=lab.cuda), warm=0, rounds=2)
-                lab.keep("raw read bytes/s", size / raw, "bytes/s", f"{lab.threads} threads, cold page cache")
-            for way in WAYS:
+                lab.attempt("raw read", partial(_raw_read, lab, cache, size))
+            for way in ours.WAYS:
                 _waiting(lab, cache, way, where)
+            say_moved(lab, f"loader from {where}")
         finally:
             shutil.rmtree(folder / "layer", ignore_errors=True)
 
 
 def _new_loader(lab: Lab, cache: Any, epochs: int) -> Any:
-    from train.loader import ActivationLoader, LoaderConfig
-
     batch = min(lab.sizes.tokens, cache.spec.block_rows)
-    config = LoaderConfig(batch=batch, window_blocks=lab.sizes.window_blocks, threads=lab.threads)
-    return ActivationLoader(cache, 0, config, lab.device, last=epochs * cache.spec.train_tokens // batch)
+    return ours.new_loader(cache, batch, lab.sizes.window_blocks, lab.device, epochs=epochs, threads=lab.threads)
 
 
 def _read_once(lab: Lab, cache: Any, cold: bool) -> float:
     if cold:
-        ours.evict_blocks(cache)
+        with contextlib.suppress(RuntimeError):  # the loader reads past the page cache where it can: see `say_moved`
+            ours.evict_blocks(cache)
     stream = _new_loader(lab, cache, 1)
-    start = time.perf_counter()
-    for _ in stream:
-        pass
-    synchronize(lab.device)
-    return time.perf_counter() - start
+    return timed(lambda: [None for _ in stream], lab.device)
+
+
+def _raw_read(lab: Lab, cache: Any, size: int) -> None:
+    seconds = lab.median(partial(ours.raw, cache, lab.threads, direct=not lab.dry, write=False), warm=0, rounds=2)
+    lab.keep("raw read bytes/s", size / seconds, "bytes/s", f"{lab.threads} threads, direct")
+
+
+def say_moved(lab: Lab, name: str) -> None:
+    """How much of what this process has read and written since the last call went past the page cache, where it is counted."""
+    moved = dict(getattr(files, "moved", {}))
+    total = sum(moved.values()) - lab.moved.total()
+    if total:
+        direct = moved["direct"] - lab.moved["direct"]
+        lab.keep(f"{name}: share moved past the page cache", direct / total, "", f"of {total / 1e9:.1f} GB")
+    lab.moved = Counter(moved)
 
 
 def _waiting(lab: Lab, cache: Any, way: str, where: str) -> None:
     """The share of the time that is not spent in steps. What a step takes is measured before and after, on a ready batch."""
     s = lab.sizes
-    steps = new_steps(lab, 3, sparse=WAYS[way])
+    steps = new_steps(lab, 3, way)
     ready = torch.randn(min(s.tokens, cache.spec.block_rows), s.d, device=lab.device).half()
 
     def alone() -> float:
-        synchronize(lab.device)
-        start = time.perf_counter()
-        for _ in range(s.ready_steps):
-            steps.take(ready)
-        synchronize(lab.device)
-        return (time.perf_counter() - start) / s.ready_steps
+        return timed(lambda: steps.take(*[ready] * s.ready_steps), lab.device) / s.ready_steps
 
     alone()
     before = alone()
     began, seen = time.perf_counter(), 0
     batches = iter(_new_loader(lab, cache, 2))
     steps.take(next(batches))  # the first window has nothing to hide behind; it is once in a layer
-    synchronize(lab.device)
+    clock.synchronize(lab.device)
     start = time.perf_counter()
     for x in batches:
         steps.take(x)
         seen += 1
-    synchronize(lab.device)
+    clock.synchronize(lab.device)
     seconds = time.perf_counter() - start
     after = alone()
     share = 1 - seen * (before + after) / 2 / seconds
@@ -296,29 +307,29 @@ def harvest(lab: Lab) -> None:
 
 
 def _harvest_to(lab: Lab, where: str, folder: Path) -> None:
-    from harvest.harvest import HarvestConfig, harvest_blocks, verify
+    from harvest.harvest import HarvestConfig, verify
     from harvest.writer import WriterConfig
 
     s = lab.sizes
-    spec = ours.cache_spec(d=s.d, n_layers=s.layers, rows=s.blocks * s.sequences * s.context, context=s.context, vocab=s.vocab)
-    if not fits(lab, f"harvest to {where}", folder, spec.n_blocks * spec.block_bytes * spec.n_layers):
+    rows = s.blocks * s.sequences * s.context
+    spec = ours.cache_spec(d=s.d, n_layers=s.layers, rows=rows, context=s.context, vocab=s.vocab)
+    size = spec.n_blocks * spec.block_bytes * spec.n_layers
+    if not fits(lab, f"harvest to {where}", folder, size):
         return
-    model, cache = language_model(lab), ours.cache_with_tokens(folder / "harvest", spec)
+    cache = ours.cache_with_tokens(folder / "harvest", spec)
     config = HarvestConfig(device=lab.device, forward_sequences=s.sequences, writer=WriterConfig(threads=lab.threads))
+    runs = ours.HarvestRuns(model=language_model(lab), cache=cache, config=config, blocks=[0])
     try:
-        harvest_blocks(cache, model, [0], config)  # also locks the host buffers, which the next call finds ready
-        synchronize(lab.device)
-        blocks = list(range(1, spec.n_blocks))
-        start = time.perf_counter()
-        shares = harvest_blocks(cache, model, blocks, config)
-        seconds = time.perf_counter() - start
+        runs.run()  # also locks the host buffers, which the next call finds ready
+        runs.blocks = list(range(spec.n_blocks))
+        seconds = runs.run()
         damaged, _ = verify(cache, cache.layers, lab.threads)
     finally:
         shutil.rmtree(folder / "harvest", ignore_errors=True)
-    rows, size = len(blocks) * spec.block_rows, len(blocks) * spec.block_bytes * spec.n_layers
-    lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {shares}")
+    lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {runs.note()}")
     lab.keep(f"harvest to {where}, bytes/s", size / seconds, "bytes/s")
     lab.require(f"harvest to {where}: every block as its ledger says", not damaged, f"{len(damaged)} damaged")
+    say_moved(lab, f"harvest to {where}")
 
 
 def fits(lab: Lab, what: str, folder: Path, needed: int) -> bool:
@@ -334,15 +345,15 @@ def writing(lab: Lab) -> None:
     """The writer alone against the disk alone, with as many threads, taking turns."""
     s = lab.sizes
     spec = ours.cache_spec(d=s.d, n_layers=s.layers, rows=s.sequences * s.context, context=s.context)
-    writes = ours.Writes(folder=lab.scratch / "write", spec=spec, threads=lab.threads)
-    if not fits(lab, "writer", lab.scratch, 2 * writes.payload):
+    if not fits(lab, "writer", lab.scratch, 2 * spec.block_bytes * spec.n_layers):
         return
-    timings = report.Rounds({"ours": writes.run, "raw": writes.best_raw}).measure(min(2, s.rounds))
-    shutil.rmtree(writes.folder)
-    for name, timing in timings.items():
+    writes = ours.Writes(cache=ours.new_cache(lab.scratch / "write", spec), threads=lab.threads)
+    found = clock.take_turns({"ours": writes.run, "raw": writes.best_raw}, min(2, s.rounds))
+    shutil.rmtree(writes.cache.path)
+    for name, timing in found.items():
         if not timing.seconds:
             raise RuntimeError(f"{name}: {timing.failure}")
-    raw, own = writes.payload / timings["raw"].median, writes.payload / timings["ours"].median
+    raw, own = writes.payload / found["raw"].median, writes.payload / found["ours"].median
     lab.keep("raw write bytes/s", raw, "bytes/s", f"{lab.threads} threads, fsync")
     lab.keep("write bytes/s", own, "bytes/s", f"{own / raw:.0%} of raw; {writes.note()}")
 
@@ -352,8 +363,8 @@ def writing(lab: Lab) -> None:
 
 def profiles(lab: Lab) -> None:
     """Where the device's time goes, and how busy it is: what CUDA graphs could gain at most is the rest."""
-    for way, is_sparse in WAYS.items():
-        _profile(lab, f"{way} step", new_steps(lab, 1, sparse=is_sparse).run, steps=PROFILED_STEPS)
+    for way in ours.WAYS:
+        _profile(lab, f"{way} step", new_steps(lab, 1, way).run, steps=PROFILED_STEPS)
         lab.free()
     _profile(lab, "forward", forward_round(lab).run, steps=1)
 
@@ -364,16 +375,11 @@ def _profile(lab: Lab, name: str, run: Callable[[], object], *, steps: int) -> N
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if lab.cuda else [])
     run()
-    synchronize(lab.device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        run()
-    synchronize(lab.device)
-    wall = time.perf_counter() - start
+    wall = timed(lambda: [run() for _ in range(steps)], lab.device)
     with profile(activities=activities) as profiler:
         for _ in range(steps):
             run()
-        synchronize(lab.device)
+        clock.synchronize(lab.device)
     found: dict[str, float] = {}
     for event in profiler.key_averages():
         on_device = event.device_type.name == "CUDA"
@@ -407,17 +413,14 @@ def peers(lab: Lab) -> None:
 
 def _peer(lab: Lab, worker: str) -> None:
     """At our number of tokens a step, or a quarter of it where that does not fit into the memory."""
-    from bench.workers.worker import Job, timed
-
-    def timed_step(prepared: Any, job: Job) -> float:
-        return timed(prepared, job)["seconds"]
+    from bench.workers.worker import Job, round_seconds
 
     s = lab.sizes
     for tokens in (s.tokens, s.tokens // 4):
         job = Job(d=s.d, features=s.features, tokens=tokens, threads=1, device=lab.device.type, directory=lab.scratch)
         try:
             prepared = importlib.import_module(f"bench.workers.{worker}").prepare(job)
-            seconds = lab.median(partial(timed_step, prepared, job), warm=2, rounds=min(5, s.rounds))
+            seconds = lab.median(partial(round_seconds, prepared, job), warm=2, rounds=min(5, s.rounds))
             break
         except torch.OutOfMemoryError:
             prepared = None
@@ -427,7 +430,7 @@ def _peer(lab: Lab, worker: str) -> None:
     rate = tokens / seconds
     found = [
         f"ours {way} {lab.figures[f'{way} step, tokens/s'] / rate:.2f} x"
-        for way in WAYS
+        for way in ours.WAYS
         if f"{way} step, tokens/s" in lab.figures
     ]
     note = ", ".join([*found, f"{tokens} tokens", prepared.version, prepared.note])
@@ -438,18 +441,14 @@ def _peer(lab: Lab, worker: str) -> None:
 
 
 def projection(lab: Lab) -> None:
-    parts = project.from_figures(lab.figures, machine=_name(lab), date=report.today(), scaled=_scaled(lab))
-    for line in project.table(parts, project.Job()).splitlines():
+    parts = project.from_figures(lab.figures, machine=_name(lab), date=report.today())
+    for line in project.shown(parts, project.Job()).splitlines():
         lab.say(line)
     whole, layer = (project.hours(parts, project.Job(layers=layers)) for layers in (project.Job().layers, 1))
     lab.goal("one layer, three settings, 300M tokens, every step dense", 60 * layer.dense, "≤", 60 * LAYER_GOAL, "min")
     lab.goal("72 SAEs once cached, every step dense", whole.dense, "≤", JOB_GOAL, "h")
     lab.keep("one layer, three settings, 300M tokens, every step sparse", 60 * layer.sparse, "min")
     lab.keep("72 SAEs once cached, every step sparse", whole.sparse, "h")
-
-
-def _scaled(lab: Lab) -> float:
-    return lab.sizes.d * lab.sizes.features / (project.D * project.FEATURES)
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
@@ -461,38 +460,48 @@ class Part:
     run: Callable[[Lab], None]
     seconds: float  # expected on an H100
 
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is taken to hang."""
+        return 40 + 2 * self.seconds
+
 
 PARTS = tuple(
     Part(title=title, run=run, seconds=seconds)
     for title, run, seconds in (
         ("direct input and output", gpu_checks.direct_io, 2),
-        ("step against its definition", gpu_checks.step, 40),
-        ("kill and resume", gpu_checks.resume, 20),
+        ("step against its definition", gpu_checks.step, 30),
+        ("kill and resume", gpu_checks.resume, 15),
         ("harvested activations against fp32 on the CPU", gpu_checks.activations, 12),
         ("float16 range", gpu_checks.half_range, 1),
         ("the machine's rates", rates, 8),
-        ("dense step", dense, 4),
-        ("sparse step", sparse, 5),
-        ("three settings at once", three, 9),
-        ("loader", loader, 50),
+        ("dense step", dense, 3),
+        ("sparse step", sparse, 4),
+        ("three settings at once", three, 6),
+        ("loader", loader, 40),
         ("language model forward", forward, 6),
         ("harvest end to end", harvest, 35),
         ("writer alone", writing, 25),
         ("projection", projection, 0),
         ("peers", peers, 40),
         ("where the time goes", profiles, 12),
+        ("step at odd sizes", gpu_checks.odd_steps, 15),
         ("compiled forward", compiled_forward, 60),
     )
 )
+CHILD = "BENCH_GPU_CHILD"  # set in the process that does the work
+LOST = 4  # its exit status when the device no longer answers it
 
 
 @dataclass(kw_only=True, slots=True)
 class Done:
-    """A part as it went; `status` is "done", "FAILED" (an exception, or a check that does not hold), "skipped", "stopped"."""
+    """A part as it went. `status`: "done", "FAILED" (an exception, or a check that does not hold), "skipped" for want of
+    time, "running", or "stopped" because it hung or the time was over."""
 
     title: str
     status: str
     seconds: float = 0.0
+    limit: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -501,75 +510,116 @@ class Done:
 
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """Runs the parts, one after the other, and keeps what there is in a file; `end_now` may be called by another thread."""
+    """The parts done so far, in a file that the next process, or whoever watches this one, goes on from."""
 
-    lab: Lab
-    path: Path | None
-    last_begin: float  # seconds after the start: a part begins only if it is expected to end by then
-    began: float = field(default_factory=time.monotonic)
-    done: list[Done] = field(default_factory=list)
-    running: Done | None = None
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    goals: list[Row] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    parts: list[Done] = field(default_factory=list)
 
-    def run(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            self.lab.rows = []
-            self.running = Done(title=part.title, status="stopped", rows=self.lab.rows)
-            if self.elapsed + part.seconds > self.last_begin:
-                self.running.status = "skipped"
-            else:
-                self._run_part(part, self.running)
-            self.done.append(self.running)
-            click.echo(str(self.running))
-            self.running = None
-            self.save()
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def _run_part(self, part: Part, done: Done) -> None:
-        start = time.perf_counter()
-        self.lab.attempt(part.title, lambda: part.run(self.lab))
-        self.lab.attempt("freeing memory", self.lab.free)  # after an error on the device even this can fail
-        done.seconds = time.perf_counter() - start
-        done.status = "FAILED" if any(row.verdict == "FAILED" for row in done.rows) else "done"
+    @classmethod
+    def load(cls, path: Path) -> Session:
+        raw: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        goals = [Row(**row) for row in raw.pop("goals", [])]
+        parts = [Done(**part | {"rows": [Row(**row) for row in part["rows"]]}) for part in raw.pop("parts", [])]
+        return cls(path=path, goals=goals, figures=raw.pop("figures", {}), parts=parts, about=raw)
 
     def save(self) -> None:
-        if self.path is None:
-            return
-        lab = self.lab
-        about: dict[str, Any] = {
+        found = {"goals": self.goals, "figures": self.figures, "parts": self.parts}
+        text = json.dumps(self.about | found, indent=1, ensure_ascii=False, default=asdict) + "\n"
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self.path)
+
+    def run(self, lab: Lab, parts: Sequence[Part], time_left: Callable[[], float]) -> bool:
+        """Those that are not done yet; False if the device was lost, and a new process must do the rest."""
+        lab.goals, lab.figures, lab.save = self.goals, self.figures, self.save
+        for part in parts:
+            if any(done.title == part.title for done in self.parts):
+                continue
+            lab.rows = []
+            late = part.seconds > time_left()
+            done = Done(title=part.title, status="skipped" if late else "running", limit=part.limit, rows=lab.rows)
+            self.parts.append(done)
+            self.save()
+            start = time.perf_counter()
+            if not late:
+                lab.attempt(part.title, lambda part=part: part.run(lab))  # type: ignore[misc]
+                lab.attempt("the device, after this part", lab.free)
+                done.status = "FAILED" if any(row.verdict == "FAILED" for row in done.rows) else "done"
+            done.seconds = time.perf_counter() - start
+            click.echo(str(done))
+            self.save()
+            if any(row.name == "the device, after this part" for row in done.rows):
+                return False
+        return True
+
+    def stop_running(self) -> None:
+        """The process that worked on it is gone."""
+        if self.parts and self.parts[-1].status == "running":
+            self.parts[-1].status = "stopped"
+            click.echo(str(self.parts[-1]))
+            self.save()
+
+    def __str__(self) -> str:
+        counts = [
+            f"{sum(one.status == word for one in self.parts)} {word}" for word in ("done", "FAILED", "skipped", "stopped")
+        ]
+        return "\n".join(["\ngoals", *map(str, self.goals), f"\n{', '.join(counts)}"])
+
+
+def watch(command: list[str], path: Path, began: float, hard_stop: float) -> Session:
+    """Run the child that does the work, and again for what is left if it dies, hangs or loses the device."""
+    while True:
+        child = subprocess.Popen(command, env=os.environ | {CHILD: str(began)}, cwd=ROOT)
+        code, current, since = None, "", time.monotonic()
+        while code is None and time.monotonic() < began + hard_stop:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(0.2)
+            last = next(iter(Session.load(path).parts[::-1]), Done(title="", status="", limit=120))
+            if (last.title + last.status) != current:
+                current, since = last.title + last.status, time.monotonic()
+            if time.monotonic() - since > (last.limit if last.status == "running" else 120):
+                break
+        child.kill()
+        child.wait()
+        session = Session.load(path)
+        session.stop_running()
+        if code in (0, 1, 2) or time.monotonic() > began + hard_stop or not session.parts:
+            return session
+
+
+def work(path: Path, disk: Path, wanted: Sequence[Part], dry: bool, threads: int, last_end: float) -> int:
+    """In the child: every part that is not done yet and is expected to end in time."""
+    if dry:
+        torch.set_num_threads(1)  # the sizes are too small to share
+    device = pick_device("cpu" if dry else "cuda")  # which also sets up the process, as in every command
+    with (
+        tempfile.TemporaryDirectory(dir=disk, prefix="gpu-") as on_disk,
+        tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else disk, prefix="bench-gpu-") as in_memory,
+    ):
+        lab = Lab(
+            device=device, sizes=DRY if dry else FULL, kernels=_kernels(device), scratch=Path(on_disk),
+            memory=Path(in_memory), threads=threads, dry=dry,
+        )  # fmt: skip
+        session = Session.load(path)
+        session.about = {
             "kind": "gpu",
             "dry": lab.dry,
             "date": report.today(),
-            "seconds": self.elapsed,
             "machine": asdict(report.machine()) | {"gpu": _name(lab)},
             "memory": torch.cuda.get_device_properties(lab.device).total_memory if lab.cuda else 0,
             "versions": _versions(),
             "sizes": asdict(lab.sizes),
-            "scaled": _scaled(lab),
-            "goals": [asdict(goal) for goal in lab.goals],
-            "figures": lab.figures,
-            "parts": [asdict(part) for part in self.done],
+            "kernels": type(lab.kernels).__name__,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-
-    def summary(self) -> str:
-        counts = [f"{sum(part.status == status for part in self.done)} {status}" for status in ("done", "FAILED", "skipped")]
-        return "\n".join(["\ngoals", *map(str, self.lab.goals), f"\n{', '.join(counts)}, {self.elapsed:.0f} s"])
-
-    def end_now(self) -> None:
-        """The hard stop: whatever runs, or hangs, is given up, and what was found is shown and kept."""
-        if self.running is not None:
-            self.done.append(self.running)
-            click.echo(str(self.running))
-        self.save()
-        click.echo(f"{self.summary()}\nstopped at the hard limit")
-        for folder in (self.lab.scratch, self.lab.memory):
-            shutil.rmtree(folder, ignore_errors=True)
+        click.echo(", ".join(f"{name} {found}" for name, found in {"gpu": _name(lab), **_versions()}.items()))
+        whole = session.run(lab, wanted, lambda: last_end - time.monotonic())
+    if not whole:
         sys.stdout.flush()
-        os._exit(3)
+        os._exit(LOST)  # what is left of the process hangs on the device
+    return 1 if any(part.status == "FAILED" for part in session.parts) else 0
 
 
 def _name(lab: Lab) -> str:
@@ -600,50 +650,40 @@ def _kernels(device: torch.device) -> TorchKernels:
 @click.option("--dry", is_flag=True, help="Tiny sizes on the CPU: prove that the script runs to its end.")
 @click.option("--minutes", default=5.2, show_default=True, help="No part begins that is not expected to end by then.")
 @click.option("--hard-stop", default=5.6, show_default=True, help="Minutes after which everything ends, with what there is.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for <gpu>.json [default: bench/results; none if dry].")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Folder on the disk to be measured [default: build/bench].")
+@click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS, help="Folder for <gpu>.json.")
+@click.option(
+    "--scratch", type=click.Path(path_type=Path), default=ROOT / "build" / "bench", help="On the disk to be measured."
+)
 @click.option("--only", multiple=True, help="Parts whose title contains this.")
 @click.option("--threads", default=16, show_default=True, help="Reader and writer threads.")
-def command(
-    dry: bool, minutes: float, hard_stop: float, out: Path | None, scratch: Path | None, only: tuple[str, ...], threads: int
-) -> int:
+def command(dry: bool, minutes: float, hard_stop: float, out: Path, scratch: Path, only: tuple[str, ...], threads: int) -> int:
     """Check and time everything on one NVIDIA GPU, in one call of under six minutes."""
     if not dry and not torch.cuda.is_available():
         raise UserError(
             "python -m bench gpu needs an NVIDIA GPU, and there is none here; --dry runs it at tiny sizes on the CPU"
         )
-    # cuBLAS reads it when it starts; without it the resume check could not be bit-identical.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}  # for the peers: no network, no tracking
-    if dry:
-        torch.set_num_threads(1)  # the sizes are too small to share
-    device = torch.device("cpu" if dry else "cuda")
-    disk = scratch or report.RESULTS.parent.parent / "build" / "bench"
-    disk.mkdir(parents=True, exist_ok=True)
-    memory = MEMORY if MEMORY.is_dir() else disk
-    folder = out or (None if dry else report.RESULTS)
-    with (
-        tempfile.TemporaryDirectory(dir=disk, prefix="gpu-") as on_disk,
-        tempfile.TemporaryDirectory(dir=memory, prefix="bench-gpu-") as in_memory,
-    ):
-        lab = Lab(
-            device=device, sizes=DRY if dry else FULL, kernels=_kernels(device), scratch=Path(on_disk),
-            memory=Path(in_memory), threads=threads, dry=dry,
-        )  # fmt: skip
-        name = re.sub(r"[^a-z0-9]+", "-", _name(lab).lower().replace("nvidia", "")).strip("-")
-        path = folder / f"{name}.json" if folder else None
-        session = Session(lab=lab, path=path, last_begin=60 * minutes)
-        about = ", ".join(f"{name} {found}" for name, found in _versions().items())
-        click.echo(f"{_name(lab)}, {type(lab.kernels).__name__}, {report.today()}; {about}")
-        timer = threading.Timer(60 * hard_stop, session.end_now)
-        timer.daemon = True
-        timer.start()
-        # And where the interpreter itself is held up, so that no thread of its own runs: results were saved part by part.
-        faulthandler.dump_traceback_later(60 * hard_stop + 15, exit=True, file=sys.__stderr__ or sys.stderr)
-        try:
-            session.run([part for part in PARTS if not only or any(word in part.title for word in only)])
-        finally:
-            timer.cancel()
-            faulthandler.cancel_dump_traceback_later()
-        click.echo(session.summary())
-    return 1 if any(part.status == "FAILED" for part in session.done) else 0
+    scratch = scratch.resolve()
+    out = out.resolve() if out else scratch if dry else report.RESULTS
+    path = out / "gpu-unfinished.json"
+    if CHILD in os.environ:
+        wanted = [part for part in PARTS if not only or any(word in part.title for word in only)]
+        return work(path, scratch, wanted, dry, threads, float(os.environ[CHILD]) + 60 * minutes)
+    # cuBLAS reads the first when it starts; without it the resume check could not be bit-identical. The rest is for the peers.
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    began = time.monotonic()
+    for folder in (out, scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    arguments = ["--minutes", str(minutes), "--out", str(out), "--scratch", str(scratch), "--threads", str(threads)]
+    arguments += ["--dry"] * dry + [part for word in only for part in ("--only", word)]
+    session = watch([sys.executable, "-m", "bench", "gpu", *arguments], path, began, 60 * hard_stop)
+    if not session.about:
+        raise UserError("the process that does the work ended before it began: see its message above")
+    session.about["seconds"] = time.monotonic() - began
+    session.save()
+    click.echo(f"{session}, {session.about['seconds']:.0f} s")
+    name = session.about["machine"]["gpu"].lower().replace("nvidia", "")
+    path.rename(out / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json"))
+    for left in [*scratch.glob("gpu-*"), *MEMORY.glob("bench-gpu-*")]:  # of children that were ended
+        shutil.rmtree(left, ignore_errors=True)
+    return 0 if all(part.status == "done" for part in session.parts) else 1

@@ -20,15 +20,31 @@ from typing import Any
 import click
 import torch
 
-from bench import limits, ours, report
+from bench import clock, limits, ours, report
 from bench.peers import ROOT
-from train.kernels import Workspace
 
 SCRATCH = ROOT / "build" / "bench" / "growth"
 PICTURE = Path(__file__).resolve().with_name("growth.png")
 DENSE, SPARSE, LIMIT = "dense step", "sparse step, L0 ≤ 150", "five products (limit)"
 WRITE, RAW = "harvest write, fsync and checksums", "raw write of the same files (limit)"
 STYLES = {DENSE: "o-", SPARSE: "s-", LIMIT: "k--", WRITE: "o-", RAW: "k--"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What varies, and d, F, tokens and rows where they do not."""
+
+    all_features: tuple[int, ...] = (4096, 8192, 16_384, 32_768, 65_536)
+    widths: tuple[int, ...] = (256, 512, 1024)
+    settings: tuple[int, ...] = (1, 2, 3)
+    layers: tuple[int, ...] = (1, 6, 12, 24)
+    d: int = 512
+    features: int = 16_384
+    tokens: int = 2048
+    rows: int = 16_384
+
+
+QUICK = Sizes(all_features=(64, 128), widths=(32, 64), settings=(1, 2), layers=(1, 2), d=32, features=64, tokens=16, rows=32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,40 +60,56 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    tokens: int
-    d: int
-    features: int
+class Growth:
+    """Measures points: median seconds of each line at one size."""
+
+    sizes: Sizes
     rounds: int
     threads: int
     device: str
 
+    def step(self, *, d: int, features: int, settings: int = 1) -> dict[str, float]:
+        device, tokens = torch.device(self.device), self.sizes.tokens
+        five = limits.five_products(tokens=tokens, d=d, features=features, device=self.device, rounds=0)
+        runs: dict[str, clock.Run] = {LIMIT: lambda: sum(five.run() for _ in range(settings))}
+        room = ours.workspace(tokens, d, features, device)
+        for name, way in ((DENSE, "dense"), (SPARSE, "sparse")):
+            saes = ours.new_saes(settings, d=d, features=features, device=device, way=way)
+            runs[name] = ours.Steps(saes=saes, workspace=room, tokens=tokens).run
+        return self._medians(runs)
 
-def step_point(sizes: Sizes, *, d: int, features: int, settings: int = 1) -> dict[str, float]:
-    """Median seconds of the dense and sparse step of `settings` SAEs, and of their products, at one size."""
-    device = torch.device(sizes.device)
-    workspace = Workspace(sizes.tokens, d, features, "bf16", device)
-    five = limits.five_products(tokens=sizes.tokens, d=d, features=features, device=sizes.device, rounds=0)
-    runs: dict[str, report.Run] = {LIMIT: lambda: sum(five.run() for _ in range(settings))}
-    for name, sparse in ((DENSE, False), (SPARSE, True)):
-        saes = [ours.training_sae(d=d, features=features, device=device, sparse=sparse, seed=seed) for seed in range(settings)]
-        for sae in saes if sparse else []:
-            ours.set_l0(sae, ours.target_l0(features))
-        runs[name] = ours.Steps(saes=saes, workspace=workspace, tokens=sizes.tokens).run
-    return _medians(runs, sizes.rounds)
+    def write(self, layers: int) -> dict[str, float]:
+        """A durable write of every layer's rows."""
+        spec = ours.cache_spec(d=self.sizes.d, n_layers=layers, rows=self.sizes.rows)
+        writes = ours.Writes(cache=ours.new_cache(SCRATCH / "cache", spec), threads=self.threads)
+        return self._medians({RAW: writes.best_raw, WRITE: writes.run})
 
+    def _medians(self, runs: Mapping[str, clock.Run]) -> dict[str, float]:
+        timings = clock.take_turns(runs, self.rounds)
+        gc.collect()
+        return {name: timing.median if timing.seconds else float("nan") for name, timing in timings.items()}
 
-def write_point(sizes: Sizes, *, layers: int, rows: int) -> dict[str, float]:
-    """Median seconds of a durable write of `rows` rows in each of `layers` layers."""
-    spec = ours.cache_spec(d=sizes.d, n_layers=layers, rows=rows)
-    writes = ours.Writes(folder=SCRATCH / "cache", spec=spec, threads=sizes.threads)
-    return _medians({RAW: writes.best_raw, WRITE: writes.run}, sizes.rounds)
-
-
-def _medians(runs: Mapping[str, report.Run], rounds: int) -> dict[str, float]:
-    timings = report.Rounds(runs).measure(rounds)
-    gc.collect()
-    return {name: timing.median if timing.seconds else float("nan") for name, timing in timings.items()}
+    def all(self) -> list[Series]:
+        s = self.sizes
+        step = f"ms a step of {s.tokens:,} tokens"
+        return [
+            _series(
+                f"one step against F (d = {s.d})", "features F", s.all_features, step,
+                lambda f: self.step(d=s.d, features=f), log=True,
+            ),
+            _series(
+                f"one step against d (F = {s.features:,})", "d", s.widths, step,
+                lambda width: self.step(d=width, features=s.features), log=True,
+            ),
+            _series(
+                f"settings on one stream (d = {s.d}, F = {s.features:,})", "settings", s.settings, f"{step}, all settings",
+                lambda n: self.step(d=s.d, features=s.features, settings=n), log=False,
+            ),
+            _series(
+                f"durable write against layers (d = {s.d})", "layers", s.layers, f"ms for {s.rows:,} rows a layer",
+                self.write, log=False,
+            ),
+        ]  # fmt: skip
 
 
 def _series(
@@ -133,85 +165,30 @@ def _scale(axes: Any, one: Series) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 4096,8192") from None
-
-
 @click.command()
-@click.option("--features", "all_features", default="4096,8192,16384,32768,65536", callback=_numbers, show_default=True)
-@click.option("--widths", default="256,512,1024", callback=_numbers, show_default=True, help="values of d")
-@click.option("--settings", default="1,2,3", callback=_numbers, show_default=True, help="SAEs on one stream")
-@click.option("--layers", default="1,6,12,24", callback=_numbers, show_default=True, help="layers written together")
-@click.option("--d", default=512, show_default=True, help="d where it does not vary")
-@click.option("--at", default=16_384, show_default=True, help="F where it does not vary")
-@click.option("--tokens", default=2048, show_default=True, help="tokens a step")
-@click.option("--rows", default=16_384, show_default=True, help="rows written in each layer")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--picture", type=click.Path(path_type=Path), default=PICTURE, help="Where the plot goes.")
-@click.option("--results", type=click.Path(path_type=Path), default=report.RESULTS, help="Folder for the JSON.")
-def command(
-    all_features: tuple[int, ...],
-    widths: tuple[int, ...],
-    settings: tuple[int, ...],
-    layers: tuple[int, ...],
-    d: int,
-    at: int,
-    tokens: int,
-    rows: int,
-    rounds: int,
-    threads: int,
-    device: str,
-    picture: Path,
-    results: Path,
-) -> None:
+@click.option("--quick", is_flag=True, help="small sizes: does it all still run?")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for picture and JSON [default: bench and bench/results].")
+def command(rounds: int, threads: int, device: str, quick: bool, out: Path | None) -> None:
     """Cost of a step against F, d and settings, and of writing against layers, measured, as a plot."""
+    if quick and out is None:
+        raise click.UsageError("small sizes are not to replace what is measured: name a folder with --out")
     torch.set_num_threads(threads)
-    sizes = Sizes(tokens=tokens, d=d, features=at, rounds=rounds, threads=threads, device=device)
-    machine = report.machine()
-    step = f"ms a step of {tokens:,} tokens"
+    growth = Growth(sizes=QUICK if quick else Sizes(), rounds=rounds, threads=threads, device=device)
+    machine, busy = report.machine(), report.busy_share()
     try:
-        series = [
-            _series(
-                f"one step against F (d = {d})", "features F", all_features, step,
-                lambda f: step_point(sizes, d=d, features=f), log=True,
-            ),
-            _series(
-                f"one step against d (F = {at:,})", "d", widths, step,
-                lambda width: step_point(sizes, d=width, features=at), log=True,
-            ),
-            _series(
-                f"settings on one stream (d = {d}, F = {at:,})", "settings", settings, f"{step}, all settings",
-                lambda n: step_point(sizes, d=d, features=at, settings=n), log=False,
-            ),
-            _series(
-                f"durable write against layers (d = {d})", "layers", layers, f"ms for {rows:,} rows a layer",
-                lambda n: write_point(sizes, layers=n, rows=rows), log=False,
-            ),
-        ]  # fmt: skip
+        series = growth.all()
     finally:
         shutil.rmtree(SCRATCH, ignore_errors=True)
-    busy = report.busy_share()
+    picture = out / PICTURE.name if out else PICTURE
     about = f"{machine.gpu or machine.cpu}, {threads} threads, torch {machine.torch}: medians of {rounds} interleaved rounds"
     draw(series, about, picture)
-    _write(series, machine, sizes, busy, results)
-    click.echo(f"{picture}")
-
-
-def _write(series: list[Series], machine: report.Machine, sizes: Sizes, busy: float, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "kind": "growth",
-        "date": report.today(),
-        "machine": asdict(machine),
-        "settings": asdict(sizes),
-        "busy_after": busy,
+    content = {
+        "kind": "growth", "date": report.today(), "machine": asdict(machine), "settings": asdict(growth), "busy": busy,
         "series": [asdict(one) for one in series],
-    }
-    path = folder / f"growth-{machine.slug}.json"
+    }  # fmt: skip
+    path = (out or report.RESULTS) / f"growth-{machine.slug}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    click.echo(f"{path}")
+    click.echo(f"{picture}\n{path}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.ours import synchronize
+from bench import clock
 from train.kernels import TorchKernels
+from train.step import TrainingSae
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,19 +39,21 @@ class Sizes:
     side: int  # of the square product
     copy_bytes: int
     check_context: int
-    check_steps: tuple[tuple[int, int, int], ...]  # tokens, features, d; the second also trains and resumes
+    check_steps: tuple[tuple[int, int, int], ...]  # tokens, features, d; the first also trains and resumes
+    odd_steps: tuple[tuple[int, int, int], ...]
     resume_steps: int
 
 
 FULL = Sizes(
     d=1024, features=32_768, tokens=32_768, layers=24, vocab=50_304, context=1024, sequences=32, blocks=5,
     layer_blocks=32, window_blocks=8, l0s=(20, 50, 150, 300, 500, 1000), common_l0=150, rounds=7, ready_steps=16, side=8192,
-    copy_bytes=1 << 30, check_context=256, check_steps=((33, 70, 50), (512, 4096, 512), (2048, 32_768, 1024)), resume_steps=60,
+    copy_bytes=1 << 30, check_context=256, check_steps=((512, 4096, 512), (2048, 32_768, 1024)),
+    odd_steps=((33, 70, 50), (300, 1003, 200)), resume_steps=60,
 )  # fmt: skip
 DRY = Sizes(
     d=64, features=256, tokens=64, layers=3, vocab=97, context=16, sequences=2, blocks=3, layer_blocks=6, window_blocks=2,
     l0s=(3, 12), common_l0=12, rounds=1, ready_steps=1, side=64, copy_bytes=1 << 12, check_context=16,
-    check_steps=((19, 75, 24), (32, 128, 24)), resume_steps=20,
+    check_steps=((32, 128, 24),), odd_steps=((19, 75, 24),), resume_steps=20,
 )  # fmt: skip
 
 
@@ -64,9 +67,12 @@ class Row:
     verdict: str = ""
     note: str = ""
 
+    @property
+    def figure(self) -> str:
+        return "" if self.value is None else f"{shown(self.value)} {self.unit}".strip()
+
     def __str__(self) -> str:
-        figure = "" if self.value is None else f"{shown(self.value)} {self.unit}".strip()
-        return f"  {self.name:<58} {figure:>22} {self.verdict:<8}{self.note}".rstrip()
+        return f"  {self.name:<58} {self.figure:>22} {self.verdict:<8}{self.note}".rstrip()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,7 +89,10 @@ class Lab:
     rows: list[Row] = field(default_factory=list)  # of the part that runs
     figures: dict[str, float] = field(default_factory=dict)
     goals: list[Row] = field(default_factory=list)
+    save: Callable[[], None] = lambda: None  # called after every row
     model: Any = None  # the language model, once a part has made it
+    moved: Counter[str] = field(default_factory=Counter)  # bytes counted so far, by how
+    saes: list[TrainingSae] = field(default_factory=list)  # likewise: drawing one takes a second
 
     @property
     def cuda(self) -> bool:
@@ -91,6 +100,7 @@ class Lab:
 
     def say(self, name: str, value: float | None = None, unit: str = "", note: str = "", *, verdict: str = "") -> None:
         self.rows.append(Row(name=name, value=value, unit=unit, note=note, verdict=verdict))
+        self.save()
 
     def keep(self, name: str, value: float, unit: str = "", note: str = "") -> None:
         """A measurement that later parts and the projection use by its name."""
@@ -101,9 +111,9 @@ class Lab:
         """A measurement that is to reach a bound."""
         met = value >= bound if sign == "≥" else value <= bound if sign == "≤" else value < bound
         said = f"goal {sign} {shown(bound)} {unit}".rstrip() + (f"; {note}" if note else "")
-        self.goals.append(Row(name=name, value=value, unit=unit, verdict="met" if met else "NOT met", note=said))
-        self.rows.append(self.goals[-1])
         self.figures[name] = value
+        self.say(name, value, unit, said, verdict="met" if met else "NOT met")
+        self.goals.append(self.rows[-1])
 
     def check(self, name: str, value: float, bound: float, note: str = "") -> None:
         """Right if value ≤ bound; NaN is wrong."""
@@ -120,14 +130,10 @@ class Lab:
             what()
         except Exception as failure:
             traceback.print_exc(file=sys.stderr)
-            self.say(name, verdict="FAILED", note=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+            self.say(name, verdict="FAILED", note=clock.reason(failure))
 
-    def median(self, run: Callable[[], float | None], *, warm: int = 1, rounds: int | None = None) -> float:
-        """Median seconds of a run that times itself and ends synchronised."""
-        for _ in range(warm):
-            run()
-        taken = [run() for _ in range(rounds or self.sizes.rounds)]
-        return statistics.median(seconds for seconds in taken if seconds is not None)
+    def median(self, run: clock.Run, *, warm: int = 1, rounds: int | None = None) -> float:
+        return clock.median(run, rounds=rounds or self.sizes.rounds, warm=warm)
 
     def reset_peak(self) -> None:
         self.free()
@@ -140,7 +146,7 @@ class Lab:
     def free(self) -> None:
         gc.collect()
         if self.cuda:
-            synchronize(self.device)
+            clock.synchronize(self.device)
             torch.cuda.empty_cache()
 
 

@@ -1,4 +1,4 @@
-"""Our own hot paths, as contenders: the step, the cache writer, the loader, the harvest's forward pass.
+"""Our own hot paths, as contenders: the step, the cache writer, the loader, training from the cache, the harvest.
 
 Each is the product's own code with nothing taken out. What a round needs (fresh random activations, filled buffers, an
 empty folder, a cold page cache) is made before its clock starts, so every run here times itself.
@@ -7,12 +7,14 @@ empty folder, a cold page cache) is made before its clock starts, so every run h
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import queue
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bench import limits
+from bench.clock import Run, timed
 from bench.peers import Load
 from bench.report import Contender
-from shared.files import page_aligned
+from shared.files import PAGE, page_aligned
+from shared.presets import get_preset
 from train.kernels import Workspace
 from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
 
@@ -38,14 +41,17 @@ if TYPE_CHECKING:
 LR = 1e-9  # the whole of Adam's work, and an SAE that stays as sparse as it was set
 L1 = 1e-5
 L0 = 150
+WAYS = ("dense", "sparse")
+SETTINGS = 3
 LAYERS = 24
 CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
 READ_BATCH, READ_WINDOW = 4096, 16
 READ_CALL = 512 << 10  # bytes of a direct read; a buffered one is faster in one piece
 HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
+TRAIN_BATCHES, TRAIN_WINDOW = 16, 2  # of a training round; blocks hold two batches
 
 
-# ---------------------------------------------------------------------------------------------------- training step
+# ------------------------------------------------------------------------------------------------- step and settings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,16 +67,12 @@ class Steps:
     def run(self) -> float:
         device = self.saes[0].device
         batches = [torch.randn(self.tokens, self.saes[0].d, device=device).half() for _ in range(self.batches)]
-        synchronize(device)
-        start = time.perf_counter()
-        for half in batches:
-            self.take(half)
-        synchronize(device)
-        return time.perf_counter() - start
+        return timed(lambda: self.take(*batches), device)
 
-    def take(self, half: Tensor) -> None:
-        x = half.float()  # once for all, as the trainer does it
-        self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
+    def take(self, *batches: Tensor) -> None:
+        for half in batches:
+            x = half.float()  # once for all, as the trainer does it
+            self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
 
     def note(self) -> str:
         first = self.results[0]
@@ -78,21 +80,26 @@ class Steps:
         return f"{way} backward at L0 {first.l0:,.0f}, {type(self.saes[0].kernels).__name__}"
 
 
-def workspace(tokens: int, d: int, features: int, device: torch.device) -> Workspace:
-    return Workspace(tokens, d, features, "bf16", device)
+def new_saes(count: int, *, d: int, features: int, device: torch.device, way: str) -> list[TrainingSae]:
+    """Equally active ones, so that they cost the same: what the published settings differ in is λ and L0."""
+    kernels = pick_kernels("bf16", device)
+    saes = [TrainingSae(d, features, StepConfig(), kernels, device, seed) for seed in range(count)]
+    for sae in saes:
+        go(sae, way, target_l0(features))
+    return saes
+
+
+def go(sae: TrainingSae, way: str, l0: float) -> None:
+    """Which way is settled here, not by the number of active entries: each row shows one way. Dense ones stay at F / 2."""
+    sae.config = replace(sae.config, sparse_below=float(way == "sparse"))
+    sae.b_enc.zero_()
+    if way == "sparse":
+        set_l0(sae, l0)
 
 
 def target_l0(features: int) -> int:
     """150, or less where that would not be sparse."""
     return min(L0, features // 20)
-
-
-def training_sae(
-    *, d: int, features: int, device: torch.device, sparse: bool, seed: int = 0, precision: str = "bf16"
-) -> TrainingSae:
-    # Which way to go is settled here, not by the number of active entries: each row shows one way.
-    config = StepConfig(precision=precision, sparse_below=1.0 if sparse else 0.0)
-    return TrainingSae(d, features, config, pick_kernels(precision, device), device, seed)
 
 
 def set_l0(sae: TrainingSae, l0: float) -> None:
@@ -111,17 +118,41 @@ def set_skewed_l0(sae: TrainingSae, l0: float) -> None:
     sae.b_enc.copy_(-scale * torch.special.ndtri((1 - share).double()).float())
 
 
-def step(load: Load) -> list[Contender]:
+def workspace(tokens: int, d: int, features: int, device: torch.device) -> Workspace:
+    return Workspace(tokens, d, features, "bf16", device)
+
+
+def _steps(load: Load, way: str, count: int) -> Steps:
     device = torch.device(load.device)
-    workspace = Workspace(load.tokens, load.d, load.features, "bf16", device)
-    l0 = target_l0(load.features)
+    saes = new_saes(count, d=load.d, features=load.features, device=device, way=way)
+    return Steps(saes=saes, workspace=workspace(load.tokens, load.d, load.features, device), tokens=load.tokens)
+
+
+def step(load: Load) -> list[Contender]:
+    names = {"dense": "ours, dense", "sparse": f"ours, sparse, L0≈{target_l0(load.features)}"}
+    steps = {way: _steps(load, way, 1) for way in WAYS}
+    return [
+        Contender(name=names[way], key=way, role="ours", work=load.tokens, run=one.run, note=one.note)
+        for way, one in steps.items()
+    ]
+
+
+def settings(load: Load) -> list[Contender]:
+    """Three SAEs that step one after another on each batch, beside one of them that takes three batches by itself.
+
+    Both do the arithmetic of three steps; what the three can lose is the caches, to one another's weights.
+    """
     contenders = []
-    for key, name in (("dense", "ours, dense"), ("sparse", f"ours, sparse, L0≈{l0}")):
-        sae = training_sae(d=load.d, features=load.features, device=device, sparse=key == "sparse")
-        if key == "sparse":
-            set_l0(sae, l0)
-        steps = Steps(saes=[sae], workspace=workspace, tokens=load.tokens)
-        contenders.append(Contender(name=name, key=key, role="ours", work=load.tokens, run=steps.run, note=steps.note))
+    for way in WAYS:
+        steps = _steps(load, way, SETTINGS)
+        alone = replace(steps, saes=steps.saes[:1], batches=SETTINGS)
+        for name, role, run, note in (
+            (f"ours, three {way} SAEs, one batch", "ours", steps.run, steps.note),
+            (f"one {way} SAE, three batches", "base", alone.run, ""),
+        ):
+            against = (way,) if role == "base" else ()
+            work = SETTINGS * load.tokens
+            contenders.append(Contender(name=name, role=role, key=way, work=work, run=run, note=note, against=against))
     return contenders
 
 
@@ -148,8 +179,20 @@ def new_cache(path: Path, spec: CacheSpec) -> Cache:
     return Cache.create(path, spec, tuple(range(spec.n_layers)))
 
 
+def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
+    """A new cache whose token array is filled at random."""
+    import zarr
+
+    cache = new_cache(path, spec)
+    array: Any = zarr.open_array(str(path / "activations.zarr" / "tokens"), mode="r+")
+    tokens = torch.randint(0, spec.vocab_size, (spec.sequences, spec.context))
+    array[:] = tokens.numpy().astype(spec.token_dtype)
+    return cache
+
+
 def empty(cache: Cache) -> None:
-    """Removes every block and its ledger entry; the folders and the tokens stay."""
+    """Removes every block and its ledger entry; the folders and the tokens stay. New folders' files land on parts of the disk
+    that were never written, and on a virtual disk the first write to a place is several times slower than the next."""
     for layer in cache.layers:
         for file in cache.block_path(layer, 0).parent.glob("c.*"):
             file.unlink()
@@ -157,12 +200,13 @@ def empty(cache: Cache) -> None:
         entry.unlink()
 
 
-def fill_random(data: Tensor) -> None:
+def fill_random(data: Tensor) -> Tensor:
     """Random float16 over a whole buffer, a piece of it repeated: drawing gigabytes would take longer than the round."""
     flat = data.view(-1)
     piece = torch.randn(min(8 << 20, flat.numel())).half()
     for part in torch.split(flat, piece.numel()):
         part.copy_(piece[: part.numel()])
+    return data
 
 
 def write_cache(cache: Cache, *, threads: int) -> float:
@@ -181,83 +225,48 @@ def write_cache(cache: Cache, *, threads: int) -> float:
     return time.perf_counter() - start
 
 
-@dataclass(kw_only=True, slots=True)
-class Writes:
-    folder: Path
-    spec: CacheSpec
-    threads: int
-    growth: int | None = None  # how far the resident set rose while the clock ran
-    cache: Cache | None = None
+def raw(cache: Cache, threads: int, *, direct: bool, write: bool) -> float:
+    """The same files from or into memory that is there already, from as many threads as ours, and nothing else. What is
+    written is durable."""
+    spec, memory = cache.spec, queue.SimpleQueue[Tensor]()
+    empty(cache) if write else evict_blocks(cache)
+    for _ in range(threads):
+        memory.put(fill_random(page_aligned(spec.block_rows, spec.d_model)))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if write else os.O_RDONLY
 
-    @property
-    def payload(self) -> int:
-        return self.spec.n_blocks * self.spec.block_bytes * self.spec.n_layers
-
-    def run(self) -> float:
-        cache = self.emptied()
-        before = resident(reset=True)
-        seconds = write_cache(cache, threads=self.threads)
-        peak = resident()
-        self.growth = None if before is None or peak is None else peak - before
-        return seconds
-
-    def emptied(self) -> Cache:
-        """The folders stay and the files go. New folders' files land on parts of the disk that were never written, and on a
-        virtual disk the first write to a place is several times slower than the next."""
-        if self.cache is None:
-            self.cache = new_cache(self.folder, self.spec)
-        empty(self.cache)
-        return self.cache
-
-    def raw(self, *, direct: bool) -> float:
-        """The same files at the same places from as many threads: write, fsync, and nothing else."""
-        cache = self.emptied()
-        data = page_aligned(len(cache.layers), self.spec.block_rows, self.spec.d_model)
-        fill_random(data)
-        files = [(layer, block) for block in range(self.spec.n_blocks) for layer in cache.layers]
-
-        def work(at: tuple[int, int]) -> None:
-            left = memoryview(data[at[0]].numpy().data).cast("B")
-            with raw_file(cache.block_path(*at), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct) as fd:
-                while left:
-                    left = left[os.write(fd, left) :]
+    def work(at: tuple[int, int]) -> None:
+        data = memory.get()
+        left = memoryview(data.numpy().data).cast("B")
+        with raw_file(cache.block_path(*at), flags, direct) as fd:
+            while left:
+                done = os.write(fd, left) if write else os.readv(fd, [left[:READ_CALL] if direct else left])
+                left = left[done:]
+            if write:
                 os.fsync(fd)
+        memory.put(data)
 
-        return in_threads(self.threads, work, files)
-
-    def best_raw(self) -> float:
-        """Direct where a block is whole pages: the faster way on every disk seen so far."""
-        return self.raw(direct=self.spec.block_bytes % limits.PAGE == 0)
-
-    def note(self) -> str:
-        block = self.spec.block_bytes * self.spec.n_layers
-        memory = f", resident set +{self.growth / 1e9:.2f} GB while writing" if self.growth is not None else ""
-        blocks = min(2, self.spec.n_blocks)
-        return (
-            f"{self.spec.n_layers} layers, blocks of {self.spec.block_bytes / 1e6:.1f} MB a layer, checksums, moments and "
-            f"ledger included; buffers hold {blocks} x {block / 1e9:.2f} GB{memory}"
-        )
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: None, range(threads)))  # the threads are there before the clock starts
+        files = [(layer, block) for block in range(spec.n_blocks) for layer in cache.layers]
+        return timed(lambda: list(pool.map(work, files)), "cpu")
 
 
-def write(load: Load) -> list[Contender]:
-    spec = cache_spec(d=load.d, n_layers=LAYERS, rows=load.tokens // LAYERS)
-    writes = Writes(folder=load.directory / "ours", spec=spec, threads=load.threads)
-    ours = Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note)
-    return [ours, *raw_limits("write", writes.raw, writes.payload, spec, load.threads)]
-
-
-def raw_limits(word: str, run: Callable[..., float], work: float, spec: CacheSpec, threads: int) -> list[Contender]:
+def raw_limits(word: str, cache: Cache, threads: int, work: float) -> list[Contender]:
     """Buffered and, where a block is whole pages, direct: either can be the faster, and ours stands against that one."""
     return [
         Contender(
-            name=f"raw {word} of the same files, {how}, {threads} threads",
+            name=f"raw {word} of the same files, {'direct' if direct else 'buffered'}, {threads} threads",
             role="limit",
             work=work,
-            run=partial(run, direct=how == "direct"),
+            run=partial(raw, cache, threads, direct=direct, write=word == "write"),
         )
-        for how in ("buffered", "direct")
-        if how == "buffered" or spec.block_bytes % limits.PAGE == 0
+        for direct in (False, True)
+        if not direct or whole_pages(cache.spec)
     ]
+
+
+def whole_pages(spec: CacheSpec) -> bool:
+    return spec.block_bytes % PAGE == 0
 
 
 @contextlib.contextmanager
@@ -269,13 +278,106 @@ def raw_file(path: Path, flags: int, direct: bool) -> Iterator[int]:
         os.close(fd)
 
 
-def in_threads(threads: int, work: Callable[[Any], None], items: list[Any]) -> float:
-    """Seconds for all items, the threads being there before the clock starts."""
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda _: None, range(threads)))
-        start = time.perf_counter()
-        list(pool.map(work, items))
-        return time.perf_counter() - start
+def evict_blocks(cache: Cache) -> None:
+    """Every block of the cache out of the page cache. Raises RuntimeError where the system keeps them."""
+    for layer in cache.layers:
+        for block in range(cache.spec.n_blocks):
+            path = cache.block_path(layer, block)
+            with raw_file(path, os.O_RDONLY, direct=False) as fd:
+                os.fsync(fd)  # dirty pages would stay
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if (share := resident_share(path)) > 0.01:
+                raise RuntimeError(f"{share:.0%} of {path.name} stayed in the page cache: this is no cold read")
+
+
+def resident_share(path: Path) -> float:
+    """How much of a file the page cache holds, by mincore(2)."""
+    size = path.stat().st_size
+    pages = -(-size // PAGE)
+    seen = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as view:
+        start = ctypes.c_char.from_buffer(view)
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), seen)
+        del start  # the map cannot be closed while this points into it
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+    return sum(byte & 1 for byte in seen) / pages
+
+
+@dataclass(slots=True)
+class Growth:
+    """By how much the resident set rose at most since `begin`; "" where the system does not say."""
+
+    before: int | None = None
+    peak: int | None = None
+
+    def begin(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            self.before = self._high_water()
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            self.peak = self._high_water()
+
+    def _high_water(self) -> int:
+        found = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(found[0].split()[1]) * 1024
+
+    def __str__(self) -> str:
+        return "" if self.before is None or self.peak is None else f", resident set +{(self.peak - self.before) / 1e9:.2f} GB"
+
+
+@dataclass(kw_only=True, slots=True)
+class Writes:
+    cache: Cache
+    threads: int
+    growth: Growth = field(default_factory=Growth)
+
+    @property
+    def payload(self) -> int:
+        spec = self.cache.spec
+        return spec.n_blocks * spec.block_bytes * spec.n_layers
+
+    def run(self) -> float:
+        empty(self.cache)
+        self.growth.begin()
+        seconds = write_cache(self.cache, threads=self.threads)
+        self.growth.end()
+        return seconds
+
+    def best_raw(self) -> float:
+        """Direct where a block is whole pages: the faster way on every disk seen so far."""
+        return raw(self.cache, self.threads, direct=whole_pages(self.cache.spec), write=True)
+
+    def note(self) -> str:
+        spec = self.cache.spec
+        block = spec.block_bytes * spec.n_layers
+        return (
+            f"{spec.n_layers} layers, blocks of {spec.block_bytes / 1e6:.1f} MB a layer, checksums, moments and ledger "
+            f"included; buffers hold {min(2, spec.n_blocks)} x {block / 1e9:.2f} GB{self.growth} while writing"
+        )
+
+
+def write(load: Load) -> list[Contender]:
+    spec = cache_spec(d=load.d, n_layers=LAYERS, rows=load.tokens // LAYERS)
+    writes = Writes(cache=new_cache(load.directory / "ours", spec), threads=load.threads)
+    ours = Contender(name="ours", role="ours", work=writes.payload, run=writes.run, note=writes.note)
+    return [ours, *raw_limits("write", writes.cache, load.threads, writes.payload)]
+
+
+# ----------------------------------------------------------------------------------------------------------- loader
+
+
+def new_loader(
+    cache: Cache, batch: int, window: int, device: torch.device, *, epochs: int = 1, threads: int | None = None
+) -> Any:
+    from train.loader import ActivationLoader, LoaderConfig
+
+    config = LoaderConfig(batch=batch, window_blocks=window)
+    config = config if threads is None else replace(config, threads=threads)
+    return ActivationLoader(cache, 0, config, device, last=epochs * cache.spec.train_tokens // batch)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -285,83 +387,124 @@ class Reads:
     cache: Cache
     loader: Any  # ActivationLoader
     batch: int
-    batches: int
-    threads: int
-    before: int | None  # bytes resident before the loader was made
-    growth: int | None = None  # how far they had risen at most, batches included
+    growth: Growth
     shares: list[float] = field(default_factory=list)
 
     def run(self) -> float:
         evict_blocks(self.cache)
-        resident(reset=True)
         waited, start, seen = self.loader.waited, time.perf_counter(), 0
         for x in self.loader:
             seen += len(x)
         seconds = time.perf_counter() - start
-        if seen != self.batch * self.batches:
-            raise RuntimeError(f"{seen} rows came, {self.batch * self.batches} were asked for")
+        if seen != self.cache.spec.train_tokens // self.batch * self.batch:
+            raise RuntimeError(f"{seen} rows came, {self.cache.spec.train_tokens} were asked for")
         self.shares.append((self.loader.waited - waited) / seconds)
-        peak = resident()
-        self.growth = None if self.before is None or peak is None else peak - self.before
+        self.growth.end()
         return seconds
 
     def note(self) -> str:
         window = 2 * READ_WINDOW * self.cache.spec.block_bytes
-        memory = f", resident set +{self.growth / 1e9:.2f} GB" if self.growth is not None else ""
         return (
-            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB{memory}; nothing trains, so "
-            f"the consumer waits {statistics.median(self.shares):.0%} of the time"
+            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB{self.growth}; nothing trains, "
+            f"so the consumer waits {statistics.median(self.shares):.0%} of the time"
         )
 
 
-def raw_read(cache: Cache, threads: int, *, direct: bool) -> float:
-    """The first layer's files into memory that is there already, from as many threads and in as large calls as ours, and
-    nothing else; from a cold page cache."""
-    evict_blocks(cache)
-    spec = cache.spec
-    memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-    for _ in range(threads):
-        memory.put(page_aligned(spec.block_rows, spec.d_model).fill_(1))
-
-    def work(block: int) -> None:
-        data = memory.get()
-        left = memoryview(data.numpy().data).cast("B")
-        with raw_file(cache.block_path(0, block), os.O_RDONLY, direct) as fd:
-            while left:
-                left = left[os.readv(fd, [left[:READ_CALL] if direct else left]) :]
-        memory.put(data)
-
-    return in_threads(threads, work, list(range(spec.n_blocks)))
-
-
-def evict_blocks(cache: Cache) -> None:
-    """Every block of the cache out of the page cache. Raises RuntimeError where the system keeps them."""
-    for layer in cache.layers:
-        for block in range(cache.spec.n_blocks):
-            path = cache.block_path(layer, block)
-            limits.evict(path)
-            if (share := limits.resident_share(path)) > 0.01:
-                raise RuntimeError(f"{share:.0%} of {path.name} stayed in the page cache: this is no cold read")
-
-
 def read(load: Load) -> list[Contender]:
-    from train.loader import ActivationLoader, LoaderConfig
+    from train.loader import LoaderConfig
 
     # Long enough for its end to count little, when the last rows are handed out and nothing is read any more.
     cache = new_cache(load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=8 * load.tokens))
     write_cache(cache, threads=load.threads)
+    growth = Growth()
+    growth.begin()
     batch = min(READ_BATCH, cache.spec.block_rows)
-    batches = cache.spec.train_tokens // batch
-    config = LoaderConfig(batch=batch, window_blocks=READ_WINDOW)  # its own number of threads, and the raw reads' too
-    before = resident(reset=True)
-    loader = ActivationLoader(cache, 0, config, torch.device(load.device), last=batches)
-    reads = Reads(cache=cache, loader=loader, batch=batch, batches=batches, threads=config.threads, before=before)
-    ours = Contender(name="ours", role="ours", work=batch * batches * load.d * 2, run=reads.run, note=reads.note)
-    payload = cache.spec.n_blocks * cache.spec.block_bytes
-    return [ours, *raw_limits("read", partial(raw_read, cache, config.threads), payload, cache.spec, config.threads)]
+    loader = new_loader(cache, batch, READ_WINDOW, torch.device(load.device))
+    reads = Reads(cache=cache, loader=loader, batch=batch, growth=growth)
+    work = cache.spec.train_tokens // batch * batch * load.d * 2
+    ours = Contender(name="ours", role="ours", work=work, run=reads.run, note=reads.note)
+    # The loader's own number of threads is the raw reads' too.
+    return [ours, *raw_limits("read", cache, LoaderConfig(batch=batch).threads, cache.spec.n_blocks * cache.spec.block_bytes)]
 
 
-# ---------------------------------------------------------------------------------------------------------- forward
+# --------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(kw_only=True, slots=True)
+class Training:
+    """A round trains one SAE from a cold cache to the cache's end; the loader is made within the round, so its first
+    window is waited for within it too."""
+
+    cache: Cache
+    steps: Steps
+    shares: dict[str, list[float]] = field(default_factory=dict)  # of each round: what was not spent in steps
+
+    def run(self) -> float:
+        evict_blocks(self.cache)
+        stepping, first = 0.0, 0.0
+        device = self.steps.saes[0].device
+        start = time.perf_counter()
+        loader = new_loader(self.cache, self.steps.tokens, TRAIN_WINDOW, device)
+        for x in loader:
+            first = first or time.perf_counter() - start
+            stepping += timed(partial(self.steps.take, x), device)
+        seconds = time.perf_counter() - start
+        for name, part in (("idle", seconds - stepping), ("waited", loader.waited), ("first", first)):
+            self.shares.setdefault(name, []).append(part / seconds)
+        return seconds
+
+    def figures(self) -> Mapping[str, float]:
+        return {name: statistics.median(shares[1:]) for name, shares in self.shares.items()}  # the first is the warm-up
+
+    def note(self) -> str:
+        shares = self.figures()
+        windows = 2 * TRAIN_WINDOW * self.cache.spec.block_bytes
+        return (
+            f"{shares['idle']:.2%} of the time outside steps, all in: {shares['first']:.2%} until the first batch (a "
+            f"layer of the full job has that once), {shares['waited']:.2%} with no window ready (the first one's fill "
+            f"among it), the rest in gathering rows; the loader's windows hold {windows / 1e6:.0f} MB"
+        )
+
+
+def stream(load: Load) -> list[Contender]:
+    """Training as `train` does it, loader and steps, from a cold cache: a layer in blocks of two batches."""
+    context = min(CONTEXT, load.tokens)
+    spec = replace(
+        cache_spec(d=load.d, n_layers=1, rows=context),
+        block_sequences=2 * load.tokens // context,
+        n_blocks=TRAIN_BATCHES // 2,
+    )
+    cache = new_cache(load.directory / "ours-stream", spec)
+    write_cache(cache, threads=load.threads)
+    contenders = []
+    for way in WAYS:
+        training = Training(cache=cache, steps=_steps(load, way, 1))
+        contenders.append(
+            Contender(
+                name=f"ours, one {way} setting", key=way, role="ours", work=TRAIN_BATCHES * load.tokens, run=training.run,
+                note=training.note, figures=training.figures,
+            )
+        )  # fmt: skip
+    return contenders
+
+
+def memory_bounds() -> str:
+    """Host memory of the full job, in words: what the loader and the writer may hold by their own settings."""
+    from harvest.writer import WriterConfig
+
+    job = get_preset("pythia-410m")
+    rows, row = job.block_sequences * job.context, job.d_model * 2
+    loader = 2 * job.window_blocks * rows * (row + 8) + job.batch * row  # 8: the order its rows are handed out in
+    buffers = WriterConfig().buffers
+    writer = buffers * job.n_layers * rows * row
+    return (
+        f"at the full job's shapes the loader holds at most {loader / 1e9:.2f} GB (two windows of {job.window_blocks} blocks "
+        f"and a batch of {job.batch:,}; in GPU memory where there is one), the writer {writer / 1e9:.2f} GB ({buffers} blocks "
+        f"of {job.n_layers} layers)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- harvest
 
 
 def lm_config(*, d: int, layers: int = LAYERS, vocab: int = 50_304) -> Any:
@@ -410,64 +553,42 @@ class Harvest:
         def store(layer: int, output: Tensor) -> None:
             nonfinite[layer] += put_rows(output.reshape(-1, d), place, self.data[layer])
 
-        synchronize(self.data.device)
-        start = time.perf_counter()
-        self.model.run(tokens, store)
-        synchronize(self.data.device)
-        return time.perf_counter() - start
+        return timed(lambda: self.model.run(tokens, store), self.data.device)
 
 
-def products_of(model: nn.Module, rows: int, device: torch.device) -> Callable[[], float]:
+def products_of(model: nn.Module, rows: int, device: torch.device) -> Run:
     """The decoder blocks' linear layers alone, on ready inputs."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     widths = {weight.shape[1] for weight in weights}
     inputs = {width: torch.randn(rows, width, device=device).to(weights[0].dtype) for width in widths}
 
     @torch.inference_mode()
-    def run() -> float:
-        synchronize(device)
-        start = time.perf_counter()
+    def products() -> None:
         for weight in weights:
             nn.functional.linear(inputs[weight.shape[1]], weight)
-        synchronize(device)
-        return time.perf_counter() - start
 
-    return run
+    return lambda: timed(products, device)
 
 
-def plain(model: nn.Module, rows: int, context: int, vocab: int, device: torch.device) -> Callable[[], float]:
+def plain(model: nn.Module, rows: int, context: int, vocab: int, device: torch.device) -> Run:
     """What anyone would write first: transformers with all hidden states, kept as they come."""
 
     @torch.inference_mode()
     def run() -> float:
         tokens = torch.randint(0, vocab, (rows // context, context)).to(device)
-        synchronize(device)
-        start = time.perf_counter()
-        model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-        synchronize(device)
-        return time.perf_counter() - start
+        return timed(lambda: model(input_ids=tokens, output_hidden_states=True, use_cache=False), device)
 
     return run
 
 
-def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
-    """A new cache whose token array is filled at random."""
-    import zarr
-
-    cache = new_cache(path, spec)
-    array: Any = zarr.open_array(str(path / "activations.zarr" / "tokens"), mode="r+")
-    tokens = torch.randint(0, spec.vocab_size, (spec.sequences, spec.context))
-    array[:] = tokens.numpy().astype(spec.token_dtype)
-    return cache
-
-
 @dataclass(kw_only=True, slots=True)
 class HarvestRuns:
-    """A round is a harvest of every block of a cache: forward, checksums, durable files, ledger."""
+    """A round harvests these blocks of a cache: forward, checksums, durable files, ledger."""
 
     model: ResidualModel
     cache: Cache
     config: HarvestConfig
+    blocks: list[int]
     shares: Shares | None = None  # of the last round
 
     def run(self) -> float:
@@ -475,24 +596,23 @@ class HarvestRuns:
 
         empty(self.cache)
         start = time.perf_counter()
-        self.shares = harvest_blocks(self.cache, self.model, list(range(self.cache.spec.n_blocks)), self.config)
+        self.shares = harvest_blocks(self.cache, self.model, self.blocks, self.config)
         return time.perf_counter() - start
 
     def note(self) -> str:
-        spec = self.cache.spec
-        return f"{spec.n_blocks} blocks of {spec.block_bytes / 1e6:.1f} MB a layer; {self.shares}"
+        return f"{len(self.blocks)} blocks of {self.cache.spec.block_bytes / 1e6:.1f} MB a layer; {self.shares}"
 
 
 def harvest_runs(load: Load, model: ResidualModel, context: int, vocab: int) -> HarvestRuns:
     from harvest.harvest import HarvestConfig
     from harvest.writer import WriterConfig
 
-    rows = max(load.tokens, 2 * context)  # two contexts are one pass on a CPU
-    layers = len(model.layers)
-    spec = replace(cache_spec(d=load.d, n_layers=layers, rows=rows, vocab=vocab), context=context, n_blocks=HARVEST_BLOCKS)
-    spec = replace(spec, block_sequences=rows // context)
+    sequences = max(load.tokens // context, 2)  # two contexts are one pass on a CPU
+    spec = cache_spec(d=load.d, n_layers=len(model.layers), rows=context, context=context, vocab=vocab)
+    spec = replace(spec, block_sequences=sequences, n_blocks=HARVEST_BLOCKS)
     config = HarvestConfig(device=model.device, writer=WriterConfig(threads=load.threads))
-    return HarvestRuns(model=model, cache=cache_with_tokens(load.directory / "ours-harvest", spec), config=config)
+    cache = cache_with_tokens(load.directory / "ours-harvest", spec)
+    return HarvestRuns(model=model, cache=cache, config=config, blocks=list(range(HARVEST_BLOCKS)))
 
 
 def forward(load: Load) -> list[Contender]:
@@ -501,8 +621,7 @@ def forward(load: Load) -> list[Contender]:
     from harvest.model import ResidualModel
 
     device = torch.device(load.device)
-    full = load.d == 1024
-    config = lm_config(d=load.d, **({} if full else {"layers": 4, "vocab": 512}))
+    config = lm_config(d=load.d, **({} if load.d == 1024 else {"layers": 4, "vocab": 512}))
     causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False).to(device)
     base = base_model(config, torch.bfloat16, device, like=causal.gpt_neox)
     layers, vocab = config.num_hidden_layers, config.vocab_size
@@ -510,38 +629,14 @@ def forward(load: Load) -> list[Contender]:
     context = min(CONTEXT, load.tokens)
     data = torch.empty(layers, load.tokens, load.d, dtype=torch.float16, device=device)
     harvest = Harvest(model=model, data=data, context=context, vocab=vocab)
-    shape = (load.tokens, context, vocab, device)
-    rows = {
-        ("ours, every layer to float16 in the writer's order", "ours"): harvest.run,
-        ("its linear layers alone", "limit"): products_of(model.model, load.tokens, device),
-        ("transformers base model, output_hidden_states", "peer"): plain(causal.gpt_neox, *shape),
-        ("transformers causal LM, output_hidden_states", "peer"): plain(causal, *shape),
-    }
-    note = f"{layers} layers, d {load.d}, vocabulary {vocab}, random bf16 weights, the same for all"
-    contenders = [
-        Contender(name=name, role=role, work=load.tokens, run=run, note=note if role == "ours" else "")
-        for (name, role), run in rows.items()
-    ]
     runs = harvest_runs(load, model, context, vocab)
-    work = runs.cache.spec.n_blocks * runs.cache.spec.block_rows
-    whole = Contender(name="ours, the whole harvest to disk", role="ours", work=work, run=runs.run, note=runs.note)
-    return [contenders[0], whole, *contenders[1:]]
-
-
-# ----------------------------------------------------------------------------------------------------------- helpers
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def resident(*, reset: bool = False) -> int | None:
-    """Bytes resident at most since the last reset (or now, with `reset`); None where the system does not say."""
-    with contextlib.suppress(OSError):
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
+    shape = (load.tokens, context, vocab, device)
+    note = f"{layers} layers, d {load.d}, vocabulary {vocab}, random bf16 weights, the same for all"
+    rows: list[tuple[str, str, Run, float, str | Callable[[], str]]] = [
+        ("ours, every layer to float16 in the writer's order", "ours", harvest.run, load.tokens, note),
+        ("ours, the whole harvest to disk", "ours", runs.run, HARVEST_BLOCKS * runs.cache.spec.block_rows, runs.note),
+        ("its linear layers alone", "limit", products_of(model.model, load.tokens, device), load.tokens, ""),
+        ("transformers base model, output_hidden_states", "peer", plain(causal.gpt_neox, *shape), load.tokens, ""),
+        ("transformers causal LM, output_hidden_states", "peer", plain(causal, *shape), load.tokens, ""),
+    ]
+    return [Contender(name=name, role=role, run=run, work=work, note=note) for name, role, run, work, note in rows]

@@ -6,10 +6,6 @@ in the version that runs here: left to choose, pip would fetch another one and g
 
 A peer that cannot be installed, started or timed raises `PeerFailed` with one line that says why; the
 report shows that line in the peer's place.
-
-    python -m bench.peers setup          # build every environment
-    python -m bench.peers check          # does each peer really train? (its loss must fall at a tiny size)
-    python -m bench.peers time           # one real-size round of each
 """
 
 from __future__ import annotations
@@ -25,8 +21,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-
-import click
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -86,7 +80,6 @@ WRITERS = (
         requirements=_SAE_LENS,
     ),
 )
-PEERS = {peer.name: peer for peer in (*STEPS, *WRITERS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +120,8 @@ def environment(peer: Peer, *, torch_index: str | None = None) -> Path:
     return python
 
 
-def check(peer: Peer, load: Load, python: Path) -> dict[str, object]:
-    """The worker's own verdict on whether it trains; what it says, or PeerFailed."""
-    done = subprocess.run(
-        [str(python), "-m", peer.module, *load.arguments(), "--check"],
-        cwd=ROOT, env=_variables(load), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    answer = _parsed(done.stdout.strip().rpartition("\n")[2], peer, done.returncode)
-    if answer.get("check") != "passed":
-        raise PeerFailed(f"{peer.name}: its loss did not fall: {json.dumps(answer)}")
-    return answer
-
-
 class Worker:
-    """A peer's running process: `round` runs one timed round in it and returns what it measured."""
+    """A peer's running process: `seconds` runs one timed round in it."""
 
     def __init__(self, peer: Peer, load: Load, *, timeout: float = 900.0, torch_index: str | None = None) -> None:
         self.peer, self.timeout = peer, timeout
@@ -158,9 +139,10 @@ class Worker:
             self.close()
             raise
 
-    def round(self) -> dict[str, float]:
+    def seconds(self) -> float:
+        """Of one round in it."""
         self._say("go")
-        return {key: float(str(value)) for key, value in self._answer().items()}
+        return float(str(self._answer()["seconds"]))
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -231,65 +213,3 @@ def _run(command: Sequence[str], peer: Peer) -> None:
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise PeerFailed(f"{peer.name}: environment: {said}")
-
-
-@click.group()
-def main() -> None:
-    """Set up, check or time the peers."""
-
-
-_names = click.argument("names", nargs=-1, type=click.Choice(sorted(PEERS)))
-_torch_index = click.option("--torch-index", help="extra package index that holds the torch installed here")
-
-
-@main.command("setup")
-@_names
-@_torch_index
-def setup_command(names: tuple[str, ...], torch_index: str | None) -> None:
-    """Build the environments that are missing or stale."""
-    for name in names or PEERS:
-        try:
-            click.echo(f"{name}: {environment(PEERS[name], torch_index=torch_index)}")
-        except PeerFailed as failure:
-            click.echo(str(failure), err=True)
-
-
-@main.command("check")
-@_names
-def check_command(names: tuple[str, ...]) -> None:
-    """Train each peer at a tiny size; every loss must fall."""
-    failures = 0
-    for name in names or PEERS:
-        try:
-            click.echo(f"{name}: {json.dumps(check(PEERS[name], Load(), environment(PEERS[name])))}")
-        except PeerFailed as failure:
-            failures += 1
-            click.echo(str(failure), err=True)
-    sys.exit(failures)
-
-
-@main.command("time")
-@_names
-@click.option("--d", default=Load.d, show_default=True)
-@click.option("--features", default=Load.features, show_default=True)
-@click.option("--tokens", default=Load.tokens, show_default=True, help="tokens a round")
-@click.option("--threads", default=Load.threads, show_default=True)
-@click.option("--device", default=Load.device, show_default=True)
-@click.option("--rounds", default=1, show_default=True, help="timed rounds, after one warm-up")
-def time_command(names: tuple[str, ...], d: int, features: int, tokens: int, threads: int, device: str, rounds: int) -> None:
-    """Time each peer alone. Only `python -m bench` compares: it interleaves."""
-    load = Load(d=d, features=features, tokens=tokens, threads=threads, device=device)
-    for name in names or PEERS:
-        try:
-            with Worker(PEERS[name], load) as worker:
-                click.echo(f"{name}: {json.dumps(worker.about)}")
-                for index in range(rounds + 1):
-                    facts = worker.round()
-                    word = "warm-up" if index == 0 else f"{tokens / facts['seconds']:,.0f} tokens/s"
-                    click.echo(f"{name}: {word} {json.dumps(facts)}")
-        except PeerFailed as failure:
-            click.echo(str(failure), err=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,15 +8,13 @@ run begins dense and turns sparse as L0 falls, so its hours are given between tw
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
-from bench import report
+from bench import report, table
 from shared.cli import UserError, parse_count
 
 PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
@@ -53,7 +51,6 @@ class Parts:
     dense: float  # tokens a second of one SAE's training
     sparse: float
     overlap: bool
-    scaled: float = 1.0  # what the measured training rates were multiplied by to stand for d = 1024, F = 32,768
     gpu_memory: float | None = None
 
 
@@ -123,7 +120,7 @@ def _rate(results: report.Results, path: str, key: str = "") -> float:
     return entry.rate
 
 
-def from_figures(figures: Mapping[str, float], *, machine: str, date: str, scaled: float = 1.0) -> Parts:
+def from_figures(figures: Mapping[str, float], *, machine: str, date: str) -> Parts:
     """Parts of `python -m bench gpu`. Raises UserError naming the figures that are missing."""
     if missing := [name for name in FIGURES if name not in figures]:
         raise UserError(f"the GPU results lack {', '.join(missing)}: run `python -m bench gpu` again")
@@ -133,15 +130,14 @@ def from_figures(figures: Mapping[str, float], *, machine: str, date: str, scale
         forward=figures["forward tokens/s"],
         write=figures["write bytes/s"],
         read=figures["read bytes/s"],
-        dense=figures["dense SAE tokens/s"] * scaled,
-        sparse=figures["sparse SAE tokens/s"] * scaled,
+        dense=figures["dense SAE tokens/s"],
+        sparse=figures["sparse SAE tokens/s"],
         overlap=True,
-        scaled=scaled,
         gpu_memory=figures.get("peak GPU bytes"),
     )
 
 
-def table(parts: Parts, job: Job) -> str:
+def shown(parts: Parts, job: Job) -> str:
     """Hours per part, the whole, what binds, and beside it the published practice."""
     found, one = hours(parts, job), hours(parts, replace(job, layers=1))
     dense, sparse = found.total(found.dense), found.total(found.sparse)
@@ -177,8 +173,6 @@ def _assumptions(parts: Parts, job: Job) -> list[str]:
         "the published practice runs the language model again for every SAE, so it is compared with the whole job",
         "tokenising, snapshots and evaluation are left out",
     ]
-    if abs(parts.scaled - 1) > 1e-9:
-        said.append(f"training was measured at another size and is scaled by d x F ({parts.scaled:.3g})")
     return [f"  assumed: {line}" for line in said]
 
 
@@ -186,13 +180,6 @@ def _time(value: float) -> str:
     if value < 1:
         return f"{value * 60:.1f} min"
     return f"{value:,.1f} h" if value < 48 else f"{value / 24:,.1f} days"
-
-
-def latest_gpu(folder: Path) -> dict[str, Any] | None:
-    """The GPU results of the latest date, if any."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    gpus = [raw for raw in found if raw.get("kind") == "gpu" and not raw.get("dry")]
-    return max(gpus, key=lambda raw: str(raw["date"]), default=None)
 
 
 @click.command()
@@ -203,16 +190,13 @@ def latest_gpu(folder: Path) -> dict[str, Any] | None:
 def command(results: Path, tokens: str, layers: int, settings: int) -> None:
     """What the measured parts come to for the whole job."""
     job = Job(tokens=parse_count(tokens), layers=layers, settings=settings)
-    here = results / f"{report.machine().slug}.json"
-    gpu = latest_gpu(results) if results.is_dir() else None
-    if not here.exists() and gpu is None:
+    machines, gpus = table.found(results)
+    here = [one for one in machines if one.machine.slug == report.machine().slug]
+    if not here and not gpus:
         raise UserError(f"nothing is measured in {results}: run `python -m bench` first, or `python -m bench gpu`")
-    if here.exists():
-        click.echo(table(from_results(report.read(here)), job))
-    else:
-        click.echo(f"this machine is not measured: run `python -m bench` for {here.name}")
-    if gpu is not None:
-        parts = from_figures(gpu["figures"], machine=gpu["machine"]["gpu"], date=gpu["date"], scaled=gpu["scaled"])
-        click.echo("\n" + table(parts, job))
+    click.echo(shown(from_results(here[-1]), job) if here else "this machine is not measured: run `python -m bench`")
+    if gpus:
+        parts = from_figures(gpus[-1]["figures"], machine=gpus[-1]["machine"]["gpu"], date=gpus[-1]["date"])
+        click.echo("\n" + shown(parts, job))
     else:
         click.echo("no GPU is measured: run `python -m bench gpu` on one")

@@ -1,8 +1,7 @@
 """Rounds and results: everything a comparison needs that is not itself a measurement.
 
-Contenders take turns (A B C, A B C, ...), so that a machine that slows down slows all of them, and each
-one's first turn is thrown away. What is kept is every round's raw seconds; medians and ratios are worked
-out when they are shown. A ratio is the median of the rounds' own ratios: what slows a whole round cancels.
+What is kept is every round's raw seconds; medians and ratios are worked out when they are shown. A ratio is the median of
+the rounds' own ratios: what slows a whole round cancels.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from typing import Any
 
 import torch
 
+from bench.clock import Run, Timing, take_turns
+
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-
-Run = Callable[[], float | None]
-"""One round. A run that times itself (a peer in its own process) returns seconds; else our clock counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +52,6 @@ class Contender:
     against: tuple[str, ...] = ()  # the keys of ours it is compared with; all of them if empty
     note: str | Callable[[], str] = ""  # called after the rounds, for what only they can tell
     figures: Callable[[], Mapping[str, float]] = dict  # likewise: what is measured besides the time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    seconds: tuple[float, ...]
-    failure: str | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Slowest less fastest, as a share of the median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,43 +115,6 @@ class Results:
         return next((comparison for comparison in self.comparisons if comparison.key == key), None)
 
 
-class Rounds:
-    """Named runs that take turns. One that raises is out, with the reason; the others go on."""
-
-    def __init__(self, runs: Mapping[str, Run], *, between: Callable[[], None] | None = None) -> None:
-        self.runs, self.between = runs, between
-
-    def measure(self, rounds: int, *, say: Callable[[str], None] = lambda line: None) -> dict[str, Timing]:
-        seconds: dict[str, list[float]] = {name: [] for name in self.runs}
-        failures: dict[str, str] = {}
-        for index in range(rounds + 1):
-            for name, run in self.runs.items():
-                if name in failures:
-                    continue
-                try:
-                    taken = self._once(run)
-                except Exception as error:
-                    failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                    say(f"{name}: {failures[name]}")
-                    continue
-                say(f"{name}: {'warm-up' if index == 0 else f'round {index}/{rounds}'} {taken:.4g} s")
-                if index:
-                    seconds[name].append(taken)
-        return {
-            # A contender that failed half way has no comparable median: its rounds are not shown as one.
-            name: Timing(seconds=() if name in failures else tuple(taken), failure=failures.get(name))
-            for name, taken in seconds.items()
-        }
-
-    def _once(self, run: Run) -> float:
-        if self.between is not None:
-            self.between()
-        start = time.perf_counter()
-        own = run()
-        wall = time.perf_counter() - start
-        return wall if own is None else own
-
-
 def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
@@ -185,7 +131,7 @@ def compare(
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Let the contenders take turns; `absent` are those that could not even start, with their reasons."""
-    timings = Rounds({contender.name: contender.run for contender in contenders}).measure(rounds, say=say)
+    timings = take_turns({contender.name: contender.run for contender in contenders}, rounds, say)
     entries = tuple(
         Entry(
             name=contender.name,
@@ -250,15 +196,13 @@ def write(results: Results, folder: Path = RESULTS) -> Path:
     return path
 
 
-def read(path: Path) -> Results:
-    raw = json.loads(path.read_text())
-    raw["machine"]["flags"] = tuple(raw["machine"]["flags"])
-    raw["machine"] = Machine(**raw["machine"])
-    raw["comparisons"] = tuple(
-        Comparison(**{**comparison, "entries": tuple(_entry(entry) for entry in comparison["entries"])})
-        for comparison in raw["comparisons"]
+def parse(raw: Mapping[str, Any]) -> Results:
+    """Results as they were before they were written."""
+    machine = Machine(**raw["machine"] | {"flags": tuple(raw["machine"]["flags"])})
+    comparisons = tuple(
+        Comparison(**one | {"entries": tuple(_entry(entry) for entry in one["entries"])}) for one in raw["comparisons"]
     )
-    return Results(**raw)
+    return Results(**{**raw, "machine": machine, "comparisons": comparisons})
 
 
 def _entry(raw: dict[str, Any]) -> Entry:

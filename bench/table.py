@@ -1,54 +1,112 @@
-"""The markdown that README shows, from results and nothing else: the table, the goals, and the notes below."""
+"""The markdown of README.md and docs/bench.md, from the results and nothing else.
+
+README gets the lines that decide, and the goals; docs/bench.md gets every line, the notes, and whatever GPUs were measured.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from bench.clock import Timing
 from bench.goals import goals
-from bench.report import Comparison, Entry, Results, Timing
+from bench.lab import Row
+from bench.report import RESULTS, Comparison, Entry, Results, parse
 
+ROOT = RESULTS.parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+DECIDING = (  # comparison, role, key: the lines for README
+    ("forward", "ours", ""),
+    ("forward", "peer", ""),
+    ("training", "ours", "dense"),
+    ("training", "ours", "sparse"),
+    ("training", "limit", ""),
+    ("training", "peer", "autograd_bf16"),
+    ("training", "peer", "sae_lens"),
+    ("stream", "ours", "dense"),
+    ("writing", "ours", ""),
+    ("reading", "ours", ""),
+)
 
 
-def publish(results: Results, readme: Path) -> None:
-    """Put the table between the two marker comments, which must be there."""
+def publish(
+    results: Path = RESULTS, readme: Path = ROOT / "README.md", details_file: Path = ROOT / "docs" / "bench.md"
+) -> None:
+    """Write both again from every result there is. README needs the two marker comments."""
+    machines, gpus = found(results)
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} needs one {BEGIN} and, after it, one {END}")
     before, _, rest = text.partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{rest.partition(END)[2]}")
+    short = [summary(one) for one in machines[-1:]] + [gpu_summary(one) for one in gpus[-1:]]
+    readme.write_text("\n\n".join([f"{before}{BEGIN}", *short, f"{END}{rest.partition(END)[2]}"]))
+    head = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
+    long = [head, *(details(one) for one in reversed(machines)), *(gpu_details(one) for one in reversed(gpus))]
+    details_file.write_text("\n\n".join(long) + "\n")
 
 
-def markdown(results: Results) -> str:
-    about = results.machine
-    hardware = f"{about.cpu}, {about.cores} cores, {about.memory_gib:.0f} GiB" + (f", {about.gpu}" if about.gpu else "")
-    flags = ", ".join(flag for flag in about.flags if "bf16" in flag) or "no bf16 instructions"
+def found(folder: Path) -> tuple[list[Results], list[dict[str, Any]]]:
+    """Results of `python -m bench`, and of `python -m bench gpu`, the latest last; dry runs are none."""
+    raws = sorted((json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))), key=lambda raw: str(raw["date"]))
+    gpus = [raw for raw in raws if raw.get("kind") == "gpu" and not raw["dry"]]
+    return [parse(raw) for raw in raws if "comparisons" in raw], gpus
+
+
+# ---------------------------------------------------------------------------------------------------- python -m bench
+
+
+def about(results: Results) -> str:
+    machine = results.machine
+    hardware = f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:.0f} GiB" + (f", {machine.gpu}" * bool(machine.gpu))
+    flags = ", ".join(flag for flag in machine.flags if "bf16" in flag) or "no bf16 instructions"
     busy = f" **Other work held {results.busy:.0%} of the processors.**" if results.busy > 0.1 else ""
-    lines = [
-        f"Measured on {hardware} ({flags}), torch {about.torch}, {results.date}: rates are medians of interleaved rounds, "
-        "ratios medians of the rounds' own ratios. Ratios carry over to other machines better than rates do." + busy,
-        "",
-        "| | rate | ours beside it | spread |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    return (
+        f"Measured on {hardware} ({flags}), torch {machine.torch}, {results.date}: rates are medians of interleaved rounds, "
+        "ratios medians of the rounds' own ratios. Ratios carry over to other machines better than rates do." + busy
+    )
+
+
+def summary(results: Results) -> str:
+    """The lines that decide, and the goals."""
+    lines = []
+    for key, role, which in DECIDING:
+        comparison = results.path(key)
+        entry = comparison.find(role, which) if comparison is not None else None
+        if comparison is not None and entry is not None:
+            name, rate, beside, _ = _cells(comparison, entry)
+            lines.append((f"{comparison.name.partition(',')[0]}: {name}", rate, beside))
+    shown = _table(("", "rate", "ours beside it"), "-rr", lines)
+    return "\n\n".join([about(results), shown, _goals(results), "Every line, with notes: [docs/bench.md](docs/bench.md)."])
+
+
+def details(results: Results) -> str:
+    """Every line, the goals and the notes."""
+    lines: list[tuple[str, ...]] = []
     for comparison in results.comparisons:
-        lines.append(f"| **{comparison.name}** | | | |")
-        lines += [_line(comparison, entry) for entry in comparison.entries]
-    lines += ["", "| goal | measured | |", "| --- | ---: | --- |"]
-    lines += [f"| {goal.name} {goal.wanted} | {goal.measured} | {goal.verdict} |" for goal in goals(results)]
-    notes = [note for comparison in results.comparisons for note in _notes(comparison)]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
+        lines.append((f"**{comparison.name}**", "", "", ""))
+        lines += [_cells(comparison, entry) for entry in comparison.entries]
+    notes = "\n".join(note for comparison in results.comparisons for note in _notes(comparison))
+    title = f"## {results.machine.gpu or results.machine.cpu}"
+    shown = _table(("", "rate", "ours beside it", "spread"), "-rrr", lines)
+    return "\n\n".join(part for part in (title, about(results), shown, _goals(results), notes) if part)
 
 
-def _line(comparison: Comparison, entry: Entry) -> str:
+def _goals(results: Results) -> str:
+    rows = ((f"{goal.name} {goal.wanted}", goal.measured, goal.verdict) for goal in goals(results))
+    return _table(("goal", "measured", ""), "-r-", rows)
+
+
+def _cells(comparison: Comparison, entry: Entry) -> tuple[str, str, str, str]:
     name = f"_{entry.name}_ (limit)" if entry.role == "limit" else entry.name
     if entry.rate is None:
-        return f"| {name} | no figure: {_cell(entry.failure or 'not run')} | | |"
+        return name, f"no figure: {entry.failure or 'not run'}", "", ""
     rate = _rate(entry.rate, comparison.unit)
     if flop := entry.figures.get("flop"):
         rate += f", {flop * entry.rate / entry.work / 1e12:.2f} TFLOP/s"
-    return f"| {name} | {rate} | {_beside(comparison, entry)} | {Timing(seconds=entry.seconds).spread:.0%} |"
+    return name, rate, _beside(comparison, entry), f"{Timing(seconds=entry.seconds).spread:.0%}"
 
 
 def _beside(comparison: Comparison, entry: Entry) -> str:
@@ -75,5 +133,34 @@ def _rate(rate: float, unit: str) -> str:
     return f"{rate / 1e9:.2f} GB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+# ------------------------------------------------------------------------------------------------ python -m bench gpu
+
+
+def gpu_about(raw: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {raw['versions'][name]}" for name in ("torch", "triton"))
+    s = raw["sizes"]
+    return (
+        f"Measured on one {raw['machine']['gpu']}, {raw['machine']['cores']} cores, {versions}, {raw['date']}, in one call of "
+        f"{raw['seconds']:.0f} s: d {s['d']}, F {s['features']:,}, {s['tokens']:,} tokens a step, all random."
+    )
+
+
+def gpu_summary(raw: Mapping[str, Any]) -> str:
+    return f"{gpu_about(raw)}\n\n{_rows(raw['goals'])}"
+
+
+def gpu_details(raw: Mapping[str, Any]) -> str:
+    parts = [
+        f"**{part['title']}**: {part['status']}, {part['seconds']:.0f} s\n\n{_rows(part['rows'])}" for part in raw["parts"]
+    ]
+    return "\n\n".join([f"## {raw['machine']['gpu']}", gpu_about(raw), *parts])
+
+
+def _rows(raws: Iterable[Mapping[str, Any]]) -> str:
+    rows = [Row(**raw) for raw in raws]
+    return _table(("", "", "", ""), "-r--", ((row.name, row.figure, row.verdict, row.note) for row in rows)) if rows else ""
+
+
+def _table(head: tuple[str, ...], sides: str, rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---:" if side == "r" else "---" for side in sides), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

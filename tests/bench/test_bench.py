@@ -12,13 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import growth, limits, ours, peers, project, report, stream, table
-from bench.__main__ import Config, _peers, main
+from bench import clock, growth, limits, ours, pack_wheels, peers, project, report, table
+from bench.__main__ import Config, main, start_peers
 from bench.goals import Goal, goals
-from bench.peers import STEPS, Load, Peer, PeerFailed, Worker, check
-from bench.report import Comparison, Contender, Entry, Machine, Results, Rounds
+from bench.peers import STEPS, WRITERS, Load, Peer, PeerFailed, Worker
+from bench.report import Comparison, Contender, Entry, Machine, Results
 from shared.cli import UserError
-from train.step import Workspace
 
 MACHINE = Machine(
     slug="box-2c", cpu="Box", cores=2, memory_gib=8.0, flags=("amx_bf16",), gpu=None, system="Linux", python="3", torch="2",
@@ -93,7 +92,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_limits_and_peers_show_each_of_ours_by_its_label() -> None:
-    found = rows(table.markdown(WHOLE))
+    found = rows(table.details(WHOLE))
     assert found["ours, dense"][1:3] == ["80 tokens/s", ""]
     assert found["_products_ (limit)"][1:3] == ["100 tokens/s, 2.00 TFLOP/s", "dense 80%, sparse 200%"]
     assert found["_slower limit_ (limit)"][2] == "dense 800%"
@@ -122,7 +121,7 @@ def test_goals_are_met_or_not_by_their_own_bounds() -> None:
     }
     assert found["loader, of raw read"].value == 0.5, "the faster limit counts"
     assert found["dense step, of the best peer"].note == "peer; without gone"
-    shown = rows(table.markdown(WHOLE))
+    shown = rows(table.details(WHOLE))
     three = shown["three dense settings, cost over three times one ≤ 1.02 ×"]
     assert three[1:] == ["1.010 × (half of the rounds 1.005–1.015)", "met"]
     assert shown["loader, of raw read ≥ 90%"][1:] == ["50.0% (direct)", "**not met**"]
@@ -143,19 +142,40 @@ def test_a_goal_reached_exactly(sign: Any, met: bool) -> None:
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
-    assert report.read(report.write(WHOLE, tmp_path)) == WHOLE
+    report.write(WHOLE, tmp_path)
+    assert table.found(tmp_path) == ([WHOLE], [])
 
 
-def test_publish_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path: Path) -> None:
+    readme, details, folder = tmp_path / "README.md", tmp_path / "bench.md", tmp_path / "results"
+    report.write(WHOLE, folder)
+    goal = {"name": "dense step", "value": 0.8, "unit": "", "verdict": "met", "note": "goal ≥ 0.75"}
+    gpu = {"kind": "gpu", "dry": False, "date": "2026-02-01", "seconds": 300.0, "machine": {"gpu": "H1", "cores": 16}}
+    gpu |= {"versions": {"torch": "2", "triton": "3"}, "sizes": {"d": 1024, "features": 32768, "tokens": 32768}}
+    gpu |= {
+        "goals": [goal],
+        "parts": [{"title": "dense", "status": "done", "seconds": 4.0, "rows": [goal | {"name": "a row"}]}],
+    }
+    (folder / "h1.json").write_text(json.dumps(gpu))
     readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    table.publish(WHOLE, readme)
+    table.publish(folder, readme, details)
     text = readme.read_text()
-    assert "old" not in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "| ours, dense | 80 tokens/s |" in text
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert rows(text)["step: ours, dense"] == ["step: ours, dense", "80 tokens/s", ""]
+    assert "step: peer" not in rows(text) and "a row" not in rows(text)
+    assert rows(text)["dense step"] == ["dense step", "0.8", "met", "goal ≥ 0.75"]
+    assert {"peer", "gone", "loader, of raw read ≥ 90%", "a row"} <= set(rows(details.read_text()))
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="needs one"):
-        table.publish(WHOLE, readme)
+        table.publish(folder, readme, details)
+
+
+def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
+    readme, details = tmp_path / "README.md", tmp_path / "bench.md"
+    readme.write_text((table.ROOT / "README.md").read_text())
+    table.publish(readme=readme, details_file=details)
+    assert readme.read_text() == (table.ROOT / "README.md").read_text()
+    assert details.read_text() == (table.ROOT / "docs" / "bench.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- rounds
@@ -164,14 +184,14 @@ def test_publish_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
 def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
     calls: list[str] = []
 
-    def run(name: str, seconds: Iterator[float]) -> report.Run:
+    def run(name: str, seconds: Iterator[float]) -> clock.Run:
         def once() -> float:
             calls.append(name)
             return next(seconds)
 
         return once
 
-    found = Rounds({"a": run("a", iter((9.0, 1.0, 3.0))), "b": run("b", iter((9.0, 2.0, 2.0)))}).measure(2)
+    found = clock.take_turns({"a": run("a", iter((9.0, 1.0, 3.0))), "b": run("b", iter((9.0, 2.0, 2.0)))}, 2)
     assert calls == ["a", "b"] * 3
     assert found["a"].seconds == (1.0, 3.0) and found["b"].median == 2.0
 
@@ -207,22 +227,20 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
     said = SimpleNamespace(returncode=1, stderr="lots of text\nERROR: no matching distribution\n")
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
     monkeypatch.setattr(peers.subprocess, "run", lambda *command, **options: said)
-    config = Config(
-        d=8, features=16, tokens=8, threads=1, device="cpu", rounds=1, write_tokens=8, forward_tokens=8, torch_index=None
-    )
+    config = Config(d=8, features=16, threads=1, device="cpu", rounds=1, torch_index=None)
     peer = Peer(name="far", label="Far away", module="bench.workers.far", environment="far")
     with ExitStack() as stack:
-        ready, absent = _peers(stack, (peer,), config.load(tokens=8), config, work=8)
+        ready, absent = start_peers(stack, (peer,), config.load(8), config, work=8)
     assert ready == []
     found = report.compare(name="x", unit="tokens", contenders=ready, absent=absent, rounds=1)
-    line = rows(table.markdown(results(found)))["Far away"]
+    line = rows(table.details(results(found)))["Far away"]
     assert line[1] == "no figure: far: environment: ERROR: no matching distribution"
 
 
-def test_the_plain_step_trains() -> None:
-    import sys
-
-    assert check(STEPS[0], Load(threads=1), Path(sys.executable))["check"] == "passed"
+def test_the_plain_step_trains_in_a_process_of_its_own() -> None:
+    with Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1)) as worker:
+        assert worker.seconds() > 0
+        assert worker.about["version"] == torch.__version__
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -238,7 +256,7 @@ def test_a_layouts_first_call_says_nothing(monkeypatch: pytest.MonkeyPatch) -> N
             turns[call] = iter([9.0, *after_warm_up[len(turns)]])
         return next(turns[call])
 
-    monkeypatch.setattr(limits, "_seconds", seconds)
+    monkeypatch.setattr(limits, "timed", seconds)
     found = limits._search(4, 4, 4, device="cpu", dtype=torch.float32, rounds=2)
     assert list(found.values()) == [0.9, 0.5, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0]
     assert all(next(left, None) is None for left in turns.values())
@@ -248,7 +266,7 @@ def test_the_limit_is_each_product_in_its_faster_layout(monkeypatch: pytest.Monk
     five = limits.five_products(tokens=16, d=8, features=32, dtype=torch.float32, rounds=1)
     assert five.flop == 5 * 2 * 16 * 8 * 32
     turns = iter([2.0, 1.0, 3.0, 4.0, 5.0, 5.0, 1.0, 9.0, 2.0, 2.5])
-    monkeypatch.setattr(limits, "_seconds", lambda call, device: call() is None or next(turns))
+    monkeypatch.setattr(limits, "timed", lambda call, device: call() is None or next(turns))
     assert five.run() == 1 + 3 + 5 + 1 + 2
 
 
@@ -279,7 +297,7 @@ def test_parts_that_hide_behind_one_another_count_once() -> None:
 
 
 def test_the_published_practice_is_scaled_with_the_tokens() -> None:
-    text = project.table(project.from_results(WHOLE), project.Job(tokens=150_000_000, layers=2))
+    text = project.shown(project.from_results(WHOLE), project.Job(tokens=150_000_000, layers=2))
     assert "35 min x 6" in text and "1.8 h" in text  # 3.5 h for all of its tokens
 
 
@@ -299,7 +317,7 @@ def test_project_shows_this_machine_and_the_latest_gpu(tmp_path: Path, monkeypat
     monkeypatch.setattr(report, "machine", lambda: MACHINE)
     report.write(WHOLE, tmp_path)
     for name, date, dry in (("old", "2026-01-01", False), ("new", "2026-02-01", False), ("dry", "2026-03-01", True)):
-        raw = {"kind": "gpu", "dry": dry, "date": date, "machine": {"gpu": name}, "scaled": 1.0}
+        raw = {"kind": "gpu", "dry": dry, "date": date, "machine": {"gpu": name}}
         figures = dict.fromkeys(project.FIGURES, 1e6)
         (tmp_path / f"{name}.json").write_text(json.dumps(raw | {"figures": figures}))
     done = CliRunner().invoke(main, ["project", "--results", str(tmp_path)])
@@ -326,16 +344,26 @@ def test_project_without_results_says_what_to_run(tmp_path: Path) -> None:
 
 def test_our_paths_do_all_the_work_they_claim(tmp_path: Path) -> None:
     load = Load(d=64, features=256, tokens=96, threads=2, directory=tmp_path)
-    for contenders in (ours.step(load), ours.write(load), ours.read(load), stream.settings(load)):
+    for contenders in (ours.step(load), ours.write(load), ours.read(load), ours.settings(load)):
         for contender in contenders:
-            assert (contender.run() or 0) > 0
+            assert contender.run() > 0
             assert contender.role != "ours" or (callable(contender.note) and contender.note())
     assert {c.key: c.work for c in ours.step(load)} == {"dense": 96, "sparse": 96}
-    assert [c.work for c in stream.settings(load)] == [288] * 4
+    assert [c.work for c in ours.settings(load)] == [288] * 4
     assert ours.write(load)[0].work == 96 * 64 * 2
     assert {c.role for c in ours.read(load)} == {c.role for c in ours.write(load)} == {"ours", "limit"}
-    # The raw writes, which went last, left the same files behind as ours does: one for each of 24 layers.
-    assert len(list((tmp_path / "ours").rglob("c.*.0"))) == 24
+
+
+def test_raw_writes_leave_the_same_files_behind(tmp_path: Path) -> None:
+    spec = ours.cache_spec(d=64, n_layers=3, rows=64, context=16)
+    cache = ours.new_cache(tmp_path / "cache", spec)
+    ours.write_cache(cache, threads=2)
+    found = {path: path.stat().st_size for path in tmp_path.rglob("c.*.0")}
+    assert len(found) == 3 * spec.n_blocks
+    ours.raw(cache, 2, direct=ours.whole_pages(spec), write=True)
+    assert {path: path.stat().st_size for path in tmp_path.rglob("c.*.0")} == found
+    ours.evict_blocks(cache)
+    assert not any(ours.resident_share(path) for path in found)
 
 
 def test_l0_is_as_asked() -> None:
@@ -348,40 +376,43 @@ def test_l0_is_as_asked() -> None:
 
 
 def test_each_setting_steps_as_often_together_as_alone() -> None:
-    load = Load(d=32, features=64, tokens=16)
-    saes = stream.new_saes(load, "sparse", 3)
-    assert all(torch.equal(saes[0].b_enc, sae.b_enc) for sae in saes)
-    workspace = Workspace(16, 32, 64, "bf16", torch.device("cpu"))
-    ours.Steps(saes=saes, workspace=workspace, tokens=16).run()
+    saes = ours.new_saes(3, d=32, features=64, device=torch.device("cpu"), way="sparse")
+    steps = ours.Steps(saes=saes, workspace=ours.workspace(16, 32, 64, torch.device("cpu")), tokens=16)
+    steps.run()
     assert [sae.step_count for sae in saes] == [1, 1, 1]
-    ours.Steps(saes=saes[:1], workspace=workspace, tokens=16, batches=3).run()
+    replace(steps, saes=saes[:1], batches=3).run()
     assert saes[0].step_count == 4
 
 
 def test_training_from_a_cold_cache_takes_every_batch_and_counts_all_its_time(tmp_path: Path) -> None:
     load = Load(d=64, features=256, tokens=96, threads=2, directory=tmp_path)
-    dense, sparse = stream.stream(load)
-    for contender in (dense, sparse):
+    for contender in ours.stream(load):
         contender.run(), contender.run()
         figures = contender.figures()
-        assert contender.work == stream.BATCHES * 96
+        assert contender.work == ours.TRAIN_BATCHES * 96
         assert 0 < figures["waited"] < figures["idle"] < 1 and 0 < figures["first"] < figures["idle"]
         assert callable(contender.note) and "all in" in contender.note()
-    training = dense.run.__self__  # type: ignore[union-attr]
-    assert training.sae.step_count == 2 * (stream.BATCHES + 1), "each round's own, and one to know a step's memory"
+        training = contender.run.__self__  # type: ignore[attr-defined]
+        assert training.steps.saes[0].step_count == 2 * ours.TRAIN_BATCHES
 
 
 def test_memory_bounds_are_those_of_the_full_job() -> None:
-    assert "loader holds at most 2.22 GB" in stream.memory_bounds()  # 2 x 16 x 67.1 MB, their order, a batch of 67.1 MB
-    assert "the writer 3.22 GB" in stream.memory_bounds()  # 2 x 24 x 67.1 MB
+    assert "loader holds at most 2.22 GB" in ours.memory_bounds()  # 2 x 16 x 67.1 MB, their order, a batch of 67.1 MB
+    assert "the writer 3.22 GB" in ours.memory_bounds()  # 2 x 24 x 67.1 MB
 
 
 def test_growth_draws_what_it_measured(tmp_path: Path) -> None:
-    tiny = "--features 64,128 --widths 32,64 --settings 1,2 --layers 1,2 --d 32 --at 64 --tokens 16 --rows 32 --rounds 1"
-    args = ["growth", *tiny.split(), "--threads", "1", "--picture", str(tmp_path / "g.png"), "--results", str(tmp_path)]
+    args = ["growth", "--quick", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "g.png").stat().st_size > 10_000
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
     found = json.loads(next(tmp_path.glob("growth-*.json")).read_text())
     assert [one["x"] for one in found["series"]] == [[64, 128], [32, 64], [1, 2], [1, 2]]
     assert set(found["series"][0]["seconds"]) == {growth.DENSE, growth.SPARSE, growth.LIMIT}
+
+
+def test_wheels_are_those_of_the_requirements() -> None:
+    ours_alone, with_peers = pack_wheels.wanted(peers=False), pack_wheels.wanted(peers=True)
+    assert "zarr==3.1.6" in ours_alone and all("==" in name for name in with_peers)
+    pins = {pin for peer in (*STEPS, *WRITERS) for pin in peer.requirements}
+    assert {"sae-lens==6.54.12", "eai-sparsify==1.3.3"} <= pins & set(with_peers), "as they are timed elsewhere"

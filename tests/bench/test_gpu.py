@@ -1,8 +1,8 @@
 """`python -m bench gpu`: that it runs to its end, and that one failure does not take the rest along."""
 
 import json
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import gpu, project
+from bench import gpu, project, table
 from bench.__main__ import main
 from bench.lab import DRY, Lab
-from bench.peers import ROOT
 from shared.cli import UserError
 from train.kernels import TorchKernels
 
@@ -35,7 +34,7 @@ def test_dry_run_goes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         done.output
     )
     assert set(project.FIGURES) <= set(found["figures"])
-    assert project.latest_gpu(tmp_path) is None, "a dry run is no measurement"
+    assert table.found(tmp_path) == ([], []), "a dry run is no measurement"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -54,34 +53,56 @@ def test_a_part_that_fails_is_marked_and_the_rest_goes_on(lab: Lab, tmp_path: Pa
         lab.keep("before", 1.0, "s")
         raise RuntimeError("no such kernel")
 
-    session = gpu.Session(lab=lab, path=tmp_path / "found.json", last_begin=60)
+    session = gpu.Session.load(tmp_path / "found.json")
     wrong = ("two", lambda lab: lab.check("wrong", float("nan"), 1.0), 1)
-    session.run(parts(("one", breaks, 1), wrong, ("three", lambda lab: lab.goal("fast", 2, "≥", 3), 1), ("late", breaks, 61)))
-    assert [part.status for part in session.done] == ["FAILED", "FAILED", "done", "skipped"]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["figures"] == {"before": 1.0, "fast": 2}
-    assert [(goal["name"], goal["verdict"]) for goal in found["goals"]] == [("fast", "NOT met")]
+    found = parts(("one", breaks, 1), wrong, ("three", lambda lab: lab.goal("fast", 2, "≥", 3), 1), ("late", breaks, 61))
+    assert session.run(lab, found, lambda: 60)
+    assert [part.status for part in session.parts] == ["FAILED", "FAILED", "done", "skipped"]
+    again = gpu.Session.load(tmp_path / "found.json")
+    assert (again.figures, again.parts[0].rows) == ({"before": 1.0, "fast": 2}, session.parts[0].rows)
+    assert [(goal.name, goal.verdict) for goal in again.goals] == [("fast", "NOT met")]
+    assert again.run(lab, found, lambda: 60) and len(again.parts) == 4, "nothing is done twice"
     out, err = capsys.readouterr()
     assert "RuntimeError: no such kernel" in out and "Traceback" in err
-    assert "1 done, 2 FAILED, 1 skipped" in session.summary()
+    assert "1 done, 2 FAILED, 1 skipped" in str(session)
 
 
-def test_what_hangs_is_ended_with_what_there_is(tmp_path: Path) -> None:
-    script = f"""
-import time, torch
-from pathlib import Path
-from click.testing import CliRunner
-from bench import gpu
-gpu.PARTS = tuple(gpu.Part(title=t, run=r, seconds=0) for t, r in (
-    ("one", lambda lab: lab.keep("found", 1.0)), ("two", lambda lab: (lab.keep("half", 2.0), time.sleep(99)))))
-gpu.command(["--dry", "--hard-stop", "0.05", "--out", {str(tmp_path)!r}, "--scratch", {str(tmp_path / "scratch")!r}])
+def test_a_lost_device_is_left_to_another_process(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(lab: Lab) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Lab, "free", free)
+    session = gpu.Session.load(tmp_path / "found.json")
+    assert not session.run(lab, parts(("one", lambda lab: None, 1), ("two", lambda lab: None, 1)), lambda: 60)
+    assert [part.status for part in session.parts] == ["FAILED"]
+
+
+CHILD_SCRIPT = """
+import json, os, sys, time
+def save(*parts):
+    with open(sys.argv[1] + "~", "w") as file:
+        json.dump({"parts": [dict(title=t, status=s, limit=n, rows=[]) for t, s, n in parts]}, file)
+    os.replace(sys.argv[1] + "~", sys.argv[1])
+done = len(json.load(open(sys.argv[1]))["parts"]) if os.path.exists(sys.argv[1]) else 0
+parts = ("good", "done", 1), ("hangs", "running", 0.5), ("dies", "running", 99), ("late", "running", 99)
+stopped = [(title, "stopped", 0) for title, *_ in parts]
+if done == 0:
+    save(*parts[:2])
+    time.sleep(99)
+if done == 2:
+    save(parts[0], stopped[1], parts[2])
+    os.abort()
+save(parts[0], *stopped[1:3], parts[3])
+time.sleep(99)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 3 and "stopped at the hard limit" in done.stdout, done.stdout + done.stderr
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert [(part["title"], part["status"]) for part in found["parts"]] == [("one", "done"), ("two", "stopped")]
-    assert found["figures"] == {"found": 1.0, "half": 2.0}
-    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_hangs_or_dies_is_given_up_and_another_process_does_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    session = gpu.watch([sys.executable, "-c", CHILD_SCRIPT, str(path)], path, time.monotonic(), hard_stop=8)
+    assert [(part.title, part.status) for part in session.parts] == [
+        ("good", "done"), ("hangs", "stopped"), ("dies", "stopped"), ("late", "stopped")
+    ]  # fmt: skip
 
 
 def test_crossover_lies_between_the_points() -> None:
