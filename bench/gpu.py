@@ -79,7 +79,8 @@ def new_steps(lab: Lab, count: int, way: str) -> ours.Steps:
     for sae in lab.saes:
         sae.kernels = lab.kernels
         ours.go(sae, way, s.common_l0)
-    return ours.Steps(saes=lab.saes[:count], workspace=ours.workspace(s.tokens, s.d, s.features, lab.device), tokens=s.tokens)
+    workspace = ours.workspace(s.tokens, s.d, s.features, lab.device, count)
+    return ours.Steps(saes=lab.saes[:count], workspace=workspace, tokens=s.tokens)
 
 
 def keep_step(lab: Lab, name: str, seconds: float, note: str, saes: int = 1) -> None:

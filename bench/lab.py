@@ -46,7 +46,7 @@ class Sizes:
 
 FULL = Sizes(
     d=1024, features=32_768, tokens=32_768, layers=24, vocab=50_304, context=1024, sequences=32, blocks=5,
-    layer_blocks=32, window_blocks=8, l0s=(20, 50, 150, 300, 500, 1000), common_l0=150, rounds=7, ready_steps=16, side=8192,
+    layer_blocks=64, window_blocks=16, l0s=(20, 50, 150, 300, 400), common_l0=150, rounds=7, ready_steps=16, side=8192,
     copy_bytes=1 << 30, check_context=256, check_steps=((512, 4096, 512), (2048, 32_768, 1024)),
     odd_steps=((33, 70, 50), (300, 1003, 200)), resume_steps=60,
 )  # fmt: skip

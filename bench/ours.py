@@ -70,9 +70,16 @@ class Steps:
         return timed(lambda: self.take(*batches), device)
 
     def take(self, *batches: Tensor) -> None:
+        """As the trainer does it."""
+        at_once = self.workspace.slots
         for half in batches:
-            x = half.float()  # once for all, as the trainer does it
-            self.results = [sae.step(x, lr=LR, l1=L1, workspace=self.workspace) for sae in self.saes]
+            x = half.float() if half.device.type == "cpu" else half
+            self.results = []
+            for some in (self.saes[i : i + at_once] for i in range(0, len(self.saes), at_once)):
+                begun = [sae.begin(x, self.workspace) for sae in some]
+                self.results += [
+                    sae.finish(each, lr=LR, l1=L1, workspace=self.workspace) for sae, each in zip(some, begun, strict=True)
+                ]
 
     def note(self) -> str:
         first = self.results[0]
@@ -118,14 +125,14 @@ def set_skewed_l0(sae: TrainingSae, l0: float) -> None:
     sae.b_enc.copy_(-scale * torch.special.ndtri((1 - share).double()).float())
 
 
-def workspace(tokens: int, d: int, features: int, device: torch.device) -> Workspace:
-    return Workspace(tokens, d, features, "bf16", device)
+def workspace(tokens: int, d: int, features: int, device: torch.device, saes: int = 1) -> Workspace:
+    return Workspace(tokens, d, features, "bf16", device, slots=saes if device.type == "cuda" else 1)
 
 
 def _steps(load: Load, way: str, count: int) -> Steps:
     device = torch.device(load.device)
     saes = new_saes(count, d=load.d, features=load.features, device=device, way=way)
-    return Steps(saes=saes, workspace=workspace(load.tokens, load.d, load.features, device), tokens=load.tokens)
+    return Steps(saes=saes, workspace=workspace(load.tokens, load.d, load.features, device, count), tokens=load.tokens)
 
 
 def step(load: Load) -> list[Contender]:

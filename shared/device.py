@@ -1,5 +1,6 @@
 """Which device a command runs on, and how tensors get there without anybody waiting."""
 
+import os
 import re
 import shutil
 import sys
@@ -37,6 +38,9 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"CUDA was asked for, but no CUDA device is available here ({_why_no_cuda(said)}); use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
+    if device.type == "cuda":
+        # cuBLAS reads it when it starts; without it two runs of the same products may differ in their last bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # streams and kernels are made on the current device
     if device.type == "cpu":
