@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from train.kernels import Workspace
 from train.runs import Run, snapshot_tokens
 from train.sae import Sae
 from train.step import Begun, StepResult, TrainingSae
+from train.trainer import RunOptions
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -188,10 +190,13 @@ def test_a_finished_run_is_left_alone(cli: Cli, runs_path: Path, cache_path: Pat
     assert {p: p.stat().st_mtime_ns for p in runs_path.rglob("*.pt")} == before
 
 
+@pytest.mark.parametrize("log_records", [300, 2])
 def test_a_setting_that_diverges_stops_alone(
-    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_records: int
 ) -> None:
-    """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end."""
+    """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end. Where
+    nothing is written at that step it is noticed one later."""
+    monkeypatch.setattr("train.__main__.RunOptions", functools.partial(RunOptions, log_records=log_records))
     finish = TrainingSae.finish
 
     def poisoned(self: TrainingSae, begun: Begun, *, l1: float, workspace: Workspace, **options: object) -> StepResult:
