@@ -1,6 +1,7 @@
 """The GPU path in one call: is it right, how fast is it, what does the whole job come to.
 
     python -m bench gpu                # needs one NVIDIA GPU; five minutes and a half at most
+    python -m bench.pack_wheels W      # before, for a machine without a package index: the wheels that it will lack
     python -m bench gpu --dry          # the same code at tiny sizes on a CPU: does the script run to its end?
 
 Correctness first, then what is worth most. Shapes are the published job's, weights and activations random. A part that
@@ -635,7 +636,7 @@ def _kernels(device: torch.device) -> TorchKernels:
 @click.command()
 @click.option("--dry", is_flag=True, help="Tiny sizes on the CPU: prove that the script runs to its end.")
 @click.option("--minutes", default=5.2, show_default=True, help="No part begins that is not expected to end by then.")
-@click.option("--hard-stop", default=5.6, show_default=True, help="Minutes after which everything ends, with what there is.")
+@click.option("--hard-stop", default=5.5, show_default=True, help="Minutes after which everything ends, with what there is.")
 @click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS, help="Folder for <gpu>.json.")
 @click.option(
     "--scratch", type=click.Path(path_type=Path), default=ROOT / "build" / "bench", help="On the disk to be measured."
