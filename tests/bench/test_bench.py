@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,12 +213,12 @@ def test_one_that_raises_is_out_with_its_reason_and_the_others_go_on() -> None:
 
 def test_a_peer_that_cannot_start_says_why_in_one_line() -> None:
     with pytest.raises(PeerFailed, match="^nobody: ended with exit status 1 and no answer$"):
-        Worker(Peer(name="nobody", label="nobody", module="bench.workers.nobody"), Load(d=8, features=16, tokens=8))
+        Worker(Peer(name="nobody", label="nobody"), Load(d=8, features=16, tokens=8))
 
 
 def test_a_peer_that_fails_inside_says_why(tmp_path: Path) -> None:
     # Our own environment has no SAELens: the worker starts and then fails on its import.
-    peer = Peer(name="sae_lens", label="SAELens", module="bench.workers.sae_lens")
+    peer = Peer(name="sae_lens", label="SAELens")
     with pytest.raises(PeerFailed, match="sae_lens: ModuleNotFoundError: No module named"):
         Worker(peer, Load(d=8, features=16, tokens=8))
 
@@ -228,7 +228,7 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
     monkeypatch.setattr(peers.subprocess, "run", lambda *command, **options: said)
     config = Config(d=8, features=16, threads=1, device="cpu", rounds=1, torch_index=None)
-    peer = Peer(name="far", label="Far away", module="bench.workers.far", environment="far")
+    peer = Peer(name="far", label="Far away", environment="far")
     with ExitStack() as stack:
         ready, absent = start_peers(stack, (peer,), config.load(8), config, work=8)
     assert ready == []
@@ -238,7 +238,7 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
 
 
 def test_the_plain_step_trains_in_a_process_of_its_own() -> None:
-    with Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1)) as worker:
+    with closing(Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1))) as worker:
         assert worker.seconds() > 0
         assert worker.about["version"] == torch.__version__
 
