@@ -103,9 +103,3 @@ def test_what_hangs_or_dies_is_given_up_and_another_process_does_the_rest(tmp_pa
     assert [(part.title, part.status) for part in session.parts] == [
         ("good", "done"), ("hangs", "stopped"), ("dies", "stopped"), ("late", "stopped")
     ]  # fmt: skip
-
-
-def test_crossover_lies_between_the_points() -> None:
-    assert gpu.crossover({20: 1.0, 100: 3.0}, 2.0) == pytest.approx(60)
-    assert gpu.crossover({20: 1.0, 100: 3.0}, 4.0) == -1
-    assert gpu.crossover({20: 1.0}, 0.5) == 0
