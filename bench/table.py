@@ -173,12 +173,13 @@ def gpu_summary(raw: Mapping[str, Any]) -> str:
     matrix = f"of {found['bf16 FLOP/s'] / 1e12:.0f} TFLOP/s" if "bf16 FLOP/s" in found else ""
     rows = []
     for key, name in GPU_STEPS.items():
-        if rate := found.get(f"{key}, tokens/s"):
-            seconds, share = found[f"{key}, seconds"], found.get(f"{key}, share of the matrix rate", math.nan)
-            rows.append((name, _rate(rate, "tokens"), f"{1e3 * seconds:.1f} ms, {share:.0%} {matrix}"))
+        if seconds := found.get(f"{key}, seconds"):
+            share = found.get(f"{key}, share of the matrix rate", math.nan)
+            rows.append((name, _rate(found[f"{key}, tokens/s"], "tokens"), f"{1e3 * seconds:.1f} ms, {share:.0%} {matrix}"))
     for key, name in GPU_PEERS.items():
         if rate := found.get(f"peer {key}, tokens/s"):
-            ours = (f"{way} {found[f'{way} step, tokens/s'] / rate:.2f} ×" for way in ("dense", "sparse"))
+            both = ((way, found.get(f"{way} step, tokens/s", math.nan)) for way in ("dense", "sparse"))
+            ours = (f"{way} {mine / rate:.2f} ×" for way, mine in both)
             rows.append((name, _rate(rate, "tokens"), f"ours {', '.join(ours)}"))
     for key, (name, beside, note) in GPU_STREAMS.items():
         if rate := found.get(key):

@@ -152,7 +152,9 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     goal = {"name": "dense step", "value": 0.8, "unit": "", "verdict": "met", "note": "goal ≥ 0.75"}
     gpu = {"kind": "gpu", "dry": False, "date": "2026-02-01", "seconds": 300.0, "machine": {"gpu": "H1", "cores": 16}}
     gpu |= {"versions": {"torch": "2", "triton": "3"}, "sizes": {"d": 1024, "features": 32768, "tokens": 32768}}
+    figures = {"bf16 FLOP/s": 8e14, "dense step, tokens/s": 3e6, "dense step, seconds": 0.01, "peer sae_lens, tokens/s": 1e6}
     gpu |= {
+        "figures": figures | {"dense step, share of the matrix rate": 0.8, "sparse step, tokens/s": 5e6},
         "goals": [goal],
         "parts": [{"title": "dense", "status": "done", "seconds": 4.0, "rows": [goal | {"name": "a row"}]}],
     }
@@ -163,7 +165,9 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert rows(text)["step: ours, dense"] == ["step: ours, dense", "80 tokens/s", ""]
     assert "step: peer" not in rows(text) and "a row" not in rows(text)
-    assert rows(text)["dense step"] == ["dense step", "0.8", "met", "goal ≥ 0.75"]
+    assert rows(text)["dense step"] == ["dense step", "≥ 0.75", "0.8", "met"]
+    assert rows(text)["SAE step, dense"][1:] == ["3,000,000 tokens/s", "10.0 ms, 80% of 800 TFLOP/s"]
+    assert rows(text)["SAELens, standard SAE"][1:] == ["1,000,000 tokens/s", "ours dense 3.00 ×, sparse 5.00 ×"]
     assert {"peer", "gone", "loader, of raw read ≥ 90%", "a row"} <= set(rows(details.read_text()))
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="needs one"):
