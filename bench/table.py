@@ -162,8 +162,8 @@ def gpu_about(raw: Mapping[str, Any]) -> str:
     s = raw["sizes"]
     return (
         f"Measured on one {raw['machine']['gpu']}, {raw['machine']['cores']} cores, {versions}, {raw['date']}, in one call of "
-        f"{raw['seconds']:.0f} s: d {s['d']}, F {s['features']:,}, {s['tokens']:,} tokens a step, all random. Shares of the matrix "
-        "rate count the dense arithmetic, of which sparse steps do a part."
+        f"{raw['seconds']:.0f} s: d {s['d']}, F {s['features']:,}, {s['tokens']:,} tokens a step, all random. "
+        "Shares of the matrix rate count the dense arithmetic, of which sparse steps do a part."
     )
 
 
