@@ -16,6 +16,7 @@ metadata. The last `holdout_blocks` blocks are for evaluation alone.
 
 import ctypes
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ from shared.shuffle import block_rows
 FORMAT = 1
 HOOK = "resid_post"
 TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
+ADVICE = ("model", "dataset")  # fields of a spec that say where something lay: they fix nothing
 _KEYS: dict[str, Any] = {
     "name": "default",
     "separator": ".",
@@ -65,6 +67,17 @@ class CacheSpec:
     holdout_blocks: int
     seed: int
     precision: str  # of the model's forward pass: bf16 or fp32
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that fix the bytes: all but where model and text lay, which is advice."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ADVICE}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity, 64 hexadecimal digits: the same for the same content, wherever it lay."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
     def block_rows(self) -> int:
@@ -173,6 +186,11 @@ class Cache:
     def __init__(self, path: Path, spec: CacheSpec, layers: tuple[int, ...]) -> None:
         self.path, self.spec, self.layers = path, spec, layers
         self._groups: dict[int, list[Path]] = {}  # {layer: the folders of the ledger that may have its entries}, as last seen
+
+    @property
+    def digest(self) -> str:
+        """What a run records of its cache, and compares."""
+        return self.spec.digest
 
     @property
     def _store(self) -> Path:
