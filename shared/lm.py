@@ -21,7 +21,7 @@ _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$
 _NUMBERED = re.compile(r"\.\d+\.")
 _HASHED_WHOLE = 1 << 32  # local files up to this size together are identified by content, larger ones by name and size
 
-# Its load report lists the head that is left out on purpose, so `load_model` reads the report; its bars say nothing at this size.
+# Its load report lists the head that is left out on purpose, so `load_model` reads it; its bars say nothing at this size.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
