@@ -24,7 +24,7 @@ from shared.cache import Cache, CacheSpec
 from shared.cli import DefaultRun, UserError, format_layers, parse_count, parse_layers, run
 from shared.device import pick_device
 from shared.files import make_dir
-from shared.lm import load_config, model_revision, unpin
+from shared.lm import load_config, model_revision, require_model, unpin
 from shared.presets import Preset, get_preset
 
 
@@ -38,6 +38,7 @@ class Job:
     precision: str
     seed: int
     threads: int
+    bos: bool = False
 
     @property
     def source(self) -> TextSource:
@@ -61,13 +62,14 @@ class Job:
             text_column=p.text_column, tokenizer_sha256="", separator=0, context=p.context, d_model=p.d_model,
             n_layers=p.n_layers, vocab_size=p.vocab_size, block_sequences=p.block_sequences,
             n_blocks=train + holdout, holdout_blocks=holdout, seed=self.seed, precision=self.precision,
+            bos=self.bos,
         )  # fmt: skip
 
     def spec(self) -> CacheSpec:
         """The whole spec. Opens the text and the tokeniser, and refuses those that cannot be harvested."""
         p = self.preset
         tokenizer = load_tokenizer(p.model, p.revision)
-        require_one_context(self.source, tokenizer, p.context)
+        require_one_context(self.source, tokenizer, self.shape())
         return replace(
             self.shape(),
             model_revision=model_revision(p.model, p.revision),
@@ -96,7 +98,7 @@ _settings = _options(
     click.option("--revision", help="The model's revision on the hub."),
     click.option("--dataset", help="Hub id, local file or folder (jsonl, parquet, text)."),
     click.option("--dataset-revision", help="The dataset's revision on the hub."),
-    click.option("--split", help="Split of a hub dataset."),
+    click.option("--split", help="Split of a hub dataset, or of a folder whose file names say one; all for every file."),
     click.option("--text-column", help="Column that holds the text."),
     click.option("--tokens", help="Tokens to train on, such as 300M."),
     click.option("--holdout-tokens", help="Tokens held out for evaluation."),
@@ -105,6 +107,7 @@ _settings = _options(
     click.option(
         "--forward-sequences", type=click.IntRange(1), help="Contexts in one forward pass; on a CPU 2,048 tokens at most."
     ),
+    click.option("--bos", is_flag=True, help="Begin every context with the tokenizer's BOS, as Llama and Gemma expect."),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
     click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order inside blocks."),
@@ -133,6 +136,7 @@ def _job(options: dict[str, Any]) -> Job:
         precision=options["precision"],
         seed=options["seed"],
         threads=options["threads"],
+        bos=options["bos"],
     )
 
 
@@ -164,6 +168,7 @@ def run_command(device: str | None, **options: Any) -> None:
         require_space(job.cache, remaining_bytes(cache, job.layers))
         cache.add_layers(job.layers)
     else:
+        require_model(job.preset.model, job.preset.revision, job.precision, spec.context)  # before hours of tokenising
         cache = Cache.create(job.cache, spec, job.layers)
     harvest(cache, job.layers, job.source, job.preset.revision, config)
     for layer, totals in cache.totals().items():

@@ -67,6 +67,7 @@ class CacheSpec:
     holdout_blocks: int
     seed: int
     precision: str  # of the model's forward pass: bf16 or fp32
+    bos: bool = False  # every context begins with the tokeniser's BOS
 
     @property
     def identity(self) -> dict[str, Any]:

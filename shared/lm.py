@@ -1,7 +1,9 @@
 """Language models: which one it is, loading it, and finding its decoder blocks."""
 
 import hashlib
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +14,14 @@ from shared.cli import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
+_SHAPE = ("num_hidden_layers", "hidden_size", "vocab_size")
+_NAMED = 3  # weights named in a refusal
+# What a checkpoint may hold beyond the model: heads, and what older versions stored of masks and rotations, which is computed.
+_COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+_NUMBERED = re.compile(r"\.\d+\.")
 _HASHED_WHOLE = 1 << 32  # local files up to this size together are identified by content, larger ones by name and size
 
-# Its load report lists the head that is left out on purpose, and its bars say nothing at this size.
+# Its load report lists the head that is left out on purpose, so `load_model` reads it; its bars say nothing at this size.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -56,20 +63,80 @@ def model_revision(model: str, revision: str | None) -> str:
 
 
 def load_config(model: str, revision: str | None) -> PretrainedConfig:
+    """The configuration of a plain, unquantised language model. Raises UserError for any other, or where it is not there."""
     try:
-        return AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # configurations are code of some hundred models, each with its own ways of failing
         raise unreachable(f"the model {model}", error) from None
+    if lacking := [name for name in _SHAPE if not isinstance(getattr(config, name, None), int)]:
+        raise UserError(
+            f"{model} is not a plain language model: its configuration has no {', '.join(lacking)} of its own; "
+            "save the language model inside it by itself and name that"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{model} is quantised: activations of rounded weights are another model's; name the original one")
+    return config
+
+
+def require_context(model: str, config: PretrainedConfig, context: int) -> None:
+    """Raises UserError where a context is longer than the positions that the model has or was trained on."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and context > positions:
+        raise UserError(f"contexts of {context} tokens do not fit the {positions} positions of {model}: lower --context")
+
+
+def require_model(model: str, revision: str | None, precision: str, context: int) -> None:
+    """All that can be wrong with a model, before hours are spent on its text: loads it once. Raises UserError."""
+    require_context(model, load_config(model, revision), context)
+    find_blocks(load_model(model, revision, precision, head=False))
 
 
 def load_model(model: str, revision: str | None, precision: str, *, head: bool) -> nn.Module:
-    """A causal language model, or without `head` its base model; on the CPU, in evaluation mode. Raises UserError."""
+    """A causal language model, or without `head` its base model; on the CPU, in evaluation mode.
+
+    Raises UserError where it is not there, cannot be read, or is not, weight by weight, what its configuration describes.
+    """
+    load_config(model, revision)
     kind = AutoModelForCausalLM if head else AutoModel
+    loaded: nn.Module
     try:
-        loaded: nn.Module = kind.from_pretrained(model, revision=revision, dtype=DTYPES[precision], use_safetensors=True)
-    except (OSError, ValueError) as error:
+        loaded, report = kind.from_pretrained(
+            model,
+            revision=revision,
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+            output_loading_info=True,
+        )
+    except Exception as error:  # cut files, pointers to files, packages that are missing: each library has its own kinds
         raise unreachable(f"the model {model}", error) from None
+    _require_all_weights(model, report)
     return loaded.eval().requires_grad_(False)
+
+
+def _require_all_weights(model: str, report: dict[str, Any]) -> None:
+    """Raises UserError where weights were left random or unused: transformers goes on with a warning."""
+    shapes = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
+    unused = [k for k in report["unexpected_keys"] if _NUMBERED.search(k) and not _COMPUTED.search(k)]
+    errors = [str(message) for message in report.get("error_msgs", ())]
+    wrong = {
+        "it lacks": sorted(set(report["missing_keys"]) - set(shapes)),
+        "of another shape are": sorted(shapes),
+        "no part of the model are": sorted(unused),
+        "transformers says": errors,
+    }
+    found = [f"{what} {_listed(names)}" for what, names in wrong.items() if names]
+    if found:
+        raise UserError(
+            f"the weights of {model} are not those that its config.json describes: {'; '.join(found)}; save the model again "
+            "with save_pretrained (of a compiled model: its `_orig_mod`), or download it again"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
