@@ -312,7 +312,7 @@ def _harvest_to(lab: Lab, where: str, folder: Path) -> None:
         start = time.perf_counter()
         shares = harvest_blocks(cache, model, blocks, config)
         seconds = time.perf_counter() - start
-        damaged, _ = verify(cache, cache.layers, lab.threads)
+        damaged = verify(cache, cache.layers, lab.threads).lines
     finally:
         shutil.rmtree(folder / "harvest", ignore_errors=True)
     rows, size = len(blocks) * spec.block_rows, len(blocks) * spec.block_bytes * spec.n_layers

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from shared.cli import UserError
-from shared.lm import hash_files, unreachable
+from shared.lm import dataset_commit, hash_files, unreachable
 
 if TYPE_CHECKING:  # imported where text is read: whoever harvests from tokens that are there needs neither
     from datasets import IterableDataset
@@ -72,14 +72,7 @@ class TextSource:
         """The hub's commit, or a hash of local files. Raises UserError if the source cannot be reached."""
         if files := self.local_files:
             return hash_files(files)
-        if self.revision is not None:
-            return self.revision
-        from huggingface_hub import HfApi
-
-        try:
-            return str(HfApi().dataset_info(self.dataset).sha)
-        except Exception as error:
-            raise unreachable(f"the dataset {self.dataset}", error) from None
+        return dataset_commit(self.dataset, self.revision)
 
     def pieces(self, place: dict[str, Any] | None = None) -> Iterator[Piece]:
         """Every document from a place on, from the first without one. Raises UserError at whatever is no text."""

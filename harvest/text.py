@@ -7,11 +7,8 @@ a killed run continues there without tokenising anything twice.
 
 import hashlib
 import itertools
-import json
-import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator
 from typing import Any
 from zlib import crc32
 
@@ -21,9 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from harvest.source import Piece
 from harvest.source import TextSource as TextSource
-from shared.cache import Cache, CacheSpec, crc32c
+from shared.cache import Cache, CacheSpec
 from shared.cli import UserError
-from shared.files import publish_json, sync_dir, write_file
 from shared.lm import unreachable
 from shared.progress import Progress
 
@@ -49,22 +45,6 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-@dataclass(kw_only=True, slots=True)
-class TokenLedger:
-    """How far the token array is written, and where in the source the next token is."""
-
-    sequences: int = 0
-    chunks: list[str] = field(default_factory=list)  # crc32c of each chunk file
-    source: dict[str, Any] | None = None  # the stream's state before the batch of documents that holds the next token
-    skip: int = 0  # tokens of that batch already written
-
-    @classmethod
-    def load(cls, cache: Cache) -> "TokenLedger":
-        if not cache.token_ledger.exists():
-            return cls()
-        return cls(**json.loads(cache.token_ledger.read_text()))
 
 
 def require_one_context(source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> None:
@@ -97,33 +77,53 @@ def _text_tokens(spec: CacheSpec) -> int:
     return spec.context - int(spec.bos)
 
 
-def write_tokens(cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill the token array, continuing where the ledger says. Raises UserError if the text runs out."""
-    spec, ledger = cache.spec, TokenLedger.load(cache)
-    if ledger.sequences == spec.sequences:
-        return
-    start, per_context = _context_start(tokenizer, spec), _text_tokens(spec)
+def write_tokens(
+    cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase, chunks: Collection[int] | None = None
+) -> None:
+    """Write these chunks of the token array, or all that it lacks. Raises UserError if the text runs out."""
+    spec, wanted = cache.spec, sorted(cache.missing_token_chunks() if chunks is None else chunks)
+    done = max(0, spec.sequences - len(wanted) * spec.token_chunk) * spec.context
+    with Progress("tokenising", spec.sequences * spec.context, "tokens", start=done) as progress:
+        while wanted:
+            first = last = wanted.pop(0)
+            while wanted and wanted[0] == last + 1:
+                last = wanted.pop(0)
+            _write_chunks(cache, source, tokenizer, range(first, last + 1), progress)
+
+
+def _write_chunks(
+    cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase, chunks: range, progress: Progress
+) -> None:
+    """Consecutive chunks, from the last place in the text before them that the ledger knows."""
+    spec, per_context = cache.spec, _text_tokens(cache.spec)
+    at, state, skip = _resume(cache, chunks.start)
     pending = np.empty(0, dtype=spec.token_dtype)
-    with Progress("tokenising", spec.sequences * spec.context, "tokens", start=ledger.sequences * spec.context) as progress:
-        for state, batch in _token_batches(source, tokenizer, spec, ledger.source):
-            tokens = batch.astype(spec.token_dtype)[ledger.skip :]
-            ledger.skip = 0
-            pending = np.concatenate([pending, tokens])
-            while ledger.sequences < spec.sequences:
-                n = min(spec.token_chunk, spec.sequences - ledger.sequences)
-                if pending.size < n * per_context:
-                    break
-                _write_chunk(cache, ledger, pending[: n * per_context].reshape(n, per_context), start)
-                pending = pending[n * per_context :]
-                position = TokenLedger(
-                    sequences=ledger.sequences, chunks=ledger.chunks, source=state, skip=len(batch) - pending.size
-                )
-                publish_json(cache.token_ledger, asdict(position))
-            if ledger.sequences == spec.sequences:
-                progress.update(ledger.sequences * spec.context)
-                return
-            progress.update(ledger.sequences * spec.context + pending.size)
-        _refuse_short_text(cache, source, ledger.sequences + pending.size // per_context)
+    for found, batch in _token_batches(source, tokenizer, spec, state):
+        pending = np.concatenate([pending, batch.astype(spec.token_dtype)[skip:]])
+        skip = 0
+        while at < chunks.stop:
+            n = min(spec.token_chunk, spec.sequences - at * spec.token_chunk)
+            if pending.size < n * per_context:
+                break
+            text, pending = pending[: n * per_context].reshape(n, per_context), pending[n * per_context :]
+            if at in chunks:
+                cache.commit_tokens(at, _chunk(cache, text, _context_start(tokenizer, spec)), found, len(batch) - pending.size)
+            at += 1
+            progress.update(min(at * spec.token_chunk, spec.sequences) * spec.context)
+        if at == chunks.stop:
+            return
+    _refuse_short_text(cache, source, at * spec.token_chunk + pending.size // per_context)
+
+
+def _resume(cache: Cache, chunk: int) -> tuple[int, dict[str, Any] | None, int]:
+    """(chunk, the text's state, tokens to skip there) from which on `chunk` is come by, as near to it as the ledger knows."""
+    for before in range(chunk - 1, -1, -1):
+        try:
+            known = cache.token_chunk(before)
+        except UserError:  # damaged; the one before it will do
+            continue
+        return before + 1, known.source, known.skip
+    return 0, None, 0
 
 
 def _token_batches(
@@ -177,28 +177,22 @@ def _require_known(tokens: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _write_chunk(cache: Cache, ledger: TokenLedger, text: NDArray[Any], start: list[int]) -> None:
-    """Write the next chunk file, padded to the chunk's full size as Zarr requires, and count it.
+def _chunk(cache: Cache, text: NDArray[Any], start: list[int]) -> NDArray[Any]:
+    """The content of a chunk file, padded to the chunk's full size as Zarr requires.
 
     text [contexts, tokens of text]; every context begins with `start`.
     """
     chunk = np.zeros((cache.spec.token_chunk, cache.spec.context), dtype=cache.spec.token_dtype)
     chunk[: len(text), : len(start)] = start
     chunk[: len(text), len(start) :] = text
-    path = cache.token_chunk_path(len(ledger.chunks))
-    write_file(path, chunk.data)
-    sync_dir(path.parent)
-    ledger.chunks.append(crc32c(chunk))
-    ledger.sequences += len(text)
+    return chunk
 
 
 def _refuse_short_text(cache: Cache, source: TextSource, contexts: int) -> None:
     """A cache's shape follows from the token count, so one that cannot be filled, and never was, is taken away again."""
     spec = cache.spec
     usable = (contexts // spec.block_sequences - spec.holdout_blocks) * spec.block_rows
-    if not any(cache.committed(layer) for layer in cache.layers):
-        shutil.rmtree(cache.path / "activations.zarr")
-        shutil.rmtree(cache.path / "ledger")
+    cache.discard()
     advice = f"ask for at most --tokens {usable}" if usable > 0 else "lower --tokens, --holdout-tokens and --block-sequences"
     raise UserError(
         f"{source.dataset} ends after {contexts * spec.context} tokens, {spec.sequences * spec.context} are wanted; {advice}"
