@@ -311,7 +311,7 @@ def _harvest_to(lab: Lab, where: str, folder: Path) -> None:
         runs.run()  # also locks the host buffers, which the next call finds ready
         runs.blocks = list(range(spec.n_blocks))
         seconds = runs.run()
-        damaged, _ = verify(cache, cache.layers, lab.threads)
+        damaged = verify(cache, cache.layers, lab.threads).lines
     finally:
         shutil.rmtree(folder / "harvest", ignore_errors=True)
     lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {runs.note()}")

@@ -188,12 +188,10 @@ def new_cache(path: Path, spec: CacheSpec) -> Cache:
 
 def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
     """A new cache whose token array is filled at random."""
-    import zarr
-
     cache = new_cache(path, spec)
-    array: Any = zarr.open_array(str(path / "activations.zarr" / "tokens"), mode="r+")
-    tokens = torch.randint(0, spec.vocab_size, (spec.sequences, spec.context))
-    array[:] = tokens.numpy().astype(spec.token_dtype)
+    for chunk in range(spec.token_chunks):
+        tokens = torch.randint(0, spec.vocab_size, (spec.token_chunk, spec.context))
+        cache.commit_tokens(chunk, tokens.numpy().astype(spec.token_dtype), {}, 0)
     return cache
 
 
@@ -203,8 +201,8 @@ def empty(cache: Cache) -> None:
     for layer in cache.layers:
         for file in cache.block_path(layer, 0).parent.glob("c.*"):
             file.unlink()
-    for entry in cache.path.glob("ledger/*/*.json"):
-        entry.unlink()
+    for block in range(cache.spec.n_blocks):
+        cache.entry_path(cache.layers, block).unlink(missing_ok=True)
 
 
 def fill_random(data: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from shared.cache import Cache
 from shared.cli import UserError
 from shared.device import announce
 from shared.files import make_dir, publish_file, publish_json
-from shared.lm import model_revision, unpin
+from shared.lm import harvested_model
 from shared.progress import Progress
 from train.runs import Run, Snapshot
 from train.sae import Sae
@@ -67,10 +67,8 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig) -> dict[str, lis
 
 def _language_model(cache: Cache, config: EvalConfig) -> SplicedModel:
     spec = cache.spec
-    model, revision = config.model or spec.model, unpin(spec.model_revision)
-    if model_revision(model, revision) != spec.model_revision:
-        raise UserError(f"{model} is not the model the cache was harvested from; name its folder with --model")
-    return SplicedModel(model, revision, spec.precision, config.device, heldout_tokens(cache, config.ce_tokens))
+    model = harvested_model(cache, config.model)
+    return SplicedModel(str(model.folder), None, spec.precision, config.device, heldout_tokens(cache, config.ce_tokens))
 
 
 def _evaluate_layer(
