@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from eval.evaluate import EvalConfig, evaluate, find_runs
+from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
-from shared.cli import parse_count, run
+from shared.cli import UserError, parse_count, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
 
@@ -41,12 +41,17 @@ def main(
         model=model,
     )
     opened = Cache.open(cache or Path("data") / p.name)
-    found = find_runs(runs, opened)
-    results = evaluate(opened, found, config)
+    skipped = Skipped()
+    found = find_runs(runs, opened, skipped)
+    results = evaluate(opened, found, config, skipped)
+    found = [each for each in found if each.name in results]
     for each in found:
-        plot_run(each, results[each.name])
-    click.echo(text_table(results))
-    click.echo(f"\nreport: {write_report(runs, found, results)}")
+        plot_run(each, results[each.name], skipped)
+    report = write_report(runs, found, results)
+    say(text_table(found, results))
+    say(f"\nreport: {report}")
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
 
 
 if __name__ == "__main__":
