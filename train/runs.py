@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.cache import Cache
+from shared.cache import ADVICE, Cache
 from shared.cli import UserError, format_count, say
 from shared.files import make_dir, replacing, sync_dir
 from shared.seal import SEAL, canonical, seal, sealed
@@ -118,7 +118,7 @@ class Run:
             f"{whose}{key} is {a.get(key)!r} there, {b.get(key)!r} here"
             for whose, a, b in pairs
             for key in sorted({*a, *b})
-            if a.get(key) != b.get(key) and not (whose and key in _ADVICE)
+            if a.get(key) != b.get(key) and not (whose and key in ADVICE)
         ]
         raise UserError(
             f"{self.path} was trained with other settings ({'; '.join(different)}): "
