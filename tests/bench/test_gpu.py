@@ -26,7 +26,9 @@ def lab(tmp_path: Path) -> Lab:
 def test_dry_run_goes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(main, ["gpu", "--dry", "--out", str(tmp_path), "--scratch", str(tmp_path)])
+    done = CliRunner().invoke(
+        main, ["gpu", "--dry", "--minutes", "30", "--hard-stop", "40", "--out", str(tmp_path), "--scratch", str(tmp_path)]
+    )
     torch.set_num_threads(threads)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
