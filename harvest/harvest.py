@@ -403,7 +403,11 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
         tokenizer_sha256=tokenizer_hash(tokenizer),
         separator=tokenizer.eos_token_id,
     )
-    cache.require_same(here)
+    if different := cache.spec.differences(here):
+        raise UserError(
+            f"{source.dataset} is not the text that {cache.path} was made from ({'; '.join(different)}), so nothing was changed: "
+            "put it back, or name it with --dataset"
+        )
 
 
 def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, config: HarvestConfig) -> int:
