@@ -7,9 +7,9 @@ runs/<model>-saes-x<expansion>-l1-<setting>/
     state/layer00/                           resume only; removed when the layer is done
 
 Three rules. What is written says what it belongs to (the run's digest, the layer, the snapshot) and carries a checksum of
-itself (shared/seal.py), and both are checked by whoever reads it: what is damaged is made again, what belongs elsewhere is refused and
-left alone. A file takes its place whole and durable, and a state only after the curve and the snapshots before it. A layer is
-written by one process, which holds a lock on state/layerNN/owner, and is finished when every snapshot of it is right.
+itself (shared/seal.py), and both are checked by whoever reads it: what is damaged is made again, what belongs elsewhere is
+refused and left alone. A file takes its place whole and durable, and a state only after the curve and the snapshots before it.
+A layer is written by one process, which holds a lock on state/layerNN/owner, and is finished when every snapshot is right.
 """
 
 import contextlib
