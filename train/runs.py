@@ -291,10 +291,10 @@ class Run:
             raise Damaged(f"{path} is damaged ({error})") from None
         mine = self._state_belongs(layer)
         if any(said.get(k) != v for k, v in mine.items()):
+            whose = "this" if said.get("run") == mine["run"] else "another"
             raise UserError(
-                f"{path} is the state of layer {said.get('layer')} of "
-                f"{'this run' if said.get('run') == mine['run'] else 'another run'}, not of layer {layer} of this one: put it back "
-                "where it belongs, or delete it to train this layer from the start"
+                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {layer} of this one: "
+                "put it back where it belongs, or delete it to train this layer from the start"
             )
         return tensors, {k: v for k, v in said.items() if k not in (*mine, SEAL)}
 
