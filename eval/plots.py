@@ -10,7 +10,6 @@ os.environ["MPLBACKEND"] = "Agg"  # a notebook's names one that may not be here,
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcdefaults()  # nor is the user's own style of any use here
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,6 +19,8 @@ from eval.evaluate import Skipped
 from shared.cli import format_count
 from shared.files import make_dir, replacing
 from train.runs import Run, alone_in, snapshot_tokens
+
+matplotlib.rcdefaults()  # the user's own style may not fit
 
 Record = dict[str, Any]
 

@@ -7,9 +7,9 @@ runs/<model>-saes-x<expansion>-l1-<setting>/
     state/layer00/                           resume only; removed when the layer is done
 
 Three rules. What is written says what it belongs to (the run's digest, the layer, the snapshot) and carries a checksum of
-itself (shared/seal.py), and both are checked by whoever reads it: what is damaged is made again, what belongs elsewhere is refused and
-left alone. A file takes its place whole and durable, and a state only after the curve and the snapshots before it. A layer is
-written by one process, which holds a lock on state/layerNN/owner, and is finished when every snapshot of it is right.
+itself (shared/seal.py), and both are checked by whoever reads it: what is damaged is made again, what belongs elsewhere is
+refused and left alone. A file takes its place whole and durable, and a state only after the curve and the snapshots before it.
+A layer is written by one process, which holds a lock on state/layerNN/owner, and is finished when every snapshot is right.
 """
 
 import contextlib
@@ -289,10 +289,10 @@ class Run:
             raise Damaged(f"{path} is damaged ({error})") from None
         mine = self._state_belongs(layer)
         if any(said.get(k) != v for k, v in mine.items()):
+            whose = "this" if said.get("run") == mine["run"] else "another"
             raise UserError(
-                f"{path} is the state of layer {said.get('layer')} of "
-                f"{'this run' if said.get('run') == mine['run'] else 'another run'}, not of layer {layer} of this one: put it back "
-                "where it belongs, or delete it to train this layer from the start"
+                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {layer} of this one: "
+                "put it back where it belongs, or delete it to train this layer from the start"
             )
         return tensors, {k: v for k, v in said.items() if k not in (*mine, SEAL)}
 

@@ -73,8 +73,8 @@ class Sae:
 
     @classmethod
     def load(cls, path: Path, d_model: int | None = None, *, belongs: dict[str, Any] | None = None) -> "Sae":
-        """Raises `Damaged` for a file that is missing, is no SAE or has changed since it was written, and UserError for one that
-        is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
+        """Raises `Damaged` for a file that is missing, is no SAE or has changed since it was written, and UserError for one
+        that is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
         state, config, stats = _read(path, belongs)
         sizes = {"d": state["b_pre"].numel(), "F": state["encoder.bias"].numel()}
         for name, shape in _SHAPES.items():

@@ -306,7 +306,7 @@ class _SaeJob:
         self._run.rewind_metrics(self._layer, self.sae.step_count)
 
     def _find_state(self) -> tuple[tuple[dict[str, torch.Tensor], dict[str, Any]] | None, str]:
-        """A state to go on from, or why there is none, if that is worth saying. What comes after it must include all that is due."""
+        """A state to go on from, or why there is none where that is worth saying. All that is due must come after it."""
         first, labels = min(self._snapshots), ", ".join(self._snapshots.values())
         try:
             found = self._run.load_state(self._layer)
