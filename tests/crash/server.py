@@ -1,4 +1,6 @@
-"""A process that has imported everything, and forks for each command: `python -m harvest` in a tenth of a second.
+"""A process that has imported everything, and forks for each command: what is left of `python -m harvest` is its work.
+
+    python -m tests.crash.server MODEL
 
 One JSON object a line: {"argv": ["harvest", …], "cwd": …, "env": {…}, "err": file} → the exit code, negative for a signal.
 Runs with fault.so preloaded; the environment that it reads is set in the fork, which is all that is ever disturbed.
@@ -37,6 +39,9 @@ def main() -> None:
         importlib.import_module(name)
     for command in _COMMANDS:
         del sys.modules[f"{command}.__main__"]
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(sys.argv[1])  # compiles a thousand regular expressions, once
     print("ready", flush=True)
     while line := sys.stdin.readline():
         pid = os.fork()

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import torch
 
-from tests.conftest import ROOT, make_lm, make_text
+from tests.conftest import ROOT, documents, make_lm
 from tests.crash.disk import NEEDS_ROOM, WRITES, Disk, Operation, read_log, read_tree, write_tree
 
 FAULTS = ("kill", "tear", "enospc", "eio", "power-kept", "power-lost")
@@ -110,16 +110,16 @@ class Ended:
 class Worker:
     """A server of commands (server.py) and a folder to run them in. Close it."""
 
-    def __init__(self, library: Path, folder: Path) -> None:
+    def __init__(self, library: Path, model: Path, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.folder = folder / "root"
         self._err = folder / "stderr"
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.server"],
+            [sys.executable, "-m", "tests.crash.server", str(model)],
             cwd=ROOT, env=os.environ | _ENV | {"LD_PRELOAD": str(library)}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self._read()
+        self._ready = False
 
     def _read(self) -> str:
         assert self._server.stdout is not None
@@ -134,6 +134,8 @@ class Worker:
         disturbed = {f"CRASH_{name}": str(value) for name, value in env.items()} | {"CRASH_ROOT": str(folder)}
         request = {"argv": argv, "cwd": str(folder), "env": disturbed if env else {}, "err": str(self._err)}
         assert self._server.stdin is not None
+        if not self._ready:
+            self._ready = self._read() == "ready\n"
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return Ended(code=int(self._read()), err=self._err.read_text(errors="replace"))
@@ -206,8 +208,10 @@ class Sweep:
         library = build_library(self.folder)
         (self.folder / "lm").mkdir()
         make_lm(self.folder / "lm")
-        make_text(self.folder / "text.jsonl")
-        self._workers = [Worker(library, self.folder / f"worker{i}") for i in range(self.jobs)]
+        # short documents, so that they are tokenised in more than one batch
+        pieces = [document[i : i + 60] for document in documents(20) for i in range(0, 1200, 60)]
+        (self.folder / "text.jsonl").write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces if piece))
+        self._workers = [Worker(library, self.folder / "lm", self.folder / f"worker{i}") for i in range(self.jobs)]
         self._free = threading.Semaphore(self.jobs)
         return self
 
@@ -258,7 +262,7 @@ class Sweep:
 
     def _harvest(self, worker: Worker) -> tuple[str, ...]:
         """A new cache, with two chunks of tokens."""
-        return self.harvest_args("0-1", 16)
+        return self.harvest_args("0-1", 17)
 
     def _layers(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0", 5))
