@@ -7,20 +7,22 @@ Runs with fault.so preloaded; the environment that it reads is set in the fork, 
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
 import runpy
 import signal
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 LIMIT = 120  # seconds after which a command is taken to hang: SIGALRM ends it
 _COMMANDS = ("harvest", "train", "eval")
 _LATE = ("datasets", "matplotlib.pyplot", "transformers.models.gpt_neox.modeling_gpt_neox")  # what they import at work
 
 
-def _run(request: dict[str, Any]) -> None:
+def _run(request: dict[str, Any]) -> NoReturn:
     """In the fork: become the command."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(LIMIT)
@@ -31,7 +33,15 @@ def _run(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     ctypes.CDLL(None).crash_arm()
     sys.argv = request["argv"]
-    runpy.run_module(request["argv"][0], run_name="__main__", alter_sys=True)
+    code = 1
+    try:
+        runpy.run_module(request["argv"][0], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)  # taking the libraries down costs seconds, for they are shared with the server
 
 
 def main() -> None:
@@ -42,12 +52,12 @@ def main() -> None:
     from transformers import AutoModel
 
     AutoModel.from_pretrained(sys.argv[1])  # compiles a thousand regular expressions, once
+    gc.freeze()  # collecting would copy every page of it in each fork
     print("ready", flush=True)
     while line := sys.stdin.readline():
         pid = os.fork()
         if pid == 0:
             _run(json.loads(line))
-            return
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
