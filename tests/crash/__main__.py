@@ -5,6 +5,7 @@ With --scenario, --fault and --at, one of them or some; --every 7 takes each sev
 
 import sys
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from tests.crash.sweep import FAULTS, SCENARIOS, Outcome, Sweep, Trial
 @click.option("--at", multiple=True, type=click.IntRange(1), help="Operations, counted from 1 [default: all].")
 @click.option("--every", type=click.IntRange(1), default=1, help="Take each n-th of these.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Commands that run beside each other.")
-@click.option("--keep", type=click.Path(path_type=Path), help="A new folder to work in, which is kept [default: a temporary one].")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="A new folder to work in, which is kept [default: a temporary one]."
+)
 def main(
     scenarios: tuple[str, ...], faults: tuple[str, ...], at: tuple[int, ...], every: int, jobs: int, keep: Path | None
 ) -> None:
@@ -37,11 +40,15 @@ def main(
                 for n in sweep.scenario(name).points(fault)
                 if not at or n in at
             ][::every]
+            trials.sort(key=lambda trial: zlib.crc32(str(trial).encode()))  # mixed, so that rate and time left hold
             with Progress("disturbing", len(trials), "operations") as progress:
                 for outcome in pool.map(sweep.attempt, trials):
                     outcomes.append(outcome)
+                    if outcome.lost:
+                        click.echo(f"\nlost: {outcome.trial}: {outcome.operation}: {outcome.lost}", err=True)
                     progress.advance(1, f"{outcome.trial.scenario}, lost {sum(bool(o.lost) for o in outcomes)}")
             operations = {name: len(sweep.scenario(name).log) for name in names}
+    outcomes.sort(key=lambda o: (names.index(o.trial.scenario), FAULTS.index(o.trial.fault), o.trial.at))
     click.echo(table(operations, outcomes))
     sys.exit(1 if any(o.lost for o in outcomes) else 0)
 
@@ -58,7 +65,9 @@ def table(operations: dict[str, int], outcomes: list[Outcome]) -> str:
     for title, reasons in zip(("lost", "leaves files", "traceback"), _columns(outcomes), strict=True):
         met = [(o, reason) for o, reason in zip(outcomes, reasons, strict=True) if reason]
         shown = met if title == "lost" else _one_of_each(met)
-        lines += [f"\n{title}:"] * bool(met) + [f"  python -m tests.crash {o.trial}\n    {o.operation}\n    {r}" for o, r in shown]
+        lines += [f"\n{title}:"] * bool(met) + [
+            f"  python -m tests.crash {o.trial}\n    {o.operation}\n    {r}" for o, r in shown
+        ]
     return "\n".join(lines)
 
 
