@@ -31,6 +31,7 @@ from shared.cli import UserError, format_layers, parse_layers
 from shared.files import make_dir, publish_json, read_file
 from shared.native import load
 from shared.shuffle import block_rows
+from shared.view import Layer
 
 FORMAT = 1
 HOOK = "resid_post"
@@ -364,6 +365,10 @@ class Cache:
             if kept:
                 self.commit(block, kept)
             path.unlink()
+
+    def layer(self, layer: int) -> Layer:
+        """A layer's rows in the order of the text, for notebooks. Raises UserError if it is not in the cache."""
+        return Layer(self, layer)
 
     # --- tokens ---
 
