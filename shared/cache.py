@@ -34,6 +34,7 @@ from shared.cli import UserError, format_layers, parse_layers
 from shared.native import load
 from shared.shuffle import block_rows
 from shared.store import Folder
+from shared.view import Layer
 
 FORMAT = 2
 HOOK = "resid_post"
@@ -523,6 +524,10 @@ class Cache:
                         seen.add((layer, block))
                         totals[layer] = totals.get(layer, LayerTotals()).plus(stats, self.spec.d_model)
         return dict(sorted(totals.items()))
+
+    def layer(self, layer: int) -> Layer:
+        """A layer's rows in the order of the text, for notebooks. Raises UserError if it is not in the cache."""
+        return Layer(self, layer)
 
     # --- tokens ---
 
