@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -484,7 +485,7 @@ def test_no_default_stands_in_for_tokens(tmp_path: Path) -> None:
         file.unlink() if data is None else file.write_bytes(data)
         again = Cache.open(tmp_path / "c")
         np.testing.assert_array_equal(again.block_tokens(0), np.arange(8).reshape(2, 4))
-        for read in (lambda: again.block_tokens(16), lambda: again.read_tokens(10, 66)):
+        for read in (partial(again.block_tokens, 16), partial(again.read_tokens, 10, 66)):
             with pytest.raises(UserError, match=r"token chunk 1 of .* is damaged: .*; mend it with `python -m harvest repair"):
                 read()
         path.write_bytes(whole)
