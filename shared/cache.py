@@ -274,6 +274,8 @@ class Cache:
             if value["digest"] != spec.digest:
                 raise ValueError("its digest does not match")
         except (ValueError, KeyError, TypeError) as error:
+            if not store.has(_ZARR):
+                raise UserError(f"{path / _SPEC} is not of an activation cache; choose another folder") from None
             raise UserError(
                 f"{path / _SPEC} is damaged ({error}): remove that file and run the `python -m harvest` command that made the "
                 "cache again; it writes the file anew and keeps what is committed"

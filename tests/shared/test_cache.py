@@ -269,6 +269,14 @@ def test_every_flip_in_what_says_which_cache_it_is_is_noticed(tmp_path: Path) ->
     assert path.read_bytes() == whole
 
 
+def test_a_file_of_that_name_that_is_anothers_stays(tmp_path: Path) -> None:
+    (tmp_path / "cache.json").write_text('{"packages": []}')
+    for use in (lambda: Cache.open(tmp_path), lambda: Cache.create(tmp_path, SPEC, (0,))):
+        with pytest.raises(UserError, match="cache.json is not of an activation cache; choose another folder"):
+            use()
+    assert [p.name for p in tmp_path.iterdir()] == ["cache.json"]
+
+
 def test_a_cache_of_another_format_is_refused(tmp_path: Path) -> None:
     Cache.create(tmp_path / "c", SPEC, (0,))
     (tmp_path / "c" / "cache.json").write_bytes(seal({"format": 3}))
