@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache import Cache, seal
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
 
@@ -69,9 +69,8 @@ def test_no_cache(cli: Cli, tmp_path: Path) -> None:
 
 def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
-    meta = tmp_path / "c" / "activations.zarr" / "zarr.json"
-    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
-    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 2")
+    (tmp_path / "c" / "cache.json").write_bytes(seal({"format": 3}))
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 3")
 
 
 def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
