@@ -1,5 +1,6 @@
 """Every way of asking for what cannot be had: one line on stderr, exit code 2, nothing half-written."""
 
+import gzip
 import json
 import os
 import shutil
@@ -117,6 +118,29 @@ def test_text_that_cannot_be_harvested(cli: Cli, harvest_args: tuple[object, ...
     refused(cli("harvest", *harvest_args, *cache, "--dataset", tmp_path / "none.jsonl"), "cannot load the dataset")
     refused(cli("harvest", *harvest_args, *cache, "--tokens", "1M"), "ends after")
     assert not list(tmp_path.glob("c/*"))
+
+
+def test_bad_rows_are_named_before_anything_is_written(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    cache, bad = ("--cache", tmp_path / "c"), tmp_path / "bad.jsonl.gz"
+    bad.write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": 3}\n'))
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "line 2: column 'text' holds int, not text")
+    bad.write_bytes(bad.read_bytes()[:-12])
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "is the file whole? copy it again")  # not "interrupted"
+    refused(cli("harvest", *harvest_args, *cache, "--split", "test"), "has no split 'test'")
+    refused(cli("harvest", *harvest_args, *cache, "--bos"), "has no token for the beginning of a text: leave out --bos")
+    assert not (tmp_path / "c").exists()
+
+
+def test_models_are_opened_before_their_text_is_tokenised(
+    cli: Cli, harvest_args: tuple[object, ...], lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harvest.harvest.write_tokens", lambda *_: pytest.fail("tokenised first"))
+    shutil.copytree(lm, tmp_path / "lm")
+    args = (*harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm")
+    refused(cli("harvest", *args, "--context", 128), "contexts of 128 tokens do not fit the 64 positions of")
+    (tmp_path / "lm" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(cli("harvest", *args), "cannot load the model")
+    assert not (tmp_path / "c").exists()
 
 
 def test_models_that_are_not_there(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
