@@ -14,7 +14,6 @@ from eval import evaluate
 from shared.seal import seal
 from tests.conftest import Cli, invoke
 
-
 Evaluated = tuple[Path, tuple[object, ...], str]
 
 
