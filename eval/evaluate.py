@@ -24,7 +24,7 @@ from eval.splice import SplicedModel, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce
-from shared.files import make_dir, replacing
+from shared.files import replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
@@ -193,7 +193,10 @@ class _Store:
 
     def add(self, record: Record) -> None:
         """Add it to what is on disk by now: another evaluation may have added its own."""
-        folder = make_dir(self._path.parent)
+        folder = self._path.parent
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)
+            sync_dir(folder.parent)
         with alone_in(folder):
             known = {_identity(r): r for r in self._read()}
             self._records = self._ordered([*(known | {_identity(record): seal(record)}).values()])
