@@ -6,12 +6,12 @@ from typing import Any
 import click
 import torch
 
-from eval.evaluate import EvalConfig, evaluate, find_runs
+from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
 from eval.export import FORMS, ExportConfig, export
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
-from shared.cli import DefaultRun, parse_count, parse_layers, run
+from shared.cli import DefaultRun, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
 
@@ -49,12 +49,17 @@ def run_command(
         model=model,
     )
     opened = Cache.open(cache or Path("data") / p.name)
-    found = find_runs(runs, opened)
-    results = evaluate(opened, found, config)
+    skipped = Skipped()
+    found = find_runs(runs, opened, skipped)
+    results = evaluate(opened, found, config, skipped)
+    found = [each for each in found if each.name in results]
     for each in found:
-        plot_run(each, results[each.name])
-    click.echo(text_table(results))
-    click.echo(f"\nreport: {write_report(runs, found, results)}")
+        plot_run(each, results[each.name], skipped)
+    report = write_report(runs, found, results)
+    say(text_table(found, results))
+    say(f"\nreport: {report}")
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
 
 
 @main.command("export")
@@ -83,7 +88,7 @@ def export_command(
         cache=Cache.open(cache) if cache else None,
         device=pick_device(options["device"]) if cache else torch.device("cpu"),
     )
-    click.echo(f"exported {len(export(runs, config))} SAEs to {out}")
+    say(f"exported {len(export(runs, config))} SAEs to {out}")
 
 
 if __name__ == "__main__":

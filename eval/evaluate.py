@@ -1,29 +1,52 @@
 """Every snapshot of every run → numbers in its results/ folder.
 
-A record that stands there already, for the same file and the same amount of held-out text, is not computed again.
+A record is of one checkpoint's content (its checksum) under one amount of held-out text, and stays for good: activations and
+checkpoints it was measured on may be gone. results/metrics.json maps a name to each: `layer00_50M` is of the checkpoint that is
+there, on the most text; a record of the same snapshot on other text, or of an earlier file, has both after its name. What
+cannot be evaluated is left out with a line that says why, and all else is done.
 """
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval.metrics import heldout_rows, heldout_tokens, reconstruction
+from eval.metrics import heldout_rows, heldout_tokens, ratio, reconstruction
 from eval.splice import SplicedModel, through
 from shared.cache import Cache
-from shared.cli import UserError
+from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce
-from shared.files import make_dir, publish_file, publish_json
-from shared.lm import model_revision, unpin
+from shared.files import make_dir, replacing
+from shared.lm import harvested_model
 from shared.progress import Progress
-from train.runs import Run, Snapshot
+from shared.seal import SEAL, seal, sealed
+from train.runs import Run, Snapshot, alone_in, cache_identity, snapshot_tokens
 from train.sae import Sae
 
 Record = dict[str, Any]
+
+
+class Skipped:
+    """What was left out of an evaluation. `with skipped.leaving_out(): …` says a UserError in one line and goes on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.count += 1
+            say(f"left out: {error}", err=True)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -36,106 +59,186 @@ class EvalConfig:
     model: str | None = None  # where the language model lies, if not where the cache says
 
 
-def find_runs(folder: Path, cache: Cache) -> list[Run]:
+def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:
     """The runs in `folder` (or `folder` itself, if it is one) that were trained on this cache. Raises UserError if none was."""
     folders = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not folders:
         raise UserError(f"no runs in {folder}: train one with `make train` or `python -m train`")
-    identity = json.loads(json.dumps(dataclasses.asdict(cache.spec)))
-    runs = [run for run in map(Run, folders) if run.config()["cache"] == identity]
+    identity, runs = cache_identity(cache)["digest"], []
+    for run in map(Run, folders):
+        with skipped.leaving_out():
+            if run.config()["cache"]["digest"] == identity:
+                runs.append(run)
     if not runs:
         raise UserError(f"no run in {folder} was trained on the cache {cache.path}; name theirs with --cache")
     return runs
 
 
-def evaluate(cache: Cache, runs: list[Run], config: EvalConfig) -> dict[str, list[Record]]:
-    """{run: records}, one record a layer and snapshot, by layer and then by age; written as they are made."""
-    if cache.spec.holdout_blocks == 0:
+def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Record]]:
+    """{run: records}, one record for each layer and snapshot that is or was measured, by layer and then by age; written as they
+    are made. Where this evaluation could not measure a snapshot, an earlier record stands in with what it was measured on.
+    Raises UserError for what no run could be evaluated with. SIGTERM and Ctrl-C are raised when the SAE in hand is done."""
+    spec = cache.spec
+    if spec.holdout_blocks == 0:
         raise UserError(f"{cache.path} holds out nothing to evaluate on: harvest with --holdout-tokens")
-    records = {run.name: _known(run, config) for run in runs}
-    todo = [(s.layer, run, s) for run in runs for s in run.snapshots() if _key(s) not in records[run.name]]
+    rows = spec.holdout_blocks * spec.block_rows
+    config = dataclasses.replace(
+        config,
+        eval_tokens=min(config.eval_tokens, rows),
+        ce_tokens=min(max(1, config.ce_tokens // spec.context) * spec.context, rows),
+    )
+    stores = {}
+    for run in runs:
+        with skipped.leaving_out():
+            stores[run.name] = _Store(run)
+    todo = [(store, s) for store in stores.values() for s in store.missing(config, skipped)]
+    gone = {s.layer for _, s in todo} - set(cache.layers)
+    if gone:  # as planned where layers are harvested, trained and deleted in turn
+        say(f"layers {format_layers(gone)} are not in {cache.path}: what was measured of them before is kept", err=True)
+    todo = [(store, s) for store, s in todo if s.layer not in gone]
     if todo:
         lm = _language_model(cache, config)
         announce(config.device)
-        with Progress("evaluating", len(todo), "SAEs") as progress:
-            for layer in sorted({layer for layer, _, _ in todo}):
-                _evaluate_layer(cache, layer, [(run, s) for at, run, s in todo if at == layer], lm, config, records, progress)
-    for run in runs:
-        _write(run, records[run.name])
-    return {run.name: [records[run.name][_key(s)] for s in run.snapshots()] for run in runs}
+        with finishing() as asked, Progress("evaluating", len(todo), "SAEs") as progress:
+            for layer in sorted({s.layer for _, s in todo}):
+                with skipped.leaving_out():
+                    _evaluate_layer(
+                        cache, layer, [pair for pair in todo if pair[1].layer == layer], lm, config, skipped, progress, asked
+                    )
+    return {name: store.view(config) for name, store in stores.items()}
 
 
 def _language_model(cache: Cache, config: EvalConfig) -> SplicedModel:
     spec = cache.spec
-    model, revision = config.model or spec.model, unpin(spec.model_revision)
-    if model_revision(model, revision) != spec.model_revision:
-        raise UserError(f"{model} is not the model the cache was harvested from; name its folder with --model")
-    return SplicedModel(model, revision, spec.precision, config.device, heldout_tokens(cache, config.ce_tokens))
+    model = harvested_model(cache, config.model)
+    return SplicedModel(str(model.folder), None, spec.precision, config.device, heldout_tokens(cache, config.ce_tokens))
 
 
 def _evaluate_layer(
     cache: Cache,
     layer: int,
-    snapshots: list[tuple[Run, Snapshot]],
+    snapshots: list[tuple["_Store", Snapshot]],
     lm: SplicedModel,
     config: EvalConfig,
-    records: dict[str, dict[str, Record]],
+    skipped: Skipped,
     progress: Progress,
+    asked: Callable[[], bool],
 ) -> None:
+    if asked():
+        return
     x = heldout_rows(cache, layer, config.eval_tokens).to(config.device)
     clean = lm.cross_entropy()
     zero = lm.cross_entropy(layer, torch.zeros_like)
-    for run, snapshot in snapshots:
-        sae = Sae.load(snapshot.path, cache.spec.d_model).to(config.device)
-        spliced = lm.cross_entropy(layer, through(sae))
-        records[run.name][_key(snapshot)] = {
-            "layer": layer,
-            "snapshot": snapshot.label,
-            "trained_tokens": sae.stats.get("tokens"),
-            "lambda": sae.stats.get("lambda"),
-            **dataclasses.asdict(reconstruction(sae, x)),
-            "ce": clean,
-            "ce_spliced": spliced,
-            "ce_zero": zero,
-            "ce_recovered": (zero - spliced) / (zero - clean),
-            "ce_tokens": config.ce_tokens,
-            "eval_tokens": config.eval_tokens,
-            "file": _fingerprint(snapshot),
-        }
+    for store, snapshot in snapshots:
+        with skipped.leaving_out():
+            belongs = store.run.belongs(snapshot.layer, snapshot.label)
+            sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs).to(config.device)
+            spliced = lm.cross_entropy(layer, through(sae))
+            record = {
+                "run": belongs["digest"],
+                "layer": layer,
+                "snapshot": snapshot.label,
+                "trained_tokens": sae.stats["tokens"],
+                "lambda": sae.stats["lambda"],
+                **dataclasses.asdict(reconstruction(sae, x)),
+                "ce": clean,
+                "ce_spliced": spliced,
+                "ce_zero": zero,
+                "ce_recovered": ratio(zero - spliced, zero - clean),
+                "ce_tokens": config.ce_tokens,
+                "eval_tokens": config.eval_tokens,
+                "file": sae.stats[SEAL],
+            }
+            store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
         progress.advance(1, f"layer {layer} {snapshot.label}")
-    for run in {run.name: run for run, _ in snapshots}.values():
-        _write(run, records[run.name])
+        if asked():
+            return
 
 
-def _key(snapshot: Snapshot) -> str:
-    return f"layer{snapshot.layer:02d}_{snapshot.label}"
+class _Store:
+    """The records of one run: results/metrics.json, and the same as .csv."""
 
+    def __init__(self, run: Run) -> None:
+        """Raises UserError for a file that is not as it was written; it is left as it is."""
+        self.run, self._path = run, run.path / "results" / "metrics.json"
+        config = run.config()
+        self._labels, self._digest = list(snapshot_tokens(config["train"]["tokens"])), config["digest"]
+        self._files: dict[tuple[int, str], str] = {}  # {(layer, snapshot): checksum of the checkpoint that is there}
+        self._records = self._read()
 
-def _fingerprint(snapshot: Snapshot) -> str:
-    stat = snapshot.path.stat()
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+    def _read(self) -> list[Record]:
+        if not self._path.exists():
+            return []
+        try:
+            records = list(json.loads(self._path.read_bytes()).values())
+        except (ValueError, AttributeError):
+            records = [None]
+        if not all(map(sealed, records)):
+            raise UserError(f"{self._path} is damaged: restore it, or delete it to measure everything again")
+        if any(r["run"] != self._digest for r in records):
+            raise UserError(f"{self._path} is of another run: put it back where it belongs, or delete it")
+        return records
 
+    def missing(self, config: EvalConfig, skipped: Skipped) -> list[Snapshot]:
+        """The checkpoints that are there and have no record under this config."""
+        missing = []
+        for snapshot in self.run.snapshots():
+            key = snapshot.layer, snapshot.label
+            with skipped.leaving_out():
+                self._files[key] = ""  # if it cannot be read
+                self._files[key] = Sae.checksum(snapshot.path)
+                if (*key, self._files[key], config.eval_tokens, config.ce_tokens) not in map(_identity, self._records):
+                    missing.append(snapshot)
+        return missing
 
-def _known(run: Run, config: EvalConfig) -> dict[str, Record]:
-    """Records of an earlier evaluation that still hold."""
-    path = run.path / "results" / "metrics.json"
-    if not path.exists():
-        return {}
-    stored: dict[str, Record] = json.loads(path.read_text())
-    now = {_key(s): _fingerprint(s) for s in run.snapshots()}
-    same = {"ce_tokens": config.ce_tokens, "eval_tokens": config.eval_tokens}
-    return {k: r for k, r in stored.items() if r["file"] == now.get(k) and {n: r[n] for n in same} == same}
+    def add(self, record: Record) -> None:
+        """Add it to what is on disk by now: another evaluation may have added its own."""
+        folder = make_dir(self._path.parent)
+        with alone_in(folder):
+            known = {_identity(r): r for r in self._read()}
+            self._records = self._ordered([*(known | {_identity(record): seal(record)}).values()])
+            with replacing(self._path) as temporary:
+                temporary.write_text(json.dumps(self._named(), indent=1) + "\n", encoding="utf-8")
+            with replacing(self._path.with_suffix(".csv")) as temporary:
+                temporary.write_text(self._csv(), encoding="utf-8")
 
+    def _ordered(self, records: list[Record]) -> list[Record]:
+        """By layer and age; of one snapshot the record of the file that is there first, and then the one on the most text."""
 
-def _write(run: Run, records: dict[str, Record]) -> None:
-    folder = make_dir(run.path / "results")
-    ordered = {_key(s): records[_key(s)] for s in run.snapshots() if _key(s) in records}
-    publish_json(folder / "metrics.json", ordered)
-    columns = [name for name in next(iter(ordered.values()), {}) if name != "file"]
-    temporary = folder / ".metrics.csv.tmp"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        def place(r: Record) -> tuple[Any, ...]:
+            other = r["file"] != self._files.get((r["layer"], r["snapshot"]), r["file"])
+            return r["layer"], self._labels.index(r["snapshot"]), other, -r["eval_tokens"], -r["ce_tokens"], r["file"]
+
+        return sorted(records, key=place)
+
+    def _named(self) -> dict[str, Record]:
+        named: dict[str, Record] = {}
+        for r in self._records:
+            name = f"layer{r['layer']:02d}_{r['snapshot']}"
+            named[f"{name}@{r['eval_tokens']}+{r['ce_tokens']}#{r['file']}" if name in named else name] = r
+        return named
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        columns = [name for name in self._records[0] if name not in ("run", "file", SEAL)]
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(ordered.values())
-    publish_file(folder / "metrics.csv", temporary.read_bytes())
-    temporary.unlink()
+        writer.writerows(self._records)
+        return text.getvalue()
+
+    def view(self, config: EvalConfig) -> list[Record]:
+        """One record for each snapshot: under this config where there is one, else the first of those in order."""
+        chosen: dict[tuple[int, str], Record] = {}
+        for r in self._ordered(self._records):
+            first = chosen.setdefault((r["layer"], r["snapshot"]), r)
+            if r["file"] == first["file"] and _text(r) == (config.eval_tokens, config.ce_tokens):
+                chosen[r["layer"], r["snapshot"]] = r
+        return list(chosen.values())
+
+
+def _identity(record: Record) -> tuple[int, str, str, int, int]:
+    return record["layer"], record["snapshot"], record["file"], *_text(record)
+
+
+def _text(record: Record) -> tuple[int, int]:
+    return record["eval_tokens"], record["ce_tokens"]

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from eval.evaluate import find_runs
+from eval.evaluate import Skipped, find_runs
 from shared.cache import Cache
 from shared.cli import UserError, format_layers
 from shared.files import make_dir, sync_dir, write_file
@@ -265,14 +265,14 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     log10_density = None
     if config.cache is not None and config.form == "saelens":
         if checkpoint.run is not None:
-            find_runs(checkpoint.run.path, config.cache)  # raises if it was trained on another
+            find_runs(checkpoint.run.path, config.cache, Skipped())  # raises if it was trained on another
         density, source["density_tokens"] = _density(sae, config.cache, checkpoint, config.device)
         log10_density = (density + 1e-10).log10().float()  # SAELens' own way to write it
     cache = sae.config.get("cache") or {}
     spec = cache.get("spec", cache)
-    hub = {  # what lies in a folder is known by its hash, and nobody else has that folder
-        name: spec[name] for name in ("model", "dataset") if name in spec and unpin(str(spec[f"{name}_revision"])) is not None
-    }
+    # What lies in a folder is known by its hash, and nobody else has that folder.
+    commits = {"model": spec.get("model_commit"), "dataset": unpin(str(spec.get("dataset_revision", "sha256:")))}
+    hub = {name: spec[name] for name, commit in commits.items() if commit}
     origin = Origin(
         layer=checkpoint.layer,
         source=source,

@@ -10,6 +10,7 @@ With r = x̂ − x over held-out activations x [tokens, d]:
                 by x̂, and with it replaced by zeros; recovered = (CE zero − CE spliced) / (CE zero − CE as it is)
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,9 +31,15 @@ class Reconstruction:
     tokens: int
     l0: float
     mse: float
-    fvu: float
+    fvu: float | None  # None where the activations do not vary
     cosine: float
     dead_share: float
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole, or None where that is no number."""
+    value = part / whole if whole else math.nan
+    return value if math.isfinite(value) else None
 
 
 def heldout_rows(cache: Cache, layer: int, tokens: int) -> Tensor:
@@ -75,7 +82,7 @@ def reconstruction(sae: Sae, x: Tensor) -> Reconstruction:
         tokens=len(x),
         l0=active / len(x),
         mse=square / x.numel(),
-        fvu=square / variance,
+        fvu=ratio(square, variance),
         cosine=cosine / len(x),
         dead_share=1 - float(fired.float().mean()),
     )

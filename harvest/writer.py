@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import BlockStats, Cache, crc32c
-from shared.files import page_aligned, sync_dir, write_file
+from shared.cache import BlockStats, Cache, slice_checksums
+from shared.files import page_aligned
 from shared.native import load
 
 FP16_MAX = 65504.0
@@ -40,15 +40,26 @@ class Buffer:
 
     data: Tensor
     nonfinite: Tensor  # int64 [layers]
+    tokens: str = ""  # checksum of the tokens that these are the activations of
 
 
 class BlockWriter:
-    """Use as a context manager; leaving it waits for all writes. An error in a thread reaches the next call."""
+    """Use as a context manager; leaving it waits for all writes. An error in a thread reaches the next call.
+
+    A block that is in the cache already is left alone (another harvest was faster), unless it is to be replaced.
+    """
 
     def __init__(
-        self, cache: Cache, layers: tuple[int, ...], config: WriterConfig, *, pinned: bool, done: Callable[[int], None]
+        self,
+        cache: Cache,
+        layers: tuple[int, ...],
+        config: WriterConfig,
+        *,
+        pinned: bool,
+        done: Callable[[int], None],
+        replace: bool = False,
     ) -> None:
-        self._cache, self._layers, self._done = cache, layers, done
+        self._cache, self._layers, self._done, self._replace = cache, layers, done, replace
         shape = (len(layers), cache.spec.block_rows, cache.spec.d_model)
         self._free: queue.Queue[Buffer] = queue.Queue()
         for _ in range(config.buffers):
@@ -106,12 +117,14 @@ class BlockWriter:
             self._error = self._error or error
 
     def _write(self, job: "_BlockJob", index: int) -> None:
-        path = self._cache.block_path(self._layers[index], job.block)
-        write_file(path, job.buffer.data[index].numpy().data)
-        sync_dir(path.parent)
+        layer = self._layers[index]
+        if self._replace or not self._cache.has_block((layer,), job.block):
+            self._cache.write_block(layer, job.block, job.buffer.data[index].numpy().data)
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
-        job.stats[self._layers[index]] = block_stats(job.buffer.data[index].numpy(), int(job.buffer.nonfinite[index]))
+        buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
+        stats = block_stats(buffer.data[index].numpy(), int(buffer.nonfinite[index]), slice_rows, buffer.tokens)
+        job.stats[self._layers[index]] = stats
 
     def _commit(self, job: "_BlockJob") -> None:
         self._cache.commit(job.block, {layer: job.stats[layer] for layer in self._layers})
@@ -134,14 +147,15 @@ class _BlockJob:
     stats: dict[int, BlockStats] = field(default_factory=dict)
 
 
-def block_stats(data: NDArray[np.float16], nonfinite: int) -> BlockStats:
-    """Checksum, moments and largest row norm of finite float16 [rows, d_model]."""
+def block_stats(data: NDArray[np.float16], nonfinite: int, slice_rows: int, tokens: str = "") -> BlockStats:
+    """Checksums, moments and largest row norm of finite float16 [rows, d_model]."""
     total, square_sum, max_square = _sums(data)
     mean = total / data.size
     return BlockStats(
         bytes=data.nbytes,
-        crc32c=crc32c(data),
         rows=len(data),
+        crc32c=slice_checksums(data, slice_rows),
+        tokens=tokens,
         mean=mean,
         m2=max(0.0, square_sum - data.size * mean * mean),
         max_norm=max_square**0.5,

@@ -35,6 +35,22 @@ TRAIN = [
     (("--device", "abacus"), "'abacus' is not a device"),
     (("--preset", "gpt-5"), "unknown preset 'gpt-5': choose one of pythia-410m, demo"),
     (("--lr", "0"), "--lr"),
+    (("--lr", "nan"), "--lr"),
+    (("--lr", "inf"), "--lr"),
+    (("--save-minutes", "nan"), "--save-minutes"),
+    (("--sparse-below", "nan"), "--sparse-below"),
+    (("--seed", "9" * 30), "--seed"),
+    (("--batch", "9" * 30), "--batch"),
+    (("--expansion", "9" * 30), "--expansion"),
+    (("--threads", "9" * 30), "--threads"),
+    (("--tokens", "9" * 400), "is not a count"),
+    (("--layers", "0-999999999999"), "names 999999999999"),
+    (("--l1", "nan"), "'nan' is not an L1 setting"),
+    (("--l1", "1e999"), "'1e999' is not an L1 setting"),
+    (("--l1", "adaptive:5e-4@129"), "an L0 of 129 is more than the 128 features there are"),
+    (("--device", "mps"), "'mps' is not a device for this"),
+    (("--device", "meta"), "'meta' is not a device for this"),
+    (("--device", "cpu:3"), "'cpu:3' is not a device for this"),
     (("--nonsense",), "No such option"),
 ]
 
@@ -73,7 +89,7 @@ def test_no_room(
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c"), "and 1 KB are free: harvest fewer --layers")
     assert not (tmp_path / "c").exists()
     refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r"), "1 KB are free: train fewer --layers")
-    assert not list((tmp_path / "r").glob("*/*.pt"))
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere, so no folder is unwritable")
@@ -123,10 +139,16 @@ def test_eval(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> No
     args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu")
     refused(cli("eval", *args, "--runs", tmp_path), "no runs in")
     shutil.copytree(runs_path, tmp_path / "r")
-    broken = next((tmp_path / "r").glob("*/sae_layer01_final.pt"))
-    broken.write_bytes(b"not a checkpoint")
-    refused(cli("eval", *args, "--runs", broken.parent), f"{broken} is not a readable SAE checkpoint")
     refused(cli("eval", *args, "--runs", tmp_path / "r", "--model", tmp_path / "nowhere"), "cannot load the model")
+    for option in ("--eval-tokens", "--ce-tokens"):
+        for text in ("0", "nan", "inf", "-1", "9" * 400):
+            refused(cli("eval", *args, "--runs", tmp_path / "r", option, text), "is not a count")
+    for folder in (tmp_path / "r").iterdir():
+        (folder / "config.json").write_text("{")
+    result = cli("eval", *args, "--runs", tmp_path / "r")
+    assert result.code == 2
+    assert result.err.count("is not readable JSON") == 3 and "Traceback" not in result.err
+    assert not list((tmp_path / "r").rglob("results"))
 
 
 def test_repair_of_blocks_that_do_not_exist(cli: Cli, cache_path: Path) -> None:
