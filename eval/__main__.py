@@ -5,15 +5,21 @@ from pathlib import Path
 import click
 
 from eval.evaluate import EvalConfig, evaluate, find_runs
+from eval.floor import PUBLISHED_WIDTHS, Statistics, describe, floors
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
-from shared.cli import parse_count, run
+from shared.cli import DefaultRun, parse_count, run
 from shared.device import pick_device
 from shared.presets import get_preset
 
 
-@click.command()
+@click.group(cls=DefaultRun)
+def main() -> None:
+    """What SAEs are worth, on held-out tokens. Without a command: `run`."""
+
+
+@main.command("run")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
 @click.option("--cache", type=click.Path(path_type=Path), help="The cache the runs were trained on [default: data/<preset>].")
 @click.option(
@@ -23,7 +29,7 @@ from shared.presets import get_preset
 @click.option("--ce-tokens", help="Held-out tokens to measure the language model's loss on.")
 @click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
-def main(
+def run_command(
     preset: str,
     cache: Path | None,
     runs: Path,
@@ -47,6 +53,18 @@ def main(
         plot_run(each, results[each.name])
     click.echo(text_table(results))
     click.echo(f"\nreport: {write_report(runs, found, results)}")
+
+
+@main.command("floor")
+@click.option("--statistics", type=click.Path(path_type=Path), required=True, help="JSON: alpha, F, sorted_importance.")
+@click.option("--widths", default=",".join(map(str, PUBLISHED_WIDTHS)), show_default=True, help="Student widths d_S.")
+def floor_command(statistics: Path, widths: str) -> None:
+    """Predicted loss floors L*(d_S) of distilling into narrower students: `WIDTH FLOOR`, one line a width."""
+    wanted = tuple(map(parse_count, widths.split(",")))
+    measured = Statistics.read(statistics)
+    click.echo(describe(measured), err=True)
+    for width, floor in floors(measured, wanted).items():
+        click.echo(f"{width} {floor:#.8g}")
 
 
 if __name__ == "__main__":
