@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from eval.evaluate import EvalConfig, evaluate, find_runs
-from eval.floor import PUBLISHED_WIDTHS, Statistics, describe, floors
+from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
+from eval.metrics import DEAD_AT
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
@@ -25,9 +26,20 @@ def main() -> None:
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
 )
-@click.option("--eval-tokens", help="Held-out activations to measure reconstruction on.")
+@click.option("--eval-tokens", help="Held-out activations to measure reconstruction on [default: all].")
 @click.option("--ce-tokens", help="Held-out tokens to measure the language model's loss on.")
 @click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+@click.option("--dead-at", type=click.FloatRange(0, 1), default=DEAD_AT, show_default=True, help="Dead: density up to this.")
+@click.option(
+    "--alive-above",
+    type=click.FloatRange(0, 1),
+    default=ALIVE_ABOVE,
+    show_default=True,
+    help="Alive, for floors: density above.",
+)
+@click.option(
+    "--ablation", type=click.Choice(["zero", "mean"]), default="zero", show_default=True, help="CE recovered is against this."
+)
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 def run_command(
     preset: str,
@@ -36,17 +48,23 @@ def run_command(
     eval_tokens: str | None,
     ce_tokens: str | None,
     model: str | None,
+    dead_at: float,
+    alive_above: float,
+    ablation: str,
     device: str | None,
 ) -> None:
     """Evaluate every snapshot of every run on held-out tokens; what is done already is kept."""
     p = get_preset(preset)
+    picked, opened = pick_device(device), Cache.open(cache or Path("data") / p.name)
     config = EvalConfig(
-        device=pick_device(device),
-        eval_tokens=parse_count(eval_tokens or str(p.eval_tokens)),
+        device=picked,
+        eval_tokens=parse_count(eval_tokens) if eval_tokens else opened.spec.holdout_blocks * opened.spec.block_rows,
         ce_tokens=parse_count(ce_tokens or str(p.ce_tokens)),
         model=model,
+        dead_at=dead_at,
+        alive_above=alive_above,
+        ablation=ablation,
     )
-    opened = Cache.open(cache or Path("data") / p.name)
     found = find_runs(runs, opened)
     results = evaluate(opened, found, config)
     for each in found:

@@ -6,14 +6,16 @@ A record that stands there already, for the same file and the same amount of hel
 import csv
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval.metrics import heldout_rows, heldout_tokens, reconstruction
-from eval.splice import SplicedModel, through
+from eval.floor import ALIVE_ABOVE
+from eval.metrics import DEAD_AT, heldout_blocks, heldout_tokens, loss_metrics, measure, save_features
+from eval.splice import SplicedModel, constant, through
 from shared.cache import Cache
 from shared.cli import UserError
 from shared.device import announce
@@ -26,14 +28,24 @@ from train.sae import Sae
 Record = dict[str, Any]
 
 
+_SAE_BYTES = 4 << 30  # of weights held at once on a CPU; on a GPU half of what is free
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class EvalConfig:
-    """How much held-out text the numbers rest on."""
+    """How much held-out text the numbers rest on, and which definitions; see eval/metrics.py."""
 
     device: torch.device
     eval_tokens: int
     ce_tokens: int
     model: str | None = None  # where the language model lies, if not where the cache says
+    dead_at: float = DEAD_AT
+    alive_above: float = ALIVE_ABOVE
+    ablation: str = "zero"  # or "mean"
+
+    def basis(self) -> dict[str, Any]:
+        """What a record must have been made with to stand for one made now."""
+        return {name: getattr(self, name) for name in ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")}
 
 
 def find_runs(folder: Path, cache: Cache) -> list[Run]:
@@ -82,29 +94,49 @@ def _evaluate_layer(
     records: dict[str, dict[str, Record]],
     progress: Progress,
 ) -> None:
-    x = heldout_rows(cache, layer, config.eval_tokens).to(config.device)
-    clean = lm.cross_entropy()
-    zero = lm.cross_entropy(layer, torch.zeros_like)
-    for run, snapshot in snapshots:
-        sae = Sae.load(snapshot.path, cache.spec.d_model).to(config.device)
-        spliced = lm.cross_entropy(layer, through(sae))
-        records[run.name][_key(snapshot)] = {
-            "layer": layer,
-            "snapshot": snapshot.label,
-            "trained_tokens": sae.stats.get("tokens"),
-            "lambda": sae.stats.get("lambda"),
-            **dataclasses.asdict(reconstruction(sae, x)),
-            "ce": clean,
-            "ce_spliced": spliced,
-            "ce_zero": zero,
-            "ce_recovered": (zero - spliced) / (zero - clean),
-            "ce_tokens": config.ce_tokens,
-            "eval_tokens": config.eval_tokens,
-            "file": _fingerprint(snapshot),
-        }
-        progress.advance(1, f"layer {layer} {snapshot.label}")
+    for group in _groups(snapshots, config.device):
+        saes = [Sae.load(snapshot.path, cache.spec.d_model).to(config.device) for _, snapshot in group]
+        activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens), saes, cache.spec.context)
+        ablations = [torch.zeros_like, constant(activations.all.mean)]
+        clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
+        for (run, snapshot), sae, tally, loss in zip(group, saes, tallies, spliced, strict=True):
+            metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
+            path = features_path(run, layer, snapshot.label)
+            save_features(path, features, tokens=tally.tokens, file=_fingerprint(snapshot))
+            records[run.name][_key(snapshot)] = {
+                "layer": layer,
+                "snapshot": snapshot.label,
+                "trained_tokens": sae.stats.get("tokens"),
+                "lambda": sae.stats.get("lambda"),
+                **metrics,
+                **loss_metrics(clean, zero, mean, loss, config.ablation),
+                **config.basis(),
+                "file": _fingerprint(snapshot),
+            }
+            progress.advance(1, f"layer {layer} {snapshot.label}")
     for run in {run.name: run for run, _ in snapshots}.values():
         _write(run, records[run.name])
+
+
+def _groups(snapshots: list[tuple[Run, Snapshot]], device: torch.device) -> Iterator[list[tuple[Run, Snapshot]]]:
+    """Snapshots whose weights fit into memory together: each group reads the layer once."""
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _SAE_BYTES
+    group: list[tuple[Run, Snapshot]] = []
+    used = 0
+    for run, snapshot in snapshots:
+        size = snapshot.path.stat().st_size
+        if group and used + size > budget:
+            yield group
+            group, used = [], 0
+        group.append((run, snapshot))
+        used += size
+    if group:
+        yield group
+
+
+def features_path(run: Run, layer: int, label: str) -> Path:
+    """Where the statistics of each feature of an SAE are; see eval.metrics.load_features."""
+    return run.path / "results" / "features" / f"layer{layer:02d}_{label}.safetensors"
 
 
 def _key(snapshot: Snapshot) -> str:
@@ -123,8 +155,9 @@ def _known(run: Run, config: EvalConfig) -> dict[str, Record]:
         return {}
     stored: dict[str, Record] = json.loads(path.read_text())
     now = {_key(s): _fingerprint(s) for s in run.snapshots()}
-    same = {"ce_tokens": config.ce_tokens, "eval_tokens": config.eval_tokens}
-    return {k: r for k, r in stored.items() if r["file"] == now.get(k) and {n: r[n] for n in same} == same}
+    basis = config.basis()
+    same = {k: r for k, r in stored.items() if r["file"] == now.get(k) and {n: r.get(n) for n in basis} == basis}
+    return {k: r for k, r in same.items() if features_path(run, r["layer"], r["snapshot"]).exists()}
 
 
 def _write(run: Run, records: dict[str, Record]) -> None:
