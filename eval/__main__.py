@@ -6,6 +6,7 @@ import click
 
 from eval.evaluate import EvalConfig, evaluate, find_runs
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
+from eval.match import match_runs, match_table, match_to_final, open_run
 from eval.metrics import DEAD_AT
 from eval.plots import plot_run
 from eval.report import text_table, write_report
@@ -83,6 +84,18 @@ def floor_command(statistics: Path, widths: str) -> None:
     click.echo(describe(measured), err=True)
     for width, floor in floors(measured, wanted).items():
         click.echo(f"{width} {floor:#.8g}")
+
+
+@main.command("match")
+@click.argument("run_folder", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+@click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
+@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
+    """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""
+    mine, picked = open_run(run_folder), pick_device(device)
+    found = match_runs(mine, open_run(other), alive_above, picked) if other else match_to_final(mine, alive_above, picked)
+    click.echo(match_table(found))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _evaluate_layer(
         for (run, snapshot), sae, tally, loss in zip(group, saes, tallies, spliced, strict=True):
             metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
             path = features_path(run, layer, snapshot.label)
-            save_features(path, features, tokens=tally.tokens, file=_fingerprint(snapshot))
+            save_features(path, features, tokens=tally.tokens, file=fingerprint(snapshot))
             records[run.name][_key(snapshot)] = {
                 "layer": layer,
                 "snapshot": snapshot.label,
@@ -111,7 +111,7 @@ def _evaluate_layer(
                 **metrics,
                 **loss_metrics(clean, zero, mean, loss, config.ablation),
                 **config.basis(),
-                "file": _fingerprint(snapshot),
+                "file": fingerprint(snapshot),
             }
             progress.advance(1, f"layer {layer} {snapshot.label}")
     for run in {run.name: run for run, _ in snapshots}.values():
@@ -143,7 +143,7 @@ def _key(snapshot: Snapshot) -> str:
     return f"layer{snapshot.layer:02d}_{snapshot.label}"
 
 
-def _fingerprint(snapshot: Snapshot) -> str:
+def fingerprint(snapshot: Snapshot) -> str:
     stat = snapshot.path.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}"
 
@@ -154,7 +154,7 @@ def _known(run: Run, config: EvalConfig) -> dict[str, Record]:
     if not path.exists():
         return {}
     stored: dict[str, Record] = json.loads(path.read_text())
-    now = {_key(s): _fingerprint(s) for s in run.snapshots()}
+    now = {_key(s): fingerprint(s) for s in run.snapshots()}
     basis = config.basis()
     same = {k: r for k, r in stored.items() if r["file"] == now.get(k) and {n: r.get(n) for n in basis} == basis}
     return {k: r for k, r in same.items() if features_path(run, r["layer"], r["snapshot"]).exists()}

@@ -105,6 +105,7 @@ def test_metrics_are_saebenchs_where_it_has_them() -> None:
     """Its formulas, as its core evaluation (0.6.0) has them, on one batch of everything."""
     torch.manual_seed(1)
     sae, blocks = random_sae(), random_blocks(1)
+    sae.b_enc[:3] = -1e3
     got, direct = metrics(sae, blocks), Direct(sae, blocks)
     x, xhat, z = (torch.from_numpy(v) for v in (direct.x, direct.xhat, direct.z))
     rss, tss = (x - xhat).pow(2).sum(-1), (x - x.mean(0)).pow(2).sum(-1)
