@@ -101,7 +101,7 @@ def probe_write(path: Path, threads: int, seconds: float = 2.0) -> float:
     def write(_: int) -> int:
         written = 0
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            while time.perf_counter() - began < seconds:
+            while not written or time.perf_counter() - began < seconds:
                 file.seek(0)
                 write_all(file.fileno(), data.data)
                 written += data.nbytes

@@ -110,7 +110,7 @@ def open_model(model: str, revision: str | None) -> Model:
             raise UserError(f"there is no model at {model}: name the folder where it lies now with --model")
         folder = _download(model, revision)
         commit = folder.name
-    files = sorted({file for pattern in _IS_MODEL for file in folder.glob(pattern) if file.is_file()})
+    files = sorted({f for pattern in _IS_MODEL for f in folder.glob(pattern) if f.is_file() and not f.name.startswith(".")})
     return Model(name=model, folder=folder, commit=commit, sha256=hash_files(files))
 
 
