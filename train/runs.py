@@ -128,7 +128,7 @@ class Run:
     def create(self, config: dict[str, Any], machine: dict[str, Any]) -> None:
         """Make it a run, unless it is one. `machine` is recorded only: the last bits of a sum depend on it, nothing else."""
         if self.config_path.exists():
-            return
+            return self.require_same(config)
         with replacing(self.config_path) as temporary:
             temporary.write_bytes(json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n")
 

@@ -120,13 +120,13 @@ def test_one_bad_item_is_left_out_with_a_line(cli: Cli, evaluated: Evaluated) ->
     bad = [first(runs) / "sae_layer00_3413.pt", first(runs) / "sae_layer02_final.pt"]
     bad[0].write_bytes(bad[0].read_bytes()[:1000])
     shutil.copy(first(runs) / "sae_layer00_final.pt", bad[1])
-    (runs / "a-model").mkdir()
-    (runs / "a-model" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    (runs / "z-model").mkdir()
+    (runs / "z-model" / "config.json").write_text('{"model_type": "gpt_neox"}')
     result = cli("eval", *args)
     assert result.code == 2
     said = [line for line in result.err.splitlines() if line.startswith("left out: ")]
     assert len(said) == 3
-    assert all(any(str(p) in line for line in said) for p in (*bad, runs / "a-model"))
+    assert all(any(str(p) in line for line in said) for p in (*bad, runs / "z-model"))
     assert result.err.splitlines()[-1] == "error: 3 left out, as said above; all else is evaluated"
     assert set(records(first(runs))) == {
         f"layer{layer:02d}_{label}" for layer in range(3) for label in ("3413", "6826", "10240", "13653", "17066", "final")
