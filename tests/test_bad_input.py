@@ -16,7 +16,7 @@ def refused(result: Result, message: str) -> None:
     assert result.code == 2, result
     assert message in result.err
     # What is met only in the work itself finds the line that says where it is done, and on a slow machine how far it is.
-    lines = [line for line in result.err.splitlines() if line and not line.startswith(("device: ", "evaluating: "))]
+    lines = [line for line in result.err.splitlines() if line and not line.startswith(("device: ", "evaluating: ", "tokenising: "))]
     assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     assert "Traceback" not in result.err
