@@ -8,6 +8,9 @@ import torch
 
 from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
 from eval.export import FORMS, ExportConfig, export
+from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
+from eval.match import match_runs, match_table, match_to_final, open_run
+from eval.metrics import DEAD_AT
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
@@ -18,7 +21,7 @@ from shared.presets import get_preset
 
 @click.group(cls=DefaultRun)
 def main() -> None:
-    """Evaluate SAEs, or hand them on."""
+    """What SAEs are worth, on held-out tokens, and the way to other tools. Without a command: `run`."""
 
 
 @main.command("run")
@@ -27,9 +30,20 @@ def main() -> None:
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
 )
-@click.option("--eval-tokens", help="Held-out activations to measure reconstruction on.")
+@click.option("--eval-tokens", help="Held-out activations to measure reconstruction on [default: all].")
 @click.option("--ce-tokens", help="Held-out tokens to measure the language model's loss on.")
 @click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+@click.option("--dead-at", type=click.FloatRange(0, 1), default=DEAD_AT, show_default=True, help="Dead: density up to this.")
+@click.option(
+    "--alive-above",
+    type=click.FloatRange(0, 1),
+    default=ALIVE_ABOVE,
+    show_default=True,
+    help="Alive, for floors: density above.",
+)
+@click.option(
+    "--ablation", type=click.Choice(["zero", "mean"]), default="zero", show_default=True, help="CE recovered is against this."
+)
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 def run_command(
     preset: str,
@@ -38,17 +52,23 @@ def run_command(
     eval_tokens: str | None,
     ce_tokens: str | None,
     model: str | None,
+    dead_at: float,
+    alive_above: float,
+    ablation: str,
     device: str | None,
 ) -> None:
     """Evaluate every snapshot of every run on held-out tokens; what is done already is kept."""
     p = get_preset(preset)
+    picked, opened = pick_device(device), Cache.open(cache or Path("data") / p.name)
     config = EvalConfig(
-        device=pick_device(device),
-        eval_tokens=parse_count(eval_tokens or str(p.eval_tokens)),
+        device=picked,
+        eval_tokens=parse_count(eval_tokens) if eval_tokens else opened.spec.holdout_blocks * opened.spec.block_rows,
         ce_tokens=parse_count(ce_tokens or str(p.ce_tokens)),
         model=model,
+        dead_at=dead_at,
+        alive_above=alive_above,
+        ablation=ablation,
     )
-    opened = Cache.open(cache or Path("data") / p.name)
     skipped = Skipped()
     found = find_runs(runs, opened, skipped)
     results = evaluate(opened, found, config, skipped)
@@ -89,6 +109,30 @@ def export_command(
         device=pick_device(options["device"]) if cache else torch.device("cpu"),
     )
     say(f"exported {len(export(runs, config))} SAEs to {out}")
+
+
+@main.command("floor")
+@click.option("--statistics", type=click.Path(path_type=Path), required=True, help="JSON: alpha, F, sorted_importance.")
+@click.option("--widths", default=",".join(map(str, PUBLISHED_WIDTHS)), show_default=True, help="Student widths d_S.")
+def floor_command(statistics: Path, widths: str) -> None:
+    """Predicted loss floors L*(d_S) of distilling into narrower students: `WIDTH FLOOR`, one line a width."""
+    wanted = tuple(map(parse_count, widths.split(",")))
+    measured = Statistics.read(statistics)
+    say(describe(measured), err=True)
+    for width, floor in floors(measured, wanted).items():
+        say(f"{width} {floor:#.8g}")
+
+
+@main.command("match")
+@click.argument("run_folder", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+@click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
+@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
+    """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""
+    mine, picked = open_run(run_folder), pick_device(device)
+    found = match_runs(mine, open_run(other), alive_above, picked) if other else match_to_final(mine, alive_above, picked)
+    say(match_table(found))
 
 
 if __name__ == "__main__":

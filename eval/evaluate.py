@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from eval.metrics import heldout_rows, heldout_tokens, ratio, reconstruction
-from eval.splice import SplicedModel, through
+from eval.floor import ALIVE_ABOVE
+from eval.metrics import DEAD_AT, heldout_blocks, heldout_tokens, loss_metrics, measure, save_features
+from eval.splice import SplicedModel, constant, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce
-from shared.files import make_dir, replacing
+from shared.files import replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
@@ -32,6 +33,8 @@ from train.runs import Run, Snapshot, alone_in, cache_identity, snapshot_tokens
 from train.sae import Sae
 
 Record = dict[str, Any]
+_BASIS = ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")  # what a record rests on
+_SAE_BYTES = 4 << 30  # of weights held at once on a CPU; on a GPU half of what is free
 
 
 class Skipped:
@@ -51,12 +54,19 @@ class Skipped:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class EvalConfig:
-    """How much held-out text the numbers rest on."""
+    """How much held-out text the numbers rest on, and which definitions; see eval/metrics.py."""
 
     device: torch.device
     eval_tokens: int
     ce_tokens: int
     model: str | None = None  # where the language model lies, if not where the cache says
+    dead_at: float = DEAD_AT
+    alive_above: float = ALIVE_ABOVE
+    ablation: str = "zero"  # or "mean"
+
+    def basis(self) -> dict[str, Any]:
+        """What a record must have been made with to stand for one made now."""
+        return {name: getattr(self, name) for name in _BASIS}
 
 
 def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:
@@ -124,35 +134,71 @@ def _evaluate_layer(
     progress: Progress,
     asked: Callable[[], bool],
 ) -> None:
-    if asked():
-        return
-    x = heldout_rows(cache, layer, config.eval_tokens).to(config.device)
-    clean = lm.cross_entropy()
-    zero = lm.cross_entropy(layer, torch.zeros_like)
-    for store, snapshot in snapshots:
-        with skipped.leaving_out():
-            belongs = store.run.belongs(snapshot.layer, snapshot.label)
-            sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs).to(config.device)
-            spliced = lm.cross_entropy(layer, through(sae))
-            record = {
-                "run": belongs["digest"],
-                "layer": layer,
-                "snapshot": snapshot.label,
-                "trained_tokens": sae.stats["tokens"],
-                "lambda": sae.stats["lambda"],
-                **dataclasses.asdict(reconstruction(sae, x)),
-                "ce": clean,
-                "ce_spliced": spliced,
-                "ce_zero": zero,
-                "ce_recovered": ratio(zero - spliced, zero - clean),
-                "ce_tokens": config.ce_tokens,
-                "eval_tokens": config.eval_tokens,
-                "file": sae.stats[SEAL],
-            }
-            store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
-        progress.advance(1, f"layer {layer} {snapshot.label}")
+    for group in _groups(snapshots, config.device):
         if asked():
             return
+        opened = []
+        for store, snapshot in group:
+            with skipped.leaving_out():
+                belongs = store.run.belongs(snapshot.layer, snapshot.label)
+                sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs)
+                opened.append((store, snapshot, belongs, sae.to(config.device)))
+        progress.advance(len(group) - len(opened))
+        if opened:
+            _measure_group(cache, layer, opened, lm, config, progress)
+
+
+def _measure_group(
+    cache: Cache,
+    layer: int,
+    opened: list[tuple["_Store", Snapshot, dict[str, Any], Sae]],
+    lm: SplicedModel,
+    config: EvalConfig,
+    progress: Progress,
+) -> None:
+    """One reading of the layer for all of these SAEs."""
+    saes = [sae for *_, sae in opened]
+    activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens), saes, cache.spec.context)
+    ablations = [torch.zeros_like, constant(activations.all.mean)]
+    clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
+    for (store, snapshot, belongs, sae), tally, loss in zip(opened, tallies, spliced, strict=True):
+        metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
+        path = features_path(store.run, layer, snapshot.label)
+        save_features(path, features, tokens=tally.tokens, file=sae.stats[SEAL])
+        record = {
+            "run": belongs["digest"],
+            "layer": layer,
+            "snapshot": snapshot.label,
+            "trained_tokens": sae.stats["tokens"],
+            "lambda": sae.stats["lambda"],
+            **metrics,
+            **loss_metrics(clean, zero, mean, loss, config.ablation),
+            **config.basis(),
+            "file": sae.stats[SEAL],
+        }
+        store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
+        progress.advance(1, f"layer {layer} {snapshot.label}")
+
+
+def _groups(snapshots: list[tuple["_Store", Snapshot]], device: torch.device) -> Iterator[list[tuple["_Store", Snapshot]]]:
+    """Snapshots whose weights fit into memory together: each group reads the layer once."""
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _SAE_BYTES
+    group: list[tuple[_Store, Snapshot]] = []
+    used = 0
+    for store, snapshot in snapshots:
+        size = snapshot.path.stat().st_size
+        if group and used + size > budget:
+            yield group
+            group, used = [], 0
+        group.append((store, snapshot))
+        used += size
+    if group:
+        yield group
+
+
+def features_path(run: Run, layer: int, label: str) -> Path:
+    """Where the statistics of each feature of an SAE are; see eval.metrics.load_features."""
+    return run.path / "results" / "features" / f"layer{layer:02d}_{label}.safetensors"
 
 
 class _Store:
@@ -187,13 +233,17 @@ class _Store:
             with skipped.leaving_out():
                 self._files[key] = ""  # if it cannot be read
                 self._files[key] = Sae.checksum(snapshot.path)
-                if (*key, self._files[key], config.eval_tokens, config.ce_tokens) not in map(_identity, self._records):
+                known = (*key, self._files[key], *config.basis().values()) in map(_identity, self._records)
+                if not (known and features_path(self.run, *key).exists()):
                     missing.append(snapshot)
         return missing
 
     def add(self, record: Record) -> None:
         """Add it to what is on disk by now: another evaluation may have added its own."""
-        folder = make_dir(self._path.parent)
+        folder = self._path.parent
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)
+            sync_dir(folder.parent)
         with alone_in(folder):
             known = {_identity(r): r for r in self._read()}
             self._records = self._ordered([*(known | {_identity(record): seal(record)}).values()])
@@ -207,7 +257,15 @@ class _Store:
 
         def place(r: Record) -> tuple[Any, ...]:
             other = r["file"] != self._files.get((r["layer"], r["snapshot"]), r["file"])
-            return r["layer"], self._labels.index(r["snapshot"]), other, -r["eval_tokens"], -r["ce_tokens"], r["file"]
+            return (
+                r["layer"],
+                self._labels.index(r["snapshot"]),
+                other,
+                -r["eval_tokens"],
+                -r["ce_tokens"],
+                r["file"],
+                _basis(r)[2:],
+            )
 
         return sorted(records, key=place)
 
@@ -215,7 +273,7 @@ class _Store:
         named: dict[str, Record] = {}
         for r in self._records:
             name = f"layer{r['layer']:02d}_{r['snapshot']}"
-            named[f"{name}@{r['eval_tokens']}+{r['ce_tokens']}#{r['file']}" if name in named else name] = r
+            named[f"{name}@{'+'.join(map(str, _basis(r)))}#{r['file']}" if name in named else name] = r
         return named
 
     def _csv(self) -> str:
@@ -231,14 +289,14 @@ class _Store:
         chosen: dict[tuple[int, str], Record] = {}
         for r in self._ordered(self._records):
             first = chosen.setdefault((r["layer"], r["snapshot"]), r)
-            if r["file"] == first["file"] and _text(r) == (config.eval_tokens, config.ce_tokens):
+            if r["file"] == first["file"] and _basis(r) == tuple(config.basis().values()):
                 chosen[r["layer"], r["snapshot"]] = r
         return list(chosen.values())
 
 
-def _identity(record: Record) -> tuple[int, str, str, int, int]:
-    return record["layer"], record["snapshot"], record["file"], *_text(record)
+def _identity(record: Record) -> tuple[Any, ...]:
+    return record["layer"], record["snapshot"], record["file"], *_basis(record)
 
 
-def _text(record: Record) -> tuple[int, int]:
-    return record["eval_tokens"], record["ce_tokens"]
+def _basis(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in _BASIS)

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from eval.evaluate import Skipped
 from shared.cli import format_count
-from shared.files import make_dir, replacing
+from shared.files import replacing
 from train.runs import Run, alone_in, snapshot_tokens
 
 matplotlib.rcdefaults()  # the user's own style may not fit
@@ -35,7 +35,8 @@ _MAPS = (
 
 def plot_run(run: Run, records: list[Record], skipped: Skipped) -> None:
     """Write both pictures, as far as there is something to show, into the run's plots/ folder."""
-    folder = make_dir(run.path / "plots")
+    folder = run.path / "plots"
+    folder.mkdir(exist_ok=True)
     curves = {}
     for layer in sorted({s.layer for s in run.snapshots()}):
         with skipped.leaving_out():

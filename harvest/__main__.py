@@ -245,9 +245,17 @@ def repair_command(
     if not damage.lines:
         click.echo("repaired nothing: every committed block is as it was written")
         return
-    revision_of_text = unpin(spec.dataset_revision)
-    source = TextSource(dataset=dataset or spec.dataset, revision=revision_of_text, split=spec.split, column=spec.text_column)
-    n = repair(opened, damage, source, harvested_model(opened, model, revision), config)
+    n = 0
+    if damage.blocks or damage.chunks:
+        source = TextSource(
+            dataset=dataset or spec.dataset,
+            revision=unpin(spec.dataset_revision),
+            split=spec.split,
+            column=spec.text_column,
+        )
+        n = repair(opened, damage, source, harvested_model(opened, model, revision), config)
+    else:  # the arrays' metadata alone: neither model nor text is needed
+        opened.add_layers(())
     click.echo(f"repaired {n} layer blocks" + (" and the tokens" if damage.chunks else ""))
 
 

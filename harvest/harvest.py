@@ -405,8 +405,8 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
     )
     if different := cache.spec.differences(here):
         raise UserError(
-            f"{source.dataset} is not the text that {cache.path} was made from ({'; '.join(different)}), so nothing was "
-            "changed: put it back, or name it with --dataset"
+            f"{source.dataset} is not the text that {cache.path} was made from ({'; '.join(different)}), "
+            "so nothing was changed: put it back, or name it with --dataset"
         )
 
 

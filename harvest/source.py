@@ -201,7 +201,7 @@ def _known() -> str:
 
 
 def _one_of_each(files: list[Path]) -> str:
-    return " and ".join(str(f) for f in {kind_of(file): file for file in reversed(files)}.values())
+    return " and ".join(sorted(str(f) for f in {kind_of(file): file for file in reversed(files)}.values()))
 
 
 def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 A block of all layers lies in one host buffer; there is a fixed number of these, so memory is bounded and a full disk
 queue makes the forward pass wait rather than memory grow. One layer of a block is one file: some threads do nothing but
 write and fsync files, so that the disk never waits; others take checksums and moments meanwhile. Whoever finishes the
-last of a block publishes its ledger entry.
+last of a block moves its files to their places and publishes its ledger entry.
 """
 
 import ctypes
@@ -70,6 +70,8 @@ class BlockWriter:
         self._disk = ThreadPoolExecutor(config.threads, "disk")
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._staged: dict[tuple[int, int], Path] = {}  # {layer, block: bytes on the disk that are not committed yet}
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -77,6 +79,7 @@ class BlockWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for pool in (self._waiter, self._disk, self._arithmetic):  # the first of them feeds the others
             pool.shutdown(wait=True, cancel_futures=kind is not None)
+        self._cache.drop(self._staged.values())  # of blocks that did not become whole
         if kind is None:
             self._check()
 
@@ -118,8 +121,9 @@ class BlockWriter:
 
     def _write(self, job: "_BlockJob", index: int) -> None:
         layer = self._layers[index]
-        if self._replace or not self._cache.has_block((layer,), job.block):
-            self._cache.write_block(layer, job.block, job.buffer.data[index].numpy().data)
+        staged = self._cache.stage_block(layer, job.block, job.buffer.data[index].numpy().data)
+        with self._lock:
+            job.staged[layer] = self._staged[layer, job.block] = staged
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
         buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
@@ -127,7 +131,11 @@ class BlockWriter:
         job.stats[self._layers[index]] = stats
 
     def _commit(self, job: "_BlockJob") -> None:
-        self._cache.commit(job.block, {layer: job.stats[layer] for layer in self._layers})
+        stats = {layer: job.stats[layer] for layer in self._layers}
+        self._cache.commit(job.block, stats, job.staged, replace=self._replace)
+        with self._lock:
+            for layer in self._layers:
+                del self._staged[layer, job.block]
         self._free.put(job.buffer)
         self._done(job.block)
 
@@ -144,6 +152,7 @@ class _BlockJob:
     buffer: Buffer
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
+    staged: dict[int, Path] = field(default_factory=dict)
     stats: dict[int, BlockStats] = field(default_factory=dict)
 
 

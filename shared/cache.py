@@ -22,7 +22,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -275,6 +275,8 @@ class Cache:
             if value["digest"] != spec.digest:
                 raise ValueError("its digest does not match")
         except (ValueError, KeyError, TypeError) as error:
+            if not store.has(_ZARR):
+                raise UserError(f"{path / _SPEC} is not of an activation cache; choose another folder") from None
             raise UserError(
                 f"{path / _SPEC} is damaged ({error}): remove that file and run the `python -m harvest` command that made the "
                 "cache again; it writes the file anew and keeps what is committed"
@@ -343,9 +345,13 @@ class Cache:
         """Row j of a stored block is activation `order[j]` of its sequences read one after the other."""
         return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
 
-    def write_block(self, layer: int, block: int, data: memoryview) -> None:
-        """Put a block's bytes in their place, durable; committed they are by `commit` alone. Raises UserError."""
-        self._store.write(_block_key(layer, block), data)
+    def stage_block(self, layer: int, block: int, data: memoryview) -> Path:
+        """Bring a block's bytes near their place, durable, for `commit`. Raises UserError."""
+        return self._store.stage(_block_key(layer, block), data)
+
+    def drop(self, staged: Iterable[Path]) -> None:
+        """Take away what was staged and will not be committed."""
+        self._store.drop(staged)
 
     def read_block(self, layer: int, block: int, out: NDArray[np.float16]) -> None:
         """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing, unreadable or short."""
@@ -384,11 +390,23 @@ class Cache:
     def entry_path(self, layers: tuple[int, ...], block: int) -> Path:
         return self._store.path(_entry_key(format_layers(layers), block))
 
-    def commit(self, block: int, stats: dict[int, BlockStats]) -> None:
-        """Record a block whose chunks are all durable. What other processes recorded stays, unless it is not what is there.
+    def commit(
+        self, block: int, stats: dict[int, BlockStats], staged: dict[int, Path] | None = None, *, replace: bool = True
+    ) -> None:
+        """Put what was staged of a block in its place, and record it once that is durable. Raises UserError.
 
-        An entry that is there already keeps its place and is replaced in one step. Raises UserError.
+        Without `replace`, layers that another process has committed meanwhile stay as they are. Bytes and record are changed
+        by one process at a time: two harvests of a block may differ in a last bit.
         """
+        with self._store.locked(_SPEC):
+            kept = set() if replace else {layer for layer in stats if self.has_block((layer,), block)}
+            staged = staged or {}
+            self._store.place({_block_key(layer, block): mine for layer, mine in staged.items() if layer not in kept})
+            self._record(block, {layer: s for layer, s in stats.items() if layer not in kept})
+            self._store.drop(mine for layer, mine in staged.items() if layer in kept)
+
+    def _record(self, block: int, stats: dict[int, BlockStats]) -> None:
+        """An entry that is there already keeps its place and is replaced in one step."""
         left, unreadable = dict(stats), []
         for group in self._groups_of(tuple(stats)):
             key, layers = _entry_key(group, block), _group_layers(group)
@@ -399,37 +417,19 @@ class Cache:
             try:
                 there = self._open_entry(group, block, data)
             except ValueError:
-                if len(mine) == len(layers):
-                    self._store.write(key, self._entry(block, mine))
-                else:  # it says nothing of the other layers either: they are to be harvested again
-                    unreadable.append(key)
-                    continue
-            else:
-                self._amend(key, block, there, mine)
+                there = mine
+            if set(there) != set(
+                layers
+            ):  # unreadable, and it says nothing of the other layers either: they are harvested again
+                unreadable.append(key)
+                continue
+            if data != (entry := self._entry(block, there | mine)):
+                self._store.write(key, entry)
             left = {layer: s for layer, s in left.items() if layer not in mine}
         if left and not self._store.create(_entry_key(format_layers(left), block), self._entry(block, left)):
-            self.commit(block, left)  # another process was faster
+            self._record(block, left)  # a file system without locks, and another process was faster
         for key in unreadable:
             self._store.delete(key)
-
-    def _amend(self, key: str, block: int, there: dict[int, BlockStats], mine: dict[int, BlockStats]) -> None:
-        """Bring an entry in line with the bytes that are there.
-
-        Two harvests of one block may differ in a last bit, and then the disk is asked whose bytes came last.
-        """
-        differ = [k for k, s in mine.items() if (s.crc32c, s.tokens) != (there[k].crc32c, there[k].tokens)]
-        newer = {layer: mine[layer] for layer in differ if not self._holds(layer, block, there[layer])}
-        if newer:
-            self._store.write(key, self._entry(block, there | newer))
-
-    def _holds(self, layer: int, block: int, stats: BlockStats) -> bool:
-        data = np.empty((self.spec.block_rows, self.spec.d_model), dtype=np.float16)
-        try:
-            self.read_block(layer, block, data)
-            self.check_block(layer, block, data, stats)
-            return stats.tokens == self.tokens_checksum(self.block_tokens(block))
-        except UserError:
-            return False
 
     def _entry(self, block: int, stats: dict[int, BlockStats]) -> bytes:
         layers = {str(layer): dataclasses.asdict(stats[layer]) for layer in sorted(stats)}

@@ -228,6 +228,34 @@ def publish_file(path: Path, data: bytes | memoryview) -> None:
         _write(mine, data)
 
 
+def stage_file(path: Path, data: bytes | memoryview) -> Path:
+    """The first half of `publish_file`: the content, durable, beside the place where `os.replace` brings it."""
+    mine = temporary(path)
+    with writing(path):
+        try:
+            _write(mine, data)
+        except BaseException:
+            mine.unlink(missing_ok=True)
+            raise
+    return mine
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone among all who lock the same file; the lock goes with the process. Not every file system has such a thing."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # without it, duplicate work may end as damage that is noticed
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def publish_json(path: Path, value: Any) -> None:
     publish_file(path, (json.dumps(value, indent=1) + "\n").encode())
 

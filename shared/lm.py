@@ -158,10 +158,10 @@ def load_config(model: str, revision: str | None) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # configurations are code of some hundred models, each with its own ways of failing
         raise unreachable(f"the model {model}", error) from None
-    if lacking := [name for name in _SHAPE if not isinstance(getattr(config, name, None), int)]:
+    if config.get_text_config() is not config or not all(isinstance(getattr(config, name, None), int) for name in _SHAPE):
         raise UserError(
-            f"{model} is not a plain language model: its configuration has no {', '.join(lacking)} of its own; "
-            "save the language model inside it by itself and name that"
+            f"{model} is not a plain language model: its config.json has no {', '.join(_SHAPE)} of its own, or another "
+            "model's inside it; save the language model by itself and name that"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model} is quantised: activations of rounded weights are another model's; name the original one")

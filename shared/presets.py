@@ -38,7 +38,6 @@ class Preset:
     lr_warmup: int
     window_blocks: int
     # evaluation
-    eval_tokens: int
     ce_tokens: int
 
 
@@ -67,7 +66,6 @@ PRESETS = {
             lr=3e-4,
             lr_warmup=0,
             window_blocks=16,
-            eval_tokens=500_000,
             ce_tokens=100_000,
         ),
         Preset(
@@ -92,7 +90,6 @@ PRESETS = {
             lr=3e-3,
             lr_warmup=100,
             window_blocks=16,
-            eval_tokens=16_384,
             ce_tokens=8_192,
         ),
     )

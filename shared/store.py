@@ -4,12 +4,25 @@ Everything that a cache does to a disk goes through here. What is written is dur
 all; a key is created by one process only. Another kind of store has these methods, and nothing else has to change.
 """
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from shared.cli import UserError
-from shared.files import create_file, free_bytes, publish_file, read_file, remove_leftovers, sync_dir, writing
+from shared.files import (
+    create_file,
+    free_bytes,
+    locked,
+    publish_file,
+    read_file,
+    remove_leftovers,
+    stage_file,
+    sync_dir,
+    writing,
+)
 
 
 class Folder:
@@ -33,6 +46,29 @@ class Folder:
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Put `data` in the place of whatever was there. Raises UserError."""
         publish_file(self._ready(key), data)
+
+    def stage(self, key: str, data: bytes | memoryview) -> Path:
+        """Bring `data` near its place, durable; `place` or `drop` it then. Raises UserError."""
+        return stage_file(self._ready(key), data)
+
+    def place(self, staged: dict[str, Path]) -> None:
+        """Put {key: what was staged for it} in place, all of it durable on return. Raises UserError."""
+        paths = {self.path(key): mine for key, mine in staged.items()}
+        for path, mine in paths.items():
+            with writing(path):
+                os.replace(mine, path)
+        for folder in {path.parent for path in paths}:
+            with writing(folder):
+                sync_dir(folder)
+
+    def drop(self, staged: Iterable[Path]) -> None:
+        for mine in staged:
+            with contextlib.suppress(OSError):
+                mine.unlink(missing_ok=True)
+
+    def locked(self, key: str) -> AbstractContextManager[None]:
+        """Alone among all who lock the same key, where the file system can do that."""
+        return locked(self.path(key))
 
     def create(self, key: str, data: bytes) -> bool:
         """Write only where nothing is; False if something was. Raises UserError."""

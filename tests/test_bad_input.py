@@ -1,5 +1,6 @@
 """Every way of asking for what cannot be had: one line on stderr, exit code 2, nothing half-written."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache import Cache, seal
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
 
@@ -15,7 +16,9 @@ def refused(result: Result, message: str) -> None:
     assert result.code == 2, result
     assert message in result.err
     # What is met only in the work itself finds the line that says where it is done, and on a slow machine how far it is.
-    lines = [line for line in result.err.splitlines() if line and not line.startswith(("device: ", "evaluating: "))]
+    lines = [
+        line for line in result.err.splitlines() if line and not line.startswith(("device: ", "evaluating: ", "tokenising: "))
+    ]
     assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     assert "Traceback" not in result.err
@@ -69,9 +72,8 @@ def test_no_cache(cli: Cli, tmp_path: Path) -> None:
 
 def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
-    meta = tmp_path / "c" / "activations.zarr" / "zarr.json"
-    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
-    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 2")
+    (tmp_path / "c" / "cache.json").write_bytes(seal({"format": 3}))
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 3")
 
 
 def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
@@ -118,6 +120,29 @@ def test_text_that_cannot_be_harvested(cli: Cli, harvest_args: tuple[object, ...
     refused(cli("harvest", *harvest_args, *cache, "--dataset", tmp_path / "none.jsonl"), "cannot load the dataset")
     refused(cli("harvest", *harvest_args, *cache, "--tokens", "1M"), "ends after")
     assert not list(tmp_path.glob("c/*"))
+
+
+def test_bad_rows_are_named_before_anything_is_written(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    cache, bad = ("--cache", tmp_path / "c"), tmp_path / "bad.jsonl.gz"
+    bad.write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": 3}\n'))
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "line 2: column 'text' holds int, not text")
+    bad.write_bytes(bad.read_bytes()[:-12])
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "is the file whole? copy it again")  # not "interrupted"
+    refused(cli("harvest", *harvest_args, *cache, "--split", "test"), "has no split 'test'")
+    refused(cli("harvest", *harvest_args, *cache, "--bos"), "has no token for the beginning of a text: leave out --bos")
+    assert not (tmp_path / "c").exists()
+
+
+def test_models_are_opened_before_their_text_is_tokenised(
+    cli: Cli, harvest_args: tuple[object, ...], lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harvest.harvest.write_tokens", lambda *_: pytest.fail("tokenised first"))
+    shutil.copytree(lm, tmp_path / "lm")
+    args = (*harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm")
+    refused(cli("harvest", *args, "--context", 128), "contexts of 128 tokens do not fit the 64 positions of")
+    (tmp_path / "lm" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(cli("harvest", *args), "cannot load the model")
+    assert not (tmp_path / "c").exists()
 
 
 def test_models_that_are_not_there(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:

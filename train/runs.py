@@ -131,14 +131,16 @@ class Run:
             return
         with replacing(self.config_path) as temporary:
             temporary.write_bytes(json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n")
-        sync_dir(self.path.parent)
 
     # --- who writes ---
 
     @contextlib.contextmanager
     def claim(self, layers: Iterable[int]) -> Iterator[None]:
         """Own these layers until the block or the process ends. Raises UserError naming another owner."""
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         make_dir(self.path)
+        for path in new:
+            sync_dir(path.parent)
         try:
             with contextlib.ExitStack() as stack:
                 for layer in layers:

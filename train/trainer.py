@@ -15,6 +15,7 @@ from shared.cli import UserError, finishing, format_bytes, format_layers, say
 from shared.device import announce, device_kind
 from shared.files import free_bytes
 from shared.progress import Progress
+from shared.seal import SEAL
 from train.kernels import TorchKernels, Workspace
 from train.l1 import ControllerConfig, L1Controller, L1Setting
 from train.loader import ActivationLoader, LoaderConfig
@@ -352,13 +353,9 @@ class _SaeJob:
         if done in self._snapshots:
             self._snapshot(self._snapshots[done], result, l1)
         if done == self._config.steps:
-            self._saver.submit({}, lambda _: self._end())
+            self._saver.submit({}, lambda _: self._run.drop_state(self._layer))
         elif save:
             self._save(self._facts())
-
-    def _end(self) -> None:
-        self._run.sync_metrics(self._layer)
-        self._run.drop_state(self._layer)
 
     def _facts(self) -> dict[str, Any]:
         """Everything of the state that is no tensor."""
@@ -398,10 +395,15 @@ class _SaeJob:
             "lambda": l1,
             "alive": self._alive(),
         }
-        config = self._run.config() | {"layer": self._layer, "snapshot": label}
+        config = {k: v for k, v in self._run.config().items() if k != SEAL} | {"layer": self._layer, "snapshot": label}
         path = self._run.snapshot_path(self._layer, label)
         tensors = self.sae.snapshot(config, stats).tensors()
-        self._saver.submit(tensors, lambda host: Sae(**host, config=config, stats=stats).save(path))
+
+        def write(host: dict[str, torch.Tensor]) -> None:
+            self._run.sync_metrics(self._layer)  # before `final`, with which the layer counts as finished
+            Sae(**host, config=config, stats=stats).save(path)
+
+        self._saver.submit(tensors, write)
 
     def keep(self) -> None:
         """Save the state as it is now, for a run that is to stop here."""

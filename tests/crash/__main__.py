@@ -56,11 +56,12 @@ def main(
 def table(operations: dict[str, int], outcomes: list[Outcome]) -> str:
     """What was tried and lost, scenario by scenario; every loss with what does it again; the rest of what was met."""
     heads = ("scenario", "operations", "tried", "lost", "leaves files", "traceback")
-    rows = []
+    counts = []
     for name, count in operations.items():
         mine = [o for o in outcomes if o.trial.scenario == name]
-        rows.append((name, count, len(mine), *(sum(bool(x) for x in column) for column in _columns(mine))))
-    rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, len(heads)))))
+        counts.append([count, len(mine), *(sum(map(bool, column)) for column in _columns(mine))])
+    counts.append([sum(column) for column in zip(*counts, strict=True)])
+    rows = [[name, *map(str, row)] for name, row in zip([*operations, "all"], counts, strict=True)]
     lines = ["  ".join(f"{cell:>12}" for cell in row) for row in (heads, *rows)]
     for title, reasons in zip(("lost", "leaves files", "traceback"), _columns(outcomes), strict=True):
         met = [(o, reason) for o, reason in zip(outcomes, reasons, strict=True) if reason]

@@ -2,7 +2,8 @@
 
     python -m tests.crash.server MODEL
 
-One JSON object a line: {"argv": ["harvest", …], "cwd": …, "env": {…}, "err": file} → the exit code, negative for a signal.
+A line is a JSON list of commands that run at once, {"argv": ["harvest", …], "cwd": …, "env": {…}, "said": file} each; the
+answer is the list of their exit codes, negative for a signal.
 Runs with fault.so preloaded; the environment that it reads is set in the fork, which is all that is ever disturbed.
 """
 
@@ -26,8 +27,8 @@ def _run(request: dict[str, Any]) -> NoReturn:
     """In the fork: become the command."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(LIMIT)
-    null, err = os.open(os.devnull, os.O_RDWR), os.open(request["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for fd, to in ((null, 0), (null, 1), (err, 2)):
+    null, said = os.open(os.devnull, os.O_RDWR), os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    for fd, to in ((null, 0), (said, 1), (said, 2)):
         os.dup2(fd, to)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
@@ -40,6 +41,7 @@ def _run(request: dict[str, Any]) -> NoReturn:
         code = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # taking the libraries down costs seconds, for they are shared with the server
 
@@ -55,10 +57,8 @@ def main() -> None:
     gc.freeze()  # collecting would copy every page of it in each fork
     print("ready", flush=True)
     while line := sys.stdin.readline():
-        pid = os.fork()
-        if pid == 0:
-            _run(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        children = [os.fork() or _run(request) for request in json.loads(line)]
+        print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children], flush=True)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ follows from the log of the operations before it (disk.py), so one undisturbed r
 tried once.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -99,12 +101,14 @@ def difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Ended:
     code: int
-    err: str
+    said: str  # on stdout and stderr
 
     @property
     def why(self) -> str:
-        lines = [line for line in self.err.splitlines() if line.strip() and not line.startswith("crash: ")]
-        return f"exit code {self.code}" + (f": {lines[-1][:200]}" if lines else "")
+        lines = [line for line in self.said.splitlines() if line.strip() and not line.startswith("crash: ")]
+        return ("it hangs" if self.code == -signal.SIGALRM else f"exit code {self.code}") + (
+            f": {lines[-1][:200]}" if lines else ""
+        )
 
 
 class Worker:
@@ -113,7 +117,7 @@ class Worker:
     def __init__(self, library: Path, model: Path, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.folder = folder / "root"
-        self._err = folder / "stderr"
+        self._said = folder / "said"
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.server", str(model)],
             cwd=ROOT, env=os.environ | _ENV | {"LD_PRELOAD": str(library)}, text=True,
@@ -128,17 +132,24 @@ class Worker:
             raise RuntimeError("the server of commands ended")
         return line
 
-    def run(self, argv: tuple[str, ...], cwd: Path | None = None, **env: object) -> Ended:
-        """Run `python -m argv…` in a folder; `env` as fault.c reads it: FAULT="kill", AT=17, LOG=path."""
-        folder = cwd or self.folder
-        disturbed = {f"CRASH_{name}": str(value) for name, value in env.items()} | {"CRASH_ROOT": str(folder)}
-        request = {"argv": argv, "cwd": str(folder), "env": disturbed if env else {}, "err": str(self._err)}
+    def run(self, argv: tuple[str, ...], **fault: object) -> Ended:
+        """Run `python -m argv…` in the folder; `fault` as fault.c reads it: FAULT="kill", AT=17, LOG=path."""
+        return self.together([(argv, fault)])[0]
+
+    def together(self, commands: list[tuple[tuple[str, ...], dict[str, object]]]) -> list[Ended]:
+        """Run several commands at once in the folder, each with its own fault or {}."""
+        requests = []
+        for i, (argv, fault) in enumerate(commands):
+            env = {f"CRASH_{k}": str(v) for k, v in fault.items()} | ({"CRASH_ROOT": str(self.folder)} if fault else {})
+            requests.append({"argv": argv, "cwd": str(self.folder), "env": env, "said": f"{self._said}{i}"})
+        files = [Path(f"{self._said}{i}") for i in range(len(commands))]
         assert self._server.stdin is not None
         if not self._ready:
             self._ready = self._read() == "ready\n"
-        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.write(json.dumps(requests) + "\n")
         self._server.stdin.flush()
-        return Ended(code=int(self._read()), err=self._err.read_text(errors="replace"))
+        codes = json.loads(self._read())
+        return [Ended(code=code, said=file.read_text(errors="replace")) for code, file in zip(codes, files, strict=True)]
 
     def restore(self, start: Path) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -258,7 +269,7 @@ class Sweep:
 
     def _do(self, worker: Worker, argv: tuple[str, ...], **env: object) -> None:
         ended = worker.run(argv, **env)
-        assert ended.code == 0, f"{' '.join(argv)}\n{ended.err}"
+        assert ended.code == 0, f"{' '.join(argv)}\n{ended.said}"
 
     def _harvest(self, worker: Worker) -> tuple[str, ...]:
         """A new cache, with two chunks of tokens."""
@@ -266,7 +277,7 @@ class Sweep:
 
     def _layers(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0", 5))
-        return self.harvest_args("0-1", 5)
+        return self.harvest_args("0-2", 5)
 
     def _repair(self, worker: Worker) -> tuple[str, ...]:
         """A flipped block, a block that is gone, a flipped token."""
@@ -299,14 +310,20 @@ class Sweep:
 
     # --- trials ---
 
-    def attempt(self, trial: Trial) -> Outcome:
-        scenario = self.scenario(trial.scenario)
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """One that nobody else uses meanwhile."""
         with self._free:
             worker = self._workers.pop()
             try:
-                return self._attempt(scenario, trial, worker)
+                yield worker
             finally:
                 self._workers.append(worker)
+
+    def attempt(self, trial: Trial) -> Outcome:
+        scenario = self.scenario(trial.scenario)
+        with self.worker() as worker:
+            return self._attempt(scenario, trial, worker)
 
     def _attempt(self, scenario: Scenario, trial: Trial, worker: Worker) -> Outcome:
         operation, traceback = scenario.operation(trial.at), ""
@@ -317,9 +334,9 @@ class Sweep:
             write_tree(disk.after(trial.fault.removeprefix("power-")), worker.folder)
         else:
             disturbed = worker.run(scenario.argv, FAULT=trial.fault, AT=trial.at)
-            operation = next((n for n in disturbed.err.splitlines() if n.startswith("crash: ")), f"not met: {operation}")
+            operation = next((n for n in disturbed.said.splitlines() if n.startswith("crash: ")), f"not met: {operation}")
             operation = operation.removeprefix("crash: ").replace(f"{worker.folder}/", "")
-            traceback = disturbed.why if "Traceback" in disturbed.err else ""
+            traceback = disturbed.why if "Traceback" in disturbed.said else ""
             if disturbed.code == 0 and (lost := difference(contents(worker.folder), scenario.wanted)):
                 return Outcome(trial=trial, operation=operation, traceback=traceback, lost=f"exit code 0, but {lost}")
         lost, left = self._run_again(scenario, worker)

