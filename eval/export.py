@@ -7,6 +7,7 @@ The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), se
 k = F all of them, which is ReLU.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -18,19 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from eval.evaluate import Skipped, find_runs
 from shared.cache import Cache
-from shared.cli import UserError, format_layers
+from shared.cli import UserError, format_layers, say
 from shared.files import make_dir, sync_dir, write_file
 from shared.lm import unpin
 from shared.progress import Progress
-from train.runs import Run
+from train.runs import Run, cache_identity
 from train.sae import Sae
 
 SAELENS_FORM = (
@@ -192,12 +191,12 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
                 _publish(target, FORMS[config.form](sae, origin))
             except UserError as error:
                 failed += 1
-                click.echo(f"left out: {error}", err=True)
+                say(f"left out: {error}", err=True)
             progress.advance(1, str(checkpoint.folder))
     if without_name:
-        click.echo("the language model's name is left out where only its folder is known: give it with --model", err=True)
+        say("the language model's name is left out where only its folder is known: give it with --model", err=True)
     if config.form == "saelens" and config.cache is None:
-        click.echo("sparsity.safetensors is left out: name the cache with --cache to measure how often features fire", err=True)
+        say("sparsity.safetensors is left out: name the cache with --cache to measure how often features fire", err=True)
     if failed:
         raise UserError(f"{failed} of {len(found)} SAEs are left out, as said above; the others are in {config.out}")
     return targets
@@ -264,12 +263,11 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         source["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     log10_density = None
     if config.cache is not None and config.form == "saelens":
-        if checkpoint.run is not None:
-            find_runs(checkpoint.run.path, config.cache, Skipped())  # raises if it was trained on another
+        if sae.config and sae.config["cache"]["digest"] != cache_identity(config.cache)["digest"]:
+            raise UserError(f"{checkpoint.path} was trained on another cache than {config.cache.path}; name that with --cache")
         density, source["density_tokens"] = _density(sae, config.cache, checkpoint, config.device)
         log10_density = (density + 1e-10).log10().float()  # SAELens' own way to write it
-    cache = sae.config.get("cache") or {}
-    spec = cache.get("spec", cache)
+    spec: dict[str, Any] = sae.config["cache"]["spec"] if sae.config else {}
     # What lies in a folder is known by its hash, and nobody else has that folder.
     commits = {"model": spec.get("model_commit"), "dataset": unpin(str(spec.get("dataset_revision", "sha256:")))}
     hub = {name: spec[name] for name, commit in commits.items() if commit}
@@ -289,19 +287,16 @@ def _load(checkpoint: Checkpoint) -> Sae:
     content = None if checkpoint.run is not None else _content(checkpoint.path)
     if content is not None and "format" not in _dictionary(content.get("config")):
         return _foreign(checkpoint.path, _dictionary(content.get("model_state", content)))
-    sae = Sae.load(checkpoint.path)
-    for name, here in (("layer", checkpoint.layer), ("snapshot", checkpoint.label)):
-        if sae.config.get(name) != here and (checkpoint.run is not None or name == "layer"):
-            raise UserError(f"{checkpoint.path} says that it is of {name} {sae.config.get(name)}; put it back where it belongs")
-    return sae
+    run, layer = checkpoint.run, checkpoint.layer
+    return Sae.load(checkpoint.path, belongs={"layer": layer} if run is None else run.belongs(layer, checkpoint.label))
 
 
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch meets where a zip ends before its end
+            raise UserError(f"cannot read {path}: {error.strerror or error}; put that right and try again") from None
         raise UserError(f"{path} is not a readable SAE checkpoint ({type(error).__name__}); get it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not an SAE's weights by name; name another file")

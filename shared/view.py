@@ -5,8 +5,8 @@
     layer.tokens[rows], layer.context(rows[0])
 
 Row r is position r % context of sequence r // context: the order of the text, in every layer, not the order of the file.
-A block is read whole and compared with its checksum before a row of it is handed out; the last one is kept, so neighbouring
-rows cost one read. Rows at random places cost a block each (64 MiB at full size).
+What is read is whole slices, each compared with its checksum before a row of it is handed out; those of the last block are
+kept. So neighbouring rows cost one read of their block, and rows at random places a slice each (4 MiB at full size).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,7 @@ class Layer:
         if layer not in cache.layers:
             raise UserError(f"layer {layer} is not in {cache.path}: it has layers {format_layers(cache.layers)}")
         self.cache, self.layer, self.tokens = cache, layer, Tokens(cache)
-        self._block = -1
-        self._data = np.empty((0, cache.spec.d_model), np.float16)  # the block, as stored
-        self._place = np.empty(0, np.int64)  # where each of its rows is stored
+        self._block: _Block | None = None  # the last one, as far as it was read
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,15 +65,35 @@ class Layer:
         return row - row % self.cache.spec.context, row
 
     def _gather(self, block: int, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        if block != self._block:
-            spec, stats = self.cache.spec, self.cache.stats(self.layer, block)
-            data = np.empty((spec.block_rows, spec.d_model), np.float16)
-            self.cache.read_block(self.layer, block, data)
-            self.cache.check_block(self.layer, block, data, stats)
-            place = np.empty(spec.block_rows, np.int64)
-            place[self.cache.block_order(block)] = np.arange(spec.block_rows)
-            self._block, self._data, self._place = block, data, place
-        return self._data[self._place[rows]]
+        kept, self._block = self._block, None  # after a failure nothing is kept: the block may be repaired by the next time
+        if kept is None or kept.block != block:
+            kept = _Block(self.cache, self.layer, block)
+        values = kept.rows(rows)
+        self._block = kept
+        return values
+
+
+class _Block:
+    """A block in memory, in the order of the file, slice by slice as they are wanted."""
+
+    def __init__(self, cache: "Cache", layer: int, block: int) -> None:
+        spec = cache.spec
+        self._cache, self._layer, self.block, self._stats = cache, layer, block, cache.stats(layer, block)
+        self._data = np.empty((spec.block_rows, spec.d_model), np.float16)
+        self._read = np.zeros(spec.slices, bool)
+        self._place = np.empty(spec.block_rows, np.int64)  # where each row of the text is stored
+        self._place[cache.block_order(block)] = np.arange(spec.block_rows)
+
+    def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Rows of the block in the order of the text."""
+        places, size = self._place[rows], self._cache.spec.slice_rows
+        for index in map(int, np.unique(places // size)):
+            if not self._read[index]:
+                part = self._data[index * size : (index + 1) * size]
+                self._cache.read_slice(self._layer, self.block, index, part)
+                self._cache.check_slice(self._layer, self.block, index, part, self._stats)
+                self._read[index] = True
+        return self._data[places]
 
 
 class Tokens:

@@ -3,6 +3,7 @@
 z = relu(W_enc (x − b_pre) + b_enc)        x̂ = W_dec z + b_dec + b_pre
 """
 
+import errno
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +132,9 @@ def _open(path: Path) -> _Content:
         return {name: state[name] for name in _SHAPES}, config, stats | {SEAL: stats[SEAL]}
     except FileNotFoundError:
         raise Damaged(f"no checkpoint at {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; put that right and try again") from None
     except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch meets where a zip ends before its end
+            raise UserError(f"cannot read {path}: {error.strerror or error}; put that right and try again") from None
         raise Damaged(
             f"{path} is not a readable SAE checkpoint ({type(error).__name__}); train again to make it again"
         ) from None

@@ -223,7 +223,7 @@ def test_a_damaged_one_is_left_out_and_the_others_are_not(cli: Cli, runs_path: P
     result = cli("eval", "export", "--to", "saelens", "--runs", tmp_path / "run", "--out", tmp_path / "out")
     assert result.code == 2 and "Traceback" not in result.err
     assert "sae_layer01_final.pt is not a readable SAE checkpoint" in result.err
-    assert "sae_layer02_final.pt says that it is of layer 0" in result.err
+    assert "sae_layer02_final.pt does not belong here: it says layer 0, not layer 2" in result.err
     assert "2 of 3 SAEs are left out" in result.err
     assert [p.name for p in (tmp_path / "out" / "run").iterdir()] == ["layer_0"]
 

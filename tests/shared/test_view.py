@@ -108,27 +108,33 @@ def test_damage_is_found_where_it_is_read_and_nowhere_else(cache_path: Path, tmp
     layer, rows = cache.layer(1), cache.spec.block_rows
     assert layer[: 2 * rows].shape == (2 * rows, 32)
     for _ in range(2):  # what failed once is not kept as if it were good
-        with pytest.raises(UserError, match="layer 1 block 2 of .* is damaged: its checksum does not match"):
-            layer[2 * rows]
-    cache.forget(3, (1,))
+        with pytest.raises(UserError, match="layer 1 block 2 of .* is damaged: the checksum of slice 15 does not match"):
+            layer[2 * rows : 3 * rows]
+    unharmed = 2 * rows + int(cache.block_order(2)[0])
+    assert layer[unharmed].tolist() == Cache.open(cache_path).layer(1)[unharmed].tolist()
+    for entry in cache.path.glob("ledger/*/00000003.json"):
+        entry.unlink()
     with pytest.raises(UserError, match="layer 1 block 3 of .* is not harvested"):
         layer[3 * rows]
 
 
-def test_neighbouring_rows_cost_one_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    original = Cache.read_block
+def test_a_slice_is_read_once_for_neighbouring_rows(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    original = Cache.read_slice
 
-    def counted(self: Cache, layer: int, block: int, out: Any) -> None:
-        read.append(block)
-        original(self, layer, block, out)
+    def counted(self: Cache, layer: int, block: int, index: int, out: Any) -> None:
+        read.append((block, index))
+        original(self, layer, block, index, out)
 
-    monkeypatch.setattr(Cache, "read_block", counted)
-    layer, rows = cache.layer(0), cache.spec.block_rows
-    for row in range(rows - 2, rows + 2):
+    monkeypatch.setattr(Cache, "read_slice", counted)
+    spec, layer = cache.spec, cache.layer(0)
+    layer[3]
+    assert read == [(0, int(np.flatnonzero(cache.block_order(0) == 3)[0]) // spec.slice_rows)]
+    for row in range(spec.block_rows):
         layer[row]
-    layer[[5 * rows, 3, 5 * rows + 1, 7, 3]]
-    assert read == [0, 1, 0, 5]
+    assert sorted(read) == [(0, index) for index in range(spec.slices)]
+    layer[[5 * spec.block_rows, 3, 5 * spec.block_rows + 1]]
+    assert {block for block, _ in read[spec.slices :]} == {5} and len(read) <= spec.slices + 2
 
 
 def test_what_the_documentation_says_runs(cache: Cache) -> None:
