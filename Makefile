@@ -9,7 +9,7 @@ ARGS   ?=
 PY     := .venv/bin/python
 
 .NOTPARALLEL:
-.PHONY: setup demo harvest train eval test bench clean
+.PHONY: setup demo harvest train eval test crash bench clean
 
 setup: .venv/fresh
 
@@ -36,6 +36,10 @@ test: setup
 	.venv/bin/ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest
+
+# every fault at every file operation of every command; `make test` has a spread of them
+crash: setup
+	$(PY) -m tests.crash $(ARGS)
 
 bench: setup
 	$(PY) -m bench $(ARGS)

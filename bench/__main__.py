@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -134,7 +134,7 @@ def start_peers(
     ready, absent = [], []
     for peer in peers:
         try:
-            worker = stack.enter_context(Worker(peer, load, torch_index=config.torch_index))
+            worker = stack.enter_context(closing(Worker(peer, load, torch_index=config.torch_index)))
         except PeerFailed as failure:
             click.echo(str(failure), err=True)
             absent.append(report.Entry(name=peer.label, role="peer", key=peer.name, failure=str(failure)))

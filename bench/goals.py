@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.report import Comparison, Entry, Results, middle_half
+from bench.report import Entry, Results, middle_half
 
 Sign = Literal["≥", ">", "≤", "<"]
 
@@ -51,62 +51,54 @@ class Goal:
 
 
 def goals(results: Results) -> list[Goal]:
-    training, writing = results.path("training"), results.path("writing")
-    reading, forward = results.path("reading"), results.path("forward")
-    return [
-        _faster("dense step, of five products", 0.8, training, "dense", "limit", percent=True),
-        _faster("dense step, of the best peer", 1.9, training, "dense", "peer"),
-        _faster("dense step, of SAELens", 5, training, "dense", "peer", "sae_lens"),
-        _faster("sparse step, of five products", 1, training, "sparse", "limit", percent=True),
-        *(_settings(results.path("settings"), way) for way in ("dense", "sparse")),
-        _faster("loader, of raw read", 0.9, reading, "", "limit", percent=True),
-        *(_idle(results.path("stream"), way) for way in ("dense", "sparse")),
-        _faster("writer, of raw write", 0.9, writing, "", "limit", percent=True),
-        _faster("writer, of SAELens' cache writer", 8, writing, "", "peer", "sae_lens_cache"),
-        _faster("forward, of plain transformers", 1, forward, "", "peer", sign=">"),
+    """Comparison, key of ours, role and key of the other (the fastest of its role if none), sign, bound, percent."""
+    ratios: list[tuple[str, str, str, str, str | None, Sign, float, bool]] = [
+        ("dense step, of five products", "training", "dense", "limit", None, "≥", 0.8, True),
+        ("dense step, of the best peer", "training", "dense", "peer", None, "≥", 1.9, False),
+        ("dense step, of SAELens", "training", "dense", "peer", "sae_lens", "≥", 5, False),
+        ("sparse step, of five products", "training", "sparse", "limit", None, "≥", 1, True),
+        ("three dense settings, cost over three times one", "settings", "dense", "base", "dense", "≤", 1.02, False),
+        ("three sparse settings, cost over three times one", "settings", "sparse", "base", "sparse", "≤", 1.02, False),
+        ("loader, of raw read", "reading", "", "limit", None, "≥", 0.9, True),
+        ("writer, of raw write", "writing", "", "limit", None, "≥", 0.9, True),
+        ("writer, of SAELens' cache writer", "writing", "", "peer", "sae_lens_cache", "≥", 8, False),
+        ("forward, of plain transformers", "forward", "", "peer", None, ">", 1, False),
     ]
+    found = [_ratio(results, *spec) for spec in ratios]
+    for way in ("dense", "sparse"):
+        entry = _find(results, "stream", "ours", way)
+        name = f"{way} training, time outside steps (waiting for data)"
+        value = entry.figures.get("idle") if entry is not None else None
+        found.append(Goal(name=name, sign="<", bound=0.02, percent=True, value=value))
+    return found
 
 
-def _faster(
-    name: str,
-    bound: float,
-    comparison: Comparison | None,
-    key: str,
-    role: str,
-    other_key: str | None = None,
-    *,
-    sign: Sign = "≥",
-    percent: bool = False,
+def _find(results: Results, path: str, role: str, key: str | None) -> Entry | None:
+    comparison = results.path(path)
+    if comparison is None:
+        return None
+    return comparison.best(role) if key is None else comparison.find(role, key)
+
+
+def _ratio(
+    results: Results, name: str, path: str, key: str, role: str, other_key: str | None, sign: Sign, bound: float, percent: bool
 ) -> Goal:
-    """Our speed over that of the entry named, or over the fastest of its role."""
+    """Our speed over the other's; over a base, which does the same work, what ours costs."""
+    ours, other = _find(results, path, "ours", key), _find(results, path, role, other_key)
     value, note = None, ""
-    if comparison is not None:
-        ours = comparison.find("ours", key)
-        other = comparison.best(role) if other_key is None else comparison.find(role, other_key)
-        if ours is not None and other is not None:
-            value = statistics.median(ours.ratios(other))
-            note = other.name + _without(comparison, role) if other_key is None else ""
+    if ours is not None and other is not None:
+        values = other.ratios(ours) if role == "base" else ours.ratios(other)
+        low, high = middle_half(values)
+        value = statistics.median(values)
+        if role == "base":
+            note = f"half of the rounds {low:.3f}–{high:.3f}"
+        elif other_key is None:
+            note = other.name + _without(results, path, role)
     return Goal(name=name, sign=sign, bound=bound, percent=percent, value=value, note=note)
 
 
-def _without(comparison: Comparison, role: str) -> str:
+def _without(results: Results, path: str, role: str) -> str:
     """Who could not be measured, and might have been the fastest."""
-    absent = [entry.name for entry in comparison.entries if entry.role == role and not entry.seconds]
+    comparison = results.path(path)
+    absent = [one.name for one in comparison.entries if one.role == role and not one.seconds] if comparison else []
     return f"; without {', '.join(absent)}" if absent else ""
-
-
-def _settings(comparison: Comparison | None, way: str) -> Goal:
-    value, note = None, ""
-    ours, base = (comparison.find(role, way) if comparison is not None else None for role in ("ours", "base"))
-    if ours is not None and base is not None:
-        costs = base.ratios(ours)
-        low, high = middle_half(costs)
-        value, note = statistics.median(costs), f"half of the rounds {low:.3f}–{high:.3f}"
-    name = f"three {way} settings, cost over three times one"
-    return Goal(name=name, sign="≤", bound=1.02, percent=False, value=value, note=note)
-
-
-def _idle(comparison: Comparison | None, way: str) -> Goal:
-    entry: Entry | None = comparison.find("ours", way) if comparison is not None else None
-    value = entry.figures.get("idle") if entry is not None else None
-    return Goal(name=f"{way} training, time outside steps (waiting for data)", sign="<", bound=0.02, percent=True, value=value)

@@ -188,12 +188,10 @@ def new_cache(path: Path, spec: CacheSpec) -> Cache:
 
 def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
     """A new cache whose token array is filled at random."""
-    import zarr
-
     cache = new_cache(path, spec)
-    array: Any = zarr.open_array(str(path / "activations.zarr" / "tokens"), mode="r+")
-    tokens = torch.randint(0, spec.vocab_size, (spec.sequences, spec.context))
-    array[:] = tokens.numpy().astype(spec.token_dtype)
+    for chunk in range(spec.token_chunks):
+        tokens = torch.randint(0, spec.vocab_size, (spec.token_chunk, spec.context))
+        cache.commit_tokens(chunk, tokens.numpy().astype(spec.token_dtype), {}, 0)
     return cache
 
 
@@ -203,8 +201,8 @@ def empty(cache: Cache) -> None:
     for layer in cache.layers:
         for file in cache.block_path(layer, 0).parent.glob("c.*"):
             file.unlink()
-    for entry in cache.path.glob("ledger/*/*.json"):
-        entry.unlink()
+    for block in range(cache.spec.n_blocks):
+        cache.entry_path(cache.layers, block).unlink(missing_ok=True)
 
 
 def fill_random(data: Tensor) -> Tensor:
@@ -312,35 +310,10 @@ def resident_share(path: Path) -> float:
     return sum(byte & 1 for byte in seen) / pages
 
 
-@dataclass(slots=True)
-class Growth:
-    """By how much the resident set rose at most since `begin`; "" where the system does not say."""
-
-    before: int | None = None
-    peak: int | None = None
-
-    def begin(self) -> None:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            self.before = self._high_water()
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self.peak = self._high_water()
-
-    def _high_water(self) -> int:
-        found = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(found[0].split()[1]) * 1024
-
-    def __str__(self) -> str:
-        return "" if self.before is None or self.peak is None else f", resident set +{(self.peak - self.before) / 1e9:.2f} GB"
-
-
 @dataclass(kw_only=True, slots=True)
 class Writes:
     cache: Cache
     threads: int
-    growth: Growth = field(default_factory=Growth)
 
     @property
     def payload(self) -> int:
@@ -349,10 +322,7 @@ class Writes:
 
     def run(self) -> float:
         empty(self.cache)
-        self.growth.begin()
-        seconds = write_cache(self.cache, threads=self.threads)
-        self.growth.end()
-        return seconds
+        return write_cache(self.cache, threads=self.threads)
 
     def best_raw(self) -> float:
         """Direct where a block is whole pages: the faster way on every disk seen so far."""
@@ -363,7 +333,7 @@ class Writes:
         block = spec.block_bytes * spec.n_layers
         return (
             f"{spec.n_layers} layers, blocks of {spec.block_bytes / 1e6:.1f} MB a layer, checksums, moments and ledger "
-            f"included; buffers hold {min(2, spec.n_blocks)} x {block / 1e9:.2f} GB{self.growth} while writing"
+            f"included; buffers hold {min(2, spec.n_blocks)} x {block / 1e9:.2f} GB"
         )
 
 
@@ -394,7 +364,6 @@ class Reads:
     cache: Cache
     loader: Any  # ActivationLoader
     batch: int
-    growth: Growth
     shares: list[float] = field(default_factory=list)
 
     def run(self) -> float:
@@ -406,13 +375,12 @@ class Reads:
         if seen != self.cache.spec.train_tokens // self.batch * self.batch:
             raise RuntimeError(f"{seen} rows came, {self.cache.spec.train_tokens} were asked for")
         self.shares.append((self.loader.waited - waited) / seconds)
-        self.growth.end()
         return seconds
 
     def note(self) -> str:
         window = 2 * READ_WINDOW * self.cache.spec.block_bytes
         return (
-            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB{self.growth}; nothing trains, "
+            f"checksums on, shuffled batches of {self.batch}; windows hold {window / 1e9:.2f} GB; nothing trains, "
             f"so the consumer waits {statistics.median(self.shares):.0%} of the time"
         )
 
@@ -423,11 +391,9 @@ def read(load: Load) -> list[Contender]:
     # Long enough for its end to count little, when the last rows are handed out and nothing is read any more.
     cache = new_cache(load.directory / "ours-read", cache_spec(d=load.d, n_layers=1, rows=8 * load.tokens))
     write_cache(cache, threads=load.threads)
-    growth = Growth()
-    growth.begin()
     batch = min(READ_BATCH, cache.spec.block_rows)
     loader = new_loader(cache, batch, READ_WINDOW, torch.device(load.device))
-    reads = Reads(cache=cache, loader=loader, batch=batch, growth=growth)
+    reads = Reads(cache=cache, loader=loader, batch=batch)
     work = cache.spec.train_tokens // batch * batch * load.d * 2
     ours = Contender(name="ours", role="ours", work=work, run=reads.run, note=reads.note)
     # The loader's own number of threads is the raw reads' too.

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -33,53 +32,30 @@ class PeerFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A peer, its environment and its worker; `environment=None` means ours."""
+    """A peer, its environment (None means ours) and its worker, bench/workers/<name>.py."""
 
     name: str
     label: str
-    module: str
     environment: str | None = None
     requirements: tuple[str, ...] = ()
     uninstall: tuple[str, ...] = ()
 
 
-_SAE_LENS = ("sae-lens==6.54.12",)
-
+SAE_LENS = ("sae-lens==6.54.12",)
 STEPS = (
-    Peer(name="autograd_bf16", label="all-bf16 autograd", module="bench.workers.autograd_bf16"),
-    Peer(
-        name="sparsify",
-        label="sparsify TopK-128",
-        module="bench.workers.sparsify",
-        environment="sparsify",
-        requirements=("eai-sparsify==1.3.3",),
-    ),
+    Peer(name="autograd_bf16", label="all-bf16 autograd"),
+    Peer(name="sparsify", label="sparsify TopK-128", environment="sparsify", requirements=("eai-sparsify==1.3.3",)),
     Peer(
         name="dictionary_learning",
         label="dictionary_learning Standard",
-        module="bench.workers.dictionary_learning",
         environment="dictionary_learning",
         requirements=("dictionary-learning==0.1.0",),
         # The one that comes with it is built for another torch; its presence breaks transformers' import.
         uninstall=("torchvision",),
     ),
-    Peer(
-        name="sae_lens",
-        label="SAELens standard",
-        module="bench.workers.sae_lens",
-        environment="sae_lens",
-        requirements=_SAE_LENS,
-    ),
+    Peer(name="sae_lens", label="SAELens standard", environment="sae_lens", requirements=SAE_LENS),
 )
-WRITERS = (
-    Peer(
-        name="sae_lens_cache",
-        label="SAELens cache writer",
-        module="bench.workers.sae_lens_cache",
-        environment="sae_lens",
-        requirements=_SAE_LENS,
-    ),
-)
+WRITERS = (Peer(name="sae_lens_cache", label="SAELens cache writer", environment="sae_lens", requirements=SAE_LENS),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +106,7 @@ class Worker:
         self._log = LOGS / f"{peer.name}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(python), "-m", peer.module, *load.arguments()],
+                [str(python), "-m", f"bench.workers.{peer.name}", *load.arguments()],
                 cwd=ROOT, env=_variables(load), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         try:
@@ -155,12 +131,6 @@ class Worker:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _say(self, word: str) -> None:
         assert self._process.stdin is not None

@@ -18,6 +18,7 @@ from bench import report, table
 from shared.cli import UserError, parse_count
 
 PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
+FORWARD, WRITE, READ = "harvest forward", "harvest write", "read"
 DENSE, SPARSE = "training, every step dense (upper bound)", "training, every step sparse (lower bound)"
 D, FEATURES, SETTINGS = 1024, 32_768, 3
 FIGURES = ("forward tokens/s", "write bytes/s", "read bytes/s", "dense SAE tokens/s", "sparse SAE tokens/s")
@@ -41,7 +42,8 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """Measured rates of one machine. `overlap`: forward and write, read and training, hide behind one another."""
+    """Measured rates of one machine, and from them hours. `overlap`: forward and write, read and training, hide behind one
+    another."""
 
     machine: str
     date: str
@@ -53,97 +55,57 @@ class Parts:
     overlap: bool
     gpu_memory: float | None = None
 
+    def hours(self, job: Job) -> dict[str, float]:
+        work = (
+            (FORWARD, job.tokens / self.forward), (WRITE, job.bytes / self.write), (READ, job.bytes / self.read),
+            (DENSE, job.tokens * job.saes / self.dense), (SPARSE, job.tokens * job.saes / self.sparse),
+        )  # fmt: skip
+        return {name: seconds / 3600 for name, seconds in work}
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hours:
-    forward: float
-    write: float
-    read: float
-    dense: float
-    sparse: float
-    overlap: bool
-
-    @property
-    def parts(self) -> dict[str, float]:
-        return {
-            "harvest forward": self.forward,
-            "harvest write": self.write,
-            "read": self.read,
-            DENSE: self.dense,
-            SPARSE: self.sparse,
-        }
-
-    def total(self, training: float) -> float:
+    def total(self, job: Job, training: str) -> float:
+        found = self.hours(job)
         if self.overlap:
-            return max(self.forward, self.write) + max(self.read, training)
-        return self.forward + self.write + self.read + training
+            return max(found[FORWARD], found[WRITE]) + max(found[READ], found[training])
+        return found[FORWARD] + found[WRITE] + found[READ] + found[training]
 
-    def binds(self, training: str) -> str:
-        parts = {name: hours for name, hours in self.parts.items() if name == training or name not in (DENSE, SPARSE)}
-        return max(parts, key=lambda name: parts[name])
-
-
-def hours(parts: Parts, job: Job) -> Hours:
-    steps = job.tokens * job.saes
-    return Hours(
-        forward=job.tokens / parts.forward / 3600,
-        write=job.bytes / parts.write / 3600,
-        read=job.bytes / parts.read / 3600,
-        dense=steps / parts.dense / 3600,
-        sparse=steps / parts.sparse / 3600,
-        overlap=parts.overlap,
-    )
+    def binds(self, job: Job, training: str) -> str:
+        found = self.hours(job)
+        return max((FORWARD, WRITE, READ, training), key=found.__getitem__)
 
 
 def from_results(results: report.Results) -> Parts:
     """Parts of `python -m bench`. Raises UserError if one of them was not measured, or not at the job's shape."""
     shape = {name: results.settings[name] for name in ("d", "features")}
     if shape != {"d": D, "features": FEATURES}:
-        raise UserError(f"the results are of another shape, {shape}: run `python -m bench` without --d and --features")
-    return Parts(
-        machine=results.machine.gpu or results.machine.cpu,
-        date=results.date,
-        forward=_rate(results, "forward"),
-        write=_rate(results, "writing"),
-        read=_rate(results, "reading"),
-        dense=_rate(results, "settings", "dense"),
-        sparse=_rate(results, "settings", "sparse"),
-        overlap=results.machine.gpu is not None,
-    )
-
-
-def _rate(results: report.Results, path: str, key: str = "") -> float:
-    comparison = results.path(path)
-    entry = comparison.find("ours", key) if comparison is not None else None
-    if entry is None or entry.rate is None:
-        raise UserError(f"the results lack {' '.join(filter(None, (path, key)))}: run `python -m bench` again, whole")
-    return entry.rate
+        raise UserError(f"the results are of another shape, {shape}: run `python -m bench` again")
+    wanted = {"forward": "forward", "write": "writing", "read": "reading", "dense": "settings", "sparse": "settings"}
+    found = {}
+    for part, path in wanted.items():
+        key = part if path == "settings" else ""
+        comparison = results.path(path)
+        entry = comparison.find("ours", key) if comparison is not None else None
+        if entry is None or entry.rate is None:
+            raise UserError(f"the results lack {f'{path} {key}'.strip()}: run `python -m bench` again, whole")
+        found[part] = entry.rate
+    about = results.machine
+    return Parts(machine=about.gpu or about.cpu, date=results.date, overlap=about.gpu is not None, **found)
 
 
 def from_figures(figures: Mapping[str, float], *, machine: str, date: str) -> Parts:
     """Parts of `python -m bench gpu`. Raises UserError naming the figures that are missing."""
     if missing := [name for name in FIGURES if name not in figures]:
         raise UserError(f"the GPU results lack {', '.join(missing)}: run `python -m bench gpu` again")
-    return Parts(
-        machine=machine,
-        date=date,
-        forward=figures["forward tokens/s"],
-        write=figures["write bytes/s"],
-        read=figures["read bytes/s"],
-        dense=figures["dense SAE tokens/s"],
-        sparse=figures["sparse SAE tokens/s"],
-        overlap=True,
-        gpu_memory=figures.get("peak GPU bytes"),
-    )
+    rates = {name.split()[0]: figures[name] for name in FIGURES}
+    return Parts(machine=machine, date=date, overlap=True, gpu_memory=figures.get("peak GPU bytes"), **rates)
 
 
 def shown(parts: Parts, job: Job) -> str:
     """Hours per part, the whole, what binds, and beside it the published practice."""
-    found, one = hours(parts, job), hours(parts, replace(job, layers=1))
-    dense, sparse = found.total(found.dense), found.total(found.sparse)
+    one = parts.hours(replace(job, layers=1))
+    dense, sparse = parts.total(job, DENSE), parts.total(job, SPARSE)
     published = PUBLISHED_MINUTES / 60 * job.saes * job.tokens / PUBLISHED_TOKENS
     rows = [
-        *found.parts.items(),
+        *parts.hours(job).items(),
         ("whole job, every step dense (upper bound)", dense),
         ("whole job, every step sparse (lower bound)", sparse),
         (f"published practice, H100, {PUBLISHED_MINUTES:g} min x {job.saes}", published),
@@ -152,8 +114,8 @@ def shown(parts: Parts, job: Job) -> str:
         f"{parts.machine} ({parts.date}): {job.tokens / 1e6:g}M tokens x {job.layers} layers x {job.settings} settings",
         *(f"  {name:<44} {_time(value):>12}" for name, value in rows),
         f"  of the published practice's time: {dense / published:.2f} x every step dense, {sparse / published:.2f} x sparse",
-        f"  binding: {found.binds(DENSE)}; {found.binds(SPARSE)}",
-        f"  one layer, {job.settings} settings: training {_time(one.sparse)} (every step sparse) to {_time(one.dense)} (dense)",
+        f"  binding: {parts.binds(job, DENSE)}; {parts.binds(job, SPARSE)}",
+        f"  one layer, {job.settings} settings: training {_time(one[SPARSE])} (sparse) to {_time(one[DENSE])} (dense)",
     ]
     if parts.gpu_memory is not None:
         lines += [f"  GPU memory at its peak: {parts.gpu_memory / 1e9:.1f} GB"]

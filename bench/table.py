@@ -6,6 +6,7 @@ README gets the lines that decide, and the goals; docs/bench.md gets every line,
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,6 +32,26 @@ DECIDING = (  # comparison, role, key: the lines for README
     ("reading", "ours", ""),
 )
 
+GPU_STEPS = {  # figures of `python -m bench gpu`, and what README calls them
+    "dense step": "SAE step, dense",
+    "three dense settings": "three dense SAEs on one batch",
+    "sparse step": "SAE step, sparse, L0 150, all features equally frequent",
+    "sparse step, uneven": "SAE step, sparse, L0 150, as uneven as trained SAEs are",
+    "three sparse settings": "three sparse SAEs on one batch",
+}
+GPU_PEERS = {
+    "autograd_bf16": "all-bf16 autograd, fused Adam",
+    "sae_lens": "SAELens, standard SAE",
+    "sparsify": "sparsify, TopK-128, its Triton kernels",
+}
+GPU_STREAMS = {  # figure: what it is called, what it stands beside
+    "harvest to disk, tokens/s": ("harvest, 24 layers to disk", "harvest to disk, bytes/s", ""),
+    "harvest to disk, bytes/s": ("the same in bytes", "raw write bytes/s", "raw write {}"),
+    "harvest to memory, tokens/s": ("harvest, 24 layers to memory", "forward tokens/s", "forward alone {}"),
+    "loader from disk, bytes/s": ("loader, from disk", "raw read bytes/s", "raw read {}"),
+    "loader from memory, bytes/s": ("loader, from memory", "", ""),
+}
+
 
 def publish(
     results: Path = RESULTS, readme: Path = ROOT / "README.md", details_file: Path = ROOT / "docs" / "bench.md"
@@ -41,7 +62,7 @@ def publish(
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} needs one {BEGIN} and, after it, one {END}")
     before, _, rest = text.partition(BEGIN)
-    short = [summary(one) for one in machines[-1:]] + [gpu_summary(one) for one in gpus[-1:]]
+    short = [gpu_summary(one) for one in gpus[-1:]] + [summary(one) for one in machines[-1:]]
     readme.write_text("\n\n".join([f"{before}{BEGIN}", *short, f"{END}{rest.partition(END)[2]}"]))
     head = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
     long = [head, *(details(one) for one in reversed(machines)), *(gpu_details(one) for one in reversed(gpus))]
@@ -141,12 +162,38 @@ def gpu_about(raw: Mapping[str, Any]) -> str:
     s = raw["sizes"]
     return (
         f"Measured on one {raw['machine']['gpu']}, {raw['machine']['cores']} cores, {versions}, {raw['date']}, in one call of "
-        f"{raw['seconds']:.0f} s: d {s['d']}, F {s['features']:,}, {s['tokens']:,} tokens a step, all random."
+        f"{raw['seconds']:.0f} s: d {s['d']}, F {s['features']:,}, {s['tokens']:,} tokens a step, all random. "
+        "Shares of the matrix rate count the dense arithmetic, of which sparse steps do a part."
     )
 
 
 def gpu_summary(raw: Mapping[str, Any]) -> str:
-    return f"{gpu_about(raw)}\n\n{_rows(raw['goals'])}"
+    """Rates of the steps beside the matrix rate and the peers, of harvest and loader; and the goals."""
+    found: Mapping[str, float] = raw["figures"]
+    matrix = f"of {found['bf16 FLOP/s'] / 1e12:.0f} TFLOP/s" if "bf16 FLOP/s" in found else ""
+    rows = []
+    for key, name in GPU_STEPS.items():
+        if seconds := found.get(f"{key}, seconds"):
+            share = found.get(f"{key}, share of the matrix rate", math.nan)
+            rows.append((name, _rate(found[f"{key}, tokens/s"], "tokens"), f"{1e3 * seconds:.1f} ms, {share:.0%} {matrix}"))
+    for key, name in GPU_PEERS.items():
+        if rate := found.get(f"peer {key}, tokens/s"):
+            both = ((way, found.get(f"{way} step, tokens/s", math.nan)) for way in ("dense", "sparse"))
+            ours = (f"{way} {mine / rate:.2f} ×" for way, mine in both)
+            rows.append((name, _rate(rate, "tokens"), f"ours {', '.join(ours)}"))
+    for key, (name, beside, note) in GPU_STREAMS.items():
+        if rate := found.get(key):
+            unit = "bytes" if key.endswith("bytes/s") else "tokens"
+            rows.append((name, _rate(rate, unit), note.format(_rate(found[beside], unit)) if beside in found else ""))
+    if peak := found.get("peak GPU bytes"):
+        rows.append(("memory at its peak, three dense settings", f"{peak / 1e9:.1f} GB", "the loader's windows included"))
+    goals = _table(("goal", "", "measured", ""), "-lr-", ((g["name"], *_goal(g)) for g in raw["goals"]))
+    return "\n\n".join([gpu_about(raw), _table(("", "rate", ""), "-r-", rows), goals])
+
+
+def _goal(raw: Mapping[str, Any]) -> tuple[str, str, str]:
+    row = Row(**raw)
+    return row.note.partition(";")[0].removeprefix("goal "), row.figure, row.verdict
 
 
 def gpu_details(raw: Mapping[str, Any]) -> str:

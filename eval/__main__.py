@@ -1,24 +1,27 @@
-"""`python -m eval`: numbers, pictures and a report for every run."""
+"""`python -m eval`: numbers, pictures and a report for every run; `python -m eval export`: the SAEs for other tools."""
 
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 
-from eval.evaluate import EvalConfig, evaluate, find_runs
+from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
+from eval.export import FORMS, ExportConfig, export
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
 from eval.match import match_runs, match_table, match_to_final, open_run
 from eval.metrics import DEAD_AT
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
-from shared.cli import DefaultRun, parse_count, run
+from shared.cli import DefaultRun, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
 
 
 @click.group(cls=DefaultRun)
 def main() -> None:
-    """What SAEs are worth, on held-out tokens. Without a command: `run`."""
+    """What SAEs are worth, on held-out tokens, and the way to other tools. Without a command: `run`."""
 
 
 @main.command("run")
@@ -66,12 +69,46 @@ def run_command(
         alive_above=alive_above,
         ablation=ablation,
     )
-    found = find_runs(runs, opened)
-    results = evaluate(opened, found, config)
+    skipped = Skipped()
+    found = find_runs(runs, opened, skipped)
+    results = evaluate(opened, found, config, skipped)
+    found = [each for each in found if each.name in results]
     for each in found:
-        plot_run(each, results[each.name])
-    click.echo(text_table(results))
-    click.echo(f"\nreport: {write_report(runs, found, results)}")
+        plot_run(each, results[each.name], skipped)
+    report = write_report(runs, found, results)
+    say(text_table(found, results))
+    say(f"\nreport: {report}")
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
+
+
+@main.command("export")
+@click.option("--to", "form", type=click.Choice(list(FORMS)), required=True, help="The tool that is to load them.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), multiple=True, default=[Path("runs")], help="Runs, folders of them, .pt files."
+)
+@click.option("--layers", help="Such as 0-5,12 [default: all there are].")
+@click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Gets <run>/layer_<N> for each SAE.")
+@click.option("--model", help="Name of the language model [default: the run's, if it is a name and not a folder].")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Measure on its held-out tokens how often features fire (saelens)."
+)
+@click.option("--device", help="For that: cpu, cuda or cuda:1 [default: cuda where there is one].")
+def export_command(
+    form: str, runs: tuple[Path, ...], layers: str | None, out: Path, cache: Path | None, **options: Any
+) -> None:
+    """Write SAEs in the form that another tool loads."""
+    config = ExportConfig(
+        form=form,
+        out=out,
+        layers=parse_layers(layers) if layers else None,
+        snapshot=options["snapshot"],
+        model=options["model"],
+        cache=Cache.open(cache) if cache else None,
+        device=pick_device(options["device"]) if cache else torch.device("cpu"),
+    )
+    say(f"exported {len(export(runs, config))} SAEs to {out}")
 
 
 @main.command("floor")
@@ -81,9 +118,9 @@ def floor_command(statistics: Path, widths: str) -> None:
     """Predicted loss floors L*(d_S) of distilling into narrower students: `WIDTH FLOOR`, one line a width."""
     wanted = tuple(map(parse_count, widths.split(",")))
     measured = Statistics.read(statistics)
-    click.echo(describe(measured), err=True)
+    say(describe(measured), err=True)
     for width, floor in floors(measured, wanted).items():
-        click.echo(f"{width} {floor:#.8g}")
+        say(f"{width} {floor:#.8g}")
 
 
 @main.command("match")
@@ -95,7 +132,7 @@ def match_command(run_folder: Path, other: Path | None, alive_above: float, devi
     """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""
     mine, picked = open_run(run_folder), pick_device(device)
     found = match_runs(mine, open_run(other), alive_above, picked) if other else match_to_final(mine, alive_above, picked)
-    click.echo(match_table(found))
+    say(match_table(found))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """Every snapshot of every run → numbers in its results/ folder.
 
-A record that stands there already, for the same file and the same amount of held-out text, is not computed again.
+A record is of one checkpoint's content (its checksum) under one amount of held-out text, and stays for good: activations and
+checkpoints it was measured on may be gone. results/metrics.json maps a name to each: `layer00_50M` is of the checkpoint that is
+there, on the most text; a record of the same snapshot on other text, or of an earlier file, has both after its name. What
+cannot be evaluated is left out with a line that says why, and all else is done.
 """
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +23,33 @@ from eval.floor import ALIVE_ABOVE
 from eval.metrics import DEAD_AT, heldout_blocks, heldout_tokens, loss_metrics, measure, save_features
 from eval.splice import SplicedModel, constant, through
 from shared.cache import Cache
-from shared.cli import UserError
+from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce
-from shared.files import make_dir, publish_file, publish_json
-from shared.lm import model_revision, unpin
+from shared.files import replacing, sync_dir
+from shared.lm import harvested_model
 from shared.progress import Progress
-from train.runs import Run, Snapshot
+from shared.seal import SEAL, seal, sealed
+from train.runs import Run, Snapshot, alone_in, cache_identity, snapshot_tokens
 from train.sae import Sae
 
 Record = dict[str, Any]
-
-
+_BASIS = ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")  # what a record rests on
 _SAE_BYTES = 4 << 30  # of weights held at once on a CPU; on a GPU half of what is free
+
+
+class Skipped:
+    """What was left out of an evaluation. `with skipped.leaving_out(): …` says a UserError in one line and goes on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.count += 1
+            say(f"left out: {error}", err=True)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -45,90 +66,131 @@ class EvalConfig:
 
     def basis(self) -> dict[str, Any]:
         """What a record must have been made with to stand for one made now."""
-        return {name: getattr(self, name) for name in ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")}
+        return {name: getattr(self, name) for name in _BASIS}
 
 
-def find_runs(folder: Path, cache: Cache) -> list[Run]:
+def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:
     """The runs in `folder` (or `folder` itself, if it is one) that were trained on this cache. Raises UserError if none was."""
     folders = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not folders:
         raise UserError(f"no runs in {folder}: train one with `make train` or `python -m train`")
-    identity = json.loads(json.dumps(dataclasses.asdict(cache.spec)))
-    runs = [run for run in map(Run, folders) if run.config()["cache"] == identity]
+    identity, runs = cache_identity(cache)["digest"], []
+    for run in map(Run, folders):
+        with skipped.leaving_out():
+            if run.config()["cache"]["digest"] == identity:
+                runs.append(run)
     if not runs:
         raise UserError(f"no run in {folder} was trained on the cache {cache.path}; name theirs with --cache")
     return runs
 
 
-def evaluate(cache: Cache, runs: list[Run], config: EvalConfig) -> dict[str, list[Record]]:
-    """{run: records}, one record a layer and snapshot, by layer and then by age; written as they are made."""
-    if cache.spec.holdout_blocks == 0:
+def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Record]]:
+    """{run: records}, one record for each layer and snapshot that is or was measured, by layer and then by age; written as they
+    are made. Where this evaluation could not measure a snapshot, an earlier record stands in with what it was measured on.
+    Raises UserError for what no run could be evaluated with. SIGTERM and Ctrl-C are raised when the SAE in hand is done."""
+    spec = cache.spec
+    if spec.holdout_blocks == 0:
         raise UserError(f"{cache.path} holds out nothing to evaluate on: harvest with --holdout-tokens")
-    records = {run.name: _known(run, config) for run in runs}
-    todo = [(s.layer, run, s) for run in runs for s in run.snapshots() if _key(s) not in records[run.name]]
+    rows = spec.holdout_blocks * spec.block_rows
+    config = dataclasses.replace(
+        config,
+        eval_tokens=min(config.eval_tokens, rows),
+        ce_tokens=min(max(1, config.ce_tokens // spec.context) * spec.context, rows),
+    )
+    stores = {}
+    for run in runs:
+        with skipped.leaving_out():
+            stores[run.name] = _Store(run)
+    todo = [(store, s) for store in stores.values() for s in store.missing(config, skipped)]
+    gone = {s.layer for _, s in todo} - set(cache.layers)
+    if gone:  # as planned where layers are harvested, trained and deleted in turn
+        say(f"layers {format_layers(gone)} are not in {cache.path}: what was measured of them before is kept", err=True)
+    todo = [(store, s) for store, s in todo if s.layer not in gone]
     if todo:
         lm = _language_model(cache, config)
         announce(config.device)
-        with Progress("evaluating", len(todo), "SAEs") as progress:
-            for layer in sorted({layer for layer, _, _ in todo}):
-                _evaluate_layer(cache, layer, [(run, s) for at, run, s in todo if at == layer], lm, config, records, progress)
-    for run in runs:
-        _write(run, records[run.name])
-    return {run.name: [records[run.name][_key(s)] for s in run.snapshots()] for run in runs}
+        with finishing() as asked, Progress("evaluating", len(todo), "SAEs") as progress:
+            for layer in sorted({s.layer for _, s in todo}):
+                with skipped.leaving_out():
+                    _evaluate_layer(
+                        cache, layer, [pair for pair in todo if pair[1].layer == layer], lm, config, skipped, progress, asked
+                    )
+    return {name: store.view(config) for name, store in stores.items()}
 
 
 def _language_model(cache: Cache, config: EvalConfig) -> SplicedModel:
     spec = cache.spec
-    model, revision = config.model or spec.model, unpin(spec.model_revision)
-    if model_revision(model, revision) != spec.model_revision:
-        raise UserError(f"{model} is not the model the cache was harvested from; name its folder with --model")
-    return SplicedModel(model, revision, spec.precision, config.device, heldout_tokens(cache, config.ce_tokens))
+    model = harvested_model(cache, config.model)
+    return SplicedModel(str(model.folder), None, spec.precision, config.device, heldout_tokens(cache, config.ce_tokens))
 
 
 def _evaluate_layer(
     cache: Cache,
     layer: int,
-    snapshots: list[tuple[Run, Snapshot]],
+    snapshots: list[tuple["_Store", Snapshot]],
     lm: SplicedModel,
     config: EvalConfig,
-    records: dict[str, dict[str, Record]],
+    skipped: Skipped,
     progress: Progress,
+    asked: Callable[[], bool],
 ) -> None:
     for group in _groups(snapshots, config.device):
-        saes = [Sae.load(snapshot.path, cache.spec.d_model).to(config.device) for _, snapshot in group]
-        activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens), saes, cache.spec.context)
-        ablations = [torch.zeros_like, constant(activations.all.mean)]
-        clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
-        for (run, snapshot), sae, tally, loss in zip(group, saes, tallies, spliced, strict=True):
-            metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
-            path = features_path(run, layer, snapshot.label)
-            save_features(path, features, tokens=tally.tokens, file=fingerprint(snapshot))
-            records[run.name][_key(snapshot)] = {
-                "layer": layer,
-                "snapshot": snapshot.label,
-                "trained_tokens": sae.stats.get("tokens"),
-                "lambda": sae.stats.get("lambda"),
-                **metrics,
-                **loss_metrics(clean, zero, mean, loss, config.ablation),
-                **config.basis(),
-                "file": fingerprint(snapshot),
-            }
-            progress.advance(1, f"layer {layer} {snapshot.label}")
-    for run in {run.name: run for run, _ in snapshots}.values():
-        _write(run, records[run.name])
+        if asked():
+            return
+        opened = []
+        for store, snapshot in group:
+            with skipped.leaving_out():
+                belongs = store.run.belongs(snapshot.layer, snapshot.label)
+                sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs)
+                opened.append((store, snapshot, belongs, sae.to(config.device)))
+        progress.advance(len(group) - len(opened))
+        if opened:
+            _measure_group(cache, layer, opened, lm, config, progress)
 
 
-def _groups(snapshots: list[tuple[Run, Snapshot]], device: torch.device) -> Iterator[list[tuple[Run, Snapshot]]]:
+def _measure_group(
+    cache: Cache,
+    layer: int,
+    opened: list[tuple["_Store", Snapshot, dict[str, Any], Sae]],
+    lm: SplicedModel,
+    config: EvalConfig,
+    progress: Progress,
+) -> None:
+    """One reading of the layer for all of these SAEs."""
+    saes = [sae for *_, sae in opened]
+    activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens), saes, cache.spec.context)
+    ablations = [torch.zeros_like, constant(activations.all.mean)]
+    clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
+    for (store, snapshot, belongs, sae), tally, loss in zip(opened, tallies, spliced, strict=True):
+        metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
+        path = features_path(store.run, layer, snapshot.label)
+        save_features(path, features, tokens=tally.tokens, file=sae.stats[SEAL])
+        record = {
+            "run": belongs["digest"],
+            "layer": layer,
+            "snapshot": snapshot.label,
+            "trained_tokens": sae.stats["tokens"],
+            "lambda": sae.stats["lambda"],
+            **metrics,
+            **loss_metrics(clean, zero, mean, loss, config.ablation),
+            **config.basis(),
+            "file": sae.stats[SEAL],
+        }
+        store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
+        progress.advance(1, f"layer {layer} {snapshot.label}")
+
+
+def _groups(snapshots: list[tuple["_Store", Snapshot]], device: torch.device) -> Iterator[list[tuple["_Store", Snapshot]]]:
     """Snapshots whose weights fit into memory together: each group reads the layer once."""
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _SAE_BYTES
-    group: list[tuple[Run, Snapshot]] = []
+    group: list[tuple[_Store, Snapshot]] = []
     used = 0
-    for run, snapshot in snapshots:
+    for store, snapshot in snapshots:
         size = snapshot.path.stat().st_size
         if group and used + size > budget:
             yield group
             group, used = [], 0
-        group.append((run, snapshot))
+        group.append((store, snapshot))
         used += size
     if group:
         yield group
@@ -139,36 +201,102 @@ def features_path(run: Run, layer: int, label: str) -> Path:
     return run.path / "results" / "features" / f"layer{layer:02d}_{label}.safetensors"
 
 
-def _key(snapshot: Snapshot) -> str:
-    return f"layer{snapshot.layer:02d}_{snapshot.label}"
+class _Store:
+    """The records of one run: results/metrics.json, and the same as .csv."""
 
+    def __init__(self, run: Run) -> None:
+        """Raises UserError for a file that is not as it was written; it is left as it is."""
+        self.run, self._path = run, run.path / "results" / "metrics.json"
+        config = run.config()
+        self._labels, self._digest = list(snapshot_tokens(config["train"]["tokens"])), config["digest"]
+        self._files: dict[tuple[int, str], str] = {}  # {(layer, snapshot): checksum of the checkpoint that is there}
+        self._records = self._read()
 
-def fingerprint(snapshot: Snapshot) -> str:
-    stat = snapshot.path.stat()
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+    def _read(self) -> list[Record]:
+        if not self._path.exists():
+            return []
+        try:
+            records = list(json.loads(self._path.read_bytes()).values())
+        except (ValueError, AttributeError):
+            records = [None]
+        if not all(map(sealed, records)):
+            raise UserError(f"{self._path} is damaged: restore it, or delete it to measure everything again")
+        if any(r["run"] != self._digest for r in records):
+            raise UserError(f"{self._path} is of another run: put it back where it belongs, or delete it")
+        return records
 
+    def missing(self, config: EvalConfig, skipped: Skipped) -> list[Snapshot]:
+        """The checkpoints that are there and have no record under this config."""
+        missing = []
+        for snapshot in self.run.snapshots():
+            key = snapshot.layer, snapshot.label
+            with skipped.leaving_out():
+                self._files[key] = ""  # if it cannot be read
+                self._files[key] = Sae.checksum(snapshot.path)
+                known = (*key, self._files[key], *config.basis().values()) in map(_identity, self._records)
+                if not (known and features_path(self.run, *key).exists()):
+                    missing.append(snapshot)
+        return missing
 
-def _known(run: Run, config: EvalConfig) -> dict[str, Record]:
-    """Records of an earlier evaluation that still hold."""
-    path = run.path / "results" / "metrics.json"
-    if not path.exists():
-        return {}
-    stored: dict[str, Record] = json.loads(path.read_text())
-    now = {_key(s): fingerprint(s) for s in run.snapshots()}
-    basis = config.basis()
-    same = {k: r for k, r in stored.items() if r["file"] == now.get(k) and {n: r.get(n) for n in basis} == basis}
-    return {k: r for k, r in same.items() if features_path(run, r["layer"], r["snapshot"]).exists()}
+    def add(self, record: Record) -> None:
+        """Add it to what is on disk by now: another evaluation may have added its own."""
+        folder = self._path.parent
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)
+            sync_dir(folder.parent)
+        with alone_in(folder):
+            known = {_identity(r): r for r in self._read()}
+            self._records = self._ordered([*(known | {_identity(record): seal(record)}).values()])
+            with replacing(self._path) as temporary:
+                temporary.write_text(json.dumps(self._named(), indent=1) + "\n", encoding="utf-8")
+            with replacing(self._path.with_suffix(".csv")) as temporary:
+                temporary.write_text(self._csv(), encoding="utf-8")
 
+    def _ordered(self, records: list[Record]) -> list[Record]:
+        """By layer and age; of one snapshot the record of the file that is there first, and then the one on the most text."""
 
-def _write(run: Run, records: dict[str, Record]) -> None:
-    folder = make_dir(run.path / "results")
-    ordered = {_key(s): records[_key(s)] for s in run.snapshots() if _key(s) in records}
-    publish_json(folder / "metrics.json", ordered)
-    columns = [name for name in next(iter(ordered.values()), {}) if name != "file"]
-    temporary = folder / ".metrics.csv.tmp"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        def place(r: Record) -> tuple[Any, ...]:
+            other = r["file"] != self._files.get((r["layer"], r["snapshot"]), r["file"])
+            return (
+                r["layer"],
+                self._labels.index(r["snapshot"]),
+                other,
+                -r["eval_tokens"],
+                -r["ce_tokens"],
+                r["file"],
+                _basis(r)[2:],
+            )
+
+        return sorted(records, key=place)
+
+    def _named(self) -> dict[str, Record]:
+        named: dict[str, Record] = {}
+        for r in self._records:
+            name = f"layer{r['layer']:02d}_{r['snapshot']}"
+            named[f"{name}@{'+'.join(map(str, _basis(r)))}#{r['file']}" if name in named else name] = r
+        return named
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        columns = [name for name in self._records[0] if name not in ("run", "file", SEAL)]
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(ordered.values())
-    publish_file(folder / "metrics.csv", temporary.read_bytes())
-    temporary.unlink()
+        writer.writerows(self._records)
+        return text.getvalue()
+
+    def view(self, config: EvalConfig) -> list[Record]:
+        """One record for each snapshot: under this config where there is one, else the first of those in order."""
+        chosen: dict[tuple[int, str], Record] = {}
+        for r in self._ordered(self._records):
+            first = chosen.setdefault((r["layer"], r["snapshot"]), r)
+            if r["file"] == first["file"] and _basis(r) == tuple(config.basis().values()):
+                chosen[r["layer"], r["snapshot"]] = r
+        return list(chosen.values())
+
+
+def _identity(record: Record) -> tuple[Any, ...]:
+    return record["layer"], record["snapshot"], record["file"], *_basis(record)
+
+
+def _basis(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in _BASIS)

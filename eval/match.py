@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.evaluate import features_path, fingerprint
+from eval.evaluate import features_path
 from eval.metrics import load_features, match
 from shared.cli import UserError
 from shared.files import make_dir, publish_json
+from shared.seal import SEAL
 from train.runs import Run, Snapshot
 from train.sae import Sae
 
@@ -73,12 +74,13 @@ def _match(
 
 def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Decoder rows [F, d], and which of them are alive [F] if that was measured."""
-    rows = Sae.load(snapshot.path).w_dec.to(device)
+    sae = Sae.load(snapshot.path, belongs=run.belongs(snapshot.layer, snapshot.label))
+    rows = sae.w_dec.to(device)
     path = features_path(run, snapshot.layer, snapshot.label)
     if not path.exists():
         return rows, None
     features, facts = load_features(path)
-    if facts["file"] != fingerprint(snapshot):  # of a checkpoint that was here before
+    if facts["file"] != sae.stats[SEAL]:  # of a checkpoint that was here before
         return rows, None
     return rows, (features.density > alive_above).to(device)
 

@@ -4,7 +4,9 @@ import html
 from pathlib import Path
 from typing import Any
 
-from train.runs import Run
+from shared.cli import format_count
+from shared.files import replacing
+from train.runs import Run, alone_in
 
 Record = dict[str, Any]
 
@@ -20,24 +22,29 @@ _COLUMNS = (
     ("CE zero", "ce_zero", "{:.3f}"),
     ("CE recovered", "ce_recovered", "{:.4f}"),
     ("dead", "dead_share", "{:.2%}"),
+    ("measured on", "tokens", "{:,}"),
 )
+_HEADS = [title for title, _, _ in _COLUMNS] + ["trained on"]
 
 
-def _rows(records: list[Record]) -> list[list[str]]:
-    """The final snapshot of each layer, formatted; an unfinished layer is shown by its latest."""
-    latest = {r["layer"]: r for r in records}
-    return [[form.format(r[key]) for _, key, form in _COLUMNS] for r in latest.values()]
+def _rows(run: Run, records: list[Record]) -> list[list[str]]:
+    """The final snapshot of each layer, formatted; a layer without one is shown by its latest, and says so."""
+    latest, whole = {r["layer"]: r for r in records}, format_count(run.config()["train"]["tokens"])
+    return [
+        ["–" if r[key] is None else form.format(r[key]) for _, key, form in _COLUMNS]
+        + [whole if r["snapshot"] == "final" else f"{r['snapshot']} of {whole}, unfinished"]
+        for r in latest.values()
+    ]
 
 
-def text_table(results: dict[str, list[Record]]) -> str:
+def text_table(runs: list[Run], results: dict[str, list[Record]]) -> str:
     """For a terminal: every run's latest SAEs, columns aligned."""
     lines = []
-    heads = [title for title, _, _ in _COLUMNS]
-    for run, records in results.items():
-        rows = _rows(records)
-        widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
-        lines.append(f"\n{run}")
-        lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [heads, *rows]]
+    for run in runs:
+        rows = _rows(run, results[run.name])
+        widths = [max(len(cell) for cell in column) for column in zip(_HEADS, *rows, strict=True)]
+        lines.append(f"\n{run.name}")
+        lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [_HEADS, *rows]]
     return "\n".join(lines)
 
 
@@ -51,8 +58,8 @@ def write_report(folder: Path, runs: list[Run], results: dict[str, list[Record]]
     """One page beside the run folders, which shows their pictures from where they lie."""
     parts = []
     for run in runs:
-        head = "".join(f"<th>{html.escape(title)}</th>" for title, _, _ in _COLUMNS)
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _rows(results[run.name]))
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in _HEADS)
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _rows(run, results[run.name]))
         prefix = "" if run.path == folder else f"{run.name}/"
         pictures = "".join(
             f'<img src="{prefix}plots/{p.name}" alt="{p.stem}">' for p in sorted((run.path / "plots").glob("*.png"))
@@ -64,5 +71,6 @@ def write_report(folder: Path, runs: list[Run], results: dict[str, list[Record]]
         f"<title>SAE runs</title><style>{_STYLE}</style><h1>SAE runs</h1><p>{note}</p>{''.join(parts)}</html>\n"
     )
     path = folder / "report.html"
-    path.write_text(page)
+    with alone_in(folder), replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path

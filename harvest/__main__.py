@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from harvest.harvest import (
+    Damage,
     HarvestConfig,
     harvest,
     make_plan,
@@ -24,7 +25,7 @@ from shared.cache import Cache, CacheSpec
 from shared.cli import DefaultRun, UserError, format_layers, parse_count, parse_layers, run
 from shared.device import pick_device
 from shared.files import make_dir
-from shared.lm import load_config, model_revision, unpin
+from shared.lm import Model, harvested_model, load_config, open_model, require_model, unpin
 from shared.presets import Preset, get_preset
 
 
@@ -38,6 +39,7 @@ class Job:
     precision: str
     seed: int
     threads: int
+    bos: bool = False
 
     @property
     def source(self) -> TextSource:
@@ -61,20 +63,37 @@ class Job:
             text_column=p.text_column, tokenizer_sha256="", separator=0, context=p.context, d_model=p.d_model,
             n_layers=p.n_layers, vocab_size=p.vocab_size, block_sequences=p.block_sequences,
             n_blocks=train + holdout, holdout_blocks=holdout, seed=self.seed, precision=self.precision,
+            bos=self.bos,
         )  # fmt: skip
 
-    def spec(self) -> CacheSpec:
-        """The whole spec. Opens the text and the tokeniser, and refuses those that cannot be harvested."""
+    def open(self) -> "Opened":
+        """Opens model, tokeniser and text, and refuses those that cannot be harvested."""
         p = self.preset
-        tokenizer = load_tokenizer(p.model, p.revision)
-        require_one_context(self.source, tokenizer, p.context)
-        return replace(
-            self.shape(),
-            model_revision=model_revision(p.model, p.revision),
-            dataset_revision=self.source.pinned_revision(),
+        model = open_model(p.model, p.revision)
+        shape = replace(self, preset=replace(p, **_model_shape(str(model.folder), None))).shape()
+        tokenizer = load_tokenizer(str(model.folder), None)
+        revision = self.source.pinned_revision()
+        source = replace(self.source, revision=unpin(revision))
+        require_one_context(source, tokenizer, shape)
+        spec = replace(
+            shape,
+            model_revision=model.sha256,
+            model_branch=(p.revision or "") if model.commit else "",
+            model_commit=model.commit,
+            dataset_revision=revision,
             tokenizer_sha256=tokenizer_hash(tokenizer),
             separator=tokenizer.eos_token_id,
         )
+        return Opened(model=model, source=source, spec=spec)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Opened:
+    """What is harvested, as it was found: the model and the text that the spec is of."""
+
+    model: Model
+    source: TextSource
+    spec: CacheSpec
 
 
 Command = Callable[..., Any]
@@ -96,7 +115,7 @@ _settings = _options(
     click.option("--revision", help="The model's revision on the hub."),
     click.option("--dataset", help="Hub id, local file or folder (jsonl, parquet, text)."),
     click.option("--dataset-revision", help="The dataset's revision on the hub."),
-    click.option("--split", help="Split of a hub dataset."),
+    click.option("--split", help="Split of a hub dataset, or of a folder whose file names say one; all for every file."),
     click.option("--text-column", help="Column that holds the text."),
     click.option("--tokens", help="Tokens to train on, such as 300M."),
     click.option("--holdout-tokens", help="Tokens held out for evaluation."),
@@ -105,6 +124,7 @@ _settings = _options(
     click.option(
         "--forward-sequences", type=click.IntRange(1), help="Contexts in one forward pass; on a CPU 2,048 tokens at most."
     ),
+    click.option("--bos", is_flag=True, help="Begin every context with the tokenizer's BOS, as Llama and Gemma expect."),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
     click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order inside blocks."),
@@ -133,10 +153,11 @@ def _job(options: dict[str, Any]) -> Job:
         precision=options["precision"],
         seed=options["seed"],
         threads=options["threads"],
+        bos=options["bos"],
     )
 
 
-def _model_shape(model: str, revision: str | None) -> dict[str, int]:
+def _model_shape(model: str, revision: str | None) -> dict[str, Any]:
     config = load_config(model, revision)
     return {"n_layers": config.num_hidden_layers, "d_model": config.hidden_size, "vocab_size": config.vocab_size}
 
@@ -157,15 +178,19 @@ def run_command(device: str | None, **options: Any) -> None:
     make_dir(job.cache.parent)
     if not Cache.exists(job.cache):
         require_space(job.cache, planned_bytes(job.shape(), job.layers))
-    spec = job.spec()
+    opened = job.open()
+    spec = opened.spec
     if Cache.exists(job.cache):
         cache = Cache.open(job.cache)
         cache.require_same(spec)
+        cache.remove_leftovers()
         require_space(job.cache, remaining_bytes(cache, job.layers))
         cache.add_layers(job.layers)
     else:
+        require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
         cache = Cache.create(job.cache, spec, job.layers)
-    harvest(cache, job.layers, job.source, job.preset.revision, config)
+        cache.remove_leftovers()
+    harvest(cache, job.layers, opened.source, opened.model, config)
     for layer, totals in cache.totals().items():
         click.echo(f"layer {layer:2d}: {totals}", err=totals.nonfinite > 0)
     click.echo(
@@ -188,32 +213,58 @@ def plan_command(**options: Any) -> None:
 def verify_command(preset: str, cache: Path | None, threads: int) -> int:
     """Check every committed block against its checksum; exit code 1 if something is damaged."""
     opened = _open(preset, cache)
-    bad, damage = verify(opened, opened.layers, threads)
-    for line in [why for _, _, why in bad] + damage:
+    lines = verify(opened, opened.layers, threads).lines
+    for line in lines:
         click.echo(line)
-    click.echo("damaged" if bad or damage else "every committed block is as it was written")
-    return 1 if bad or damage else 0
+    click.echo("damaged" if lines else "every committed block is as it was written")
+    return 1 if lines else 0
 
 
 @main.command("repair")
 @_common
 @_device
 @click.option("--blocks", help="Blocks to harvest again, such as 3,7 [default: those that fail verification].")
-def repair_command(preset: str, cache: Path | None, threads: int, device: str | None, blocks: str | None) -> None:
+@click.option("--model", help="Where the model lies now, if not where it lay.")
+@click.option("--revision", help="The model's revision on the hub.")
+@click.option("--dataset", help="Where the text lies now, if not where it lay.")
+def repair_command(
+    preset: str,
+    cache: Path | None,
+    threads: int,
+    device: str | None,
+    blocks: str | None,
+    model: str | None,
+    revision: str | None,
+    dataset: str | None,
+) -> None:
     """Harvest named or damaged blocks again, and nothing else."""
     opened = _open(preset, cache)
-    spec, tokens = opened.spec, False
-    config = HarvestConfig(device=pick_device(device), writer=WriterConfig(threads=threads))
-    if blocks:
-        chosen = [(layer, block) for block in parse_layers(blocks) for layer in opened.layers]
-        if max(block for _, block in chosen) >= spec.n_blocks:
-            raise UserError(f"{opened.path} has blocks 0-{spec.n_blocks - 1}")
-    else:
-        bad, damage = verify(opened, opened.layers, threads)
-        chosen, tokens = [(layer, block) for layer, block, _ in bad], bool(damage)
-    source = TextSource(dataset=spec.dataset, revision=unpin(spec.dataset_revision), split=spec.split, column=spec.text_column)
-    repair(opened, chosen, tokens, source, unpin(spec.model_revision), config)
-    click.echo(f"repaired {len(chosen)} layer blocks" + (" and the tokens" if tokens else ""))
+    spec, config = opened.spec, HarvestConfig(device=pick_device(device), writer=WriterConfig(threads=threads))
+    opened.remove_leftovers()
+    damage = _named(opened, blocks) if blocks else verify(opened, opened.layers, threads)
+    if not damage.lines:
+        click.echo("repaired nothing: every committed block is as it was written")
+        return
+    n = 0
+    if damage.blocks or damage.chunks:
+        source = TextSource(
+            dataset=dataset or spec.dataset,
+            revision=unpin(spec.dataset_revision),
+            split=spec.split,
+            column=spec.text_column,
+        )
+        n = repair(opened, damage, source, harvested_model(opened, model, revision), config)
+    else:  # the arrays' metadata alone: neither model nor text is needed
+        opened.add_layers(())
+    click.echo(f"repaired {n} layer blocks" + (" and the tokens" if damage.chunks else ""))
+
+
+def _named(cache: Cache, blocks: str) -> Damage:
+    """These blocks of every layer, whatever state they are in. Raises UserError."""
+    chosen = parse_layers(blocks)
+    if max(chosen) >= cache.spec.n_blocks:
+        raise UserError(f"{cache.path} has blocks 0-{cache.spec.n_blocks - 1}")
+    return Damage(blocks={(layer, block): "named" for layer in cache.layers for block in chosen})
 
 
 def _open(preset: str, cache: Path | None) -> Cache:

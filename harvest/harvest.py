@@ -6,11 +6,12 @@ block are read meanwhile.
 """
 
 import itertools
-import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,16 @@ from torch import Tensor
 
 from harvest.model import ResidualModel
 from harvest.native import put_rows
-from harvest.text import TextSource, TokenLedger, load_tokenizer, write_tokens
+from harvest.text import TextSource, load_tokenizer, tokenizer_hash, write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig
-from shared.cache import Cache, CacheSpec, crc32c
+from shared.cache import Cache, CacheSpec
 from shared.cli import UserError, format_bytes, format_layers, format_seconds
 from shared.device import announce, new_event, new_stream, send
-from shared.files import free_bytes, make_dir, write_file
-from shared.lm import load_model
+from shared.files import UNKNOWN_FREE, existing, free_bytes, write_all
+from shared.lm import Model, load_model
 from shared.progress import Progress
 
-LEDGER_BYTES_PER_LAYER = 230  # of one block, as measured; it is 0.0004 % of a full-size block
+LEDGER_BYTES_PER_LAYER = 330  # of one block, as measured; it is 0.0005 % of a full-size block
 _PROBE_BYTES = 64 << 20
 _CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
 
@@ -62,7 +63,9 @@ class Plan:
                 f"blocks      {s.n_blocks:,} of {s.block_rows:,} rows, {format_bytes(s.block_bytes)} a layer",
                 f"per layer   {format_bytes(self.layer_bytes)} ({self.layer_bytes:,} bytes)",
                 f"in all      {format_bytes(self.total_bytes)} ({self.total_bytes:,} bytes) for {len(self.layers)} layers",
-                f"free disk   {format_bytes(self.free)}: room for {min(fits, 10**6):,} layers of this size",
+                "free disk   unknown: the file system does not say"
+                if self.free == UNKNOWN_FREE
+                else f"free disk   {format_bytes(self.free)}: room for {min(fits, 10**6):,} layers of this size",
                 f"write probe {format_bytes(self.write_rate)}/s: writing takes at least "
                 f"{format_seconds(self.total_bytes / self.write_rate)}",
             )
@@ -87,37 +90,35 @@ def make_plan(path: Path, spec: CacheSpec, layers: tuple[int, ...], threads: int
 
 
 def probe_write(path: Path, threads: int, seconds: float = 2.0) -> float:
-    """Bytes per second of durable writes by `threads` threads into `path`, over about two seconds."""
-    existed = path.exists()
-    make_dir(path)
+    """Bytes per second of durable writes by `threads` threads at `path`, over about two seconds.
+
+    Writes to files without a name in the nearest folder that is there, so that nothing of it can stay. Raises UserError.
+    """
     data = np.random.default_rng(0).integers(0, 255, _PROBE_BYTES, dtype=np.uint8)
-    files = [path / f".probe-{os.getpid()}-{i}" for i in range(threads)]
+    folder = existing(path)
     began = time.perf_counter()
 
-    def write(file: Path) -> int:
+    def write(_: int) -> int:
         written = 0
-        while time.perf_counter() - began < seconds:
-            write_file(file, data.data)
-            written += data.nbytes
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            while time.perf_counter() - began < seconds:
+                file.seek(0)
+                write_all(file.fileno(), data.data)
+                written += data.nbytes
         return written
 
     try:
         with ThreadPoolExecutor(threads) as pool:
-            total = sum(pool.map(write, files))
+            total = sum(pool.map(write, range(threads)))
         return total / (time.perf_counter() - began)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
-        if not existed:
-            path.rmdir()
 
 
 def remaining_bytes(cache: Cache, layers: tuple[int, ...]) -> int:
     spec = cache.spec
     blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers).items())
-    tokens = 0 if TokenLedger.load(cache).sequences == spec.sequences else spec.token_bytes
+    tokens = len(cache.missing_token_chunks()) * spec.token_bytes // spec.token_chunks
     return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
 
 
@@ -130,21 +131,33 @@ def require_space(path: Path, needed: int) -> None:
         )
 
 
-def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, revision: str | None, config: HarvestConfig) -> None:
-    """Bring the cache to the state where every block of every wanted layer is committed. Safe to kill and repeat."""
-    spec = cache.spec
-    if TokenLedger.load(cache).sequences < spec.sequences:
-        write_tokens(cache, source, load_tokenizer(spec.model, revision))
+def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, model: Model, config: HarvestConfig) -> None:
+    """Bring the cache to the state where every block of every wanted layer is committed. Safe to kill and repeat.
+
+    Model and text are those that the cache was compared with; nothing is loaded from anywhere else.
+    """
+    if cache.missing_token_chunks():
+        write_tokens(cache, source, load_tokenizer(str(model.folder), None))
     for group, blocks in cache.missing(layers).items():
-        model = ResidualModel(load_model(spec.model, revision, spec.precision, head=False), group, config.device)
-        if model.d_model != spec.d_model:
-            raise UserError(f"{spec.model} is {model.d_model} wide, the cache expects {spec.d_model}: name the right --model")
-        announce(config.device)
-        harvest_blocks(cache, model, blocks, config)
+        harvest_blocks(cache, load_residual(cache, group, model, config), blocks, config)
 
 
-def harvest_blocks(cache: Cache, model: ResidualModel, blocks: list[int], config: HarvestConfig) -> "Shares":
-    """Run `model` over these blocks and commit them; returns where the time went."""
+def load_residual(cache: Cache, layers: tuple[int, ...], model: Model, config: HarvestConfig) -> ResidualModel:
+    spec = cache.spec
+    loaded = ResidualModel(load_model(str(model.folder), None, spec.precision, head=False), layers, config.device)
+    if loaded.d_model != spec.d_model:
+        raise UserError(f"{model.name} is {loaded.d_model} wide, the cache expects {spec.d_model}: name the right --model")
+    announce(config.device)
+    return loaded
+
+
+def harvest_blocks(
+    cache: Cache, model: ResidualModel, blocks: list[int], config: HarvestConfig, *, replace: bool = False
+) -> "Shares":
+    """Run `model` over these blocks and commit them; returns where the time went.
+
+    Blocks that another harvest commits meanwhile are passed over, unless they are to be replaced.
+    """
     spec = cache.spec
     shares = Shares()
     title = f"harvesting layers {format_layers(model.layers)}"
@@ -156,13 +169,16 @@ def harvest_blocks(cache: Cache, model: ResidualModel, blocks: list[int], config
 
         cuda = config.device.type == "cuda"
         with (
-            BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed) as writer,
+            BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed, replace=replace) as writer,
             ThreadPoolExecutor(1, "inputs") as reader,
         ):
             fill = (_CudaFiller if cuda else _CpuFiller)(cache, model, config, shares)
             began = time.perf_counter()
-            for inputs in _read_ahead(cache, blocks, reader):
-                fill.fill(inputs, writer.buffer(), writer)
+            wanted = (block for block in blocks if replace or not cache.has_block(model.layers, block))
+            for inputs in _read_ahead(cache, wanted, reader):
+                buffer = writer.buffer()
+                buffer.tokens = inputs.checksum
+                fill.fill(inputs, buffer, writer)
                 shares.total = time.perf_counter() - began
         fill.finish()
         shares.total = time.perf_counter() - began
@@ -175,15 +191,17 @@ class _Inputs:
 
     block: int
     tokens: Tensor  # int64 [block_sequences, context]
+    checksum: str  # of the tokens
     place: Tensor  # int64 [block_rows]: where in the block each activation goes
 
     @classmethod
     def read(cls, cache: Cache, block: int) -> "_Inputs":
-        place = np.argsort(cache.block_order(block), kind="stable")
-        return cls(block=block, tokens=torch.from_numpy(cache.block_tokens(block)), place=torch.from_numpy(place))
+        place, tokens = np.argsort(cache.block_order(block), kind="stable"), cache.block_tokens(block)
+        checksum = cache.tokens_checksum(tokens)
+        return cls(block=block, tokens=torch.from_numpy(tokens), checksum=checksum, place=torch.from_numpy(place))
 
 
-def _read_ahead(cache: Cache, blocks: list[int], reader: ThreadPoolExecutor) -> Iterator[_Inputs]:
+def _read_ahead(cache: Cache, blocks: Iterator[int], reader: ThreadPoolExecutor) -> Iterator[_Inputs]:
     """The inputs of every block; those of the next one are read while one is used."""
     coming = (reader.submit(_Inputs.read, cache, block) for block in blocks)
     following = next(coming, None)
@@ -313,51 +331,101 @@ class _Slot:
         )  # fmt: skip
 
 
-def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> tuple[list[tuple[int, int, str]], list[str]]:
-    """Read everything committed and compare checksums. Returns (bad blocks as (layer, block, why), other damage)."""
-    spec = cache.spec
-    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer))]
-    bad: list[tuple[int, int, str]] = []
+@dataclass(kw_only=True, slots=True)
+class Damage:
+    """What verification found, by name; {layer, block or chunk: a line for people}."""
 
-    def check(item: tuple[int, int]) -> tuple[int, int, str] | None:
+    blocks: dict[tuple[int, int], str] = field(default_factory=dict)
+    chunks: dict[int, str] = field(default_factory=dict)
+    metadata: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        return [*self.blocks.values(), *self.chunks.values(), *(f"{key} is not as it was written" for key in self.metadata)]
+
+
+def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> Damage:
+    """Read everything committed and compare it with its checksums, and every block with the tokens that it is of."""
+    spec, damage = cache.spec, Damage(metadata=cache.bad_metadata())
+    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer))]
+    chunks = range(spec.token_chunks) if work else sorted(cache.written_token_chunks())
+    for chunk in chunks:
+        if why := _fails(partial(cache.read_token_chunk, chunk)):
+            damage.chunks[chunk] = why
+
+    def check(item: tuple[int, int]) -> str | None:
         layer, block = item
         data = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
-        try:
+
+        def read() -> None:
             cache.read_block(layer, block, data)
             cache.check_block(layer, block, data, cache.stats(layer, block))
-        except UserError as error:
-            return layer, block, str(error)
-        return None
+
+        return _fails(read)
 
     with Progress("verifying", len(work) * spec.block_bytes, "bytes") as progress, ThreadPoolExecutor(threads) as pool:
-        for result in pool.map(check, work):
-            progress.advance(spec.block_bytes, f"{len(bad)} damaged" if bad else "")
-            if result is not None:
-                bad.append(result)
-    return bad, _bad_token_chunks(cache)
-
-
-def _bad_token_chunks(cache: Cache) -> list[str]:
-    damage = []
-    for chunk, expected in enumerate(TokenLedger.load(cache).chunks):
-        path = cache.token_chunk_path(chunk)
-        if not path.exists() or crc32c(np.fromfile(path, dtype=np.uint8)) != expected:
-            damage.append(f"token chunk {chunk}")
+        for item, why in zip(work, pool.map(check, work), strict=True):
+            if why:
+                damage.blocks[item] = why
+            progress.advance(spec.block_bytes, f"{len(damage.blocks)} damaged" if damage.blocks else "")
+    damage.blocks |= _of_other_tokens(cache, [item for item in work if item not in damage.blocks], set(damage.chunks))
     return damage
 
 
-def repair(
-    cache: Cache,
-    bad: list[tuple[int, int]],
-    tokens: bool,
-    source: TextSource,
-    revision: str | None,
-    config: HarvestConfig,
-) -> None:
-    """Harvest the given (layer, block) pairs again, and the token array first if it is damaged."""
-    if tokens:
-        cache.token_ledger.unlink()
-        write_tokens(cache, source, load_tokenizer(cache.spec.model, revision))
-    for layer, block in bad:
-        cache.forget(block, (layer,))
-    harvest(cache, cache.layers, source, revision, config)
+def _fails(read: Callable[[], object]) -> str | None:
+    try:
+        read()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _of_other_tokens(cache: Cache, items: list[tuple[int, int]], damaged: set[int]) -> dict[tuple[int, int], str]:
+    """Blocks whose record says that they were made from other tokens than are there, where those are whole."""
+    found, checksums = {}, dict[int, str]()
+    per_chunk = cache.spec.token_chunk // cache.spec.block_sequences
+    for layer, block in sorted(items, key=lambda item: item[1]):
+        if block // per_chunk in damaged:
+            continue
+        if block not in checksums:
+            checksums[block] = cache.tokens_checksum(cache.block_tokens(block))
+        if cache.stats(layer, block).tokens != checksums[block]:
+            found[layer, block] = f"layer {layer} block {block} of {cache.path} was made from other tokens than are there"
+    return found
+
+
+def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
+    """Raises UserError unless text and tokeniser are those that the cache was made from."""
+    tokenizer = load_tokenizer(str(model.folder), None)
+    here = replace(
+        cache.spec,
+        dataset_revision=source.pinned_revision(),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        separator=tokenizer.eos_token_id,
+    )
+    if different := cache.spec.differences(here):
+        raise UserError(
+            f"{source.dataset} is not the text that {cache.path} was made from ({'; '.join(different)}), "
+            "so nothing was changed: put it back, or name it with --dataset"
+        )
+
+
+def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, config: HarvestConfig) -> int:
+    """Write again what is damaged, and nothing else; returns how many layer blocks that was.
+
+    Model and text are compared with the cache's before a byte is touched, and what is there is replaced, never removed.
+    """
+    if damage.chunks:
+        require_same_text(cache, source, model)
+    cache.add_layers(())
+    if damage.chunks:
+        write_tokens(cache, source, load_tokenizer(str(model.folder), None), damage.chunks)
+    committed = [(layer, block) for layer in cache.layers for block in cache.committed(layer)]
+    bad = set(damage.blocks)
+    bad |= set(_of_other_tokens(cache, [item for item in committed if item not in bad], set())) if damage.chunks else set()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for block in sorted({block for _, block in bad}):
+        groups.setdefault(tuple(sorted(layer for layer, at in bad if at == block)), []).append(block)
+    for layers, blocks in groups.items():
+        harvest_blocks(cache, load_residual(cache, layers, model, config), blocks, config, replace=True)
+    return len(bad)

@@ -3,7 +3,7 @@
 A block of all layers lies in one host buffer; there is a fixed number of these, so memory is bounded and a full disk
 queue makes the forward pass wait rather than memory grow. One layer of a block is one file: some threads do nothing but
 write and fsync files, so that the disk never waits; others take checksums and moments meanwhile. Whoever finishes the
-last of a block publishes its ledger entry.
+last of a block moves its files to their places and publishes its ledger entry.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import BlockStats, Cache, crc32c
-from shared.files import page_aligned, sync_dir, write_file
+from shared.cache import BlockStats, Cache, slice_checksums
+from shared.files import page_aligned
 from shared.native import load
 
 FP16_MAX = 65504.0
@@ -40,15 +40,26 @@ class Buffer:
 
     data: Tensor
     nonfinite: Tensor  # int64 [layers]
+    tokens: str = ""  # checksum of the tokens that these are the activations of
 
 
 class BlockWriter:
-    """Use as a context manager; leaving it waits for all writes. An error in a thread reaches the next call."""
+    """Use as a context manager; leaving it waits for all writes. An error in a thread reaches the next call.
+
+    A block that is in the cache already is left alone (another harvest was faster), unless it is to be replaced.
+    """
 
     def __init__(
-        self, cache: Cache, layers: tuple[int, ...], config: WriterConfig, *, pinned: bool, done: Callable[[int], None]
+        self,
+        cache: Cache,
+        layers: tuple[int, ...],
+        config: WriterConfig,
+        *,
+        pinned: bool,
+        done: Callable[[int], None],
+        replace: bool = False,
     ) -> None:
-        self._cache, self._layers, self._done = cache, layers, done
+        self._cache, self._layers, self._done, self._replace = cache, layers, done, replace
         shape = (len(layers), cache.spec.block_rows, cache.spec.d_model)
         self._free: queue.Queue[Buffer] = queue.Queue()
         for _ in range(config.buffers):
@@ -59,6 +70,8 @@ class BlockWriter:
         self._disk = ThreadPoolExecutor(config.threads, "disk")
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._staged: dict[tuple[int, int], Path] = {}  # {layer, block: bytes on the disk that are not committed yet}
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -66,6 +79,7 @@ class BlockWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for pool in (self._waiter, self._disk, self._arithmetic):  # the first of them feeds the others
             pool.shutdown(wait=True, cancel_futures=kind is not None)
+        self._cache.drop(self._staged.values())  # of blocks that did not become whole
         if kind is None:
             self._check()
 
@@ -106,15 +120,22 @@ class BlockWriter:
             self._error = self._error or error
 
     def _write(self, job: "_BlockJob", index: int) -> None:
-        path = self._cache.block_path(self._layers[index], job.block)
-        write_file(path, job.buffer.data[index].numpy().data)
-        sync_dir(path.parent)
+        layer = self._layers[index]
+        staged = self._cache.stage_block(layer, job.block, job.buffer.data[index].numpy().data)
+        with self._lock:
+            job.staged[layer] = self._staged[layer, job.block] = staged
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
-        job.stats[self._layers[index]] = block_stats(job.buffer.data[index].numpy(), int(job.buffer.nonfinite[index]))
+        buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
+        stats = block_stats(buffer.data[index].numpy(), int(buffer.nonfinite[index]), slice_rows, buffer.tokens)
+        job.stats[self._layers[index]] = stats
 
     def _commit(self, job: "_BlockJob") -> None:
-        self._cache.commit(job.block, {layer: job.stats[layer] for layer in self._layers})
+        stats = {layer: job.stats[layer] for layer in self._layers}
+        self._cache.commit(job.block, stats, job.staged, replace=self._replace)
+        with self._lock:
+            for layer in self._layers:
+                del self._staged[layer, job.block]
         self._free.put(job.buffer)
         self._done(job.block)
 
@@ -131,17 +152,19 @@ class _BlockJob:
     buffer: Buffer
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
+    staged: dict[int, Path] = field(default_factory=dict)
     stats: dict[int, BlockStats] = field(default_factory=dict)
 
 
-def block_stats(data: NDArray[np.float16], nonfinite: int) -> BlockStats:
-    """Checksum, moments and largest row norm of finite float16 [rows, d_model]."""
+def block_stats(data: NDArray[np.float16], nonfinite: int, slice_rows: int, tokens: str = "") -> BlockStats:
+    """Checksums, moments and largest row norm of finite float16 [rows, d_model]."""
     total, square_sum, max_square = _sums(data)
     mean = total / data.size
     return BlockStats(
         bytes=data.nbytes,
-        crc32c=crc32c(data),
         rows=len(data),
+        crc32c=slice_checksums(data, slice_rows),
+        tokens=tokens,
         mean=mean,
         m2=max(0.0, square_sum - data.size * mean * mean),
         max_norm=max_square**0.5,

@@ -1,44 +1,48 @@
-"""The activation cache, format 1: where every byte is, when it counts as written, and how it is checked.
+"""The activation cache, format 2: where every byte is, when it counts as written, and how it is checked.
 
+    <cache>/cache.json               format, spec, digest of the spec; created last and in one step: a cache exists when it does
     <cache>/activations.zarr/        one Zarr v3 group; any Zarr v3 tool reads it
-        zarr.json                    attributes: everything in CacheSpec, and the layers present
         tokens                       uint16 or uint32 [sequences, context]
         resid_post/00 ...            float16 [tokens, d_model], one uncompressed chunk file per block
     <cache>/ledger/<layers>/<block>.json     one entry per committed block of the layers harvested together
-    <cache>/ledger/tokens.json               how far the token array is written
+    <cache>/ledger/tokens/<chunk>.json       one entry per chunk of the token array
 
 A block is a fixed run of whole sequences, the same rows in every layer. It is committed for a layer when a ledger entry
-names both, and the entry is published only after every chunk it speaks of is durable; "the chunk file exists" means
-nothing. Rows are permuted inside a block by `shuffle.block_rows`. An uncompressed chunk is the array's bytes, so blocks
-are written and read as plain files, at the disk's speed and straight into the caller's memory; Zarr itself makes the
-metadata. The last `holdout_blocks` blocks are for evaluation alone.
+names both, and the entry is created only after every chunk it speaks of is durable; "the chunk file exists" means
+nothing. Rows are permuted inside a block by `shuffle.block_rows`. A slice is a sixteenth of a block, with a checksum of
+its own. The last `holdout_blocks` blocks are for evaluation alone.
+
+Every JSON file here carries a checksum of itself, an entry also the cache's digest, its own number and its layers, and
+whoever reads it compares all of that: bytes of the right kind in the wrong place are damage. An uncompressed chunk is
+the array's bytes, so chunks are written and read as they are, at the disk's speed and straight into the caller's memory.
 """
 
 import ctypes
 import dataclasses
+import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from shared.cli import UserError, format_layers, parse_layers
-from shared.files import make_dir, publish_json, read_file
 from shared.native import load
 from shared.shuffle import block_rows
+from shared.store import Folder
+from shared.view import Layer
 
-FORMAT = 1
+FORMAT = 2
 HOOK = "resid_post"
+SLICES = 16  # of a block
 TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
-_KEYS: dict[str, Any] = {
-    "name": "default",
-    "separator": ".",
-}  # chunk files lie side by side: no directory (and no fsync) for each
+ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
+_SPEC = "cache.json"
+_ZARR = "activations.zarr"
 _CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter lock, so it gets pieces of about a millisecond
 
 assert sys.byteorder == "little", "the cache stores little-endian values as they lie in memory"
@@ -48,10 +52,10 @@ assert sys.byteorder == "little", "the cache stores little-endian values as they
 class CacheSpec:
     """What fixes every value in a cache. Two harvests may share a cache only if these are equal."""
 
-    model: str
-    model_revision: str
+    model: str  # hub id or folder
+    model_revision: str  # hash of configuration and weights
     dataset: str
-    dataset_revision: str
+    dataset_revision: str  # the hub's commit, or a hash of local files
     split: str
     text_column: str
     tokenizer_sha256: str
@@ -65,6 +69,24 @@ class CacheSpec:
     holdout_blocks: int
     seed: int
     precision: str  # of the model's forward pass: bf16 or fp32
+    bos: bool = False  # every context begins with the tokeniser's BOS
+    model_branch: str = ""  # the revision of a hub model as it was asked for
+    model_commit: str = ""  # and the commit that this was when the harvest began
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that fix the bytes: all but where model and text lay, which is advice."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ADVICE}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity, 64 hexadecimal digits: the same for the same content, wherever it lay."""
+        return hashlib.sha256(_canonical({"format": FORMAT, **self.identity})).hexdigest()
+
+    def differences(self, other: "CacheSpec") -> list[str]:
+        """In which of the fields that fix the bytes `other` differs: the one comparison of identities that there is."""
+        mine, theirs = self.identity, other.identity
+        return [f"{k} is {mine[k]!r} there, {theirs[k]!r} here" for k in mine if mine[k] != theirs[k]]
 
     @property
     def block_rows(self) -> int:
@@ -74,6 +96,16 @@ class CacheSpec:
     def block_bytes(self) -> int:
         """Bytes of one block of one layer."""
         return self.block_rows * self.d_model * 2
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice; where sixteen do not go into a block evenly, the last slice is shorter, or there are fewer."""
+        return -(-self.block_rows // SLICES)
+
+    @property
+    def slices(self) -> int:
+        """Slices of a block."""
+        return -(-self.block_rows // self.slice_rows)
 
     @property
     def sequences(self) -> int:
@@ -97,10 +129,13 @@ class CacheSpec:
         return TOKEN_CHUNK_BLOCKS * self.block_sequences
 
     @property
+    def token_chunks(self) -> int:
+        return -(-self.sequences // self.token_chunk)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of the token array on disk; Zarr stores the last chunk whole."""
-        chunks = -(-self.sequences // self.token_chunk)
-        return chunks * self.token_chunk * self.context * self.token_dtype.itemsize
+        return self.token_chunks * self.token_chunk * self.context * self.token_dtype.itemsize
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -108,8 +143,9 @@ class BlockStats:
     """What the ledger holds of one block of one layer; mean and M2 are over all its values, in float64."""
 
     bytes: int
-    crc32c: str
     rows: int
+    crc32c: str  # of each slice, eight hexadecimal digits after another
+    tokens: str  # CRC-32C of the block's tokens that these are the activations of
     mean: float
     m2: float  # sum of squared deviations from the mean
     max_norm: float  # largest Euclidean norm of a row
@@ -148,6 +184,33 @@ def merge_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> t
     return n, a[1] + delta * b[0] / n, a[2] + b[2] + delta * delta * a[0] * b[0] / n
 
 
+def slice_checksums(data: NDArray[Any], slice_rows: int) -> str:
+    """The CRC-32C of every slice of [rows, d_model], one after another."""
+    return "".join(crc32c(data[first : first + slice_rows]) for first in range(0, len(data), slice_rows))
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return crc32c(np.frombuffer(_canonical(value), np.uint8))
+
+
+def seal(value: dict[str, Any]) -> bytes:
+    """A JSON object and a checksum of itself, as the bytes of a file."""
+    value = json.loads(json.dumps(value))  # as whoever reads it will see it: keys are strings there
+    return _canonical({**value, "checksum": _checksum(value)}) + b"\n"
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """What was sealed. Raises ValueError for anything else, damaged or not JSON."""
+    value = json.loads(data)
+    if not isinstance(value, dict) or value.pop("checksum", None) != _checksum(value):
+        raise ValueError("its checksum does not match")
+    return value
+
+
 def crc32c(data: NDArray[Any]) -> str:
     """CRC-32C of an array's bytes, eight hexadecimal digits."""
     raw = data.reshape(-1).view(np.uint8)
@@ -167,127 +230,154 @@ def _google_crc32c(raw: NDArray[np.uint8]) -> int:
     return value
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TokenChunk:
+    """What the ledger holds of one chunk of the token array."""
+
+    crc32c: str
+    source: dict[str, Any]  # the text's state before the documents that hold the first token after this chunk
+    skip: int  # tokens of those documents that are in this chunk or before it
+
+
 class Cache:
     """An open cache. Reading needs nothing but the files; writing keeps the commit order described above."""
 
-    def __init__(self, path: Path, spec: CacheSpec, layers: tuple[int, ...]) -> None:
-        self.path, self.spec, self.layers = path, spec, layers
-        self._groups: dict[int, list[Path]] = {}  # {layer: the folders of the ledger that may have its entries}, as last seen
+    def __init__(self, store: Folder, spec: CacheSpec) -> None:
+        self._store, self.spec, self.path = store, spec, store.root
+        self._groups: dict[int, list[str]] = {}  # {layer: the names in the ledger that may have its entries}, as last seen
+        self._chunk: tuple[int, NDArray[Any]] | None = None  # the token chunk read last
+        self._digest = spec.digest
+        self.layers = self._find_layers()
 
     @property
-    def _store(self) -> Path:
-        return self.path / "activations.zarr"
-
-    @property
-    def _ledger(self) -> Path:
-        return self.path / "ledger"
+    def digest(self) -> str:
+        """What a run records of its cache, and compares."""
+        return self._digest
 
     @classmethod
     def exists(cls, path: Path) -> bool:
-        return (path / "activations.zarr" / "zarr.json").exists()
+        return Folder(path).has(_SPEC)
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Raises UserError for a missing, foreign or differently versioned cache."""
-        if not cls.exists(path):
-            raise UserError(f"no activation cache at {path}: run `make harvest` or `python -m harvest` first")
+        """Raises UserError for a missing, foreign, damaged or differently versioned cache."""
+        store = Folder(path)
         try:
-            attributes = dict(zarr.open_group(str(path / "activations.zarr"), mode="r").attrs)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{path} is not a readable Zarr v3 group ({error}); harvest into another folder") from None
-        if "format" not in attributes or "spec" not in attributes:
-            raise UserError(f"{path} holds a Zarr group that is not an activation cache; choose another folder")
-        if attributes["format"] != FORMAT:
+            data = store.get(_SPEC)
+        except OSError:
+            _refuse_foreign(store)
+            raise UserError(f"no activation cache at {path}: run `make harvest` or `python -m harvest` first") from None
+        try:
+            value = unseal(data)
+            if value["format"] != FORMAT:
+                raise _other_format(path, value["format"])
+            spec = CacheSpec(**value["spec"])
+            if value["digest"] != spec.digest:
+                raise ValueError("its digest does not match")
+        except (ValueError, KeyError, TypeError) as error:
+            if not store.has(_ZARR):
+                raise UserError(f"{path / _SPEC} is not of an activation cache; choose another folder") from None
             raise UserError(
-                f"{path} is a cache of format {attributes['format']}, and this program reads format {FORMAT}; "
-                "use the version that wrote it, or harvest again elsewhere"
-            )
-        try:
-            spec = CacheSpec(**attributes["spec"])  # type: ignore[arg-type]
-            layers = parse_layers(str(attributes["layers"]))
-        except (TypeError, KeyError) as error:
-            raise UserError(f"the attributes of {path} are damaged ({error}); harvest again elsewhere") from None
-        return cls(path, spec, layers)
+                f"{path / _SPEC} is damaged ({error}): remove that file and run the `python -m harvest` command that made the "
+                "cache again; it writes the file anew and keeps what is committed"
+            ) from None
+        return cls(store, spec)
 
     @classmethod
     def create(cls, path: Path, spec: CacheSpec, layers: tuple[int, ...]) -> Self:
-        make_dir(path)
-        group = zarr.create_group(str(path / "activations.zarr"))
-        group.create_array(
-            "tokens",
-            shape=(spec.sequences, spec.context),
-            chunks=(spec.token_chunk, spec.context),
-            dtype=spec.token_dtype,
-            compressors=None,
-            fill_value=0,
-            chunk_key_encoding=_KEYS,
-        )
-        group.create_group(HOOK)
-        cache = cls(path, spec, ())
+        """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec."""
+        store = Folder(path)
+        if not store.has(_SPEC):
+            _refuse_foreign(store)
+            _drop_foreign_entries(store, spec)
+            _write_metadata(store, spec, ())
+            store.create(_SPEC, seal({"format": FORMAT, "digest": spec.digest, "spec": dataclasses.asdict(spec)}))
+        cache = cls.open(path)
+        cache.require_same(spec)
         cache.add_layers(layers)
         return cache
 
     def add_layers(self, layers: tuple[int, ...]) -> None:
-        """Create the arrays of layers not yet present. The group's attributes are written last."""
-        group = zarr.open_group(str(self._store), mode="r+")
-        for layer in sorted(set(layers) - set(self.layers)):
-            group.create_array(
-                f"{HOOK}/{layer:02d}",
-                shape=(self.spec.n_blocks * self.spec.block_rows, self.spec.d_model),
-                chunks=(self.spec.block_rows, self.spec.d_model),
-                dtype="float16",
-                compressors=None,
-                fill_value=0.0,
-                chunk_key_encoding=_KEYS,
-                overwrite=True,
-            )
-        self.layers = tuple(sorted({*self.layers, *layers}))
-        group.update_attributes(
-            {
-                "format": FORMAT,
-                "hook_point": HOOK,
-                "dtype": "float16",
-                "layers": format_layers(self.layers),
-                "spec": dataclasses.asdict(self.spec),
-            }
-        )
-        self._ledger.mkdir(exist_ok=True)
+        """Make the arrays of these layers where they are not yet; puts right metadata that is not as it should be."""
+        _write_metadata(self._store, self.spec, (*self.layers, *layers))
+        self.layers = self._find_layers()
+
+    def discard(self) -> None:
+        """Take away a cache in which no block is committed yet: a text that is too short fixes another spec."""
+        for name in self._store.list("ledger"):
+            if name != "tokens" and self._store.list(f"ledger/{name}"):
+                raise UserError(f"{self.path} has committed blocks and is kept: its text is not what it was made from")
+        self._store.delete(_SPEC)
+        for folder in ("ledger", _ZARR):
+            self._store.delete_all(folder)
 
     def require_same(self, spec: CacheSpec) -> None:
         """Raises UserError naming every setting in which `spec` differs from this cache."""
-        mine, theirs = dataclasses.asdict(self.spec), dataclasses.asdict(spec)
-        # A local folder is known by its content, so it may be spelt or placed differently.
-        ignored = {"model"} if self.spec.model_revision.startswith("sha256:") else set()
-        ignored |= {"dataset"} if self.spec.dataset_revision.startswith("sha256:") else set()
-        different = [f"{k} is {mine[k]!r} there, {theirs[k]!r} here" for k in mine if k not in ignored and mine[k] != theirs[k]]
+        different = self.spec.differences(spec)
         if different:
             raise UserError(
-                f"{self.path} was harvested with other settings ({'; '.join(different)}): "
-                "repeat those settings or choose another --cache folder"
+                f"{self.path} was harvested with other settings ({'; '.join(different)}): repeat those settings "
+                f"(model {_spelt(self.spec)}, text {self.spec.dataset}) or choose another --cache folder"
             )
+
+    def remove_leftovers(self) -> None:
+        """What dead writers of this host left half-written anywhere in the cache."""
+        prefixes = ["", "ledger", _ZARR, f"{_ZARR}/tokens", f"{_ZARR}/{HOOK}"]
+        prefixes += [f"ledger/{name}" for name in self._store.list("ledger")]
+        prefixes += [f"{_ZARR}/{HOOK}/{name}" for name in self._store.list(f"{_ZARR}/{HOOK}")]
+        for prefix in prefixes:
+            self._store.remove_leftovers(prefix)
+
+    def bad_metadata(self) -> list[str]:
+        """The arrays' metadata files that are not as they should be."""
+        return [key for key, data in _metadata(self.spec, self.layers).items() if _get(self._store, key) != data]
+
+    def _find_layers(self) -> tuple[int, ...]:
+        names = set(self._store.list(f"{_ZARR}/{HOOK}"))
+        return tuple(layer for layer in range(self.spec.n_layers) if f"{layer:02d}" in names)
 
     # --- blocks ---
 
     def block_path(self, layer: int, block: int) -> Path:
-        return self._store / HOOK / f"{layer:02d}" / f"c.{block}.0"
+        return self._store.path(_block_key(layer, block))
 
     def block_order(self, block: int) -> NDArray[np.int64]:
         """Row j of a stored block is activation `order[j]` of its sequences read one after the other."""
         return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
 
+    def stage_block(self, layer: int, block: int, data: memoryview) -> Path:
+        """Bring a block's bytes near their place, durable, for `commit`. Raises UserError."""
+        return self._store.stage(_block_key(layer, block), data)
+
+    def drop(self, staged: Iterable[Path]) -> None:
+        """Take away what was staged and will not be committed."""
+        self._store.drop(staged)
+
     def read_block(self, layer: int, block: int, out: NDArray[np.float16]) -> None:
         """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing, unreadable or short."""
+        self._read(layer, block, out, 0)
+
+    def check_block(self, layer: int, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+        """Raises UserError naming layer and block if `data` is not what was committed."""
+        if slice_checksums(data, self.spec.slice_rows) != stats.crc32c:
+            raise self._damaged(layer, block, "its checksum does not match")
+
+    def read_slice(self, layer: int, block: int, index: int, out: NDArray[np.float16]) -> None:
+        """Fill `out` [rows of that slice, d_model] from disk: rows index · slice_rows … of the block. Raises UserError."""
+        self._read(layer, block, out, index * self.spec.slice_rows * self.spec.d_model * 2)
+
+    def check_slice(self, layer: int, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+        """Raises UserError naming layer, block and slice if `data` is not what was committed."""
+        if crc32c(data) != stats.crc32c[8 * index : 8 * index + 8]:
+            raise self._damaged(layer, block, f"the checksum of slice {index} does not match")
+
+    def _read(self, layer: int, block: int, out: NDArray[np.float16], offset: int) -> None:
         try:
-            n = read_file(self.block_path(layer, block), memoryview(out.data).cast("B"))
+            n = self._store.read(_block_key(layer, block), memoryview(out.data).cast("B"), offset)
         except OSError as error:
             raise self._damaged(layer, block, error.strerror or "unreadable") from None
         if n < out.nbytes:
             raise self._damaged(layer, block, f"{out.nbytes - n} bytes short")
-
-    def check_block(self, layer: int, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
-        """Raises UserError naming layer and block if `data` is not what was committed."""
-        if crc32c(data) != stats.crc32c:
-            raise self._damaged(layer, block, "its checksum does not match")
 
     def _damaged(self, layer: int, block: int, why: str) -> UserError:
         return UserError(
@@ -298,87 +388,355 @@ class Cache:
     # --- ledger ---
 
     def entry_path(self, layers: tuple[int, ...], block: int) -> Path:
-        return self._ledger / format_layers(layers) / f"{block:08d}.json"
+        return self._store.path(_entry_key(format_layers(layers), block))
 
-    def commit(self, block: int, stats: dict[int, BlockStats]) -> None:
-        """Publish the ledger entry of a block whose chunks are all durable."""
-        path = self.entry_path(tuple(stats), block)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        layers = {str(layer): dataclasses.asdict(s) for layer, s in stats.items()}
-        publish_json(path, {"block": block, "layers": layers})
+    def commit(
+        self, block: int, stats: dict[int, BlockStats], staged: dict[int, Path] | None = None, *, replace: bool = True
+    ) -> None:
+        """Put what was staged of a block in its place, and record it once that is durable. Raises UserError.
+
+        Without `replace`, layers that another process has committed meanwhile stay as they are. Bytes and record are changed
+        by one process at a time: two harvests of a block may differ in a last bit.
+        """
+        with self._store.locked(_SPEC):
+            kept = set() if replace else {layer for layer in stats if self.has_block((layer,), block)}
+            staged = staged or {}
+            self._store.place({_block_key(layer, block): mine for layer, mine in staged.items() if layer not in kept})
+            self._record(block, {layer: s for layer, s in stats.items() if layer not in kept})
+            self._store.drop(mine for layer, mine in staged.items() if layer in kept)
+
+    def _record(self, block: int, stats: dict[int, BlockStats]) -> None:
+        """An entry that is there already keeps its place and is replaced in one step."""
+        left, unreadable = dict(stats), []
+        for group in self._groups_of(tuple(stats)):
+            key, layers = _entry_key(group, block), _group_layers(group)
+            data = _get(self._store, key)
+            mine = {layer: left[layer] for layer in layers if layer in left}
+            if data is None or not mine:
+                continue
+            try:
+                there = self._open_entry(group, block, data)
+            except ValueError:
+                there = mine
+            if set(there) != set(
+                layers
+            ):  # unreadable, and it says nothing of the other layers either: they are harvested again
+                unreadable.append(key)
+                continue
+            if data != (entry := self._entry(block, there | mine)):
+                self._store.write(key, entry)
+            left = {layer: s for layer, s in left.items() if layer not in mine}
+        if left and not self._store.create(_entry_key(format_layers(left), block), self._entry(block, left)):
+            self._record(block, left)  # a file system without locks, and another process was faster
+        for key in unreadable:
+            self._store.delete(key)
+
+    def _entry(self, block: int, stats: dict[int, BlockStats]) -> bytes:
+        layers = {str(layer): dataclasses.asdict(stats[layer]) for layer in sorted(stats)}
+        return seal({"cache": self._digest, "block": block, "layers": layers})
+
+    def _open_entry(self, group: str, block: int, data: bytes) -> dict[int, BlockStats]:
+        """Raises ValueError unless this is the entry of that block and those layers of this cache, undamaged."""
+        value = unseal(data)
+        if value.get("cache") != self._digest:
+            raise ValueError("it is of another cache")
+        if value.get("block") != block or set(value["layers"]) != {str(layer) for layer in _group_layers(group)}:
+            raise ValueError("it is of another block or other layers")
+        try:
+            stats = {int(layer): BlockStats(**s) for layer, s in value["layers"].items()}
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        size = (self.spec.block_bytes, self.spec.block_rows, 8 * self.spec.slices)
+        if any((s.bytes, s.rows, len(s.crc32c)) != size for s in stats.values()):
+            raise ValueError("it is of blocks of another size")
+        return stats
 
     def committed(self, layer: int) -> set[int]:
         """The committed blocks of a layer, from the names of the ledger's files."""
-        return {int(path.stem) for group in self._find_groups(layer) for path in group.glob("*.json") if path.stem.isdigit()}
+        return {block for group in self._find_groups(layer) for block in self._blocks(group)}
+
+    def has_block(self, layers: tuple[int, ...], block: int) -> bool:
+        """Whether every one of these layers has the block, committed and there, by now."""
+        found = ((self._find_entry(layer, block), _block_key(layer, block)) for layer in layers)
+        return all(group is not None and self._store.has(key) for group, key in found)
 
     def missing(self, layers: tuple[int, ...]) -> dict[tuple[int, ...], list[int]]:
-        """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}."""
-        lacking: dict[int, list[int]] = {}
-        committed = {layer: self.committed(layer) for layer in layers}
+        """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}.
+
+        A block whose file is gone is missing, though the ledger speaks of it: somebody made room.
+        """
+        present = {layer: self.committed(layer) & self._stored(layer) for layer in layers}
         groups: dict[tuple[int, ...], list[int]] = {}
         for block in range(self.spec.n_blocks):
-            lacking[block] = [layer for layer in layers if block not in committed[layer]]
-            if lacking[block]:
-                groups.setdefault(tuple(lacking[block]), []).append(block)
+            lacking = tuple(layer for layer in layers if block not in present[layer])
+            if lacking:
+                groups.setdefault(lacking, []).append(block)
         return groups
 
     def stats(self, layer: int, block: int) -> BlockStats:
-        """The ledger's record of one block of one layer. Raises UserError if there is none."""
-        path = self._entry(block, self._groups.get(layer, ())) or self._entry(block, self._find_groups(layer))
-        if path is None:
+        """The ledger's record of one block of one layer. Raises UserError if there is none, or it is damaged."""
+        group = self._find_entry(layer, block)
+        if group is None:
             raise UserError(f"layer {layer} block {block} of {self.path} is not harvested: run `python -m harvest` again")
+        return self._read_entry(group, block, layer)[layer]
+
+    def _read_entry(self, group: str, block: int, layer: int) -> dict[int, BlockStats]:
+        key = _entry_key(group, block)
         try:
-            return BlockStats(**json.loads(path.read_text())["layers"][str(layer)])
-        except (ValueError, KeyError, TypeError):
-            raise self._damaged(layer, block, f"its ledger entry {path} is unreadable") from None
+            return self._open_entry(group, block, self._store.get(key))
+        except (OSError, ValueError) as error:
+            raise self._damaged(layer, block, f"its ledger entry {self._store.path(key)} is unreadable ({error})") from None
 
-    def _entry(self, block: int, groups: Iterable[Path]) -> Path | None:
+    def _find_entry(self, layer: int, block: int) -> str | None:
         """By path: a folder holds thousands of entries, and there are few folders."""
-        paths = (group / f"{block:08d}.json" for group in groups)
-        return next((path for path in paths if path.exists()), None)
+        known = self._first(self._groups.get(layer, []), block)
+        return known if known is not None else self._first(self._find_groups(layer), block)
 
-    def _find_groups(self, layer: int) -> list[Path]:
-        self._groups[layer] = [g for g in self._ledger.iterdir() if g.is_dir() and layer in parse_layers(g.name)]
+    def _first(self, groups: list[str], block: int) -> str | None:
+        return next((group for group in groups if self._store.has(_entry_key(group, block))), None)
+
+    def _find_groups(self, layer: int) -> list[str]:
+        self._groups[layer] = self._groups_of((layer,))
         return self._groups[layer]
 
+    def _groups_of(self, layers: tuple[int, ...]) -> list[str]:
+        return [name for name in self._store.list("ledger") if set(_group_layers(name)) & set(layers)]
+
+    def _blocks(self, group: str) -> Iterator[int]:
+        for name in self._store.list(f"ledger/{group}"):
+            stem = name.removesuffix(".json")
+            if stem.isdecimal() and int(stem) < self.spec.n_blocks and name == _entry_key(group, int(stem)).rpartition("/")[2]:
+                yield int(stem)
+
+    def _stored(self, layer: int) -> set[int]:
+        names = set(self._store.list(f"{_ZARR}/{HOOK}/{layer:02d}"))
+        return {block for block in range(self.spec.n_blocks) if f"c.{block}.0" in names}
+
     def totals(self) -> "dict[int, LayerTotals]":
-        """Every layer's blocks taken together, from one reading of the ledger."""
+        """Every layer's blocks taken together, from one reading of the ledger. Raises UserError for a damaged entry."""
         totals: dict[int, LayerTotals] = {}
-        for path in self._ledger.glob("*/*.json"):
-            for name, stats in json.loads(path.read_text())["layers"].items():
-                layer = int(name)
-                totals[layer] = totals.get(layer, LayerTotals()).plus(BlockStats(**stats), self.spec.d_model)
+        seen: set[tuple[int, int]] = set()
+        for group in self._store.list("ledger"):
+            layers = _group_layers(group)
+            for block in self._blocks(group) if layers else ():
+                for layer, stats in self._read_entry(group, block, layers[0]).items():
+                    if (layer, block) not in seen:
+                        seen.add((layer, block))
+                        totals[layer] = totals.get(layer, LayerTotals()).plus(stats, self.spec.d_model)
         return dict(sorted(totals.items()))
 
-    def forget(self, block: int, layers: tuple[int, ...]) -> None:
-        """Drop a block's ledger entries for these layers, so that the next harvest writes it again."""
-        for path in self._ledger.glob(f"*/{block:08d}.json"):
-            group = parse_layers(path.parent.name)
-            if not set(group) & set(layers):
-                continue
-            try:
-                kept = {int(k): BlockStats(**v) for k, v in json.loads(path.read_text())["layers"].items()}
-            except (ValueError, KeyError, TypeError):
-                kept = {}
-            kept = {layer: stats for layer, stats in kept.items() if layer not in layers}
-            if kept:
-                self.commit(block, kept)
-            path.unlink()
+    def layer(self, layer: int) -> Layer:
+        """A layer's rows in the order of the text, for notebooks. Raises UserError if it is not in the cache."""
+        return Layer(self, layer)
 
     # --- tokens ---
 
-    @property
-    def token_ledger(self) -> Path:
-        return self._ledger / "tokens.json"
-
     def token_chunk_path(self, chunk: int) -> Path:
-        return self._store / "tokens" / f"c.{chunk}.0"
+        return self._store.path(_chunk_key(chunk))
+
+    def token_entry_path(self, chunk: int) -> Path:
+        return self._store.path(_token_entry_key(chunk))
+
+    def missing_token_chunks(self) -> list[int]:
+        """The chunks that are not written, by the names of entries and files."""
+        written = self.written_token_chunks()
+        files = set(self._store.list(f"{_ZARR}/tokens"))
+        return [k for k in range(self.spec.token_chunks) if k not in written or f"c.{k}.0" not in files]
+
+    def written_token_chunks(self) -> set[int]:
+        """The chunks that the ledger speaks of."""
+        entries = set(self._store.list("ledger/tokens"))
+        return {k for k in range(self.spec.token_chunks) if f"{k:08d}.json" in entries}
+
+    def commit_tokens(self, chunk: int, data: NDArray[Any], source: dict[str, Any], skip: int) -> None:
+        """Write a chunk [token_chunk, context], and then its entry. Raises UserError, with nothing touched, for other tokens
+        than the ledger has there: activations are of those."""
+        made = TokenChunk(crc32c=crc32c(data), source=source, skip=skip)
+        try:
+            there: TokenChunk | None = self.token_chunk(chunk)
+        except UserError:
+            there = None  # none, or it is damaged and takes what is made now; blocks know their tokens' checksums
+        if there is not None and there.crc32c != made.crc32c:
+            raise UserError(
+                f"token chunk {chunk} of {self.path} came out otherwise than when it was written, so nothing was changed: "
+                "use the versions of tokenizers, transformers and datasets that it was harvested with"
+            )
+        self._chunk = None
+        self._store.write(_chunk_key(chunk), memoryview(data.reshape(-1).view(np.uint8).data))
+        if there is None:
+            entry = seal({"cache": self._digest, "chunk": chunk, **dataclasses.asdict(made)})
+            self._store.write(_token_entry_key(chunk), entry)
+
+    def token_chunk(self, chunk: int) -> TokenChunk:
+        """The ledger's record of a chunk. Raises UserError if there is none, or it is damaged."""
+        try:
+            value = unseal(self._store.get(_token_entry_key(chunk)))
+            if (value.pop("cache"), value.pop("chunk")) != (self._digest, chunk):
+                raise ValueError("it is of another chunk")
+            return TokenChunk(**value)
+        except FileNotFoundError:
+            raise self._damaged_chunk(chunk, "it is not in the ledger") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged_chunk(chunk, f"its ledger entry is unreadable ({error})") from None
+
+    def read_token_chunk(self, chunk: int) -> NDArray[Any]:
+        """[token_chunk, context] in the token type, checked. Raises UserError naming the chunk."""
+        if self._chunk is not None and self._chunk[0] == chunk:
+            return self._chunk[1]
+        stats, spec = self.token_chunk(chunk), self.spec
+        try:
+            data = np.frombuffer(self._store.get(_chunk_key(chunk)), np.uint8)
+        except OSError as error:
+            raise self._damaged_chunk(chunk, error.strerror or "unreadable") from None
+        if data.size != spec.token_chunk * spec.context * spec.token_dtype.itemsize or crc32c(data) != stats.crc32c:
+            raise self._damaged_chunk(chunk, "its checksum does not match")
+        tokens = data.view(spec.token_dtype).reshape(spec.token_chunk, spec.context)
+        self._chunk = chunk, tokens
+        return tokens
+
+    def _damaged_chunk(self, chunk: int, why: str) -> UserError:
+        return UserError(
+            f"token chunk {chunk} of {self.path} is damaged: {why}; mend it with `python -m harvest repair --cache {self.path}`"
+        )
 
     def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Sequences [start, stop) as int64 [stop - start, context]."""
-        array = zarr.open_array(str(self._store / "tokens"), mode="r")
-        return np.asarray(array[start:stop]).astype(np.int64)
+        """Sequences [start, stop) as int64 [stop - start, context], checked. Raises UserError naming a damaged chunk."""
+        out = np.empty((stop - start, self.spec.context), dtype=np.int64)
+        at, size = start, self.spec.token_chunk
+        while at < stop:
+            chunk, first = divmod(at, size)
+            n = min(stop - at, size - first)
+            out[at - start : at - start + n] = self.read_token_chunk(chunk)[first : first + n]
+            at += n
+        return out
 
     def block_tokens(self, block: int) -> NDArray[np.int64]:
-        """The sequences of one block, int64 [block_sequences, context]."""
+        """The sequences of one block, int64 [block_sequences, context], checked. Raises UserError naming a damaged chunk."""
         return self.read_tokens(block * self.spec.block_sequences, (block + 1) * self.spec.block_sequences)
+
+    def tokens_checksum(self, tokens: NDArray[np.int64]) -> str:
+        """What a block's record holds of the tokens that it was made from."""
+        return crc32c(tokens.astype(self.spec.token_dtype))
+
+
+# --- keys and metadata ---
+
+
+def _block_key(layer: int, block: int) -> str:
+    return f"{_ZARR}/{HOOK}/{layer:02d}/c.{block}.0"  # side by side: no directory (and no fsync of one) for each
+
+
+def _entry_key(group: str, block: int) -> str:
+    return f"ledger/{group}/{block:08d}.json"
+
+
+def _chunk_key(chunk: int) -> str:
+    return f"{_ZARR}/tokens/c.{chunk}.0"
+
+
+def _token_entry_key(chunk: int) -> str:
+    return f"ledger/tokens/{chunk:08d}.json"
+
+
+def _group_layers(name: str) -> tuple[int, ...]:
+    """The layers that a folder of the ledger is for; none if it is not one of ours."""
+    try:
+        layers = parse_layers(name)
+    except UserError:
+        return ()
+    return layers if format_layers(layers) == name else ()
+
+
+def _get(store: Folder, key: str) -> bytes | None:
+    try:
+        return store.get(key)
+    except OSError:
+        return None
+
+
+def _spelt(spec: CacheSpec) -> str:
+    return f"{spec.model} at commit {spec.model_commit}" if spec.model_commit else spec.model
+
+
+def _metadata(spec: CacheSpec, layers: tuple[int, ...]) -> dict[str, bytes]:
+    """{key: content} of every metadata file of the Zarr group, a pure function of the spec."""
+    attributes = {"format": FORMAT, "digest": spec.digest, "hook_point": HOOK, "spec": dataclasses.asdict(spec)}
+    files = {
+        "": _node("group", attributes=attributes),
+        f"{HOOK}/": _node("group", attributes={}),
+        "tokens/": _array((spec.sequences, spec.context), (spec.token_chunk, spec.context), spec.token_dtype.name, 0),
+    }
+    shape, chunk = (spec.n_blocks * spec.block_rows, spec.d_model), (spec.block_rows, spec.d_model)
+    files |= {f"{HOOK}/{layer:02d}/": _array(shape, chunk, "float16", 0.0) for layer in layers}
+    return {f"{_ZARR}/{folder}zarr.json": (json.dumps(node, indent=1) + "\n").encode() for folder, node in files.items()}
+
+
+def _node(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": kind, **fields}
+
+
+def _array(shape: tuple[int, ...], chunk: tuple[int, ...], data_type: str, fill: float) -> dict[str, Any]:
+    """Zarr v3 metadata of an array of uncompressed little-endian chunks in files named c.<row>.<column>."""
+    return _node(
+        "array",
+        shape=shape,
+        data_type=data_type,
+        chunk_grid={"name": "regular", "configuration": {"chunk_shape": chunk}},
+        chunk_key_encoding={"name": "default", "configuration": {"separator": "."}},
+        fill_value=fill,
+        codecs=[{"name": "bytes", "configuration": {"endian": "little"}}],
+        attributes={},
+    )
+
+
+def _write_metadata(store: Folder, spec: CacheSpec, layers: tuple[int, ...]) -> None:
+    for key, data in _metadata(spec, layers).items():
+        if _get(store, key) != data:
+            store.write(key, data)
+
+
+def _other_format(path: Path, found: object) -> UserError:
+    return UserError(
+        f"{path} is a cache of format {found}, and this program reads format {FORMAT}; "
+        "use the version that wrote it, or harvest again elsewhere"
+    )
+
+
+def _refuse_foreign(store: Folder) -> None:
+    """Raises UserError for a Zarr group that is not ours, so that nothing is made or written over it."""
+    data = _get(store, f"{_ZARR}/zarr.json")
+    if data is None:
+        return
+    try:
+        attributes = json.loads(data)["attributes"]
+        found = attributes["format"], attributes["spec"]
+    except ValueError as error:
+        raise UserError(f"{store.root} is not a readable Zarr v3 group ({error}); harvest into another folder") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{store.root} holds a Zarr group that is not an activation cache; choose another folder") from None
+    if found[0] != FORMAT:
+        raise _other_format(store.root, found[0])
+
+
+def _drop_foreign_entries(store: Folder, spec: CacheSpec) -> None:
+    """Before a cache is created: entries of another one whose arrays are gone count as nothing, and go.
+
+    Raises UserError where the arrays are still there: somebody lost only the cache.json of another cache.
+    """
+    keys = [f"ledger/{name}/{file}" for name in store.list("ledger") for file in store.list(f"ledger/{name}")]
+    foreign = [key for key in keys if _owner(store, key) not in (None, spec.digest)]
+    if foreign and store.has(f"{_ZARR}/zarr.json"):
+        raise UserError(
+            f"{store.root} holds {len(foreign)} ledger entries of a cache with other settings, whose {_SPEC} is gone: "
+            "repeat those settings, or choose another --cache folder"
+        )
+    for key in foreign:
+        store.delete(key)
+
+
+def _owner(store: Folder, key: str) -> str | None:
+    """The digest of the cache that a ledger entry belongs to; None where it is unreadable."""
+    try:
+        return str(unseal(store.get(key)).get("cache"))
+    except (OSError, ValueError):
+        return None

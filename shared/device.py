@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shared.cli import UserError
+from shared.cli import UserError, say
 from shared.native import keep_memory
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -30,10 +29,9 @@ def pick_device(name: str | None) -> torch.device:
             f"there is an NVIDIA driver here, but torch cannot use it ({_why_no_cuda(said)}): update the driver, "
             "install the torch that fits it (https://pytorch.org), or pass --device cpu"
         )
-    try:
-        device = torch.device(name or ("cuda" if there else "cpu"))
-    except RuntimeError:
-        raise UserError(f"{name!r} is not a device: write cpu, cuda or cuda:1") from None
+    if name and not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):  # torch knows more, and nothing here is written for those
+        raise UserError(f"{name!r} is not a device for this: write cpu, cuda or cuda:1")
+    device = torch.device(name or ("cuda" if there else "cpu"))
     if device.type == "cuda" and not there:
         raise UserError(f"CUDA was asked for, but no CUDA device is available here ({_why_no_cuda(said)}); use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -57,8 +55,13 @@ def _why_no_cuda(said: list[warnings.WarningMessage]) -> str:
 
 def announce(device: torch.device) -> None:
     """One line that says where the work is done. Called when nothing can be refused any more: a refusal stands alone."""
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
-    print(f"device: {device}, {what}", file=sys.stderr)
+    what = device_kind(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
+    say(f"device: {device}, {what}", err=True)
+
+
+def device_kind(device: torch.device) -> str:
+    """What a result may depend on: 'cpu', or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

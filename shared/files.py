@@ -11,10 +11,14 @@ refuses.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import mmap
 import os
+import re
+import socket
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,20 +32,36 @@ from torch import Tensor
 from shared.cli import UserError
 
 PAGE = mmap.PAGESIZE
+UNKNOWN_FREE = 1 << 62  # bytes: what `free_bytes` says where the file system does not
 _READ_CALL = 512 << 10  # bytes
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 on systems that have no such thing, where everything is buffered
+_NO_DIR_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LINK = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]*)\.(\d+)\.(\d+)\.\d+\.tmp", re.DOTALL)
+_numbers = itertools.count()
 
 moved: Counter[str] = Counter()  # bytes that this process has read and written, "direct" and "buffered": did it work?
 _moved_lock = threading.Lock()
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system met while writing `path`, as one line: a disk that is full is no bug."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; put that right (room, permission) and run the same command again"
+        ) from error
+
+
 def make_dir(path: Path) -> Path:
-    """Create a folder and its parents, and prove that files can be made in it. Raises UserError."""
+    """Create a folder and its parents, and prove that files can be made in it; the proof has no name. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder or fix its permissions") from None
     return path
@@ -57,28 +77,46 @@ def page_aligned(*shape: int) -> Tensor:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write and fsync; the content is durable on return, its directory entry after `sync_dir`."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    """Write and fsync; the content is durable on return, its directory entry after `sync_dir`. Raises UserError."""
+    with writing(path):
+        _write(path, data)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        _move_all(fd, memoryview(data).cast("B"), os.write)
-        os.fsync(fd)
+        write_all(fd, data)
     finally:
         os.close(fd)
 
 
-def read_file(path: Path, out: memoryview) -> int:
-    """Fill `out` from the start of a file; how many bytes there were, fewer than asked for if the file is shorter."""
-    fd = os.open(path, os.O_RDONLY)
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write to an open file and fsync it."""
+    view = memoryview(data).cast("B")
+    if _move_all(fd, view, os.write) < len(view):
+        raise OSError(errno.EIO, "the file system took no more bytes")
+    os.fsync(fd)
+
+
+def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
+    """Fill `out` from byte `offset` of a file on; how many bytes there were, fewer than asked for if the file is shorter."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _move_all(fd, out, lambda fd, part: os.readv(fd, [part[:_READ_CALL]]))
+        os.lseek(fd, offset, os.SEEK_SET)
+        return _move_all(fd, out, lambda fd, part: os.readv(fd, [part[:_READ_CALL]]), pages=offset % PAGE == 0)
     finally:
         os.close(fd)
 
 
-def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int]) -> int:
-    """Move bytes between memory and file until `view` or the file ends; whole pages go past the page cache if they can."""
+def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int], *, pages: bool = True) -> int:
+    """Move bytes between memory and file until `view` or the file ends; whole pages go past the page cache if they can.
+
+    `pages` says whether the file's place is at the beginning of a page, without which nothing goes past it.
+    """
     done, whole, past_cache = 0, len(view) // PAGE * PAGE, 0
-    direct = bool(_DIRECT and whole) and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 and _set_direct(fd, True)
+    direct = (
+        bool(_DIRECT and whole and pages) and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 and _set_direct(fd, True)
+    )
     while done < len(view):
         if direct and (done == whole or done % PAGE):
             direct = _set_direct(fd, False)
@@ -112,43 +150,152 @@ def _set_direct(fd: int, direct: bool) -> bool:
 
 
 def sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    """Make the names in a folder durable, where the file system knows of such a thing and we may look into the folder."""
+    fd = None
     try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_DIR_SYNC:  # a network or FUSE file system that refuses has its own order of things
+            raise
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no other process or thread uses, and that says whose it is."""
+    pid = os.getpid()
+    return path.with_name(f".{path.name}.{_HOST}.{pid}.{_started(pid)}.{next(_numbers)}.tmp")
+
+
+def _started(pid: int) -> int | None:
+    """When a process of this host began, in ticks since the boot; 0 where the system does not say; None if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except OSError:
+            pass
+        return 0
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes of this host that are gone; what others made, or still make, stays."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        match = _TEMPORARY.fullmatch(name) if name.endswith(".tmp") else None
+        if match and match[1] == _HOST and _started(int(match[2])) != int(match[3]):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path`, durable, when it is whole; after an error nothing is left of it."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
+    """A file to write, which takes the place of `path`, durable, when it is whole; after an error nothing is left of it.
+
+    Raises UserError where the system cannot write.
+    """
+    with _taking_place(path) as mine:
+        yield mine
+        with mine.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_dir(path.parent)
 
 
-def publish_file(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _taking_place(path: Path) -> Iterator[Path]:
+    """As `replacing`, for content that whoever writes it makes durable."""
+    mine = temporary(path)
+    with writing(path):
+        try:
+            yield mine
+            os.replace(mine, path)
+        except BaseException:
+            mine.unlink(missing_ok=True)
+            raise
+        sync_dir(path.parent)
+
+
+def publish_file(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data` atomically and durably: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_file(temporary, data)
-    os.replace(temporary, path)
-    sync_dir(path.parent)
+    with _taking_place(path) as mine:
+        _write(mine, data)
+
+
+def stage_file(path: Path, data: bytes | memoryview) -> Path:
+    """The first half of `publish_file`: the content, durable, beside the place where `os.replace` brings it."""
+    mine = temporary(path)
+    with writing(path):
+        try:
+            _write(mine, data)
+        except BaseException:
+            mine.unlink(missing_ok=True)
+            raise
+    return mine
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone among all who lock the same file; the lock goes with the process. Not every file system has such a thing."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # without it, duplicate work may end as damage that is noticed
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def publish_json(path: Path, value: Any) -> None:
     publish_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def free_bytes(path: Path) -> int:
-    """Free space for this user at `path`, or at its nearest existing parent."""
+def create_file(path: Path, data: bytes) -> bool:
+    """Like `publish_file`, but only where there is no file yet: of several processes at once, one creates it. Who did?"""
+    mine = temporary(path)
+    with writing(path):
+        try:
+            _write(mine, data)
+            created = _link(mine, path)
+        finally:
+            mine.unlink(missing_ok=True)
+        sync_dir(path.parent)
+    return created
+
+
+def _link(mine: Path, path: Path) -> bool:
+    try:
+        os.link(mine, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        if path.exists():  # a file system without hard links; what is created at once has the same content in this project
+            return False
+        os.replace(mine, path)
+    return True
+
+
+def existing(path: Path) -> Path:
+    """`path`, or its nearest parent that is there."""
+    path = path.absolute()
     while not path.exists():
         path = path.parent
-    stat = os.statvfs(path)
-    return stat.f_bavail * stat.f_frsize
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Free space for this user at `path`, or at its nearest existing parent; UNKNOWN_FREE where it is not said."""
+    stat = os.statvfs(existing(path))
+    return stat.f_bavail * stat.f_frsize if stat.f_blocks else UNKNOWN_FREE

@@ -1,23 +1,30 @@
 """Small C files compiled on first use with the machine's own C compiler, and kept for the next time.
 
-They speed things up on CPUs and are never needed: without a compiler the callers use torch, which computes the same.
+They speed things up on CPUs and are never needed: without a compiler, or a folder to keep and run its work in, the callers
+use torch, which computes the same. What is kept is named by its own checksum (a library cut short kills whoever maps it), in a
+folder that nobody else can write to.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 _HEADERS = Path(__file__).parent
+_X86 = ("x86_64", "AMD64")
 _FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno",
     # sums may be reordered (they are vectors), but NaN and infinity must keep their meaning
@@ -27,25 +34,52 @@ _FLAGS = (
 
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | None:
-    """The compiled library of a C file, or None where it cannot be compiled (said once on stderr)."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
-        print(f"note: no C compiler found; {source.name} is replaced by something slower", file=sys.stderr)
-        return None
-    flags = [f for f in _FLAGS if platform.machine() in ("x86_64", "AMD64") or "prefer-vector" not in f]
-    target = _folder() / f"{source.stem}-{_fingerprint(source, compiler, flags)}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            done = subprocess.run(
-                [compiler, *flags, f"-I{_HEADERS}", str(source), "-o", str(made), "-lm"], capture_output=True, text=True
-            )
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                print(f"note: {source.name} did not compile ({reason}); something slower is used", file=sys.stderr)
-                return None
-            made.replace(target)
-    return ctypes.CDLL(str(target))
+    """The compiled library of a C file, or None where there is no way to one (said once on stderr)."""
+    why = "no C compiler found"
+    compiler = _compiler() if platform.machine() in (*_X86, "aarch64", "arm64") else None
+    if compiler is not None:
+        flags = [f for f in _FLAGS if platform.machine() in _X86 or "prefer-vector" not in f]
+        name = f"{source.stem}-{_fingerprint(source, compiler, flags)}"
+        why = "there is no folder of one's own to compile into"
+        for folder in _folders():
+            try:
+                return ctypes.CDLL(str(_kept(folder, name) or _compile([*compiler, *flags], source, folder, name)))
+            except OSError as error:  # full, read-only, or mounted so that nothing in it can be run
+                why = str(error)
+    print(f"note: {source.name} cannot be used ({why}); something slower is", file=sys.stderr)
+    return None
+
+
+def _compiler() -> list[str] | None:
+    """The command of the first C compiler that can be run; $CC may hold several words ("ccache gcc", "gcc -m64")."""
+    with contextlib.suppress(ValueError):  # a quotation without an end
+        if (words := shlex.split(os.environ.get("CC", ""))) and shutil.which(words[0]):
+            return words
+    return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """The library compiled earlier, if it is still what was compiled; one that is not is taken away."""
+    for path in folder.glob(f"{name}-*.so"):
+        if path.name == _named(path, name):
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _named(library: Path, name: str) -> str:
+    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _compile(command: list[str], source: Path, folder: Path, name: str) -> Path:
+    """Raises OSError with what the compiler says."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / "made.so"
+        words = [*command, f"-I{_HEADERS}", str(source), "-o", str(made), "-lm"]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        if done.returncode or not made.exists():
+            raise OSError(f"it did not compile: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        return made.replace(folder / _named(made, name))
 
 
 def arguments(*values: Tensor | int | float) -> list[Any]:
@@ -62,29 +96,33 @@ def _argument(value: Tensor | int | float) -> Any:
 
 
 def cpu_flags() -> list[str]:
-    """The processor's features as Linux names them ("amx_bf16"); none where it does not say."""
+    """The processor's features as Linux names them ("amx_bf16", on ARM "asimd"); none where it does not say."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith("flags")), "").split()[2:]
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
 
 
-def _folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for folder in (root / "residual-saes", Path(tempfile.gettempdir()) / f"residual-saes-{os.getuid()}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-        except OSError:
-            continue
-    raise OSError("no folder to compile into")
+def _folders() -> Iterator[Path]:
+    """Where libraries are kept, the best place first: folders that are ours and that nobody else can put a library into."""
+    homes = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]  # '~' stays where nobody knows a home
+    places = [Path(home) / "residual-saes" for home in homes if Path(home).is_absolute()]
+    with contextlib.suppress(OSError):  # nowhere to put temporary files
+        places.append(Path(tempfile.gettempdir()) / f"residual-saes-{os.geteuid()}")
+    for folder in places:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+                yield folder
 
 
-def _fingerprint(source: Path, compiler: str, flags: list[str]) -> str:
+def _fingerprint(source: Path, compiler: list[str], flags: list[str]) -> str:
     """Changes with the code, the compiler and the processor, for which -march=native compiles."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = ""
+    with contextlib.suppress(OSError):
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
     texts = [file.read_text() for file in (source, *sorted(_HEADERS.glob("*.h")))]
-    parts = [*texts, version, " ".join(flags), " ".join(cpu_flags()), platform.machine()]
+    parts = [*texts, version, *compiler, " ".join(flags), " ".join(cpu_flags()), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

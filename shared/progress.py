@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from shared.cli import format_seconds
+from shared.cli import format_seconds, say
 
 
 class Progress:
@@ -22,7 +22,7 @@ class Progress:
         self._first, self._done = start, start
         self._began = time.monotonic()
         self._shown = float("-inf")
-        self._tty = sys.stderr.isatty()
+        self._tty = sys.stderr is not None and sys.stderr.isatty()
         self._interval = 0.2 if self._tty else 15.0
 
     def __enter__(self) -> Self:
@@ -32,7 +32,7 @@ class Progress:
         if kind is None:
             self._show(self._line("", final=True))
         if self._tty:
-            print(file=sys.stderr)
+            say("", err=True)
 
     def update(self, done: int, note: str = "") -> None:
         self._done = done
@@ -64,7 +64,7 @@ class Progress:
         return " · ".join(parts + ([note] if note else []))
 
     def _show(self, line: str) -> None:
-        print(f"\r\x1b[K{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr, flush=True)
+        say(f"\r\x1b[K{line}" if self._tty else line, err=True, end="" if self._tty else "\n")
 
 
 def _si(n: float) -> str:

@@ -73,16 +73,22 @@ def documents(n: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+def make_text(path: Path) -> Path:
     """Real text, as jsonl with a column 'text'."""
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": d, "n": len(d)}) + "\n" for d in documents(60)))
     return path
 
 
 @pytest.fixture(scope="session")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lm(tmp_path_factory.mktemp("lm"))
+
+
+def make_lm(path: Path) -> Path:
     """A GPT-NeoX of 3 layers x 32 with random weights and a byte-pair tokeniser of 400 entries."""
-    path = tmp_path_factory.mktemp("lm")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

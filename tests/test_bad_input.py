@@ -1,5 +1,6 @@
 """Every way of asking for what cannot be had: one line on stderr, exit code 2, nothing half-written."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache import Cache, seal
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
 
@@ -15,7 +16,9 @@ def refused(result: Result, message: str) -> None:
     assert result.code == 2, result
     assert message in result.err
     # What is met only in the work itself finds the line that says where it is done, and on a slow machine how far it is.
-    lines = [line for line in result.err.splitlines() if line and not line.startswith(("device: ", "evaluating: "))]
+    lines = [
+        line for line in result.err.splitlines() if line and not line.startswith(("device: ", "evaluating: ", "tokenising: "))
+    ]
     assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     assert "Traceback" not in result.err
@@ -35,6 +38,22 @@ TRAIN = [
     (("--device", "abacus"), "'abacus' is not a device"),
     (("--preset", "gpt-5"), "unknown preset 'gpt-5': choose one of pythia-410m, demo"),
     (("--lr", "0"), "--lr"),
+    (("--lr", "nan"), "--lr"),
+    (("--lr", "inf"), "--lr"),
+    (("--save-minutes", "nan"), "--save-minutes"),
+    (("--sparse-below", "nan"), "--sparse-below"),
+    (("--seed", "9" * 30), "--seed"),
+    (("--batch", "9" * 30), "--batch"),
+    (("--expansion", "9" * 30), "--expansion"),
+    (("--threads", "9" * 30), "--threads"),
+    (("--tokens", "9" * 400), "is not a count"),
+    (("--layers", "0-999999999999"), "names 999999999999"),
+    (("--l1", "nan"), "'nan' is not an L1 setting"),
+    (("--l1", "1e999"), "'1e999' is not an L1 setting"),
+    (("--l1", "adaptive:5e-4@129"), "an L0 of 129 is more than the 128 features there are"),
+    (("--device", "mps"), "'mps' is not a device for this"),
+    (("--device", "meta"), "'meta' is not a device for this"),
+    (("--device", "cpu:3"), "'cpu:3' is not a device for this"),
     (("--nonsense",), "No such option"),
 ]
 
@@ -53,9 +72,8 @@ def test_no_cache(cli: Cli, tmp_path: Path) -> None:
 
 def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
-    meta = tmp_path / "c" / "activations.zarr" / "zarr.json"
-    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
-    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 2")
+    (tmp_path / "c" / "cache.json").write_bytes(seal({"format": 3}))
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 3")
 
 
 def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
@@ -73,7 +91,7 @@ def test_no_room(
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c"), "and 1 KB are free: harvest fewer --layers")
     assert not (tmp_path / "c").exists()
     refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r"), "1 KB are free: train fewer --layers")
-    assert not list((tmp_path / "r").glob("*/*.pt"))
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere, so no folder is unwritable")
@@ -104,6 +122,29 @@ def test_text_that_cannot_be_harvested(cli: Cli, harvest_args: tuple[object, ...
     assert not list(tmp_path.glob("c/*"))
 
 
+def test_bad_rows_are_named_before_anything_is_written(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    cache, bad = ("--cache", tmp_path / "c"), tmp_path / "bad.jsonl.gz"
+    bad.write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": 3}\n'))
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "line 2: column 'text' holds int, not text")
+    bad.write_bytes(bad.read_bytes()[:-12])
+    refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "is the file whole? copy it again")  # not "interrupted"
+    refused(cli("harvest", *harvest_args, *cache, "--split", "test"), "has no split 'test'")
+    refused(cli("harvest", *harvest_args, *cache, "--bos"), "has no token for the beginning of a text: leave out --bos")
+    assert not (tmp_path / "c").exists()
+
+
+def test_models_are_opened_before_their_text_is_tokenised(
+    cli: Cli, harvest_args: tuple[object, ...], lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harvest.harvest.write_tokens", lambda *_: pytest.fail("tokenised first"))
+    shutil.copytree(lm, tmp_path / "lm")
+    args = (*harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm")
+    refused(cli("harvest", *args, "--context", 128), "contexts of 128 tokens do not fit the 64 positions of")
+    (tmp_path / "lm" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(cli("harvest", *args), "cannot load the model")
+    assert not (tmp_path / "c").exists()
+
+
 def test_models_that_are_not_there(cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
     (tmp_path / "lm").mkdir()
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm"), "cannot load the model")
@@ -123,10 +164,16 @@ def test_eval(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> No
     args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu")
     refused(cli("eval", *args, "--runs", tmp_path), "no runs in")
     shutil.copytree(runs_path, tmp_path / "r")
-    broken = next((tmp_path / "r").glob("*/sae_layer01_final.pt"))
-    broken.write_bytes(b"not a checkpoint")
-    refused(cli("eval", *args, "--runs", broken.parent), f"{broken} is not a readable SAE checkpoint")
     refused(cli("eval", *args, "--runs", tmp_path / "r", "--model", tmp_path / "nowhere"), "cannot load the model")
+    for option in ("--eval-tokens", "--ce-tokens"):
+        for text in ("0", "nan", "inf", "-1", "9" * 400):
+            refused(cli("eval", *args, "--runs", tmp_path / "r", option, text), "is not a count")
+    for folder in (tmp_path / "r").iterdir():
+        (folder / "config.json").write_text("{")
+    result = cli("eval", *args, "--runs", tmp_path / "r")
+    assert result.code == 2
+    assert result.err.count("is not readable JSON") == 3 and "Traceback" not in result.err
+    assert not list((tmp_path / "r").rglob("results"))
 
 
 def test_repair_of_blocks_that_do_not_exist(cli: Cli, cache_path: Path) -> None:

@@ -1,13 +1,12 @@
 """`python -m train`: SAEs from an activation cache."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from shared.cache import Cache
-from shared.cli import UserError, parse_count, parse_layers, run
+from shared.cli import SEED, THREADS, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
 from train.l1 import parse_l1
@@ -21,21 +20,21 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go.")
 @click.option("--l1", help="Settings: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0; several with commas.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
-@click.option("--expansion", type=click.IntRange(1), help="Features per dimension.")
+@click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension.")
 @click.option("--tokens", help="Tokens to train on, such as 300M [default: the preset's, or the whole cache if it is smaller].")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="How often the cache may be gone over.")
 @click.option("--l1-reduction", type=click.Choice(["sum", "mean"]), default="sum", show_default=True)
-@click.option("--batch", type=click.IntRange(1), help="Tokens in a step.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Adam's learning rate.")
+@click.option("--batch", type=click.IntRange(1, 1 << 30), help="Tokens in a step.")
+@click.option("--lr", type=Number(0, 1, min_open=True), help="Adam's learning rate.")
 @click.option("--lr-warmup", type=click.IntRange(0), help="Steps over which lr rises.")
 @click.option("--l1-warmup", type=click.IntRange(0), default=0, show_default=True, help="Steps over which λ rises.")
 @click.option("--window-blocks", type=click.IntRange(1), help="Blocks shuffled together.")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of the products.")
-@click.option("--sparse-below", type=click.FloatRange(0, 1), help="Share of active entries under which a step is sparse.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--sparse-below", type=Number(0, 1), help="Share of active entries under which a step is sparse.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
-@click.option("--threads", type=click.IntRange(1), default=16, show_default=True, help="Reader threads.")
-@click.option("--save-minutes", type=click.FloatRange(0), default=5.0, show_default=True, help="Between resume states.")
+@click.option("--threads", type=THREADS, default=16, show_default=True, help="Reader threads.")
+@click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
 def main(preset: str, cache: Path | None, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
@@ -68,7 +67,7 @@ def main(preset: str, cache: Path | None, **options: Any) -> None:
     name = Path(opened.spec.model).name
     if not train(opened, name, layers or opened.layers, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
-    click.echo(f"trained layers {options['layers'] or 'all'} into {run_options.runs}/", file=sys.stderr)
+    say(f"trained layers {options['layers'] or 'all'} into {run_options.runs}/", err=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ class NativeKernels(TorchKernels):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._c = library
-        self._threads = int(library.omp_get_max_threads())
+
+    @property
+    def _threads(self) -> int:
+        """Of the next parallel loop: whoever sets another number of threads sets it for this library too."""
+        return int(self._c.omp_get_max_threads())
 
     def activate_(self, h: Tensor, bias: Tensor) -> Activation:
         tokens, features = h.shape

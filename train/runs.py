@@ -1,16 +1,26 @@
-"""A run folder, format 1: one L1 setting over any number of layers.
+"""A run folder, format 2: one L1 setting over any number of layers.
 
 runs/<model>-saes-x<expansion>-l1-<setting>/
     config.json                              everything needed to repeat the run, the cache's identity included
     sae_layer00_50M.pt … sae_layer00_final.pt    snapshots
     metrics/layer00.jsonl                    the training curve
     state/layer00/                           resume only; removed when the layer is done
+
+Three rules. What is written says what it belongs to (the run's digest, the layer, the snapshot) and carries a checksum of
+itself (shared/seal.py), and both are checked by whoever reads it: what is damaged is made again, what belongs elsewhere is
+refused and left alone. A file takes its place whole and durable, and a state only after the curve and the snapshots before it.
+A layer is written by one process, which holds a lock on state/layerNN/owner, and is finished when every snapshot is right.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
+import os
 import re
-import shutil
+import socket
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +29,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.cache import CacheSpec
-from shared.cli import UserError, format_count
-from shared.files import make_dir, publish_json, replacing
+from shared.cache import ADVICE, Cache
+from shared.cli import UserError, format_count, say
+from shared.files import make_dir, replacing, sync_dir
+from shared.seal import SEAL, canonical, seal, sealed
+from train.sae import Damaged, Sae
 
-FORMAT = 1
+FORMAT = 2
 SNAPSHOTS = 6
+
+
+def cache_identity(cache: Cache) -> dict[str, Any]:
+    """A cache as a run remembers it: the digest that settles whether it is the same, and the spec that says what differs."""
+    return {"digest": cache.digest, "spec": dataclasses.asdict(cache.spec)}
+
+
+def run_config(train: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json but for the machine. `digest` is the run's identity: of all its SAEs depend on."""
+    digest = _digest({"train": train, "cache": cache["digest"]})
+    config: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "digest": digest, "train": train, "cache": cache}))
+    return config
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def snapshot_tokens(tokens: int) -> dict[str, int]:
@@ -52,28 +80,14 @@ class Run:
     def name(self) -> str:
         return self.path.name
 
-    @classmethod
-    def open_or_create(cls, path: Path, config: dict[str, Any], cache: CacheSpec) -> "Run":
-        """Raises UserError if the folder holds a run with another configuration, naming what differs."""
-        run = cls(path)
-        wanted = {"format": FORMAT, "train": config, "cache": dataclasses.asdict(cache)}
-        if run.config_path.exists():
-            run._require_same(run.config(), wanted)
-        else:
-            make_dir(path)
-            publish_json(run.config_path, wanted)
-        for folder in ("metrics", "state"):
-            (path / folder).mkdir(exist_ok=True)
-        return run
-
     @property
     def config_path(self) -> Path:
         return self.path / "config.json"
 
     def config(self) -> dict[str, Any]:
-        """Raises UserError unless this is a run of a format that can be read."""
+        """Raises UserError unless this is a run, of a format that can be read, and as it was written."""
         try:
-            config: dict[str, Any] = json.loads(self.config_path.read_text())
+            config = json.loads(self.config_path.read_bytes())
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} is not a run folder: it has no config.json; train one with `python -m train`"
@@ -82,55 +96,165 @@ class Run:
             raise UserError(
                 f"{self.config_path} is not readable JSON; restore it or train into another --runs folder"
             ) from None
-        if config.get("format") != FORMAT:
-            raise UserError(f"{self.path} is a run of format {config.get('format')}, this program reads {FORMAT}")
+        if not isinstance(config, dict) or "format" not in config:
+            raise UserError(f"{self.config_path} is not of a run; move that folder away or name another --runs folder")
+        if config["format"] != FORMAT:
+            raise UserError(
+                f"{self.path} is a run of format {config['format']}, this program reads {FORMAT}; use the version that wrote it"
+            )
+        if not sealed(config):
+            raise UserError(f"{self.config_path} was changed: its checksum does not match; restore it or train elsewhere")
         return config
 
-    def _require_same(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+    def require_same(self, wanted: dict[str, Any]) -> None:
+        """Raises UserError if the folder holds a run with another configuration (`run_config`), naming what differs."""
+        if not self.config_path.exists():
+            return
+        there = self.config()
+        if there["digest"] == wanted["digest"]:
+            return
+        pairs = [("", there["train"], wanted["train"]), ("the cache's ", there["cache"]["spec"], wanted["cache"]["spec"])]
         different = [
-            f"{key} is {there[part].get(key)!r} there, {here[part].get(key)!r} here"
-            for part in ("train", "cache")
-            for key in sorted({*there[part], *here[part]})
-            if there[part].get(key) != here[part].get(key)
+            f"{whose}{key} is {a.get(key)!r} there, {b.get(key)!r} here"
+            for whose, a, b in pairs
+            for key in sorted({*a, *b})
+            if a.get(key) != b.get(key) and not (whose and key in ADVICE)
         ]
-        if different:
+        raise UserError(
+            f"{self.path} was trained with other settings ({'; '.join(different)}): "
+            "repeat those or choose another --runs folder"
+        )
+
+    def create(self, config: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Make it a run, unless it is one. `machine` is recorded only: the last bits of a sum depend on it, nothing else."""
+        if self.config_path.exists():
+            return
+        with replacing(self.config_path) as temporary:
+            temporary.write_bytes(json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n")
+
+    # --- who writes ---
+
+    @contextlib.contextmanager
+    def claim(self, layers: Iterable[int]) -> Iterator[None]:
+        """Own these layers until the block or the process ends. Raises UserError naming another owner."""
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        make_dir(self.path)
+        for path in new:
+            sync_dir(path.parent)
+        try:
+            with contextlib.ExitStack() as stack:
+                for layer in layers:
+                    stack.enter_context(self._claim(layer))
+                yield
+        finally:
+            for folder in (self.path / "state", self.path):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if nothing came of it
+
+    @contextlib.contextmanager
+    def _claim(self, layer: int) -> Iterator[None]:
+        path = self._owner_path(layer)
+        fd = _lock(path)
+        if fd is None:
             raise UserError(
-                f"{self.path} was trained with other settings ({'; '.join(different)}): "
-                "repeat those or choose another --runs folder"
+                f"layer {layer} of {self.path} is being trained by {_owner(path)}: wait until it ends, or train other --layers"
             )
+        try:
+            self._sweep(layer)
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before the lock is gone, see `_lock`
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if there is no state
+
+    def _owner_path(self, layer: int) -> Path:
+        return self.state_path(layer).parent / "owner"
+
+    def _sweep(self, layer: int) -> None:
+        """Remove what a kill left half-written."""
+        places = ((self.path, f"*sae_layer{layer:02d}_*"), (self.path / "metrics", f"*layer{layer:02d}*"))
+        for folder, name in (*places, (self._owner_path(layer).parent, "*")):
+            for path in folder.glob(f"{name}.tmp"):
+                path.unlink(missing_ok=True)
+
+    # --- snapshots ---
 
     def snapshot_path(self, layer: int, label: str) -> Path:
         return self.path / f"sae_layer{layer:02d}_{label}.pt"
 
     def snapshots(self) -> list[Snapshot]:
-        """All checkpoints, by layer and then by age."""
+        """All checkpoints that are there, by layer and then by age."""
         labels = list(snapshot_tokens(self.config()["train"]["tokens"]))
         matches = [(path, re.fullmatch(r"sae_layer(\d+)_(\w+)\.pt", path.name)) for path in self.path.glob("sae_layer*.pt")]
         found = [Snapshot(path=path, layer=int(m[1]), label=m[2]) for path, m in matches if m and m[2] in labels]
         return sorted(found, key=lambda s: (s.layer, labels.index(s.label)))
 
+    def belongs(self, layer: int, label: str) -> dict[str, Any]:
+        """What the config of a checkpoint says in its place, and in no other."""
+        return {"layer": layer, "snapshot": label, "digest": self.config()["digest"]}
+
+    def due(self, layer: int) -> list[str]:
+        """The labels of a layer's snapshots that are missing or damaged. Reads all there are. Raises UserError for one that is
+        whole and belongs elsewhere: it may be the only copy."""
+        due = []
+        for label in snapshot_tokens(self.config()["train"]["tokens"]):
+            path = self.snapshot_path(layer, label)
+            try:
+                Sae.check(path, belongs=self.belongs(layer, label))
+            except Damaged as error:
+                due.append(label)
+                if path.exists():
+                    say(f"{error}: it is made again", err=True)
+        return due
+
+    # --- the training curve ---
+
     def metrics_path(self, layer: int) -> Path:
         return self.path / "metrics" / f"layer{layer:02d}.jsonl"
 
     def metrics(self, layer: int) -> list[dict[str, Any]]:
+        """The records, without a last line that is not whole: it is being written, or a crash cut it. Raises UserError if
+        another line is damaged."""
+        records = []
+        for number, line in enumerate(self._metrics_lines(layer), 1):
+            record = _parse(line)
+            if record is None:
+                raise UserError(f"line {number} of {self.metrics_path(layer)} is damaged: delete that line to use the others")
+            records.append(record)
+        return [{k: v for k, v in record.items() if k != SEAL} for record in records]
+
+    def _metrics_lines(self, layer: int) -> list[bytes]:
         path = self.metrics_path(layer)
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
     def append_metrics(self, layer: int, record: dict[str, Any]) -> None:
-        with self.metrics_path(layer).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Durable after `sync_metrics`."""
+        path = self.metrics_path(layer)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(json.dumps(seal(record)).encode() + b"\n")
+
+    def sync_metrics(self, layer: int) -> None:
+        path = self.metrics_path(layer)
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_dir(path.parent)
+            sync_dir(self.path)
 
     def rewind_metrics(self, layer: int, step: int) -> None:
-        """Drop the records after `step`, which a resumed run writes again, and a last line cut short by a crash."""
+        """Drop, in one move, the records after `step`, which a resumed run writes again, and what is damaged."""
         path, kept = self.metrics_path(layer), []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept))
+        for number, line in enumerate(self._metrics_lines(layer), 1):
+            record = _parse(line)
+            if record is None:
+                say(f"line {number} of {path} is damaged, and dropped", err=True)
+            elif record["step"] <= step:
+                kept.append(line + b"\n")
+        if path.exists() and path.read_bytes() != b"".join(kept):
+            with replacing(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     # --- resume state ---
 
@@ -138,27 +262,101 @@ class Run:
         return self.path / "state" / f"layer{layer:02d}" / "state.safetensors"
 
     def save_state(self, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replace the resume state in one move: tensors, and a small JSON of everything else."""
+        """Replace the resume state in one move: tensors, and a small JSON of everything else. The curve is durable before."""
         path = self.state_path(layer)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.sync_metrics(layer)
+        host = {k: v.cpu() for k, v in tensors.items()}
+        said = seal(facts | self._state_belongs(layer), host)
         with replacing(path) as temporary:
             try:
-                save_file({k: v.cpu() for k, v in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
+                save_file(host, temporary, metadata={"facts": json.dumps(said)})
             except SafetensorError as error:
                 raise OSError(f"{path}: {error}") from None
+        sync_dir(path.parent.parent)
+        sync_dir(self.path)
 
     def load_state(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Raises `Damaged` for what is not as it was written, and UserError for the state of another layer or run."""
         path = self.state_path(layer)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+                said = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if not sealed(said, tensors):
+                raise ValueError("its checksum does not match")
         except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
-            raise UserError(f"{path} is damaged ({error}); delete it to train this layer from the start") from None
+            raise Damaged(f"{path} is damaged ({error})") from None
+        mine = self._state_belongs(layer)
+        if any(said.get(k) != v for k, v in mine.items()):
+            whose = "this" if said.get("run") == mine["run"] else "another"
+            raise UserError(
+                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {layer} of this one: "
+                "put it back where it belongs, or delete it to train this layer from the start"
+            )
+        return tensors, {k: v for k, v in said.items() if k not in (*mine, SEAL)}
+
+    def _state_belongs(self, layer: int) -> dict[str, Any]:
+        return {"layer": layer, "run": self.config()["digest"]}
 
     def drop_state(self, layer: int) -> None:
+        """Remove it, half a state that a kill left beside it included."""
         folder = self.state_path(layer).parent
-        if folder.exists():
-            shutil.rmtree(folder)  # a kill may have left half a state beside the last whole one
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.name != "owner":
+                path.unlink()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of our own JSON, or None if it is not as it was written."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if sealed(record) else None
+
+
+def _lock(path: Path) -> int | None:
+    """Create and lock a file; its descriptor, or None if another process has it. The system drops the lock when we end.
+
+    An owner removes its file before it lets go: then whoever waited at that file finds another in its place, or none.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the folder has just gone with its last owner
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            pass  # a file system without locks: nobody is kept out
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                os.ftruncate(fd, 0)
+                os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return fd
+        os.close(fd)
+
+
+def _owner(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text() or "another process"
+    return "another process"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for this folder; for work that adds to a file what others may add to."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -3,6 +3,7 @@
 z = relu(W_enc (x − b_pre) + b_enc)        x̂ = W_dec z + b_dec + b_pre
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from shared.cli import UserError
 from shared.files import replacing
+from shared.seal import SEAL, seal, sealed
 
 _SHAPES = {
     "b_pre": ("d",),
@@ -20,6 +22,10 @@ _SHAPES = {
     "decoder.weight": ("d", "F"),
     "decoder.bias": ("d",),
 }
+
+
+class Damaged(UserError):
+    """A file of a run that is missing or not as it was written: nothing is lost by making it again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +55,7 @@ class Sae:
         return Sae(**{k: v.to(device) for k, v in self.tensors().items()}, config=self.config, stats=self.stats)
 
     def save(self, path: Path) -> None:
-        """Write the published form: `model_state`, `config`, `stats`, readable with weights_only=True."""
+        """Write the published form: `model_state`, `config`, `stats`, readable with weights_only=True. Raises OSError."""
         state = {
             "b_pre": self.b_pre,
             "encoder.weight": self.w_enc,
@@ -59,38 +65,83 @@ class Sae:
         }
         # A clone holds its own numbers only; saving a view would write the whole storage behind it.
         state = {k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        stats = self.stats | {SEAL: seal(_facts(self.config, self.stats), state)[SEAL]}
+        content = io.BytesIO()  # written by torch, a full disk would be an error that tells nothing
+        torch.save({"model_state": state, "config": self.config, "stats": stats}, content)
         with replacing(path) as temporary:
-            try:
-                with temporary.open("wb") as file:
-                    torch.save({"model_state": state, "config": self.config, "stats": self.stats}, file)
-            except RuntimeError as error:  # torch hides the error of a full disk behind one of its own
-                raise (error.__context__ or error) from None
+            temporary.write_bytes(content.getbuffer())
 
     @classmethod
-    def load(cls, path: Path, d_model: int | None = None) -> "Sae":
-        """Raises UserError for a file that is no SAE, is damaged, or is not over `d_model` dimensions."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            state, config, stats = content["model_state"], content["config"], content["stats"]
-            tensors = {name: state[name] for name in _SHAPES}
-        except FileNotFoundError:
-            raise UserError(f"no checkpoint at {path}") from None
-        except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them
-            raise UserError(f"{path} is not a readable SAE checkpoint ({type(error).__name__}); train it again") from None
-        sizes = {"d": tensors["b_pre"].numel(), "F": tensors["encoder.bias"].numel()}
+    def load(cls, path: Path, d_model: int | None = None, *, belongs: dict[str, Any] | None = None) -> "Sae":
+        """Raises `Damaged` for a file that is missing, is no SAE or has changed since it was written, and UserError for one
+        that is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
+        state, config, stats = _read(path, belongs)
+        sizes = {"d": state["b_pre"].numel(), "F": state["encoder.bias"].numel()}
         for name, shape in _SHAPES.items():
-            if tuple(tensors[name].shape) != tuple(sizes[axis] for axis in shape):
-                raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, which does not fit the other weights")
+            if tuple(state[name].shape) != tuple(sizes[axis] for axis in shape):
+                raise Damaged(f"{path}: {name} is {tuple(state[name].shape)}, which does not fit the other weights")
         if d_model is not None and sizes["d"] != d_model:
             raise UserError(
                 f"{path} is an SAE over {sizes['d']} dimensions, the cache has {d_model}; use the cache it was trained on"
             )
         return cls(
-            w_enc=tensors["encoder.weight"].float(),
-            w_dec=tensors["decoder.weight"].t().contiguous().float(),
-            b_enc=tensors["encoder.bias"].float(),
-            b_pre=tensors["b_pre"].float(),
-            b_dec=tensors["decoder.bias"].float(),
+            w_enc=state["encoder.weight"].float(),
+            w_dec=state["decoder.weight"].t().contiguous().float(),
+            b_enc=state["encoder.bias"].float(),
+            b_pre=state["b_pre"].float(),
+            b_dec=state["decoder.bias"].float(),
             config=config,
             stats=stats,
         )
+
+    @staticmethod
+    def check(path: Path, *, belongs: dict[str, Any]) -> None:
+        """Read every byte as `load` does, keep none. Raises what `load` raises."""
+        _read(path, belongs)
+
+    @staticmethod
+    def checksum(path: Path) -> str:
+        """The checksum that the file carries, which tells it from every other; the tensors are not read. Raises as `load`."""
+        return str(_open(path)[2][SEAL])
+
+
+_Content = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # model_state, config, stats
+
+
+def _read(path: Path, belongs: dict[str, Any] | None) -> _Content:
+    state, config, stats = _open(path)
+    try:
+        right = sealed(_facts(config, stats) | {SEAL: stats[SEAL]}, state)
+    except (TypeError, ValueError):  # values that are no JSON, or tensors that are none
+        right = False
+    if not right:
+        raise Damaged(f"{path} is damaged: its checksum does not match; train again to make it again")
+    if different := [k for k, v in (belongs or {}).items() if config.get(k) != v]:
+        is_, wanted = ({k: c.get(k) for k in different} for c in (config, belongs or {}))
+        raise UserError(
+            f"{path} does not belong here: it says {_words(is_)}, not {_words(wanted)}; put it back where it belongs"
+        )
+    return state, config, stats
+
+
+def _open(path: Path) -> _Content:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state, config, stats = content["model_state"], dict(content["config"]), dict(content["stats"])
+        return {name: state[name] for name in _SHAPES}, config, stats | {SEAL: stats[SEAL]}
+    except FileNotFoundError:
+        raise Damaged(f"no checkpoint at {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; put that right and try again") from None
+    except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them
+        raise Damaged(
+            f"{path} is not a readable SAE checkpoint ({type(error).__name__}); train again to make it again"
+        ) from None
+
+
+def _facts(config: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:
+    return {"config": config, "stats": {k: v for k, v in stats.items() if k != SEAL}}
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

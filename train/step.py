@@ -66,7 +66,8 @@ class Begun:
 class StepResult:
     """Scalars of one batch, before the update. What is read from `late` waits for the device to reach the step's end.
 
-    If `finite` is false the weights were left as they were, and stay so: a host that reads a step late loses nothing.
+    If `finite` is false the weights were left as they were, and stay so whatever follows (only `step_count` goes on): a host
+    that reads a step late loses nothing.
     """
 
     step: int  # steps before this one
@@ -175,6 +176,7 @@ class TrainingSae:
         )
         if not math.isfinite(total):  # a NaN in the batch; what follows could not even list the active entries
             self._whole.fill_(False)
+            self.step_count += 1
             return report(late=Late(torch.tensor([math.nan, math.nan])))
         scale = 2 / x.numel()
         bias = self.b_pre + self.b_dec

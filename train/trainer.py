@@ -1,8 +1,9 @@
 """Layers, one after the other; for each, one stream of batches feeds the SAEs of all settings."""
 
+import contextlib
 import dataclasses
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 
 from shared.cache import Cache
-from shared.cli import UserError, format_bytes, format_layers
-from shared.device import announce
-from shared.files import free_bytes, make_dir
+from shared.cli import UserError, finishing, format_bytes, format_layers, say
+from shared.device import announce, device_kind
+from shared.files import free_bytes
 from shared.progress import Progress
+from shared.seal import SEAL
 from train.kernels import TorchKernels, Workspace
 from train.l1 import ControllerConfig, L1Controller, L1Setting
 from train.loader import ActivationLoader, LoaderConfig
-from train.runs import SNAPSHOTS, Run, snapshot_tokens
-from train.sae import Sae
+from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
+from train.sae import Damaged, Sae
 from train.saver import Saver
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
@@ -60,25 +62,56 @@ class RunOptions:
 def train(
     cache: Cache, name: str, layers: tuple[int, ...], settings: tuple[L1Setting, ...], config: TrainConfig, options: RunOptions
 ) -> bool:
-    """Train every layer at every setting; continue what was begun. Returns whether all of them finished."""
-    _require_trainable(cache, layers, config, options)
-    runs = [_open_run(cache, name, setting, config, options.runs) for setting in settings]
+    """Train every layer at every setting; continue what was begun. Returns whether all of them finished.
+
+    Raises UserError for what cannot be done, before anything is written, and where the disk does not take a file.
+    SIGTERM and Ctrl-C are raised when the step in hand is done and its state saved.
+    """
+    _require_trainable(cache, layers, settings, config, options)
+    identity = cache_identity(cache)
+    plans = [(_run(name, setting, config, options.runs), _run_config(setting, config, identity)) for setting in settings]
+    for run, wanted in plans:
+        run.require_same(wanted)
+    runs = [run for run, _ in plans]
     _require_space(cache, runs, layers, config, options.runs)
-    announce(options.device)
-    kernels = pick_kernels(config.step.precision, options.device)
-    whole = True
+    machine = {"device": device_kind(options.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     try:
-        with Saver(options.device, most=len(runs)) as saver:
-            for layer in layers:
-                whole &= _LayerJob(cache, layer, list(zip(runs, settings, strict=True)), config, options, kernels, saver).run()
+        with finishing() as asked, contextlib.ExitStack() as owned:
+            for run, wanted in plans:
+                owned.enter_context(run.claim(layers))
+                run.create(wanted, machine)
+            announce(options.device)
+            _note_other_machine(runs, machine)
+            kernels = pick_kernels(config.step.precision, options.device)
+            pairs = list(zip(runs, settings, strict=True))
+            return _train_layers(cache, layers, pairs, config, options, kernels, asked)
     except OSError as error:
         raise UserError(
             f"cannot write to {options.runs} ({error}): put that right and run the same command again to continue"
         ) from error
+
+
+def _train_layers(
+    cache: Cache,
+    layers: tuple[int, ...],
+    runs: list[tuple[Run, L1Setting]],
+    config: TrainConfig,
+    options: RunOptions,
+    kernels: TorchKernels,
+    asked: Callable[[], bool],
+) -> bool:
+    whole = True
+    with Saver(options.device, most=len(runs)) as saver:
+        for layer in layers:
+            if asked():
+                break
+            whole &= _LayerJob(cache, layer, runs, config, options, kernels, saver).run(asked)
     return whole
 
 
-def _require_trainable(cache: Cache, layers: tuple[int, ...], config: TrainConfig, options: RunOptions) -> None:
+def _require_trainable(
+    cache: Cache, layers: tuple[int, ...], settings: tuple[L1Setting, ...], config: TrainConfig, options: RunOptions
+) -> None:
     spec = cache.spec
     absent = [layer for layer in layers if layer not in cache.layers]
     if absent:
@@ -93,28 +126,44 @@ def _require_trainable(cache: Cache, layers: tuple[int, ...], config: TrainConfi
         )
     if config.steps < SNAPSHOTS:
         raise UserError(f"{config.tokens:,} tokens are fewer than {SNAPSHOTS} batches of {config.batch:,}; lower --batch")
+    features = config.expansion * spec.d_model
+    if beyond := [s.target for s in settings if s.target is not None and s.target > features]:
+        raise UserError(
+            f"an L0 of {beyond[0]:g} is more than the {features} features there are: lower it, or raise --expansion"
+        )
+    if options.tensorboard:
+        _summary_writer()
     for layer in layers:
         missing = spec.n_blocks - len(cache.committed(layer))
         if missing:
             raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
 
-def _open_run(cache: Cache, name: str, setting: L1Setting, config: TrainConfig, runs: Path) -> Run:
-    path = make_dir(runs) / f"{name}-saes-x{config.expansion}-l1-{setting.label}"
-    return Run.open_or_create(path, dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache.spec)
+def _run(name: str, setting: L1Setting, config: TrainConfig, runs: Path) -> Run:
+    return Run(runs / f"{name}-saes-x{config.expansion}-l1-{setting.label}")
+
+
+def _run_config(setting: L1Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
+    return run_config(dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache)
+
+
+def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:
+    for before in {str(run.config()["machine"]): run.config()["machine"] for run in runs}.values():
+        if different := [f"{k} {before[k]} then, {v} now" for k, v in machine.items() if before.get(k) != v]:
+            say(f"note: begun elsewhere ({', '.join(different)}): the same training, but not bit for bit", err=True)
 
 
 def _require_space(cache: Cache, runs: list[Run], layers: tuple[int, ...], config: TrainConfig, where: Path) -> None:
     """Snapshots of all layers, the resume states of one, and the state that is written before it replaces another."""
     d = cache.spec.d_model
     weights = 2 * config.expansion * d * d * 4
-    due = sum(
-        not run.snapshot_path(layer, label).exists()
-        for run in runs
-        for layer in layers
-        for label in snapshot_tokens(config.tokens)
-    )
-    needed = due * weights + ((len(runs) + 1) * 3 * weights if due else 0)
+    snapshots = [
+        run.snapshot_path(layer, label) for run in runs for layer in layers for label in snapshot_tokens(config.tokens)
+    ]
+    due = sum(not path.exists() for path in snapshots)
+    states = [run.state_path(layer) for run in runs for layer in layers]
+    there = min(sum(path.stat().st_size for path in states if path.exists()), len(runs) * 3 * weights)
+    needed = due * weights + ((len(runs) + 1) * 3 * weights - there if due else 0)
     free = free_bytes(where)
     if needed > free:
         raise UserError(
@@ -137,13 +186,15 @@ class _LayerJob:
         saver: Saver,
     ) -> None:
         self._cache, self._layer, self._config, self._options, self._saver = cache, layer, config, options, saver
-        unfinished = [(run, setting) for run, setting in runs if not run.snapshot_path(layer, "final").exists()]
-        for run, _ in set(runs) - set(unfinished):
-            run.drop_state(layer)  # left over if the last run was killed right at its end
-        self._jobs = [_SaeJob(run, setting, cache, layer, config, options, kernels, saver) for run, setting in unfinished]
+        self._jobs = []
+        for run, setting in runs:
+            if due := run.due(layer):
+                self._jobs.append(_SaeJob(run, setting, cache, layer, due, config, options, kernels, saver))
+            else:
+                run.drop_state(layer)  # left over if the last run was killed right at its end
 
-    def run(self) -> bool:
-        """Returns whether every SAE was trained to its end."""
+    def run(self, asked: Callable[[], bool]) -> bool:
+        """Train to the end, or until `asked` to stop. Returns whether no SAE stopped by itself."""
         if not self._jobs:
             return True
         config = self._config
@@ -165,7 +216,12 @@ class _LayerJob:
         workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device, slots=slots)
         clock = _Clock(loader)
         title = f"training layer {self._layer}"
-        with Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress:
+        with (
+            contextlib.ExitStack() as open_,
+            Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress,
+        ):
+            for job in self._jobs:
+                open_.callback(job.close)
             for step, half in enumerate(loader, first):
                 self._saver.check()
                 clock.tick(step, config.batch)
@@ -177,8 +233,10 @@ class _LayerJob:
                 if all(job.stopped for job in self._jobs):
                     break
                 progress.update((step + 1) * config.batch, self._note(clock))
-        for job in self._jobs:
-            job.close()
+                if asked():
+                    for job in jobs:
+                        job.keep()
+                    break
         return not any(job.stopped for job in self._jobs)
 
     def _note(self, clock: "_Clock") -> str:
@@ -217,31 +275,49 @@ class _SaeJob:
         setting: L1Setting,
         cache: Cache,
         layer: int,
+        due: list[str],
         config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,
         saver: Saver,
     ) -> None:
+        """`due` are the labels of the snapshots to be made; others are there already."""
         self._run, self._layer, self._config, self._options, self._saver = run, layer, config, options, saver
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
         self._l1 = L1Controller(setting, config.steps, config.controller)
         # Rounded down, so that no two of them fall on one step however short the run.
-        self._snapshots = {tokens // config.batch: label for label, tokens in snapshot_tokens(config.tokens).items()}
+        marks = snapshot_tokens(config.tokens).items()
+        self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}
         self._log_every = max(1, config.steps // options.log_records)
         self._saved = time.monotonic()
-        self._board = _tensorboard(run, layer) if options.tensorboard else None
         self._taken: tuple[dict[str, Any], StepResult] | None = None  # the last step, and the facts before it
         self.stopped = False
         self._resume()
+        self._board = self._tensorboard() if options.tensorboard else None
 
     def _resume(self) -> None:
-        found = self._run.load_state(self._layer)
+        found, why = self._find_state()
         if found is not None:
             tensors, facts = found
             self.sae.load_state(tensors, facts["step"])
             self._l1.value, self._l1.mean_l0 = facts["l1"], facts["mean_l0"]
+        elif why:
+            say(f"{self._run.name} layer {self._layer}: {why}; trained again from its start", err=True)
         self._run.rewind_metrics(self._layer, self.sae.step_count)
+
+    def _find_state(self) -> tuple[tuple[dict[str, torch.Tensor], dict[str, Any]] | None, str]:
+        """A state to go on from, or why there is none where that is worth saying. All that is due must come after it."""
+        first, labels = min(self._snapshots), ", ".join(self._snapshots.values())
+        try:
+            found = self._run.load_state(self._layer)
+        except Damaged as error:
+            return None, str(error)
+        if found is not None and first <= found[1]["step"]:
+            return None, f"{labels} must be made again, and the state is of a later step"
+        if found is None and len(self._snapshots) < SNAPSHOTS:
+            return None, f"{labels} must be made, and there is no state"
+        return found, ""
 
     @property
     def l0(self) -> float:
@@ -319,10 +395,24 @@ class _SaeJob:
             "lambda": l1,
             "alive": self._alive(),
         }
-        config = self._run.config() | {"layer": self._layer, "snapshot": label}
+        config = {k: v for k, v in self._run.config().items() if k != SEAL} | {"layer": self._layer, "snapshot": label}
         path = self._run.snapshot_path(self._layer, label)
         tensors = self.sae.snapshot(config, stats).tensors()
-        self._saver.submit(tensors, lambda host: Sae(**host, config=config, stats=stats).save(path))
+
+        def write(host: dict[str, torch.Tensor]) -> None:
+            self._run.sync_metrics(self._layer)  # before `final`, with which the layer counts as finished
+            Sae(**host, config=config, stats=stats).save(path)
+
+        self._saver.submit(tensors, write)
+
+    def keep(self) -> None:
+        """Save the state as it is now, for a run that is to stop here."""
+        if self.stopped or self.sae.step_count == self._config.steps:
+            return
+        if self._taken is not None and not self._taken[1].finite:
+            self._stop(*self._taken)
+        else:
+            self._save(self._facts())
 
     def _save(self, facts: dict[str, Any]) -> None:
         self._saver.submit(self.sae.state(), lambda host: self._run.save_state(self._layer, host, facts))
@@ -335,22 +425,27 @@ class _SaeJob:
         step = result.step + 1
         tokens = step * self._config.batch
         self._run.append_metrics(self._layer, {"step": step, "tokens": tokens, "stopped": "not finite"})
-        print(
+        say(
             f"\nwarning: {self._run.name} layer {self._layer} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
             f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._layer)}. Check the cache with "
             "`python -m harvest verify`, or train with a lower --lr",
-            file=sys.stderr,
+            err=True,
         )
+
+    def _tensorboard(self) -> Any:
+        """Points after this step, of a run that got further before it was killed, are taken back: they come again."""
+        folder = self._run.path / "tensorboard" / f"layer{self._layer:02d}"
+        return _summary_writer()(str(folder), purge_step=self.sae.step_count * self._config.batch + 1)
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
 
-def _tensorboard(run: Run, layer: int) -> Any:
-    """A TensorBoard writer. Raises UserError where TensorBoard is not installed."""
+def _summary_writer() -> Any:
+    """TensorBoard's class. Raises UserError where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(run.path / "tensorboard" / f"layer{layer:02d}")
+    return SummaryWriter

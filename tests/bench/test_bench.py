@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,7 +152,9 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     goal = {"name": "dense step", "value": 0.8, "unit": "", "verdict": "met", "note": "goal ≥ 0.75"}
     gpu = {"kind": "gpu", "dry": False, "date": "2026-02-01", "seconds": 300.0, "machine": {"gpu": "H1", "cores": 16}}
     gpu |= {"versions": {"torch": "2", "triton": "3"}, "sizes": {"d": 1024, "features": 32768, "tokens": 32768}}
+    figures = {"bf16 FLOP/s": 8e14, "dense step, tokens/s": 3e6, "dense step, seconds": 0.01, "peer sae_lens, tokens/s": 1e6}
     gpu |= {
+        "figures": figures | {"dense step, share of the matrix rate": 0.8, "sparse step, tokens/s": 5e6},
         "goals": [goal],
         "parts": [{"title": "dense", "status": "done", "seconds": 4.0, "rows": [goal | {"name": "a row"}]}],
     }
@@ -163,7 +165,9 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert rows(text)["step: ours, dense"] == ["step: ours, dense", "80 tokens/s", ""]
     assert "step: peer" not in rows(text) and "a row" not in rows(text)
-    assert rows(text)["dense step"] == ["dense step", "0.8", "met", "goal ≥ 0.75"]
+    assert rows(text)["dense step"] == ["dense step", "≥ 0.75", "0.8", "met"]
+    assert rows(text)["SAE step, dense"][1:] == ["3,000,000 tokens/s", "10.0 ms, 80% of 800 TFLOP/s"]
+    assert rows(text)["SAELens, standard SAE"][1:] == ["1,000,000 tokens/s", "ours dense 3.00 ×, sparse 5.00 ×"]
     assert {"peer", "gone", "loader, of raw read ≥ 90%", "a row"} <= set(rows(details.read_text()))
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="needs one"):
@@ -213,12 +217,12 @@ def test_one_that_raises_is_out_with_its_reason_and_the_others_go_on() -> None:
 
 def test_a_peer_that_cannot_start_says_why_in_one_line() -> None:
     with pytest.raises(PeerFailed, match="^nobody: ended with exit status 1 and no answer$"):
-        Worker(Peer(name="nobody", label="nobody", module="bench.workers.nobody"), Load(d=8, features=16, tokens=8))
+        Worker(Peer(name="nobody", label="nobody"), Load(d=8, features=16, tokens=8))
 
 
 def test_a_peer_that_fails_inside_says_why(tmp_path: Path) -> None:
     # Our own environment has no SAELens: the worker starts and then fails on its import.
-    peer = Peer(name="sae_lens", label="SAELens", module="bench.workers.sae_lens")
+    peer = Peer(name="sae_lens", label="SAELens")
     with pytest.raises(PeerFailed, match="sae_lens: ModuleNotFoundError: No module named"):
         Worker(peer, Load(d=8, features=16, tokens=8))
 
@@ -228,7 +232,7 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
     monkeypatch.setattr(peers.subprocess, "run", lambda *command, **options: said)
     config = Config(d=8, features=16, threads=1, device="cpu", rounds=1, torch_index=None)
-    peer = Peer(name="far", label="Far away", module="bench.workers.far", environment="far")
+    peer = Peer(name="far", label="Far away", environment="far")
     with ExitStack() as stack:
         ready, absent = start_peers(stack, (peer,), config.load(8), config, work=8)
     assert ready == []
@@ -238,7 +242,7 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
 
 
 def test_the_plain_step_trains_in_a_process_of_its_own() -> None:
-    with Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1)) as worker:
+    with closing(Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1))) as worker:
         assert worker.seconds() > 0
         assert worker.about["version"] == torch.__version__
 
@@ -275,14 +279,14 @@ def test_the_limit_is_each_product_in_its_faster_layout(monkeypatch: pytest.Monk
 
 def test_projection_is_work_over_rate() -> None:
     job = project.Job(tokens=1_000_000, layers=2, settings=3)
-    found = project.hours(project.from_results(WHOLE), job)
-    assert found.forward == pytest.approx(1e6 / 1000 / 3600)
-    assert found.write == pytest.approx(1e6 * 2 * 1024 * 2 / 2e9 / 3600)
-    assert found.read == pytest.approx(2 * found.write)
-    assert found.dense == pytest.approx(1e6 * 6 / (240 / 3.06) / 3600), "the row of three settings"
-    assert found.sparse == pytest.approx(1e6 * 6 / 200 / 3600)
-    assert found.total(found.dense) == pytest.approx(found.forward + found.write + found.read + found.dense)
-    assert found.binds(project.DENSE) == project.DENSE
+    parts = project.from_results(WHOLE)
+    found = parts.hours(job)
+    assert found[project.FORWARD] == pytest.approx(1e6 / 1000 / 3600)
+    assert found[project.WRITE] == pytest.approx(1e6 * 2 * 1024 * 2 / 2e9 / 3600)
+    assert found[project.READ] == pytest.approx(2 * found[project.WRITE])
+    assert found[project.DENSE] == pytest.approx(1e6 * 6 / (240 / 3.06) / 3600), "the row of three settings"
+    assert found[project.SPARSE] == pytest.approx(1e6 * 6 / 200 / 3600)
+    assert parts.total(job, project.DENSE) == pytest.approx(sum(found.values()) - found[project.SPARSE])
 
 
 def test_the_order_of_rows_does_not_matter_to_the_projection() -> None:
@@ -291,9 +295,11 @@ def test_the_order_of_rows_does_not_matter_to_the_projection() -> None:
 
 
 def test_parts_that_hide_behind_one_another_count_once() -> None:
-    found = project.Hours(forward=1, write=5, read=2, dense=7, sparse=1, overlap=True)
-    assert found.total(found.dense) == 12 and found.total(found.sparse) == 7
-    assert found.binds(project.SPARSE) == "harvest write"
+    job = project.Job(tokens=3600, layers=1, settings=1, d=1)  # an hour each at these rates
+    rates = {"forward": 1, "write": 2 / 5, "read": 2 / 2, "dense": 1 / 7, "sparse": 1}
+    parts = project.Parts(machine="", date="", overlap=True, **rates)
+    assert parts.total(job, project.DENSE) == pytest.approx(5 + 7) and parts.total(job, project.SPARSE) == pytest.approx(5 + 2)
+    assert parts.binds(job, project.SPARSE) == project.WRITE
 
 
 def test_the_published_practice_is_scaled_with_the_tokens() -> None:

@@ -26,7 +26,9 @@ def lab(tmp_path: Path) -> Lab:
 def test_dry_run_goes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(main, ["gpu", "--dry", "--out", str(tmp_path), "--scratch", str(tmp_path)])
+    done = CliRunner().invoke(
+        main, ["gpu", "--dry", "--minutes", "30", "--hard-stop", "40", "--out", str(tmp_path), "--scratch", str(tmp_path)]
+    )
     torch.set_num_threads(threads)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
@@ -103,9 +105,3 @@ def test_what_hangs_or_dies_is_given_up_and_another_process_does_the_rest(tmp_pa
     assert [(part.title, part.status) for part in session.parts] == [
         ("good", "done"), ("hangs", "stopped"), ("dies", "stopped"), ("late", "stopped")
     ]  # fmt: skip
-
-
-def test_crossover_lies_between_the_points() -> None:
-    assert gpu.crossover({20: 1.0, 100: 3.0}, 2.0) == pytest.approx(60)
-    assert gpu.crossover({20: 1.0, 100: 3.0}, 4.0) == -1
-    assert gpu.crossover({20: 1.0}, 0.5) == 0

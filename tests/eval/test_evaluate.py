@@ -1,23 +1,42 @@
+import contextlib
 import csv
+import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import Cli
+from eval import evaluate
+from shared.seal import seal
+from tests.conftest import Cli, invoke
+
+Evaluated = tuple[Path, tuple[object, ...], str]
+
+
+@pytest.fixture(scope="module")
+def evaluated_once(runs_path: Path, cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    runs = tmp_path_factory.mktemp("evaluated") / "runs"
+    for folder in sorted(runs_path.iterdir())[:2]:
+        shutil.copytree(folder, runs / folder.name)
+    args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu", "--ce-tokens", 320)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert invoke("eval", *args, "--runs", runs) == 0
+    return runs, args, out.getvalue()
 
 
 @pytest.fixture
-def evaluated(cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path) -> tuple[Path, tuple[object, ...], str]:
-    shutil.copytree(runs_path, tmp_path / "runs")
-    args = ("--preset", "demo", "--cache", cache_path, "--runs", tmp_path / "runs", "--device", "cpu", "--ce-tokens", 320)
-    result = cli("eval", *args)
-    assert result.code == 0, result.err
-    return tmp_path / "runs", args, result.out
+def evaluated(evaluated_once: Evaluated, tmp_path: Path) -> Evaluated:
+    """A copy of two evaluated runs, the arguments, and what was printed."""
+    runs, args, out = evaluated_once
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs", (*args, "--runs", tmp_path / "runs"), out.replace(str(runs), str(tmp_path / "runs"))
 
 
-def test_everything_is_written_and_makes_sense(evaluated: tuple[Path, tuple[object, ...], str]) -> None:
+def test_everything_is_written_and_makes_sense(evaluated: Evaluated) -> None:
     runs, _, out = evaluated
     for folder in (p for p in runs.iterdir() if p.is_dir()):
         records = json.loads((folder / "results" / "metrics.json").read_text())
@@ -38,27 +57,147 @@ def test_everything_is_written_and_makes_sense(evaluated: tuple[Path, tuple[obje
     assert f"report: {runs / 'report.html'}" in out
 
 
-def test_a_second_evaluation_computes_nothing_again(
-    cli: Cli, evaluated: tuple[Path, tuple[object, ...], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs, args, out = evaluated
+def test_a_second_evaluation_computes_nothing_again(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, args, out = evaluated
     monkeypatch.setattr("eval.evaluate.SplicedModel", None)
     again = cli("eval", *args)
     assert again.code == 0, again.err
     assert again.out == out
-    monkeypatch.undo()
-    folder = next(p for p in sorted(runs.iterdir()) if p.is_dir())
-    before = json.loads((folder / "results" / "metrics.json").read_text())
-    shutil.copy(folder / "sae_layer00_final.pt", folder / "sae_layer02_final.pt")
-    assert cli("eval", *args).code == 0
-    after = json.loads((folder / "results" / "metrics.json").read_text())
-    assert [k for k in after if after[k] != before[k]] == ["layer02_final"]
 
 
-def test_runs_of_other_caches_are_passed_over(cli: Cli, evaluated: tuple[Path, tuple[object, ...], str]) -> None:
+def first(runs: Path) -> Path:
+    return next(p for p in sorted(runs.iterdir()) if p.is_dir())
+
+
+def records(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results" / "metrics.json").read_text())
+    return found
+
+
+def test_another_amount_of_text_adds_records_and_a_copy_keeps_them(
+    cli: Cli, evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, args, out = evaluated
-    shutil.copytree(next(p for p in runs.iterdir() if p.is_dir()), runs / "other")
-    config = runs / "other" / "config.json"
-    config.write_text(config.read_text().replace('"seed": 0,\n  "precision"', '"seed": 9,\n  "precision"'))
-    assert json.loads(config.read_text())["cache"]["seed"] == 9
+    before = records(first(runs))
+    assert cli("eval", *args, "--eval-tokens", 64).code == 0
+    after = records(first(runs))
+    assert len(after) == 36
+    assert {name: after[name] for name in before} == before
+    assert sorted({r["tokens"] for r in after.values()}) == [64, 2048]
+    monkeypatch.setattr("eval.evaluate.SplicedModel", None)
+    shutil.copytree(runs, tmp_path / "copy", copy_function=shutil.copyfile)
+    copied = tuple(tmp_path / "copy" if a == runs else a for a in args)
+    for same in (args, copied):
+        result = cli("eval", *same)
+        assert result.code == 0, result.err
+        assert result.out.replace(str(tmp_path / "copy"), str(runs)) == out
+
+
+def test_what_can_not_be_measured_again_is_kept(
+    cli: Cli, evaluated: Evaluated, harvest_args: tuple[object, ...], tmp_path: Path
+) -> None:
+    """A cache with layer 0 alone, and a quick look at it."""
+    runs, args, _ = evaluated
+    before = records(first(runs))
+    assert cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--layers", 0).code == 0
+    result = cli("eval", *args, "--cache", tmp_path / "c", "--eval-tokens", 64)
+    assert result.code == 0, result.err
+    assert "layers 1-2 are not in" in result.err
+    after = records(first(runs))
+    assert {name: after[name] for name in before} == before
+    assert {r["layer"] for name, r in after.items() if name not in before} == {0}
+    assert [line.split()[-2] for line in result.out.splitlines() if line.strip()[:1] in set("012")][:3] == [
+        "64",
+        "2,048",
+        "2,048",
+    ]
+
+
+def test_one_bad_item_is_left_out_with_a_line(cli: Cli, evaluated: Evaluated) -> None:
+    """A snapshot cut short, one of another layer in its place, a folder of somebody else: all else is evaluated."""
+    runs, args, _ = evaluated
+    shutil.rmtree(first(runs) / "results")
+    bad = [first(runs) / "sae_layer00_3413.pt", first(runs) / "sae_layer02_final.pt"]
+    bad[0].write_bytes(bad[0].read_bytes()[:1000])
+    shutil.copy(first(runs) / "sae_layer00_final.pt", bad[1])
+    (runs / "a-model").mkdir()
+    (runs / "a-model" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    result = cli("eval", *args)
+    assert result.code == 2
+    said = [line for line in result.err.splitlines() if line.startswith("left out: ")]
+    assert len(said) == 3
+    assert all(any(str(p) in line for line in said) for p in (*bad, runs / "a-model"))
+    assert result.err.splitlines()[-1] == "error: 3 left out, as said above; all else is evaluated"
+    assert set(records(first(runs))) == {
+        f"layer{layer:02d}_{label}" for layer in range(3) for label in ("3413", "6826", "10240", "13653", "17066", "final")
+    } - {"layer00_3413", "layer02_final"}
+    row = next(line for line in result.out.splitlines() if line.split()[:1] == ["2"])
+    assert row.endswith("17066 of 20480, unfinished")
+    assert "17066 of 20480, unfinished" in (runs / "report.html").read_text(encoding="utf-8")
+
+
+def test_results_that_are_not_as_they_were_written_are_left_alone(cli: Cli, evaluated: Evaluated) -> None:
+    runs, args, _ = evaluated
+    path = first(runs) / "results" / "metrics.json"
+    good = path.read_text()
+    for content in ("{", good.replace("0.", "0.1", 1)):
+        path.write_text(content)
+        result = cli("eval", *args)
+        assert result.code == 2
+        assert f"left out: {path} is damaged" in result.err
+        assert path.read_text() == content
+    other = sorted(p for p in runs.iterdir() if p.is_dir())[1] / "results" / "metrics.json"
+    path.write_text(other.read_text())
+    assert "is of another run" in cli("eval", *args).err
+
+
+def test_a_curve_cut_by_a_crash_is_drawn_and_a_damaged_one_is_named(cli: Cli, evaluated: Evaluated) -> None:
+    runs, args, out = evaluated
+    path = first(runs) / "metrics" / "layer01.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good[:-40])
+    cut = cli("eval", *args)
+    assert (cut.code, cut.out) == (0, out)
+    path.write_bytes(good.replace(b'"step": 3,', b'"step": 4,', 1))
+    damaged = cli("eval", *args)
+    assert (damaged.code, damaged.out) == (2, out)
+    assert f"line 3 of {path} is damaged" in damaged.err
+
+
+def test_a_signal_keeps_what_is_measured(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, args, _ = evaluated
+    shutil.rmtree(first(runs) / "results")
+    measure, calls = evaluate.reconstruction, 0
+
+    def signalled(*of: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*of)
+
+    monkeypatch.setattr(evaluate, "reconstruction", signalled)
+    assert cli("eval", *args).code == 143
+    assert len(records(first(runs))) == 3
+    assert cli("eval", *args).code == 0
+    assert calls == 18
+
+
+def test_hardly_any_text(cli: Cli, evaluated: Evaluated) -> None:
+    """One activation has no variance, so there is no FVU; that is said as such."""
+    runs, args, _ = evaluated
+    result = cli("eval", *args, "--eval-tokens", 1)
+    assert result.code == 0, result.err
+    added = [r for r in records(first(runs)).values() if r["tokens"] == 1]
+    assert len(added) == 18
+    assert all(r["fvu"] is None for r in added)
+
+
+def test_runs_of_other_caches_are_passed_over(cli: Cli, evaluated: Evaluated) -> None:
+    runs, args, out = evaluated
+    shutil.copytree(first(runs), runs / "other")
+    path = runs / "other" / "config.json"
+    config = json.loads(path.read_text())
+    config["cache"]["digest"] = "of another"
+    path.write_text(json.dumps(seal(config)))
     assert cli("eval", *args).out == out

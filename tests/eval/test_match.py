@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.evaluate import features_path, fingerprint
+from eval.evaluate import features_path
 from eval.metrics import Features, match, save_features
 from tests.conftest import Cli
 from tests.test_bad_input import refused
@@ -49,7 +49,7 @@ def test_two_runs_are_matched_among_what_is_alive(cli: Cli, run: Run, tmp_path: 
     for each, alive in ((run, torch.arange(128) < 60), (other, torch.arange(128) >= 0)):
         features = Features(**{n: alive.float() if n == "density" else torch.ones(128) for n in Features.__slots__})
         (final,) = [s for s in each.snapshots() if (s.layer, s.label) == (1, "final")]
-        save_features(features_path(each, 1, "final"), features, tokens=1, file=fingerprint(final))
+        save_features(features_path(each, 1, "final"), features, tokens=1, file=Sae.checksum(final.path))
         save_features(features_path(each, 0, "final"), features, tokens=1, file="of another checkpoint")
     result = cli("eval", "match", run.path, other.path, "--device", "cpu")
     assert result.code == 0, result.err

@@ -392,7 +392,9 @@ def test_records_of_an_evaluation(
     options = ("--dead-at", 0.02, "--alive-above", 0.05, "--ablation", "mean", "--eval-tokens", 1000)
     assert cli(*command, *options).code == 0
     assert blocks == held_out[:2] * 2
-    again = json.loads((one_run.path / "results" / "metrics.json").read_text())["layer01_final"]
+    records = json.loads((one_run.path / "results" / "metrics.json").read_text())
+    assert len(records) == 4 and records["layer01_final"] == record
+    (again,) = [r for r in records.values() if r["snapshot"] == "final" and r["eval_tokens"] == 1000]
     assert (again["tokens"], again["ce"]) == (1000, record["ce"])
     assert again["alive"] < record["alive"]
     assert again["dead_share"] > record["dead_share"]

@@ -1,5 +1,7 @@
 import dataclasses
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harvest.writer import BlockWriter, WriterConfig, _sums, _torch_sums, block_stats, to_float16
-from shared.cache import Cache
+from shared.cache import Cache, crc32c
+from shared.cli import UserError
 from shared.files import PAGE
 from tests.shared.test_cache import SPEC
 
@@ -25,11 +28,13 @@ def test_what_float16_cannot_hold_is_counted_and_never_infinite() -> None:
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(-50, 50))
 def test_moments_are_those_of_float64(rows: int, d: int, seed: int, offset: float) -> None:
     data = (np.random.default_rng(seed).standard_normal((rows, d)) + offset).astype(np.float16)
-    stats, x = block_stats(data, 7), data.astype(np.float64)
+    stats, x = block_stats(data, 7, rows, "abc"), data.astype(np.float64)
     assert stats.mean == pytest.approx(x.mean(), rel=1e-5, abs=1e-5)
     assert stats.m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-3, abs=1e-5 * x.size * (1 + offset * offset))
     assert stats.max_norm == pytest.approx(np.linalg.norm(x, axis=1).max(), rel=1e-5)
-    assert (stats.rows, stats.bytes, stats.nonfinite) == (rows, data.nbytes, 7)
+    assert (stats.rows, stats.bytes, stats.nonfinite, stats.tokens) == (rows, data.nbytes, 7, "abc")
+    assert stats.crc32c == crc32c(data)
+    assert block_stats(data, 7, 3, "abc").crc32c == "".join(crc32c(data[i : i + 3]) for i in range(0, rows, 3))
 
 
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -80,17 +85,68 @@ def test_blocks_written_past_the_page_cache_are_what_zarr_reads(tmp_path: Path, 
 def test_a_failed_write_stops_the_harvest_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache.create(tmp_path / "c", SPEC, (0, 2))
 
-    def full(path: Path, data: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("harvest.writer.write_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with (
-        pytest.raises(OSError, match="No space left"),
+        pytest.raises(UserError, match=r"cannot write .*c\.\d\.0: No space left on device.* run the same command again"),
         BlockWriter(cache, (0, 2), WriterConfig(threads=2, buffers=2), pinned=False, done=lambda _: None) as writer,
     ):
         for block in range(SPEC.n_blocks):
             fill(writer, block)
     assert cache.committed(0) == set()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and p.name not in ("zarr.json", "cache.json")] == []
+
+
+def test_a_block_of_another_harvest_stays_and_is_replaced_on_request(tmp_path: Path) -> None:
+    cache, out = Cache.create(tmp_path / "c", SPEC, (0, 2)), np.empty((SPEC.block_rows, SPEC.d_model), dtype=np.float16)
+
+    def write(layers: tuple[int, ...], value: float, *, replace: bool) -> None:
+        with BlockWriter(cache, layers, WriterConfig(), pinned=False, done=lambda _: None, replace=replace) as writer:
+            buffer = writer.buffer()
+            buffer.data.fill_(value)
+            writer.submit(1, buffer)
+
+    def stored(layer: int) -> float:
+        cache.read_block(layer, 1, out)
+        cache.check_block(layer, 1, out, cache.stats(layer, 1))
+        return float(out[0, 0])
+
+    write((0, 2), 1.0, replace=False)
+    write((0, 2), 2.0, replace=False)
+    assert (stored(0), stored(2)) == (1.0, 1.0)
+    write((2,), 3.0, replace=True)
+    assert (stored(0), stored(2)) == (1.0, 3.0)
+    cache.block_path(0, 1).unlink()
+    write((0,), 4.0, replace=False)
+    assert (stored(0), stored(2)) == (4.0, 3.0)
+    assert [p.parent.name for p in tmp_path.glob("c/ledger/*/*.json")] == ["0,2"]
+
+
+def test_harvests_of_the_same_block_at_once_leave_one_that_is_whole(tmp_path: Path) -> None:
+    """Though their bytes differ, as those of two kinds of device may, the record is of the bytes that stay."""
+    Cache.create(tmp_path / "c", SPEC, (0, 2))
+
+    def write(value: int) -> None:
+        with BlockWriter(
+            Cache.open(tmp_path / "c"), (0, 2), WriterConfig(threads=2), pinned=False, done=lambda _: None
+        ) as writer:
+            for block in range(SPEC.n_blocks):
+                buffer = writer.buffer()
+                buffer.data.fill_(float(value))
+                writer.submit(block, buffer)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(1, 5)))
+    cache, out = Cache.open(tmp_path / "c"), np.empty((SPEC.block_rows, SPEC.d_model), dtype=np.float16)
+    assert cache.missing((0, 2)) == {}
+    for block in range(SPEC.n_blocks):
+        for layer in (0, 2):
+            cache.read_block(layer, block, out)
+            cache.check_block(layer, block, out, cache.stats(layer, block))
+            assert len(np.unique(out)) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_block_is_waited_for_once_and_written_after_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,27 @@
+import errno
+import os
+import signal
+from collections.abc import Callable
+
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.cli import UserError, format_bytes, format_count, format_layers, format_seconds, parse_count, parse_layers
+from shared.cli import (
+    Number,
+    Terminated,
+    UserError,
+    finishing,
+    format_bytes,
+    format_count,
+    format_layers,
+    format_seconds,
+    parse_count,
+    parse_layers,
+    run,
+    say,
+)
 
 
 @given(st.integers(1, 10**13))
@@ -15,7 +34,9 @@ def test_counts_as_people_write_them(text: str, n: int) -> None:
     assert parse_count(text) == n
 
 
-@pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "abc", "3T", "1e6", "0.0000001M"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-3", "1.5", "abc", "3T", "1e6", "0.0000001M", "9" * 5000, "9" * 30, "1000001B", "1" * 400 + "B"]
+)
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a count"):
         parse_count(text)
@@ -35,6 +56,108 @@ def test_what_names_no_layers_is_refused(text: str) -> None:
 def test_layers_the_model_has_not() -> None:
     with pytest.raises(UserError, match="layer 24 does not exist: the model has layers 0-23"):
         parse_layers("3,24", 24)
+
+
+@pytest.mark.parametrize("text", ["0-999999999999", "9" * 5000, "99999999"])
+def test_layers_that_nobody_has_are_not_listed(text: str) -> None:
+    with pytest.raises(UserError):
+        parse_layers(text)
+    with pytest.raises(UserError):
+        parse_layers(text, 24)
+
+
+def test_a_count_is_exact_where_a_float_is_not() -> None:
+    assert parse_count("123456789012345") == 123456789012345
+    assert parse_count("0.000000001B") == 1
+
+
+def program(work: Callable[[], object], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Run `work` as a command; its exit code, and what it said on stderr."""
+    monkeypatch.setattr("sys.argv", ["work"])
+    with pytest.raises(SystemExit) as stop:
+        run(click.command()(work))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_for_the_step_where_work_says_so(
+    number: int, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def patient() -> None:
+        with finishing() as asked:
+            assert not asked()
+            os.kill(os.getpid(), number)
+            assert asked()
+            done.append("saved")
+        done.append("never")
+
+    def at_once() -> None:
+        os.kill(os.getpid(), number)
+        done.append("never")
+
+    def twice() -> None:
+        with finishing():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            done.append("never")
+
+    before = signal.getsignal(number)
+    for work in (patient, at_once, twice):
+        assert program(work, capfd, monkeypatch)[0] == code
+        assert signal.getsignal(number) == before
+    assert done == ["saved"]
+    assert issubclass(Terminated, KeyboardInterrupt)  # whoever handles Ctrl-C handles it
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/disk/file"), "/disk/file"),
+        (EOFError("Compressed file ended before the end-of-stream marker"), "ended before"),
+        (UserError("two\nlines"), "error: two lines"),
+    ],
+)
+def test_what_can_be_put_right_is_one_line(
+    error: Exception, said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        raise error
+
+    code, err = program(work, capfd, monkeypatch)
+    assert code == 2
+    assert len(err.splitlines()) == 1 and said in err
+
+
+def test_nobody_listening_changes_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+
+        def work() -> int:
+            for _ in range(3):
+                say("a line")
+            return 1
+
+        assert program(work, capfd, monkeypatch) == (1, "")
+
+
+def test_letters_that_an_alphabet_has_not(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    with open(write, "w", encoding="latin-1") as old, open(read, encoding="latin-1") as end:
+        monkeypatch.setattr("sys.stdout", old)
+        assert program(lambda: say("λ = 3"), capfd, monkeypatch) == (0, "")
+        assert end.readline() == "? = 3\n"
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "1e999", "2", "x"])
+def test_what_is_no_number_within_bounds_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Number(0, 1).convert(text, None, None)
+    assert Number(0, 1).convert("0.5", None, None) == 0.5
 
 
 def test_units() -> None:

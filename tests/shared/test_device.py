@@ -61,7 +61,7 @@ def test_where_there_is_no_driver_the_cpu_it_is(without_cuda: None, capsys: pyte
 
 def test_what_is_not_there_is_said(without_cuda: None) -> None:
     assert "no CUDA device is available here (torch" in refusal("cuda")
-    assert "'abacus' is not a device" in refusal("abacus")
+    assert "'abacus' is not a device for this" in refusal("abacus")
 
 
 def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

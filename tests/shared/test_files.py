@@ -1,15 +1,37 @@
 import errno
 import fcntl
 import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from shared.cli import UserError
-from shared.files import PAGE, free_bytes, make_dir, moved, page_aligned, publish_file, publish_json, read_file, write_file
+from shared.files import (
+    PAGE,
+    UNKNOWN_FREE,
+    create_file,
+    free_bytes,
+    make_dir,
+    moved,
+    page_aligned,
+    publish_file,
+    publish_json,
+    read_file,
+    remove_leftovers,
+    replacing,
+    sync_dir,
+    temporary,
+    write_file,
+)
 from shared.progress import Progress
+from tests.conftest import ROOT
 
 
 def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +46,94 @@ def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         publish_file(path, b"new")
     assert path.read_text() == '{\n "a": 1\n}\n'
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace", "link"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    publish_file(tmp_path / "old", b"old")
+    monkeypatch.setattr(os, failing, full)
+    message = r"cannot write .*/(old|new): No space left on device; put that right"
+    if failing != "link":
+        with pytest.raises(UserError, match=message):
+            publish_file(tmp_path / "old", b"newer")
+        with pytest.raises(UserError, match=message), replacing(tmp_path / "new") as file:
+            file.write_bytes(b"x")
+            if failing == "write":
+                full()
+    if failing != "replace":
+        with pytest.raises(UserError, match=message):
+            create_file(tmp_path / "new", b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("old", b"old")]
+
+
+def test_of_many_that_create_a_file_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: create_file(tmp_path / "a", str(i).encode() * 100), range(40)))
+    assert sum(made) == 1
+    assert (tmp_path / "a").read_bytes() == str(made.index(True)).encode() * 100
+    assert os.listdir(tmp_path) == ["a"]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)  # a file system without hard links
+    assert not create_file(tmp_path / "a", b"other")
+    assert create_file(tmp_path / "b", b"other")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from shared.files import temporary; temporary(pathlib.Path(sys.argv[1])).touch()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.0.0")], check=True, cwd=ROOT)
+    (dead,) = tmp_path.iterdir()
+    elsewhere = tmp_path / dead.name.replace(socket.gethostname(), "another-host")
+    mine, theirs, plain = temporary(tmp_path / "c.0.0"), tmp_path / ".x.tmp", tmp_path / "notes.tmp"
+    # a process of today that has the number of one that is gone
+    again = tmp_path / f".c.0.0.{socket.gethostname()}.{os.getpid()}.1.0.tmp"
+    for file in (elsewhere, mine, theirs, plain, again):
+        file.touch()
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {elsewhere, mine, theirs, plain}
+    remove_leftovers(tmp_path / "none")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_folders_of_file_systems_that_sync_none_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    sync_dir(tmp_path)
+
+
+def test_a_folder_that_fails_to_sync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        sync_dir(tmp_path)
+    with pytest.raises(UserError, match="Input/output"):
+        publish_file(tmp_path / "a", b"x")
+
+
+def test_reading_from_a_place_on(tmp_path: Path) -> None:
+    data = random_bytes(6 * PAGE + 100)
+    write_file(tmp_path / "a", data)
+    for offset, size in ((0, 10), (PAGE, 2 * PAGE), (PAGE + 8, 2 * PAGE), (5 * PAGE, PAGE + 100)):
+        out = random_bytes(size)
+        assert read_file(tmp_path / "a", out, offset) == size
+        assert out == data[offset : offset + size]
+    assert read_file(tmp_path / "a", random_bytes(PAGE), 6 * PAGE) == 100
 
 
 SIZES = (0, 2, PAGE - 2, PAGE, PAGE + 2, 5 * PAGE, 5 * PAGE + 1234)
@@ -107,7 +217,7 @@ def test_other_errors_are_not_taken_for_a_refusal(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*/a: No space left on device.* run the same command again"):
         write_file(tmp_path / "a", random_bytes(PAGE))
 
 
@@ -121,6 +231,11 @@ def test_folders_are_proved_writable(tmp_path: Path) -> None:
 
 def test_free_space_of_what_is_not_there_yet_is_its_parents(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.05)
+
+
+def test_free_space_that_is_not_said_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
+    assert free_bytes(tmp_path) == UNKNOWN_FREE
 
 
 def test_progress_says_how_far_how_fast_and_how_long(

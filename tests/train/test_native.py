@@ -183,3 +183,17 @@ def test_nothing_active_gives_zero_gradients(native: NativeKernels) -> None:
     torch.testing.assert_close(square.float(), x.square().sum())
     for grad in native.sparse_weight_grads(active, g, g, g, g_hidden, 0.1, room(5, 8, 40)):
         assert (grad == 0).all()
+
+
+def test_buffers_follow_the_threads_that_the_library_will_use(native: NativeKernels) -> None:
+    """More threads than when the kernels were made, and each counts into a row of its own."""
+    threads = native._c.omp_get_max_threads() + 4
+    h = hidden(37, 100)
+    wanted = (torch.relu(h.float()).bfloat16() > 0).sum(1)
+    before = native._c.omp_get_max_threads()
+    native._c.omp_set_num_threads(threads)
+    try:
+        assert native._threads == threads
+        assert torch.equal(native.activate_(h, torch.zeros(100)).row_count, wanted)
+    finally:
+        native._c.omp_set_num_threads(before)

@@ -1,18 +1,23 @@
+import functools
 import json
 import math
+import os
 import shutil
+import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shared.cache import Cache
-from tests.conftest import TRAIN_ARGS, Cli
+from tests.conftest import TRAIN_ARGS, Cli, Result
 from train.kernels import Workspace
 from train.runs import Run, snapshot_tokens
 from train.sae import Sae
 from train.step import Begun, StepResult, TrainingSae
+from train.trainer import RunOptions
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -41,7 +46,7 @@ def test_a_run_folder_is_complete(runs_path: Path, cache: Cache) -> None:
         assert len(labels) == 18  # six snapshots of three layers
         assert labels[5] == (0, "final")
         assert not list((folder / "state").rglob("*.safetensors"))
-        assert run.config()["cache"]["tokenizer_sha256"] == cache.spec.tokenizer_sha256
+        assert run.config()["cache"]["spec"]["tokenizer_sha256"] == cache.spec.tokenizer_sha256
         for layer in range(3):
             curve = run.metrics(layer)
             assert curve[-1]["tokens"] == 20_480
@@ -110,6 +115,167 @@ def test_resumes_bit_for_bit(
         assert [{k: v for k, v in r.items() if k not in timeless} for r in mine] == [
             {k: v for k, v in r.items() if k not in timeless} for r in whole
         ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_costs_no_work(
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """It comes in the middle of the first setting's 31st step: that step is finished for both, and saved."""
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1, "--save-minutes", 60)
+    finish, calls = TrainingSae.finish, 0
+
+    def signalled(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == 61:
+            os.kill(os.getpid(), number)
+        return finish(self, begun, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingSae, "finish", signalled)
+    stopped = cli("train", *TRAIN_ARGS, *args)
+    assert stopped.code == code
+    assert stopped.err.splitlines()[-1].endswith("run the same command again to continue")
+    for folder in tmp_path.iterdir():
+        state = Run(folder).load_state(1)
+        assert state is not None and state[1]["step"] == 31
+        assert [p.name for p in (folder / "state" / "layer01").iterdir()] == ["state.safetensors"]
+    calls = 61
+    assert cli("train", *TRAIN_ARGS, *args).code == 0
+    assert calls == 61 + 2 * (80 - 31)
+    same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k and "adaptive" not in k})
+
+
+@pytest.fixture
+def one(runs_path: Path, tmp_path: Path) -> Run:
+    """A copy of a finished run."""
+    folder = next(runs_path.glob("*3e-3-fixed"))
+    shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    return Run(tmp_path / "runs" / folder.name)
+
+
+def contents(run: Run) -> dict[str, bytes]:
+    return {str(p.relative_to(run.path)): p.read_bytes() for p in sorted(run.path.rglob("*")) if p.is_file()}
+
+
+def again(cli: Cli, cache_path: Path, run: Run, *more: object) -> Result:
+    return cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", run.path.parent, "--l1", "3e-3", *more)
+
+
+def test_what_is_missing_or_damaged_is_made_again(cli: Cli, cache_path: Path, one: Run) -> None:
+    """An empty final, a snapshot deleted in the middle, a flipped byte: the same files as before, and no others touched."""
+    before = contents(one)
+    one.snapshot_path(0, "final").write_bytes(b"")
+    one.snapshot_path(1, "6826").unlink()
+    flipped = bytearray(before["sae_layer02_3413.pt"])
+    flipped[len(flipped) // 2] ^= 1
+    one.snapshot_path(2, "3413").write_bytes(flipped)
+    kept = {p: p.stat().st_mtime_ns for p in one.path.glob("*.pt")}
+    result = again(cli, cache_path, one)
+    assert result.code == 0, result.err
+    assert "layer 0: final must be made, and there is no state; trained again from its start" in result.err
+    after = contents(one)
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name.endswith((".pt", "config.json")))
+    assert [len(one.metrics(layer)) for layer in range(3)] == [80] * 3
+    changed = {p.name for p, t in kept.items() if p.stat().st_mtime_ns != t}
+    assert changed == {"sae_layer00_final.pt", "sae_layer02_3413.pt"}
+
+
+def test_a_snapshot_before_the_state_that_is_gone_is_made_again(
+    cli: Cli, cache_path: Path, one: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(one)
+    shutil.rmtree(one.path)
+    save = Run.save_state
+
+    def stop_at_40(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        save(self, layer, tensors, facts)
+        if facts["step"] >= 40:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "save_state", stop_at_40)
+    full = again(cli, cache_path, one, "--layers", 0, "--save-minutes", 0)
+    assert full.code == 2 and "No space left" in full.err and "Traceback" not in full.err
+    assert not list(one.path.rglob("*.tmp"))
+    monkeypatch.undo()
+    one.snapshot_path(0, "6826").unlink()
+    result = again(cli, cache_path, one, "--layers", 0)
+    assert result.code == 0, result.err
+    assert "must be made again, and the state is of a later step; trained again from its start" in result.err
+    assert contents(one).keys() == {name for name in before if "layer01" not in name and "layer02" not in name}
+    assert all(content == before[name] for name, content in contents(one).items() if name.endswith(".pt"))
+
+
+def test_a_state_that_is_damaged_or_anothers(cli: Cli, cache_path: Path, one: Run, tmp_path: Path) -> None:
+    """Damaged: the layer is trained from its start, to the same end. Another layer's: refused, and nothing is touched."""
+    before = contents(one)
+    for path in one.path.glob("sae_layer00_*"):
+        path.unlink()
+    one.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    path = one.state_path(0)
+    path.parent.mkdir()
+    shutil.move(one.state_path(1), path)
+    refused = again(cli, cache_path, one, "--layers", 0)
+    assert refused.code == 2
+    assert "is the state of layer 1 of this run, not of layer 0" in refused.err
+    assert path.exists()
+    path.write_bytes(path.read_bytes()[:-2])
+    result = again(cli, cache_path, one, "--layers", 0)
+    assert result.code == 0, result.err
+    assert "state.safetensors is damaged" in result.err
+    assert {k: v for k, v in contents(one).items() if k.endswith(".pt")} == {k: v for k, v in before.items() if ".pt" in k}
+
+
+def test_a_second_trainer_of_a_layer_is_refused(cli: Cli, cache_path: Path, one: Run) -> None:
+    one.snapshot_path(2, "final").unlink()
+    with one.claim([2]):
+        before = contents(one)
+        result = again(cli, cache_path, one)
+        assert result.code == 2
+        assert f"layer 2 of {one.path} is being trained by process {os.getpid()} on" in result.err
+        assert contents(one) == before
+    assert again(cli, cache_path, one).code == 0
+
+
+def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[dict[str, Any]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            self.seen: dict[str, Any] = {"purge": purge_step, "steps": [], "closed": False}
+            writers.append(self.seen)
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            self.seen["steps"].append(step)
+
+        def close(self) -> None:
+            self.seen["closed"] = True
+
+    shutil.rmtree(one.path)
+    save = Run.save_state
+
+    def stop(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        save(self, layer, tensors, facts)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("train.trainer._summary_writer", lambda: Writer)
+    monkeypatch.setattr(Run, "save_state", stop)
+    assert again(cli, cache_path, one, "--layers", 0, "--save-minutes", 0, "--tensorboard").code == 143
+    state = one.load_state(0)
+    assert state is not None
+    monkeypatch.setattr(Run, "save_state", save)
+    assert again(cli, cache_path, one, "--layers", 0, "--tensorboard").code == 0
+    assert writers[0]["purge"] == 1
+    assert writers[1]["purge"] == state[1]["step"] * 256 + 1
+    assert min(writers[1]["steps"]) >= writers[1]["purge"]
+    assert all(writer["closed"] for writer in writers)
+
+
+def test_another_machine_is_said(cli: Cli, cache_path: Path, one: Run) -> None:
+    one.snapshot_path(0, "final").unlink()
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    assert "not bit for bit" in again(cli, cache_path, one, "--layers", 0).err
 
 
 def test_training_goes_on_while_a_state_is_written(
@@ -188,10 +354,13 @@ def test_a_finished_run_is_left_alone(cli: Cli, runs_path: Path, cache_path: Pat
     assert {p: p.stat().st_mtime_ns for p in runs_path.rglob("*.pt")} == before
 
 
+@pytest.mark.parametrize("log_records", [300, 2])
 def test_a_setting_that_diverges_stops_alone(
-    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_records: int
 ) -> None:
-    """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end."""
+    """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end. Where
+    nothing is written at that step it is noticed one later."""
+    monkeypatch.setattr("train.__main__.RunOptions", functools.partial(RunOptions, log_records=log_records))
     finish = TrainingSae.finish
 
     def poisoned(self: TrainingSae, begun: Begun, *, l1: float, workspace: Workspace, **options: object) -> StepResult:
