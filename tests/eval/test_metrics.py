@@ -389,7 +389,8 @@ def test_records_of_an_evaluation(
     # other definitions are other records; SAEs that do not fit into memory together are read for one after the other
     blocks.clear()
     monkeypatch.setattr("eval.evaluate._SAE_BYTES", 1)
-    options = ("--dead-at", 0.02, "--alive-above", 0.05, "--ablation", "mean", "--eval-tokens", 1000)
+    middle = float(saved.density.median())
+    options = ("--dead-at", middle, "--alive-above", middle, "--ablation", "mean", "--eval-tokens", 1000)
     assert cli(*command, *options).code == 0
     assert blocks == held_out[:2] * 2
     records = json.loads((one_run.path / "results" / "metrics.json").read_text())
