@@ -138,11 +138,13 @@ class Activations:
     def __init__(self, d_model: int, device: torch.device) -> None:
         nothing = Moments.of(torch.zeros(0, d_model, dtype=torch.float64, device=device))
         self._first, self._rest = nothing, nothing
+        self._lesser: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, positions: Tensor) -> Moments:
         """Moments of these activations [n, d] alone; they are added to those of all."""
         first, rest = Moments.of(x[positions == 0].double()), Moments.of(x[positions != 0].double())
         self._first, self._rest = self._first.plus(first), self._rest.plus(rest)
+        self._lesser = None
         return first.plus(rest)
 
     @property
@@ -156,12 +158,17 @@ class Activations:
 
     def lesser_directions(self) -> tuple[Tensor, Tensor]:
         """All but the three largest principal directions: Σ of squares along each, and the directions as columns [d, d − 3]."""
-        scatter = self.all.scatter
-        if not scatter.isfinite().all():
-            return scatter.new_full((1,), math.nan), scatter.new_zeros(len(scatter), 0)
-        values, directions = torch.linalg.eigh(scatter)
-        keep = max(0, len(values) - _TOP)
-        return values[:keep].clamp(min=0), directions[:, :keep]
+        if self._lesser is None:  # the same for every SAE
+            self._lesser = _all_but_largest(self.all.scatter)
+        return self._lesser
+
+
+def _all_but_largest(scatter: Tensor) -> tuple[Tensor, Tensor]:
+    if not scatter.isfinite().all():
+        return scatter.new_full((1,), math.nan), scatter.new_zeros(len(scatter), 0)
+    values, directions = torch.linalg.eigh(scatter)
+    keep = max(0, len(values) - _TOP)
+    return values[:keep].clamp(min=0), directions[:, :keep]
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eval.evaluate import features_path
+from eval.floor import Statistics
 from eval.metrics import (
     Activations,
     Features,
@@ -27,6 +30,8 @@ from eval.metrics import (
 )
 from shared.cache import Cache
 from shared.cli import UserError
+from tests.conftest import Cli
+from train.runs import Run
 from train.sae import Sae
 
 D, F, CONTEXT = 16, 50, 7
@@ -329,3 +334,76 @@ def test_damaged_features_are_refused(tmp_path: Path) -> None:
             load_features(path)
     save_features(path, some_features(), tokens=1, file="b")
     assert load_features(path)[1]["file"] == "b"
+
+
+@pytest.fixture
+def one_run(runs_path: Path, tmp_path: Path) -> Run:
+    """One run with its last two snapshots of layer 1, and nothing else."""
+    source = next(p for p in sorted(runs_path.iterdir()) if p.is_dir())
+    run = Run(tmp_path / "runs" / source.name)
+    run.path.mkdir(parents=True)
+    for file in (source / "config.json", *[s.path for s in Run(source).snapshots() if s.layer == 1][-2:]):
+        shutil.copy2(file, run.path)
+    shutil.copytree(source / "metrics", run.path / "metrics")
+    return run
+
+
+def test_records_of_an_evaluation(
+    cli: Cli, cache: Cache, one_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, read, blocks = cache.spec, Cache.read_block, []
+
+    def count(self: Cache, layer: int, block: int, out: Any) -> None:
+        blocks.append((layer, block))
+        read(self, layer, block, out)
+
+    monkeypatch.setattr(Cache, "read_block", count)
+    command = ("eval", "--preset", "demo", "--cache", cache.path, "--runs", one_run.path, "--device", "cpu", "--ce-tokens", 320)
+    assert cli(*command).code == 0
+    held_out = [(1, block) for block in range(spec.train_blocks, spec.n_blocks)]
+    assert blocks == held_out, "each held-out block is read once for all SAEs of a layer"
+
+    records = json.loads((one_run.path / "results" / "metrics.json").read_text())
+    assert len(records) == 2
+    record = records["layer01_final"]
+    assert record["tokens"] == record["eval_tokens"] == spec.holdout_blocks * spec.block_rows
+    direct = measure(heldout_blocks(cache, 1, 10**9), [Sae.load(one_run.snapshot_path(1, "final"))], spec.context)
+    wanted, features = direct[1][0].finish(direct[0], 1e-5, 1e-5)
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
+    assert 0 < record["kl_div_with_sae"] < record["kl_div_with_ablation"]
+    assert record["ce_recovered"] == record["ce_loss_score"]
+    saved, facts = load_features(features_path(one_run, 1, "final"))
+    assert torch.allclose(saved.mean_square, features.mean_square, rtol=1e-6)
+    assert (int(facts["tokens"]), facts["file"]) == (record["tokens"], record["file"])
+
+    # the floors in the record are those of the command, from the saved statistics of each feature
+    statistics = Statistics.measured(saved.density.double(), saved.mean_square.double())
+    content = {"alpha": statistics.alpha, "F": statistics.features, "sorted_importance": statistics.importance}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    floors = cli("eval", "floor", "--statistics", tmp_path / "s.json", "--widths", "4,8,12,16,24,32").out
+    assert [float(line.split()[1]) for line in floors.splitlines()] == pytest.approx(
+        [record[f"floor_{w}"] for w in (4, 8, 12, 16, 24, 32)], rel=1e-6
+    )
+    assert record["floor_4"] > 0
+
+    # other definitions are other records; SAEs that do not fit into memory together are read for one after the other
+    blocks.clear()
+    monkeypatch.setattr("eval.evaluate._SAE_BYTES", 1)
+    middle = float(saved.density.median())
+    options = ("--dead-at", middle, "--alive-above", middle, "--ablation", "mean", "--eval-tokens", 1000)
+    assert cli(*command, *options).code == 0
+    assert blocks == held_out[:2] * 2
+    records = json.loads((one_run.path / "results" / "metrics.json").read_text())
+    assert len(records) == 4 and records["layer01_final"] == record
+    (again,) = [r for r in records.values() if r["snapshot"] == "final" and r["eval_tokens"] == 1000]
+    assert (again["tokens"], again["ce"]) == (1000, record["ce"])
+    assert again["alive"] < record["alive"]
+    assert again["dead_share"] > record["dead_share"]
+    assert again["ce_recovered"] != again["ce_loss_score"] == pytest.approx(record["ce_loss_score"], rel=1e-6)
+    assert load_features(features_path(one_run, 1, "final"))[1]["tokens"] == str(record["tokens"])
+    blocks.clear()
+    assert cli(*command, *options).code == 0
+    assert blocks == []
+    features_path(one_run, 1, "final").unlink()
+    assert cli(*command, *options).code == 0
+    assert blocks == held_out[:2]
