@@ -104,6 +104,17 @@ def flips(content: bytes, step: int) -> Iterator[bytes]:
         yield content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
 
 
+def test_a_checkpoint_cut_short_is_damaged_wherever_it_ends(tmp_path: Path) -> None:
+    """So that training makes it again. torch says of some lengths that the disk cannot be read."""
+    path = tmp_path / "a.pt"
+    sae().save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Damaged, match="not a readable SAE checkpoint"):
+            Sae.load(path)
+
+
 def test_no_flipped_byte_of_a_checkpoint_changes_what_is_read(tmp_path: Path) -> None:
     """Wherever it is: it is refused, or it lies in the archive's padding and what is read is what was written."""
     mine, path = sae(), tmp_path / "a.pt"
