@@ -87,7 +87,7 @@ def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:
 def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Record]]:
     """{run: records}, one record for each layer and snapshot that is or was measured, by layer and then by age; written as they
     are made. Where this evaluation could not measure a snapshot, an earlier record stands in with what it was measured on.
-    Raises UserError for what no run could be evaluated with. SIGTERM and Ctrl-C are raised when the SAE in hand is done."""
+    Raises UserError for what no run could be evaluated with. SIGTERM and Ctrl-C are raised when the SAEs in hand are done."""
     spec = cache.spec
     if spec.holdout_blocks == 0:
         raise UserError(f"{cache.path} holds out nothing to evaluate on: harvest with --holdout-tokens")
