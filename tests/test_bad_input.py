@@ -164,7 +164,7 @@ def test_eval(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> No
     args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu")
     refused(cli("eval", *args, "--runs", tmp_path), "no runs in")
     shutil.copytree(runs_path, tmp_path / "r")
-    refused(cli("eval", *args, "--runs", tmp_path / "r", "--model", tmp_path / "nowhere"), "cannot load the model")
+    refused(cli("eval", *args, "--runs", tmp_path / "r", "--model", tmp_path / "nowhere"), "there is no model at")
     for option in ("--eval-tokens", "--ce-tokens"):
         for text in ("0", "nan", "inf", "-1", "9" * 400):
             refused(cli("eval", *args, "--runs", tmp_path / "r", option, text), "is not a count")

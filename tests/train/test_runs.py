@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -307,9 +308,9 @@ def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path, r
     run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(UserError, match=r"cannot write .*sae_layer01_final.pt: File too large"):
         sae(64, 64).save(run.snapshot_path(1, "final"))
-    with pytest.raises(OSError, match="state.safetensors.*File too large"):
+    with pytest.raises(UserError, match=r"cannot write .*state.safetensors: .*File too large"):
         run.save_state(1, {"a": torch.randn(5000)}, {"step": 8})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -317,14 +318,20 @@ def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path, r
 def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, calls = new_run(tmp_path / "r"), []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
+
+    def synced(fd: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        calls.append(re.sub(r"^\.(.*?\.(?:pt|safetensors))\..*\.tmp$", r"\1.tmp", name))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
     sae().save(run.snapshot_path(1, "final"))
-    assert calls == ["sae_layer01_final.tmp", "replace", "r"]
+    assert calls == ["sae_layer01_final.pt.tmp", "replace", "r"]
     run.append_metrics(1, {"step": 7})
     calls.clear()
     run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
-    assert calls == ["layer01.jsonl", "metrics", "r", "state.tmp", "replace", "layer01", "state", "r"]
+    assert calls == ["layer01.jsonl", "metrics", "r", "state.safetensors.tmp", "replace", "layer01", "state", "r"]
 
 
 def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) -> None:
