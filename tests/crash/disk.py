@@ -63,7 +63,7 @@ class _File:
 
     def resize(self, size: int) -> None:
         self.truncated |= size < len(self.data)
-        self.data = self.data[:size] + bytes(size - len(self.data))
+        self.data = self.data[:size] + bytes(max(0, size - len(self.data)))
 
     def after(self, variant: str) -> bytes:
         if variant == "all":

@@ -188,6 +188,7 @@ int linkat(int d, const char *a, int e, const char *b, int f) { PAIR('L', d, a, 
         va_end(rest);                                                                                                            \
     }                                                                                                                            \
     if (((flags) & O_ACCMODE) == O_RDONLY && !((flags) & (O_CREAT | O_TRUNC))) return call;                                      \
+    if (((flags) & O_TMPFILE) == O_TMPFILE) return call; /* a file without a name: nothing of it stays */                        \
     SIMPLE((flags) & O_CREAT ? 'C' : 'O', folder, name, "", flags, call)
 
 int open(const char *p, int f, ...) { OPEN(AT_FDCWD, p, f, REAL(open)(p, f, mode)); }

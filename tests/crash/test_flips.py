@@ -37,25 +37,12 @@ USES = [
     ("resume", "states"), ("resume", "checkpoints"), ("resume", "configurations"), ("resume", "curves"),
     ("eval", "checkpoints"), ("eval", "configurations"), ("eval", "curves"),
 ]  # fmt: skip
-UNCHECKED = {  # today
-    ("verify", "arrays"): "nothing looks at the arrays' own metadata",
-    ("eval", "tokens"): "tokens are read without their checksum",
-    **dict.fromkeys([(use, kind) for use, kind in USES if kind in ("states", "checkpoints")], "no checksum"),
-    **dict.fromkeys([(use, kind) for use, kind in USES if kind in ("configurations", "curves")], "no checksum; tracebacks"),
-}
 
 
-def cases() -> list[object]:
-    marks = {case: (pytest.mark.xfail(strict=False, reason=reason),) for case, reason in UNCHECKED.items()}
-    return [pytest.param(*case, marks=marks.get(case, ())) for case in USES]
-
-
-@pytest.mark.parametrize(("use", "kind"), cases())
+@pytest.mark.parametrize(("use", "kind"), USES)
 def test_a_flipped_byte(sweep: Sweep, use: str, kind: str) -> None:
     scenario = sweep.scenario("eval" if use == "verify" else use)
     files = sorted(path.relative_to(scenario.start) for path in scenario.start.glob(FILES[kind]) if path.is_file())
-    if not files and kind == "cache":
-        pytest.skip("a cache of format 1 has no such file")
     place = random.Random(use + kind)
     unnoticed = []
     for _ in range(PLACES):

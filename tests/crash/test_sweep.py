@@ -14,23 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the preloaded l
 POINTS = 2  # of each scenario and fault: one in the first half of the operations, one in the second
 
 
-ZARR = "Zarr writes the arrays' metadata without fsync: empty after a power cut"
-CREATE = "a cache whose creation was broken off is taken for a foreign one"
-CURVE = "records of the training curve are not synced, or not in step with the resume state"
-LOST_TODAY = {
-    ("harvest", "power-kept"): ZARR,
-    ("layers", "power-kept"): ZARR,
-    **{("harvest", fault): CREATE for fault in ("kill", "tear", "enospc", "eio", "power-lost")},
-    **{(scenario, fault): CURVE for scenario in ("train", "resume") for fault in ("power-kept", "power-lost")},
-}
-
-
-def cases() -> list[object]:
-    marks = {case: (pytest.mark.xfail(strict=False, reason=reason),) for case, reason in LOST_TODAY.items()}
-    return [pytest.param(*case, marks=marks.get(case, ())) for case in itertools.product(SCENARIOS, FAULTS)]
-
-
-@pytest.mark.parametrize(("scenario", "fault"), cases())
+@pytest.mark.parametrize(("scenario", "fault"), list(itertools.product(SCENARIOS, FAULTS)))
 def test_nothing_is_lost(sweep: Sweep, scenario: str, fault: str) -> None:
     points = sweep.scenario(scenario).points(fault)
     outcomes = [sweep.attempt(Trial(scenario=scenario, fault=fault, at=at)) for at in spread(points, scenario + fault)]

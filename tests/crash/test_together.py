@@ -8,8 +8,6 @@ from tests.crash.sweep import Sweep, contents, difference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the preloaded library is glibc's")
 
-RACE = "the list of layers is rewritten by each harvest, and arrays not on it are made anew"
-
 
 @pytest.mark.parametrize("at", [60, 150])
 @pytest.mark.parametrize("layers", [("0-1", "0-1"), ("0-1", "0-1", "0-1", "0-1")])
@@ -17,7 +15,6 @@ def test_on_the_same_layers(sweep: Sweep, layers: tuple[str, ...], at: int) -> N
     together(sweep, layers, at)
 
 
-@pytest.mark.xfail(strict=False, reason=RACE)
 @pytest.mark.parametrize("at", [20, 60, 100])
 @pytest.mark.parametrize("layers", [("1", "2"), ("1", "2", "1-2"), ("0", "1", "2", "0-2")])
 def test_on_different_layers(sweep: Sweep, layers: tuple[str, ...], at: int) -> None:
