@@ -163,9 +163,10 @@ class Worker:
         shutil.copytree(start, self.folder)
 
     def close(self) -> None:
-        assert self._server.stdin is not None
+        assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
 
 
 # --- scenarios ---
