@@ -25,7 +25,7 @@ from eval.splice import SplicedModel, constant, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce
-from shared.files import replacing, sync_dir
+from shared.files import remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
@@ -99,6 +99,8 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     )
     stores = {}
     for run in runs:
+        for folder in ("results", "results/features", "plots"):
+            remove_leftovers(run.path / folder)
         with skipped.leaving_out():
             stores[run.name] = _Store(run)
     todo = [(store, s) for store in stores.values() for s in store.missing(config, skipped)]
