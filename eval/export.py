@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from eval.metrics import heldout_blocks
 from shared.cache import Cache
 from shared.cli import UserError, format_layers, say
 from shared.files import make_dir, sync_dir, write_file
@@ -337,14 +337,10 @@ def _density(sae: Sae, cache: Cache, checkpoint: Checkpoint, device: torch.devic
         raise UserError(f"{cache.path} holds nothing out of layer {layer} for {checkpoint.path}; name another --cache or none")
     sae, rows = sae.to(device), max(1, _CHUNK_VALUES // n_features)
     fired = torch.zeros(n_features, dtype=torch.int64, device=device)
-    data = np.empty((spec.block_rows, spec.d_model), np.float16)
-    for block in range(spec.train_blocks, spec.n_blocks):
-        cache.read_block(layer, block, data)
-        cache.check_block(layer, block, data, cache.stats(layer, block))
-        for start in range(0, spec.block_rows, rows):
-            x = torch.from_numpy(data[start : start + rows]).to(device).float()
-            fired += (sae.encode(x) > 0).sum(0)
     tokens = spec.holdout_blocks * spec.block_rows
+    for block, _ in heldout_blocks(cache, layer, tokens):
+        for part in torch.split(block, rows):
+            fired += (sae.encode(part.to(device).float()) > 0).sum(0)
     return fired.double().cpu() / tokens, tokens
 
 

@@ -43,7 +43,6 @@ SAEBench leaves out special tokens; here every held-out token counts. z, x̂ and
 of the harvest; sums over tokens are float64. What is no number (0/0, or not finite) is None.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,9 +57,10 @@ from torch import Tensor
 
 from eval.floor import Statistics, capacity, critical_width, floors, student_widths
 from eval.splice import Loss
-from shared.cache import Cache, crc32c
+from shared.cache import Cache
 from shared.cli import UserError
 from shared.files import make_dir, publish_file
+from shared.seal import seal, sealed
 from train.sae import Sae
 
 DEAD_AT = 1e-5  # density
@@ -416,7 +416,7 @@ def save_features(path: Path, features: Features, *, tokens: int, file: str) -> 
     if there.get("file") == file and int(there.get("tokens", 0)) > tokens:
         return
     tensors = {name: getattr(features, name).contiguous() for name in Features.__slots__}
-    facts = {"tokens": str(tokens), "file": file, "crc32c": _checksum(tensors)}
+    facts = seal({"tokens": str(tokens), "file": file}, tensors)
     make_dir(path.parent)
     publish_file(path, save(tensors, metadata=facts))
 
@@ -429,7 +429,7 @@ def load_features(path: Path) -> tuple[Features, dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in Features.__slots__}
     except Exception:  # safetensors raises its own type, and OSError
         facts = {}
-    if not facts or facts.get("crc32c") != _checksum(tensors):
+    if not facts or not sealed(facts, tensors):
         raise UserError(f"{path} is missing or damaged: delete what is there, and run `python -m eval` again")
     return Features(**tensors), facts
 
@@ -440,12 +440,6 @@ def _feature_facts(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except Exception:  # safetensors raises its own type, and OSError
         return {}
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    shapes = json.dumps({name: list(tensor.shape) for name, tensor in sorted(tensors.items())}).encode()
-    content = b"".join(tensor.numpy().tobytes() for _, tensor in sorted(tensors.items()))
-    return crc32c(np.frombuffer(shapes + content, np.uint8))
 
 
 def _unit(rows: Tensor) -> Tensor:

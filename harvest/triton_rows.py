@@ -3,12 +3,13 @@
 2 or 4 bytes a value read and 2 written; nothing waits for the device. In TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from shared.launch import launch as _launch
+from shared.launch import row_stride as _row_stride
 
 ROWS, COLS = 4, 1024  # of a tile; 16-byte reads need 8 bfloat16 columns a thread, and 128 threads span 1024
 _LARGEST = tl.constexpr(65504.0)
@@ -21,20 +22,8 @@ def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
     count = torch.zeros((), dtype=torch.int64, device=x.device)
     cols = min(COLS, max(16, triton.next_power_of_2(d)))
     grid = (triton.cdiv(n, ROWS), triton.cdiv(d, cols))
-    _launch(_put_kernel, grid, x, rows, data, count, n, d, _stride(x), _stride(data), ROWS=ROWS, COLS=cols, num_warps=4)
+    _launch(_put_kernel, grid, x, rows, data, count, n, d, _row_stride(x), _row_stride(data), ROWS=ROWS, COLS=cols, num_warps=4)
     return count
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
-    """Launch on the device that holds the tensors, which need not be the current one."""
-    with torch.cuda.device(first.get_device()):  # -1 for the CPU: no device at all
-        kernel[grid](first, *args, **meta)
-
-
-def _stride(x: Tensor) -> int:
-    if x.stride(1) != 1:
-        raise ValueError(f"the columns must be contiguous, the strides are {x.stride()}")
-    return x.stride(0)
 
 
 @triton.jit

@@ -17,7 +17,6 @@ whoever reads it compares all of that: bytes of the right kind in the wrong plac
 the array's bytes, so chunks are written and read as they are, at the disk's speed and straight into the caller's memory.
 """
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -31,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cli import UserError, format_layers, parse_layers
-from shared.native import load
+from shared.seal import canonical, crc32c
 from shared.shuffle import block_rows
 from shared.store import Folder
 from shared.view import Layer
@@ -43,7 +42,6 @@ TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the
 ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
 _SPEC = "cache.json"
 _ZARR = "activations.zarr"
-_CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter lock, so it gets pieces of about a millisecond
 
 assert sys.byteorder == "little", "the cache stores little-endian values as they lie in memory"
 
@@ -81,7 +79,7 @@ class CacheSpec:
     @property
     def digest(self) -> str:
         """SHA-256 of the identity, 64 hexadecimal digits: the same for the same content, wherever it lay."""
-        return hashlib.sha256(_canonical({"format": FORMAT, **self.identity})).hexdigest()
+        return hashlib.sha256(canonical({"format": FORMAT, **self.identity})).hexdigest()
 
     def differences(self, other: "CacheSpec") -> list[str]:
         """In which of the fields that fix the bytes `other` differs: the one comparison of identities that there is."""
@@ -189,18 +187,14 @@ def slice_checksums(data: NDArray[Any], slice_rows: int) -> str:
     return "".join(crc32c(data[first : first + slice_rows]) for first in range(0, len(data), slice_rows))
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
 def _checksum(value: dict[str, Any]) -> str:
-    return crc32c(np.frombuffer(_canonical(value), np.uint8))
+    return crc32c(np.frombuffer(canonical(value), np.uint8))
 
 
 def seal(value: dict[str, Any]) -> bytes:
     """A JSON object and a checksum of itself, as the bytes of a file."""
     value = json.loads(json.dumps(value))  # as whoever reads it will see it: keys are strings there
-    return _canonical({**value, "checksum": _checksum(value)}) + b"\n"
+    return canonical({**value, "checksum": _checksum(value)}) + b"\n"
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -208,25 +202,6 @@ def unseal(data: bytes) -> dict[str, Any]:
     value = json.loads(data)
     if not isinstance(value, dict) or value.pop("checksum", None) != _checksum(value):
         raise ValueError("its checksum does not match")
-    return value
-
-
-def crc32c(data: NDArray[Any]) -> str:
-    """CRC-32C of an array's bytes, eight hexadecimal digits."""
-    raw = data.reshape(-1).view(np.uint8)
-    library = load(Path(__file__).with_name("crc32c.c"))
-    if library is None:
-        return f"{_google_crc32c(raw):08x}"
-    library.crc32c.restype = ctypes.c_uint32
-    return f"{library.crc32c(ctypes.c_void_p(raw.ctypes.data), ctypes.c_int64(raw.size)):08x}"
-
-
-def _google_crc32c(raw: NDArray[np.uint8]) -> int:
-    import google_crc32c  # here, because most machines have a compiler and need none of it
-
-    value = 0
-    for start in range(0, raw.size, _CRC_PIECE):
-        value = google_crc32c.extend(value, raw[start : start + _CRC_PIECE])
     return value
 
 

@@ -36,13 +36,14 @@ Offsets of the [B, F] matrices and of the entry lists are 64 bits wide: B·F pas
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared.launch import launch as _launch
+from shared.launch import row_stride as _row_stride
 from train.kernels import Activation, Active, AdamStep, Frequent, TorchKernels, WeightGrads, Workspace, starts
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
@@ -290,12 +291,6 @@ def _plan(active: Active, d: int) -> _Plan:
     )
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
-    """Launch on the device that holds the tensors, which need not be the current one."""
-    with torch.cuda.device(first.get_device()):  # -1 for the CPU: no device at all
-        kernel[grid](first, *args, **meta)
-
-
 def _bits(activation: Activation) -> Tensor:
     if not isinstance(activation, MarkedActivation):
         raise TypeError("these kernels take the activation that they made themselves")
@@ -333,12 +328,6 @@ def _tile(d: int) -> tuple[int, int]:
     """Rows and columns of a program that has nothing to add up along either."""
     cols = _slice(d, 1024)
     return max(1, RESIDUAL_ELEMENTS // cols), cols
-
-
-def _row_stride(x: Tensor) -> int:
-    if x.stride(1) != 1:
-        raise ValueError(f"the columns must be contiguous, the strides are {x.stride()}")
-    return x.stride(0)
 
 
 @triton.jit

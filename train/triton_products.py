@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from shared.launch import launch as _launch
 from train.kernels import Activation, Workspace
-from train.triton_kernels import MarkedActivation, TritonKernels, _bits, _launch
+from train.triton_kernels import MarkedActivation, TritonKernels, _bits
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -3,11 +3,8 @@
 In processes of their own, for the reason given in tests/train/test_triton_kernels.py.
 """
 
-import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +13,23 @@ import torch
 from torch import Tensor
 
 from harvest.writer import to_float16
+from tests.train.test_triton_kernels import mend_interpreter, needs_triton, run_in_its_own_process
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 RUNS = [("check_*", "1"), ("compile_*", "0")] + ([("check_*", "0")] if torch.cuda.is_available() else [])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (it is for Linux only)")
+@needs_triton
 @pytest.mark.parametrize(("functions", "interpret"), RUNS)
 def test_in_its_own_process(functions: str, interpret: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-o", f"python_functions={functions}", __file__]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_in_its_own_process(__file__, functions, interpret, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def rows_module() -> Any:
     """Imported here: in other processes of this file triton may be missing, or be imported the other way."""
     if INTERPRETED:
-        from tests.train.test_triton_kernels import mend_interpreter
-
         mend_interpreter()
     from harvest import triton_rows
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harvest.writer import BlockWriter, WriterConfig, _sums, _torch_sums, block_stats, to_float16
-from shared.cache import Cache, crc32c
+from shared.cache import Cache
 from shared.cli import UserError
 from shared.files import PAGE
+from shared.seal import crc32c
 from tests.shared.test_cache import SPEC
 
 

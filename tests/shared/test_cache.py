@@ -19,14 +19,13 @@ from shared.cache import (
     Cache,
     CacheSpec,
     TokenChunk,
-    _google_crc32c,
-    crc32c,
     merge_moments,
     seal,
     slice_checksums,
 )
 from shared.cli import UserError
 from shared.files import temporary
+from shared.seal import _google_crc32c, crc32c
 
 SPEC = CacheSpec(
     model="m",
@@ -74,7 +73,7 @@ def test_every_way_to_the_checksum_is_the_same(data: bytes) -> None:
 
 
 def test_checksums_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.cache.load", lambda source: None)
+    monkeypatch.setattr("shared.seal.load", lambda source: None)
     assert crc32c(np.frombuffer(b"123456789", dtype=np.uint8)) == "e3069283"
 
 

@@ -30,14 +30,23 @@ DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 RUNS = [("check_*", "1"), ("compile_*", "0")] + ([("check_*", "0"), ("large_*", "0")] if torch.cuda.is_available() else [])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (it is for Linux only)")
-@pytest.mark.parametrize(("functions", "interpret"), RUNS)
-def test_in_its_own_process(functions: str, interpret: str, tmp_path: Path) -> None:
+def run_in_its_own_process(file: str, functions: str, interpret: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-o", f"python_functions={functions}", __file__]
+    command += ["-o", f"python_functions={functions}", file]
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (it is for Linux only)"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize(("functions", "interpret"), RUNS)
+def test_in_its_own_process(functions: str, interpret: str, tmp_path: Path) -> None:
+    run_in_its_own_process(__file__, functions, interpret, tmp_path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,7 @@
 """The products that finish their results, against torch; in the interpreter, through the compiler, and on a GPU where
 there is one of compute capability 9. How and why in processes of their own: see test_triton_kernels."""
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,9 @@ from tests.train.test_triton_kernels import (
     fenced,
     fences,
     mend_interpreter,
+    needs_triton,
     random,
+    run_in_its_own_process,
 )
 
 __all__ = ["fences"]  # a fixture
@@ -31,14 +29,10 @@ GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 RUNS = [("check_*", "1"), ("compile_*", "0")] + ([("check_*", "0")] if GPU else [])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (it is for Linux only)")
+@needs_triton
 @pytest.mark.parametrize(("functions", "interpret"), RUNS)
 def test_in_its_own_process(functions: str, interpret: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-o", f"python_functions={functions}", __file__]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_in_its_own_process(__file__, functions, interpret, tmp_path)
 
 
 @pytest.fixture(scope="module")
