@@ -293,24 +293,26 @@ def test_the_state_of_another_layer_or_run_is_refused_by_name(tmp_path: Path) ->
         assert not isinstance(caught.value, Damaged)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond a page, which fails as a full disk does."""
+    """No file may grow beyond a page, which fails as a full disk does. Not a fixture: within it, pytest could not write what
+    it prints to a file either."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     sae().save(run.snapshot_path(1, "final"))
     run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    request.getfixturevalue("full_disk")
-    with pytest.raises(UserError, match=r"cannot write .*sae_layer01_final.pt: File too large"):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*sae_layer01_final.pt: File too large"):
         sae(64, 64).save(run.snapshot_path(1, "final"))
-    with pytest.raises(UserError, match=r"cannot write .*state.safetensors: .*File too large"):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*state.safetensors: .*File too large"):
         run.save_state(1, {"a": torch.randn(5000)}, {"step": 8})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
