@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cli import UserError, format_layers, parse_layers
-from shared.seal import canonical, crc32c
+from shared.seal import canonical, crc32c, from_bytes, to_bytes
 from shared.shuffle import block_rows
 from shared.store import Folder
 from shared.view import Layer
@@ -187,24 +187,6 @@ def slice_checksums(data: NDArray[Any], slice_rows: int) -> str:
     return "".join(crc32c(data[first : first + slice_rows]) for first in range(0, len(data), slice_rows))
 
 
-def _checksum(value: dict[str, Any]) -> str:
-    return crc32c(np.frombuffer(canonical(value), np.uint8))
-
-
-def seal(value: dict[str, Any]) -> bytes:
-    """A JSON object and a checksum of itself, as the bytes of a file."""
-    value = json.loads(json.dumps(value))  # as whoever reads it will see it: keys are strings there
-    return canonical({**value, "checksum": _checksum(value)}) + b"\n"
-
-
-def unseal(data: bytes) -> dict[str, Any]:
-    """What was sealed. Raises ValueError for anything else, damaged or not JSON."""
-    value = json.loads(data)
-    if not isinstance(value, dict) or value.pop("checksum", None) != _checksum(value):
-        raise ValueError("its checksum does not match")
-    return value
-
-
 @dataclass(kw_only=True, frozen=True, slots=True)
 class TokenChunk:
     """What the ledger holds of one chunk of the token array."""
@@ -243,7 +225,7 @@ class Cache:
             _refuse_foreign(store)
             raise UserError(f"no activation cache at {path}: run `make harvest` or `python -m harvest` first") from None
         try:
-            value = unseal(data)
+            value = from_bytes(data)
             if value["format"] != FORMAT:
                 raise _other_format(path, value["format"])
             spec = CacheSpec(**value["spec"])
@@ -266,7 +248,7 @@ class Cache:
             _refuse_foreign(store)
             _drop_foreign_entries(store, spec)
             _write_metadata(store, spec, ())
-            store.create(_SPEC, seal({"format": FORMAT, "digest": spec.digest, "spec": dataclasses.asdict(spec)}))
+            store.create(_SPEC, to_bytes({"format": FORMAT, "digest": spec.digest, "spec": dataclasses.asdict(spec)}))
         cache = cls.open(path)
         cache.require_same(spec)
         cache.add_layers(layers)
@@ -408,11 +390,11 @@ class Cache:
 
     def _entry(self, block: int, stats: dict[int, BlockStats]) -> bytes:
         layers = {str(layer): dataclasses.asdict(stats[layer]) for layer in sorted(stats)}
-        return seal({"cache": self._digest, "block": block, "layers": layers})
+        return to_bytes({"cache": self._digest, "block": block, "layers": layers})
 
     def _open_entry(self, group: str, block: int, data: bytes) -> dict[int, BlockStats]:
         """Raises ValueError unless this is the entry of that block and those layers of this cache, undamaged."""
-        value = unseal(data)
+        value = from_bytes(data)
         if value.get("cache") != self._digest:
             raise ValueError("it is of another cache")
         if value.get("block") != block or set(value["layers"]) != {str(layer) for layer in _group_layers(group)}:
@@ -539,13 +521,13 @@ class Cache:
         self._chunk = None
         self._store.write(_chunk_key(chunk), memoryview(data.reshape(-1).view(np.uint8).data))
         if there is None:
-            entry = seal({"cache": self._digest, "chunk": chunk, **dataclasses.asdict(made)})
+            entry = to_bytes({"cache": self._digest, "chunk": chunk, **dataclasses.asdict(made)})
             self._store.write(_token_entry_key(chunk), entry)
 
     def token_chunk(self, chunk: int) -> TokenChunk:
         """The ledger's record of a chunk. Raises UserError if there is none, or it is damaged."""
         try:
-            value = unseal(self._store.get(_token_entry_key(chunk)))
+            value = from_bytes(self._store.get(_token_entry_key(chunk)))
             if (value.pop("cache"), value.pop("chunk")) != (self._digest, chunk):
                 raise ValueError("it is of another chunk")
             return TokenChunk(**value)
@@ -712,6 +694,6 @@ def _drop_foreign_entries(store: Folder, spec: CacheSpec) -> None:
 def _owner(store: Folder, key: str) -> str | None:
     """The digest of the cache that a ledger entry belongs to; None where it is unreadable."""
     try:
-        return str(unseal(store.get(key)).get("cache"))
+        return str(from_bytes(store.get(key)).get("cache"))
     except (OSError, ValueError):
         return None

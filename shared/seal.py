@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.native import load
 
-SEAL = "crc32c"
+SEAL = "checksum"
 _CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter lock, so it gets pieces of about a millisecond
 
 
@@ -51,6 +51,19 @@ def seal(value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dic
 def sealed(value: Any, tensors: dict[str, Tensor] | None = None) -> bool:
     """Whether this is a dictionary with the right checksum."""
     return isinstance(value, dict) and value.get(SEAL) == _checksum(value, tensors)
+
+
+def to_bytes(value: dict[str, Any]) -> bytes:
+    """A JSON object with its checksum, as the bytes of a file."""
+    return canonical(seal(json.loads(json.dumps(value)))) + b"\n"  # as whoever reads it will see it: keys are strings there
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """What `to_bytes` was given. Raises ValueError for anything else, damaged or not JSON."""
+    value = json.loads(data)
+    if not sealed(value):
+        raise ValueError("its checksum does not match")
+    return _without(value)
 
 
 def _checksum(value: dict[str, Any], tensors: dict[str, Tensor] | None) -> str:

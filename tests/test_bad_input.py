@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache, seal
+from shared.cache import Cache
+from shared.seal import to_bytes
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
 
@@ -72,7 +73,7 @@ def test_no_cache(cli: Cli, tmp_path: Path) -> None:
 
 def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
-    (tmp_path / "c" / "cache.json").write_bytes(seal({"format": 3}))
+    (tmp_path / "c" / "cache.json").write_bytes(to_bytes({"format": 3}))
     refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 3")
 
 

@@ -20,12 +20,11 @@ from shared.cache import (
     CacheSpec,
     TokenChunk,
     merge_moments,
-    seal,
     slice_checksums,
 )
 from shared.cli import UserError
 from shared.files import temporary
-from shared.seal import _google_crc32c, crc32c
+from shared.seal import _google_crc32c, crc32c, to_bytes
 
 SPEC = CacheSpec(
     model="m",
@@ -278,7 +277,7 @@ def test_a_file_of_that_name_that_is_anothers_stays(tmp_path: Path) -> None:
 
 def test_a_cache_of_another_format_is_refused(tmp_path: Path) -> None:
     Cache.create(tmp_path / "c", SPEC, (0,))
-    (tmp_path / "c" / "cache.json").write_bytes(seal({"format": 3}))
+    (tmp_path / "c" / "cache.json").write_bytes(to_bytes({"format": 3}))
     with pytest.raises(UserError, match="format 3, and this program reads format 2"):
         Cache.open(tmp_path / "c")
 
