@@ -117,6 +117,8 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
                     _evaluate_layer(
                         cache, layer, [pair for pair in todo if pair[1].layer == layer], lm, config, skipped, progress, asked
                     )
+    for store in stores.values():
+        store.tabulate()
     return {name: store.view(config) for name, store in stores.items()}
 
 
@@ -251,8 +253,18 @@ class _Store:
             self._records = self._ordered([*(known | {_identity(record): seal(record)}).values()])
             with replacing(self._path) as temporary:
                 temporary.write_text(json.dumps(self._named(), indent=1) + "\n", encoding="utf-8")
-            with replacing(self._path.with_suffix(".csv")) as temporary:
-                temporary.write_text(self._csv(), encoding="utf-8")
+
+    def tabulate(self) -> None:
+        """The records as a .csv, which is theirs whatever became of an earlier one."""
+        path = self._path.with_suffix(".csv")
+        if not self._records:
+            return
+        with alone_in(path.parent):
+            self._records = self._ordered(self._read())
+            text = self._csv().encode()
+            if not path.exists() or path.read_bytes() != text:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(text)
 
     def _ordered(self, records: list[Record]) -> list[Record]:
         """By layer and age; of one snapshot the record of the file that is there first, and then the one on the most text."""

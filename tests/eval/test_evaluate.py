@@ -57,6 +57,17 @@ def test_everything_is_written_and_makes_sense(evaluated: Evaluated) -> None:
     assert f"report: {runs / 'report.html'}" in out
 
 
+def test_what_is_made_of_the_records_is_made_again(cli: Cli, evaluated: Evaluated) -> None:
+    """A kill comes between the last record and the table of them, or somebody deletes it."""
+    runs, args, _ = evaluated
+    tables = sorted(runs.glob("*/results/metrics.csv"))
+    whole = [path.read_bytes() for path in tables]
+    tables[0].unlink()
+    tables[1].write_bytes(whole[1].rpartition(b"\n")[0])
+    assert cli("eval", *args).code == 0
+    assert [path.read_bytes() for path in tables] == whole
+
+
 def test_a_second_evaluation_computes_nothing_again(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     _, args, out = evaluated
     monkeypatch.setattr("eval.evaluate.SplicedModel", None)
