@@ -272,7 +272,7 @@ class Run:
             try:
                 save_file(host, temporary, metadata={"facts": json.dumps(said)})
             except SafetensorError as error:
-                raise OSError(f"{path}: {error}") from None
+                raise OSError(str(error)) from None
         sync_dir(path.parent.parent)
         sync_dir(self.path)
 
