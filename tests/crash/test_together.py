@@ -1,4 +1,4 @@
-"""Several harvesters on one cache at once, one of them killed; then a plain run, and the bytes of an undisturbed one."""
+"""Several commands on one cache or run at once, one of them killed; then a plain run, and what an undisturbed one makes."""
 
 import sys
 
@@ -33,3 +33,22 @@ def together(sweep: Sweep, layers: tuple[str, ...], at: int) -> None:
         again = worker.run(sweep.harvest_args("0-2", 5))
         assert again.code == 0, again.why
         assert difference(contents(worker.folder), wanted) == ""
+
+
+@pytest.mark.parametrize("at", [10, 100])
+def test_trainers_of_the_same_layers_and_an_evaluation_beside_them(sweep: Sweep, at: int) -> None:
+    """One trainer has the layer, and is killed; the other is refused, or comes after it. What is measured meanwhile stays."""
+    start, evaluation = sweep.scenario("resume").start, sweep.scenario("eval")
+    with sweep.worker() as worker:
+        worker.restore(start)
+        killed, other, beside = worker.together(
+            [(Sweep.TRAIN, {"FAULT": "kill", "AT": at}), (Sweep.TRAIN, {}), (evaluation.argv, {})]
+        )
+        assert killed.code in (-9, 0, 2), killed.why
+        for ended in (other, beside):
+            assert ended.code in (0, 2), ended.why
+            assert "Traceback" not in ended.said
+        for argv in (Sweep.TRAIN, evaluation.argv):
+            again = worker.run(argv)
+            assert again.code == 0, again.why
+        assert difference(contents(worker.folder), evaluation.wanted) == ""
