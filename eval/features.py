@@ -328,6 +328,7 @@ class Tally:
         descending = 0x7FFFFFFF - highest[sequence, feature].view(torch.int32).long()  # positive floats, in order as integers
         self.top.offer(feature, descending << 32 | (first + row), row, tile)
 
+    @torch.inference_mode()
     def columns(self, unembedding: nn.Module, vocabulary: int) -> tuple[dict[str, Tensor], int]:
         """Everything that is known of each feature, on the CPU (see `COLUMNS`), and how many tokens `together` is from."""
         count = self.histograms.counts.sum(1)

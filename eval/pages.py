@@ -308,20 +308,27 @@ def _write_text(cache: Cache, tokenizer: PreTrainedTokenizerBase, out: Path) -> 
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, n: int) -> list[str]:
-    """What the first n tokens stand for in a text. One that is a part of a character is its bytes, or what the tokeniser calls
-    it."""
-    decode = tokenizer.backend_tokenizer.decode_batch
+    """What the first n tokens stand for in a text; of one that is part of a character, its bytes as \\xe2."""
+    backend = tokenizer.backend_tokenizer
+    names = tokenizer.convert_ids_to_tokens(list(range(n)))
+    if backend.decoder is None:  # what it would say is not what it was made from
+        return [_bytes(name) for name in names]
     # a token alone may lose the space it begins with, the second of two does not
-    once, twice = (decode([[i] * times for i in range(n)], skip_special_tokens=False) for times in (1, 2))
+    once, twice = (backend.decode_batch([[i] * times for i in range(n)], skip_special_tokens=False) for times in (1, 2))
     spelt = [b[len(a) :] if b.startswith(a) else a for a, b in zip(once, twice, strict=True)]
-    return [_part(tokenizer.convert_ids_to_tokens(i)) if "\ufffd" in text else text for i, text in enumerate(spelt)]
+    return [_bytes(name) if "\ufffd" in text else text for name, text in zip(names, spelt, strict=True)]
 
 
-def _part(token: str | None) -> str:
+def _bytes(name: str | None) -> str:
+    """A token of a byte-level tokeniser, from its name; any other's name."""
     try:
-        return "".join(f"\\x{_BYTES[letter]:02x}" for letter in token or "")
+        raw = bytes(_BYTES[letter] for letter in name or "")
     except KeyError:
-        return token or ""
+        return name or ""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _byte_letters() -> dict[str, int]:
