@@ -45,8 +45,8 @@ _TILE_VALUES = {"cpu": 1 << 25, "cuda": 1 << 28}  # values of z held at once, or
 _SCORES = 1 << 24  # values of a matrix of features against all features or tokens held at once
 _LEAST_EXPONENT = -100  # of a bin's width: what is smaller than 2^-100 counts as that
 _TOGETHER_TOKENS = 1 << 16  # at most
-_TOGETHER_PAIRS = 1 << 31  # pairs of features on one token, summed over tokens, at most: half a minute on a CPU
-_PAIRS = 1 << 23  # of them held at once
+_TOGETHER_PAIRS = 1 << 31  # pairs of features on one token, summed over tokens, at most: two minutes of one core
+_PAIRS = 1 << 20  # of them held at once
 
 
 def kept_bytes() -> int:

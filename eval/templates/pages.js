@@ -191,17 +191,17 @@ function row(i, top) {
   const line = el("a", {href: address(sae.facts, i), className: "row"},
     el("span", {className: "number"}, String(i)),
     el("span", {className: "density"}, sae.count[i] ? format(sae.count[i] / sae.facts.tokens) : "never"),
-    el("span", {className: "words"}, peaks(i)));
+    el("span", {className: "words"}, peaks(i, 4)));
   line.style.top = `${top}px`;
   if (i === feature) line.setAttribute("aria-current", "true");
   return line;
 }
 
 // The tokens on which it peaks, the most frequent first.
-function peaks(i) {
+function peaks(i, most) {
   const seen = new Map();
   for (const t of sae.peaks.subarray(i * shape.top, (i + 1) * shape.top)) if (t) seen.set(t, (seen.get(t) ?? 0) + 1);
-  return [...seen].sort((a, b) => b[1] - a[1]).slice(0, 4).map(([t]) => alone(t - 1)).join(" · ");
+  return [...seen].sort((a, b) => b[1] - a[1]).slice(0, most).map(([t]) => alone(t - 1)).join(" · ");
 }
 
 function mark() {
@@ -255,12 +255,12 @@ async function show(turn) {
 
 function fifths(sample) {
   if (!sample.length) return [];
-  const names = ["highest fifth", "second fifth", "middle fifth", "fourth fifth", "lowest fifth"];
+  const names = ["Highest fifth", "Second fifth", "Middle fifth", "Fourth fifth", "Lowest fifth"];
   const parts = names.map((name, j) => [name, sample.slice(Math.ceil(j * sample.length / 5), Math.ceil((j + 1) * sample.length / 5))]);
   return [el("h3", {}, "Samples by quantile"),
     el("p", {className: "note"}, `${sample.length === 1 ? "The only token" : `${sample.length} tokens`} on which it fires` +
       (sample.length < shape.samples ? "" : ", drawn at random") + ", in the order of activation"),
-    ...parts.filter(([, part]) => part.length).flatMap(([name, part]) => [el("h3", {}, name[0].toUpperCase() + name.slice(1)), el("div", {className: "fifth"}, ...part)])];
+    ...parts.filter(([, part]) => part.length).flatMap(([name, part]) => [el("h4", {}, name), el("div", {className: "fifth"}, ...part)])];
 }
 
 function words(i, k, name, chunk) {
@@ -275,8 +275,9 @@ function neighbours(chunk, k, name, note) {
   const width = chunk[name].length / chunk.bin_width.length, items = [];
   for (let n = k * width; n < (k + 1) * width; n++) {
     if (chunk[name][n] < 0) continue;
-    const other = chunk[name][n];
-    items.push(el("li", {}, el("a", {href: address(sae.facts, other), title: peaks(other)}, String(other)), " ", el("small", {}, note(n))));
+    const other = chunk[name][n], says = peaks(other, 1);
+    const link = el("a", {href: address(sae.facts, other), title: peaks(other, 4)}, String(other));
+    items.push(el("li", {}, link, ` ${says} `, el("small", {}, note(n))));
   }
   return items.length ? el("ul", {className: `chips ${name}`}, ...items) : el("p", {className: "note"}, "none");
 }
