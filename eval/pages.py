@@ -325,10 +325,7 @@ def _bytes(name: str | None) -> str:
         raw = bytes(_BYTES[letter] for letter in name or "")
     except KeyError:
         return name or ""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in raw)
+    return raw.decode(errors="backslashreplace")
 
 
 def _byte_letters() -> dict[str, int]:

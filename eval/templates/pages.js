@@ -213,9 +213,10 @@ function mark() {
   draw();
 }
 
+// From what is asked for, which may not be shown yet: keys are faster than files.
 function move(by) {
   if (!order.length) return;
-  const at = order.indexOf(feature), next = at < 0 ? 0 : Math.min(order.length - 1, Math.max(0, at + by));
+  const at = order.indexOf(parse().number), next = at < 0 ? 0 : Math.min(order.length - 1, Math.max(0, at + by));
   location.hash = address(sae.facts, order[next]);
 }
 
@@ -350,8 +351,14 @@ function toggleKeys() {
 by("keys-button").addEventListener("click", toggleKeys);
 
 const layersOf = (run) => catalogue.saes.filter((s) => runOf(s) === run).map((s) => s.layer);
-const otherLayer = (by) => { const to = step(layersOf(runOf(sae.facts)), sae.facts.layer, by); if (to !== null) jump(runOf(sae.facts), to); };
-const otherRun = (by) => { const to = step(runs, runOf(sae.facts), by); if (to !== null) jump(to, sae.facts.layer); };
+function otherLayer(by) {
+  const {facts} = parse(), to = step(layersOf(runOf(facts)), facts.layer, by);
+  if (to !== null) jump(runOf(facts), to);
+}
+function otherRun(by) {
+  const {facts} = parse(), to = step(runs, runOf(facts), by);
+  if (to !== null) jump(to, facts.layer);
+}
 const KEYS = {
   j: () => move(1), k: () => move(-1), "]": () => otherLayer(1), "[": () => otherLayer(-1), "}": () => otherRun(1), "{": () => otherRun(-1),
   "/": () => by("search").select(), g: () => by("number").select(), "?": toggleKeys,
