@@ -1,4 +1,4 @@
-"""`python -m eval`: numbers, pictures and a report for every run; `python -m eval export`: the SAEs for other tools."""
+"""`python -m eval`: numbers, pictures and a report; `pages`: a look at every feature; `export`: SAEs for other tools; …"""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from eval.export import FORMS, ExportConfig, export
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
 from eval.match import match_runs, match_table, match_to_final, open_run
 from eval.metrics import DEAD_AT
+from eval.pages import PagesConfig, write_pages
 from eval.plots import plot_run
 from eval.report import text_table, write_report
 from shared.cache import Cache
@@ -109,6 +110,38 @@ def export_command(
         device=pick_device(options["device"]) if cache else torch.device("cpu"),
     )
     say(f"exported {len(export(runs, config))} SAEs to {out}")
+
+
+@main.command("pages")
+@click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
+@click.option("--cache", type=click.Path(path_type=Path), help="The cache the runs were trained on [default: data/<preset>].")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
+)
+@click.option("--layers", help="Such as 0-5,12 [default: all there are].")
+@click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
+@click.option("--tokens", help="Held-out tokens to look at [default: all].")
+@click.option("--out", type=click.Path(path_type=Path), help="Gets index.html and its data [default: pages/ in --runs].")
+@click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+def pages_command(
+    preset: str, cache: Path | None, runs: Path, layers: str | None, tokens: str | None, out: Path | None, **options: Any
+) -> None:
+    """A page to look at every feature of every SAE; what is there already is kept."""
+    opened = Cache.open(cache or Path("data") / get_preset(preset).name)
+    config = PagesConfig(
+        device=pick_device(options["device"]),
+        out=out or runs / "pages",
+        tokens=parse_count(tokens) if tokens else opened.spec.holdout_blocks * opened.spec.block_rows,
+        snapshot=options["snapshot"],
+        layers=parse_layers(layers) if layers else None,
+        model=options["model"],
+    )
+    skipped = Skipped()
+    page = write_pages(opened, find_runs(runs, opened, skipped), config, skipped)
+    say(f"pages: {page}")
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is on the pages")
 
 
 @main.command("floor")

@@ -19,13 +19,22 @@ from harvest.harvest import (
     require_space,
     verify,
 )
-from harvest.text import TextSource, load_tokenizer, require_one_context, tokenizer_hash
+from harvest.text import TextSource, require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
 from shared.cli import DefaultRun, UserError, format_layers, parse_count, parse_layers, run
 from shared.device import pick_device
 from shared.files import make_dir
-from shared.lm import Model, harvested_model, load_config, open_model, require_model, unpin
+from shared.lm import (
+    Model,
+    harvested_model,
+    load_config,
+    load_tokenizer,
+    open_model,
+    require_model,
+    tokenizer_hash,
+    unpin,
+)
 from shared.presets import Preset, get_preset
 
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from harvest.model import ResidualModel
 from harvest.native import put_rows
-from harvest.text import TextSource, load_tokenizer, tokenizer_hash, write_tokens
+from harvest.text import TextSource, write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig
 from shared.cache import Cache, CacheSpec
 from shared.cli import UserError, format_bytes, format_layers, format_seconds
 from shared.device import announce, new_event, new_stream, send
 from shared.files import UNKNOWN_FREE, existing, free_bytes, write_all
-from shared.lm import Model, load_model
+from shared.lm import Model, load_model, load_tokenizer, tokenizer_hash
 from shared.progress import Progress
 
 LEDGER_BYTES_PER_LAYER = 330  # of one block, as measured; it is 0.0005 % of a full-size block

@@ -5,7 +5,6 @@ order. It is written chunk by chunk, and after each chunk a ledger remembers whe
 a killed run continues there without tokenising anything twice.
 """
 
-import hashlib
 import itertools
 import sys
 from collections.abc import Collection, Iterator
@@ -14,37 +13,17 @@ from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from harvest.source import Piece
 from harvest.source import TextSource as TextSource
 from shared.cache import Cache, CacheSpec
 from shared.cli import UserError
-from shared.lm import unreachable
 from shared.progress import Progress
 
 # Tokenised in one call, over all cores: as many documents as there are in so many characters, and no more than these.
 _DOCUMENTS = 256
 _CHARACTERS = 2 << 20
-
-
-def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A fast tokeniser for whole documents: nothing cut off or added, special tokens quoted in a text are text."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # each kind of tokeniser has its own ways of failing
-        raise unreachable(f"the tokenizer of {model}", error) from None
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model} is not a fast tokenizer with an end-of-text token; use another model")
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def require_one_context(source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> None:

@@ -1,4 +1,4 @@
-"""Language models: which one it is, loading it, and finding its decoder blocks."""
+"""Language models: which one it is, loading it and its tokeniser, and finding its parts."""
 
 import hashlib
 import json
@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from shared.cache import Cache
@@ -18,6 +18,7 @@ from shared.cli import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
+_FINAL_NORMS = ("final_layer_norm", "ln_f", "norm")  # in GPT-NeoX, GPT-2 and Llama
 _SHAPE = ("num_hidden_layers", "hidden_size", "vocab_size")
 _NAMED = 3  # weights named in a refusal
 # What a checkpoint may hold beyond the model: heads, and what older versions stored of masks and rotations, which is computed.
@@ -152,6 +153,25 @@ def unreachable(what: str, error: Exception) -> UserError:
     return UserError(f"cannot load {what}: {reason}; give a local path, or check the name, revision and connection")
 
 
+def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A fast tokeniser for whole documents: nothing cut off or added, special tokens quoted in a text are text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # each kind of tokeniser has its own ways of failing
+        raise unreachable(f"the tokenizer of {model}", error) from None
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model} is not a fast tokenizer with an end-of-text token; use another model")
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
 def load_config(model: str, revision: str | None) -> PretrainedConfig:
     """The configuration of a plain, unquantised language model. Raises UserError for any other, or where it is not there."""
     try:
@@ -238,3 +258,13 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     raise UserError(
         f"{type(base).__name__} is not of the NeoX, GPT-2 or Llama families (its decoder blocks were not found); use another"
     )
+
+
+def unembedding(lm: nn.Module) -> nn.Sequential:
+    """What turns the last block's output into logits: final norm and output head of a causal language model of the NeoX, GPT-2
+    or Llama families. Raises UserError for others."""
+    base, head = cast(nn.Module, lm.base_model), cast(Any, lm).get_output_embeddings()
+    norm = next((norm for name in _FINAL_NORMS if isinstance(norm := getattr(base, name, None), nn.Module)), None)
+    if norm is None or head is None:
+        raise UserError(f"{type(lm).__name__} is not of the NeoX, GPT-2 or Llama families (it has no final norm); use another")
+    return nn.Sequential(norm, head)

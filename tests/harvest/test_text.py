@@ -15,12 +15,12 @@ from harvest.text import (
     _encode,
     _take,
     _token_batches,
-    load_tokenizer,
     require_one_context,
     write_tokens,
 )
 from shared.cache import Cache
 from shared.cli import UserError
+from shared.lm import load_tokenizer
 from tests.conftest import documents
 
 
