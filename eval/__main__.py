@@ -10,8 +10,9 @@ from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
 from eval.export import FORMS, ExportConfig, export
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
 from eval.match import match_runs, match_table, match_to_final, open_run
+from eval.measured import measured_floors
 from eval.metrics import DEAD_AT
-from eval.plots import plot_run
+from eval.plots import plot_runs
 from eval.report import text_table, write_report
 from shared.cache import Cache
 from shared.cli import DefaultRun, UserError, parse_count, parse_layers, run, say
@@ -73,9 +74,11 @@ def run_command(
     found = find_runs(runs, opened, skipped)
     results = evaluate(opened, found, config, skipped)
     found = [each for each in found if each.name in results]
-    for each in found:
-        plot_run(each, results[each.name], skipped)
-    report = write_report(runs, found, results)
+    measured = None
+    with skipped.leaving_out():
+        measured = measured_floors(runs, opened.digest)
+    plot_runs(found, results, measured, skipped)
+    report = write_report(runs, found, results, measured, skipped)
     say(text_table(found, results))
     say(f"\nreport: {report}")
     if skipped.count:

@@ -41,14 +41,18 @@ class Skipped:
     """What was left out of an evaluation. `with skipped.leaving_out(): …` says a UserError in one line and goes on."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.said: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.said)
 
     @contextlib.contextmanager
     def leaving_out(self) -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            self.count += 1
+            self.said.append(str(error))
             say(f"left out: {error}", err=True)
 
 
