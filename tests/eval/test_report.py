@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from eval import plots
-from eval.evaluate import Skipped
+from eval.evaluate import Skipped, features_path
 from eval.measured import measured_floors
+from eval.metrics import load_features
 from eval.plots import plot_runs
 from eval.report import CAPTIONS, text_table, warnings, write_report
 from shared.cli import UserError
@@ -68,34 +70,47 @@ def test_pictures_of_all_runs_are_the_same_in_each_of_them(published: Published)
     assert len({(run.path / "plots" / "2_metrics_heatmap.svg").read_bytes() for run in published[1]}) == 3
 
 
-def test_the_same_numbers_give_the_same_bytes(published: Published, tmp_path: Path) -> None:
+def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
+    run = published[1][2]
+    features = {r["layer"]: load_features(features_path(run, r["layer"], "final"))[0] for r in published[2][run.name][-9:-3:6]}
+    drawn = plots._rendered(plots._importance(data_of(run, published[2]), features))
+    assert drawn == plots._rendered(plots._importance(data_of(run, published[2]), features))
+
+
+def data_of(run: Run, results: Results) -> plots.RunData:
+    return plots.RunData(run=run, label=run.name[-8:], records=results[run.name], whole=300_000_000, d_model=1024)
+
+
+def test_nothing_is_cut_off(published: Published) -> None:
+    """Margins are constants, so every label must be seen to fit."""
     folder, runs, results, _ = published
-    shutil.copytree(runs[2].path, tmp_path / runs[2].name)
-    before = {p.name: p.read_bytes() for p in (tmp_path / runs[2].name / "plots").iterdir() if p.name[0] in "12456"}
+    datas = [data_of(run, results) for run in runs]
     measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
-    plot_runs([Run(tmp_path / runs[2].name)], results, measured, Skipped())
-    after = {name: (tmp_path / runs[2].name / "plots" / name).read_bytes() for name in before}
-    assert len(before) == 10
-    assert after == before
+    figures = plots._of_one_run(datas[2], Skipped())
+    figures |= {"3": plots._sparsity_fidelity(datas), "7": plots._capacity(datas), "8": plots._floors(datas, measured)}
+    assert len(figures) == 8
+    for name, figure in figures.items():
+        FigureCanvasAgg(figure)
+        box, edge = figure.get_tightbbox(), figure.bbox_inches
+        assert edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1, (name, box, edge)
 
 
-def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path: Path) -> None:
-    """One layer, one snapshot, no curve, no feature statistics, every metric null or zero: as pictures, and no warning."""
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path: Path, value: float | None) -> None:
+    """One layer, one snapshot, no curve, no feature statistics, every metric null or zero: pictures, and no warning."""
     run = Run(tmp_path / published[1][0].name)
     run.path.mkdir()
     shutil.copy(published[1][0].config_path, run.path)
-    keep = {"layer": 3, "snapshot": "50M", "trained_tokens": 50_000_000}
-    for value in (None, 0.0):
-        record = {name: value for name in published[2][run.name][0]} | keep
-        plot_runs([run], {run.name: [record]}, None, Skipped())
-        assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
-    plot_runs([run], {run.name: []}, None, Skipped())
+    record = {name: value for name in published[2][run.name][0]}
+    record |= {"layer": 3, "snapshot": "50M", "trained_tokens": 50_000_000}
+    plot_runs([run], {run.name: [record]}, None, Skipped())
+    assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
 
 
-def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published, tmp_path: Path) -> None:
+def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published) -> None:
     """The colour of a share does not depend on the other layers: a column of small numbers is no pattern."""
     data = [r | {"dead_share": 1e-9 * r["layer"]} for r in published[2][published[1][0].name]]
-    of = plots.RunData(run=published[1][0], label="", records=data, whole=300_000_000, d_model=1024)
+    of = data_of(published[1][0], {published[1][0].name: data})
     shades = np.asarray(plots._heatmap(of).axes[0].images[0].get_array())
     assert shades[:, [key for key, *_ in plots._MAP].index("dead_share")].max() < 1e-6
     assert shades[:, [key for key, *_ in plots._MAP].index("l0")].max() == 1
