@@ -6,13 +6,15 @@ from typing import Any
 import click
 import torch
 
-from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
+from eval.card import Publication, sister_runs, write_card
+from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs, runs_in
 from eval.export import FORMS, ExportConfig, export
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
 from eval.match import match_runs, match_table, match_to_final, open_run
 from eval.measured import measured_floors
 from eval.metrics import DEAD_AT
 from eval.plots import plot_runs
+from eval.publish import PublishConfig, publish
 from eval.report import text_table, write_report
 from shared.cache import Cache
 from shared.cli import DefaultRun, UserError, parse_count, parse_layers, run, say
@@ -78,6 +80,9 @@ def run_command(
     with skipped.leaving_out():
         measured = measured_floors(runs, opened.digest)
     plot_runs(found, results, measured, skipped)
+    for each in found:
+        with skipped.leaving_out():
+            write_card(each, results[each.name], measured, sister_runs(each))
     report = write_report(runs, found, results, measured, skipped)
     say(text_table(found, results))
     say(f"\nreport: {report}")
@@ -112,6 +117,20 @@ def export_command(
         device=pick_device(options["device"]) if cache else torch.device("cpu"),
     )
     say(f"exported {len(export(runs, config))} SAEs to {out}")
+
+
+@main.command("publish")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), multiple=True, default=[Path("runs")], help="Runs, or folders of them."
+)
+@click.option("--to", required=True, help="On the hub: who owns it (repositories are named as the runs), or owner/name.")
+@click.option("--public", is_flag=True, help="For everybody to see, if it is new [default: private].")
+@click.option("--license", default=Publication().license, show_default=True, help="Of the SAEs, as the hub names it.")
+@click.option("--dry-run", is_flag=True, help="Prepare everything and list files and sizes, but send nothing.")
+def publish_command(runs: tuple[Path, ...], to: str, public: bool, license: str, dry_run: bool) -> None:
+    """Upload evaluated runs to the hub; what is there already is not sent again."""
+    config = PublishConfig(to=to, license=license, public=public, dry_run=dry_run)
+    publish([run for place in runs for run in runs_in(place)], config)
 
 
 @main.command("floor")

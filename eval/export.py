@@ -188,7 +188,7 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
             try:
                 sae, origin = open_checkpoint(checkpoint, config)
                 without_name |= origin.model is None
-                _publish(target, FORMS[config.form](sae, origin))
+                publish_folder(target, FORMS[config.form](sae, origin))
             except UserError as error:
                 failed += 1
                 say(f"left out: {error}", err=True)
@@ -344,7 +344,7 @@ def _density(sae: Sae, cache: Cache, checkpoint: Checkpoint, device: torch.devic
     return fired.double().cpu() / tokens, tokens
 
 
-def _publish(folder: Path, files: Files) -> None:
+def publish_folder(folder: Path, files: Files) -> None:
     """Make the folder with all its files in one move. One that is there already is kept if it says the same of itself."""
     said = "cfg.json" if "cfg.json" in files else "config.json"
     if folder.exists():

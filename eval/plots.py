@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook's names one that may not be here, and the import reads it
@@ -70,9 +69,11 @@ class RunData:
 
 def short_labels(names: Sequence[str]) -> list[str]:
     """Run names without what all of them begin with, up to a hyphen: what tells them apart."""
-    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    cut = common.rfind("-") + 1
-    return [name[cut:] for name in names]
+    words = [name.split("-") for name in names]
+    same = 0
+    while len(names) > 1 and all(len(w) > same + 1 and w[same] == words[0][same] for w in words):
+        same += 1
+    return ["-".join(w[same:]) for w in words]
 
 
 def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Record | None, skipped: Skipped) -> None:
@@ -139,8 +140,8 @@ def _write(runs: list[RunData], pictures: dict[str, Figure]) -> None:
 def _rendered(figure: Figure) -> dict[str, bytes]:
     """{suffix: content}, each drawn once, where `savefig` would draw twice."""
     png, svg = io.BytesIO(), io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
     return {".png": png.getvalue(), ".svg": svg.getvalue()}
 
 
@@ -188,9 +189,9 @@ def _layer_norm(layers: Iterable[int]) -> Normalize:
 
 def _bar_axes(figure: Figure) -> Axes:
     """A strip at the right, as high as the panels."""
-    w, places = figure.get_figwidth(), figure.axes[0].get_gridspec().get_subplot_params(figure)
-    left = places.right + 0.12 / w
-    return figure.add_axes((left, places.bottom, 0.2 / w, places.top - places.bottom))
+    w, boxes = figure.get_figwidth(), [axis.get_position() for axis in figure.axes]
+    left, bottom, top = max(b.x1 for b in boxes), min(b.y0 for b in boxes), max(b.y1 for b in boxes)
+    return figure.add_axes((left + 0.12 / w, bottom, 0.2 / w, top - bottom))
 
 
 def _layer_bar(figure: Figure, norm: Normalize) -> None:
@@ -387,7 +388,15 @@ def _density(data: RunData, features: dict[int, Features]) -> Figure:
         start += share
     classes.set_xlim(0, 1)
     classes.set_xlabel("share of features")
-    classes.legend(ncols=len(_CLASSES), fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.0, handlelength=1.2, frameon=False)
+    classes.legend(
+        ncols=len(_CLASSES),
+        fontsize=7.5,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        columnspacing=1.0,
+        handlelength=1.2,
+        frameon=False,
+    )
     _title(figure, f"{data.run.name}: how often features fire")
     return figure
 
@@ -473,7 +482,7 @@ def _run_legend(axis: Axes, runs: list[RunData]) -> list[Any]:
         for n, data in enumerate(runs)
     ]
     if any(r["snapshot"] != _FINAL for data in runs for r in data.latest):
-        style = {"marker": "o", "linestyle": "", "color": "0.3", "fillstyle": "none"}
+        style: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "0.3", "fillstyle": "none"}
         handles += axis.plot([], [], label="open: unfinished layer", **style)
     return handles
 

@@ -126,7 +126,9 @@ class Table:
 
 
 def templates(*, autoescape: bool) -> Environment:
-    return Environment(loader=PackageLoader("eval"), autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True)
+    return Environment(
+        loader=PackageLoader("eval"), autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True
+    )
 
 
 def write_report(
@@ -134,15 +136,19 @@ def write_report(
 ) -> Path:
     """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
     labels = short_labels([run.name for run in runs])
-    page = templates(autoescape=True).get_template("report.html.j2").render(
-        runs=[
-            _section(folder, run, label, results[run.name], number)
-            for number, (run, label) in enumerate(zip(runs, labels, strict=True))
-        ],
-        warnings=warnings(runs, results, skipped),
-        overview=_overview(runs, labels, results),
-        pictures=_pictures(runs[0], _OF_ALL) if runs else [],
-        measured=measured and _measured(measured),
+    page = (
+        templates(autoescape=True)
+        .get_template("report.html.j2")
+        .render(
+            runs=[
+                _section(folder, run, label, results[run.name], number)
+                for number, (run, label) in enumerate(zip(runs, labels, strict=True))
+            ],
+            warnings=warnings(runs, results, skipped),
+            overview=_overview(runs, labels, results),
+            pictures=_pictures(runs[0], _OF_ALL) if runs else [],
+            measured=measured and _measured(measured),
+        )
     )
     path = folder / "report.html"
     with alone_in(folder):
@@ -160,7 +166,7 @@ def _section(folder: Path, run: Run, label: str, records: list[Record], number: 
         for path, text in (
             (run.path / "pages" / "index.html", "feature pages"),
             (run.path / "results" / "metrics.csv", "all snapshots and metrics (CSV)"),
-            (run.path / "results" / "metrics.json", "the same as JSON"),
+            (run.path / "results" / "metrics.json", "all snapshots and metrics (JSON)"),
             (run.path / "README.md", "model card"),
             (run.path / "config.json", "configuration"),
         )
@@ -182,12 +188,12 @@ def _table(columns: Iterable[tuple[str, str, str]], records: list[Record], whole
     columns = list(columns)
 
     def row(r: Record) -> list[Cell]:
-        cells = [_cell(r[key], form) for _, key, form in columns]
-        return [*cells, Cell(text=trained_on(r, whole), value=str(r["trained_tokens"]))]
+        layer, *cells = (_cell(r[key], form) for _, key, form in columns)
+        return [layer, Cell(text=trained_on(r, whole), value=str(r["trained_tokens"])), *cells]
 
     done = finished(records)
     return Table(
-        heads=[*(title for title, _, _ in columns), "trained on"],
+        heads=[columns[0][0], "trained on", *(title for title, _, _ in columns[1:])],
         rows=[row(r) for r in done],
         unfinished=[row(r) for r in latest(records) if r not in done],
     )
@@ -250,12 +256,17 @@ def _measured(experiment: Record) -> dict[str, Any]:
         if (fit := p["fits"]["predicted"])
     ]
     heads = ["run", "layer", "d*", "C", "± C", "B", "± B", "R²", "R² left out", "R² naive", "R² ln width", "error near d*"]
+    return measured_words(experiment) | {
+        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
+        "fits": Table(heads=heads, rows=fits, unfinished=[]),
+    }
+
+
+def measured_words(experiment: Record) -> dict[str, Any]:
     return {
         "model": experiment["model"],
         "setting": ", ".join(f"{name} {value}" for name, value in experiment["setting"].items()),
         "teacher": written(experiment["teacher"]["ce"], "{:.4f}"),
-        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
-        "fits": Table(heads=heads, rows=fits, unfinished=[]),
     }
 
 
@@ -267,7 +278,7 @@ def settings(config: Record) -> list[tuple[str, str]]:
     pairs = []
     for name, value in config["train"].items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
-        pairs += [(f"{name} {part}".strip(), str(v)) for part, v in parts]
+        pairs += [(f"{name} {part}".strip(), "–" if v is None else str(v)) for part, v in parts]
     return pairs
 
 
@@ -303,9 +314,9 @@ _FLATTERED = 2.0  # times that FVU grows outside the largest directions
 _MOSTLY_DEAD = 0.5
 
 
-def warnings(runs: list[Run], results: dict[str, list[Record]], skipped: Skipped) -> list[str]:
+def warnings(runs: list[Run], results: dict[str, list[Record]], skipped: Skipped | None) -> list[str]:
     """One line each, for people."""
-    lines = [f"Left out of this evaluation: {message}" for message in skipped.said]
+    lines = [f"Left out of this evaluation: {message}" for message in skipped.said] if skipped else []
     commonest = Counter(_basis(r) for run in runs for r in results[run.name]).most_common(1)
     for run in runs:
         lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], commonest[0][0] if commonest else ())]
@@ -328,7 +339,9 @@ def _of_run(run: Run, records: list[Record], usual: tuple[Any, ...]) -> list[str
     ratios = [(r["fvu_without_top3"] / r["fvu"], r["layer"]) for r in shown if r["fvu"] and r["fvu_without_top3"]]
     if ratios and max(ratios)[0] > _FLATTERED:
         most, layer = max(ratios)
-        lines.append(f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {layer})")
+        lines.append(
+            f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {layer})"
+        )
     if dense := [r["layer"] for r in shown if r["alpha"] is not None and r["alpha"] < 1 - 1 / math.e]:
         lines.append(f"features of layers {format_layers(dense)} are too dense for the formula of predicted floors")
     return lines

@@ -1,7 +1,7 @@
 """Runs as large as the published job's (24 layers, three settings, six snapshots) in their real files, without training them.
 
-Checkpoints are of 8 features and belong where they lie, one a layer, the latest; records, curves and feature statistics are made up to look like the
-real ones: numbers follow the layer, the setting and the age.
+Checkpoints are of 8 features and belong where they lie, one a layer, the latest; records, curves and feature statistics are
+made up to look like the real ones: numbers follow the layer, the setting and the age.
 """
 
 import dataclasses
@@ -91,9 +91,7 @@ def _curve(run: Run, layer: int, l1: float, l0: float) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def _snapshot(
-    run: Run, layer: int, depth: float, label: str, tokens: int, l1: float, l0: float, *, latest: bool
-) -> Record:
+def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: float, l0: float, *, latest: bool) -> Record:
     age = tokens / TOKENS
     generator = torch.Generator().manual_seed(layer)
     sae = Sae(
@@ -184,8 +182,6 @@ def _snapshot(
         "ablation": "zero",
         "file": file,
     }
-
-
 
 
 def make_distilled(folder: Path, results: dict[str, list[Record]]) -> None:

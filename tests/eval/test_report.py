@@ -101,7 +101,7 @@ def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path
     run = Run(tmp_path / published[1][0].name)
     run.path.mkdir()
     shutil.copy(published[1][0].config_path, run.path)
-    record = {name: value for name in published[2][run.name][0]}
+    record = dict.fromkeys(published[2][run.name][0], value)
     record |= {"layer": 3, "snapshot": "50M", "trained_tokens": 50_000_000}
     plot_runs([run], {run.name: [record]}, None, Skipped())
     assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
