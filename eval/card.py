@@ -66,8 +66,9 @@ def markdown(value: Any) -> Safe:
 
 
 def _literal(value: Any) -> Safe:
-    """JSON: a string of YAML and of Python, with nothing in it that ends a code block."""
-    return Safe(json.dumps(value).replace("`", "\\u0060"))
+    """JSON: a string of YAML and of Python, with nothing in it that ends a line or a code block."""
+    text = json.dumps(value, ensure_ascii=False)  # YAML knows no surrogates
+    return Safe(re.sub(r"[`\x7f-\x9f\u2028\u2029\ufeff]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

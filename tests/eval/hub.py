@@ -18,7 +18,7 @@ LARGE = (".pt", ".safetensors", ".png")  # what the hub's .gitattributes calls l
 
 
 class Hub:
-    """Use as a context manager. `repositories` is {name: {"private", "files": {path: content}, "commits": [message]}}."""
+    """Use as a context manager. `repositories`: {name: {"name", "private", "files": {path: content}, "commits": [message]}}."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Any]] = {}
@@ -96,7 +96,7 @@ class Hub:
         if name in self.repositories:
             return _reply(request, 409, answer | {"error": "You already created this model repo"})
         private = asked.get("private", asked.get("visibility") == "private")
-        self.repositories[name] = {"private": private, "files": {}, "commits": []}
+        self.repositories[name] = {"name": name, "private": private, "files": {}, "commits": []}
         return _reply(request, 200, answer)
 
     def _preupload(self, request: Any, repository: dict[str, Any], body: bytes) -> None:
@@ -134,7 +134,11 @@ class Hub:
                 assert line["key"] == "file"
                 repository["files"][value["path"]] = base64.b64decode(value["content"])
         oid = f"{len(repository['commits']):040x}"
-        _reply(request, 200, {"commitUrl": f"{self.url}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None})
+        _reply(
+            request,
+            200,
+            {"commitUrl": f"{self.url}/{repository['name']}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None},
+        )
 
     def _tree(self, request: Any, repository: dict[str, Any], body: bytes) -> None:
         entries = []
