@@ -1,6 +1,7 @@
 """The summary people read: a table for the terminal, and report.html, one page with everything in it for all runs."""
 
 import base64
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -116,6 +117,7 @@ _OF_ALL = ("3_sparsity_fidelity", "7_capacity", "8_loss_floor_predictions")
 class Cell:
     text: str
     value: str  # what it is sorted by: a number or a word, "" where there is none
+    href: str | None = None
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -161,10 +163,11 @@ def _section(folder: Path, run: Run, label: str, records: list[Record], number: 
     whole = format_count(run.config()["train"]["tokens"])
     widths = floor_widths(records)
     floor_columns = [("layer", "layer", "{:d}"), *((f"L*({w})", f"floor_{w}", "{:.4g}") for w in widths)]
-    links = [
+    pages = _feature_pages(folder, run, records)
+    links = [{"href": next(iter(pages.values())), "text": "feature pages"}] if pages else []
+    links += [
         {"href": prefix + quote(str(path.relative_to(run.path))), "text": text}
         for path, text in (
-            (run.path / "pages" / "index.html", "feature pages"),
             (run.path / "results" / "metrics.csv", "all snapshots and metrics (CSV)"),
             (run.path / "results" / "metrics.json", "all snapshots and metrics (JSON)"),
             (run.path / "README.md", "model card"),
@@ -176,19 +179,27 @@ def _section(folder: Path, run: Run, label: str, records: list[Record], number: 
         "anchor": f"run-{number}",
         "name": run.name,
         "label": label,
-        "table": _table(_PAGE_COLUMNS, records, whole),
-        "floors": _table(floor_columns, records, whole),
+        "table": _table(_PAGE_COLUMNS, records, whole, pages),
+        "floors": _table(floor_columns, records, whole, {}),
         "links": links,
         "pictures": _pictures(run, [name for name in CAPTIONS if name not in _OF_ALL]),
         "facts": settings(run.config()) + provenance(run.config()),
     }
 
 
-def _table(columns: Iterable[tuple[str, str, str]], records: list[Record], whole: str) -> Table:
+def _feature_pages(folder: Path, run: Run, records: list[Record]) -> dict[int, str]:
+    """{layer: address of the page of its features}, as eval/pages.py leaves them in <runs>/pages."""
+    shown = [r for r in latest(records) if any((folder / "pages" / run.name).glob(f"layer{r['layer']:02d}_{r['snapshot']}.*"))]
+    address = f"pages/index.html#{quote(run.name, safe='')}"
+    return {r["layer"]: f"{address}/{r['snapshot']}/{r['layer']}" for r in shown if (folder / "pages" / "index.html").exists()}
+
+
+def _table(columns: Iterable[tuple[str, str, str]], records: list[Record], whole: str, pages: dict[int, str]) -> Table:
     columns = list(columns)
 
     def row(r: Record) -> list[Cell]:
         layer, *cells = (_cell(r[key], form) for _, key, form in columns)
+        layer = dataclasses.replace(layer, href=pages.get(r["layer"]))
         return [layer, Cell(text=trained_on(r, whole), value=str(r["trained_tokens"])), *cells]
 
     done = finished(records)

@@ -39,8 +39,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     runs, skipped = runs_in(folder), Skipped()
     measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
     plot_runs(runs, results, measured, skipped)
-    (runs[0].path / "pages").mkdir()
-    (runs[0].path / "pages" / "index.html").write_text("<title>feature pages</title>")
+    (folder / "pages" / runs[0].name / "layer03_final.0123abcd").mkdir(parents=True)
+    (folder / "pages" / "index.html").write_text("<title>feature pages</title>")
     report = write_report(folder, runs, results, measured, skipped)
     assert skipped.said == []
     return folder, runs, results, report
@@ -147,8 +147,8 @@ def test_the_page_needs_nothing_but_itself(published: Published, browser: Browse
     assert [url for url in browser.loaded() if not url.startswith("data:")] == [published[3].as_uri()]
     assert browser.errors() == []
     links = {e.get_attribute("href") for e in browser.all("a[href*='/']")}
-    assert f"{published[1][0].path.as_uri()}/pages/index.html" in links
-    assert all(Path(str(link).removeprefix("file://")).exists() for link in links)
+    assert f"{published[0].as_uri()}/pages/index.html#{published[1][0].name}/final/3" in links
+    assert all(Path(str(link).removeprefix("file://").partition("#")[0]).exists() for link in links)
 
 
 def test_tables_sort_by_number_and_an_unfinished_layer_stays_apart(published: Published, browser: Browser) -> None:
@@ -198,6 +198,8 @@ def test_hostile_names_are_text(published: Published, tmp_path: Path, browser: B
     """A run's folder may be called anything."""
     run = Run(tmp_path / "a'\"><img src=x onerror=document.title='bad'> ünïcode #1?")
     shutil.copytree(published[1][0].path, run.path)
+    (tmp_path / "pages" / run.name / "layer05_final.0123abcd").mkdir(parents=True)
+    shutil.copy(published[0] / "pages" / "index.html", tmp_path / "pages")
     skipped = Skipped()
     skipped.said.append("<script>document.title='bad'</script>")
     results = {run.name: published[2][published[1][0].name]}
@@ -207,8 +209,9 @@ def test_hostile_names_are_text(published: Published, tmp_path: Path, browser: B
     assert run.name in [e.text for e in browser.all("h2")]
     assert "<script>document.title" in browser.text("ul.warnings")
     assert "Measured floors: not measured" in browser.text("body")
-    browser.run("arguments[0].click()", browser.run("return document.querySelector('a[href$=\"index.html\"]')"))
+    browser.run("arguments[0].click()", browser.run("return document.querySelector('td a')"))
     assert browser.driver.title == "feature pages"
+    assert browser.run("return decodeURIComponent(location.hash)") == f"#{run.name}/final/5"
 
 
 def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
