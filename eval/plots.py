@@ -9,14 +9,17 @@ Of one run, in its plots/ folder:            Of all runs together, a copy in eac
 
 Layers are shades of one colour map that grows in lightness (cividis), runs are colours, markers and dashes at once (Okabe &
 Ito's colours), so nothing rests on telling red from green. Shares are drawn from 0 to 1 whatever their values. A layer that
-is not finished is shown by its latest snapshot and marked: an open marker, or the snapshot's name.
+is not finished is shown by its latest snapshot and marked: an open marker, or the snapshot's name. Drawing takes longer than
+the rest of an evaluation that finds nothing new, so a picture that is there already of the same numbers is kept.
 """
 
+import hashlib
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook's names one that may not be here, and the import reads it
@@ -36,6 +39,7 @@ from eval.evaluate import Skipped, features_path
 from eval.metrics import Features, load_features
 from shared.cli import format_count
 from shared.files import publish_file
+from shared.seal import SEAL, canonical, crc32c
 from train.runs import Run, alone_in, snapshot_tokens
 
 matplotlib.rcdefaults()  # the user's own style may not fit
@@ -44,6 +48,7 @@ matplotlib.rcParams["path.simplify_threshold"] = 0.5
 
 Record = dict[str, Any]
 
+_CODE = [hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), matplotlib.__version__]  # that draws
 _DPI = 110
 _LAYERS = colormaps["cividis"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -62,9 +67,24 @@ class RunData:
     d_model: int
 
     @property
+    def inputs(self) -> list[Any]:
+        """All that pictures of records show; checksums differ between equal runs."""
+        records = [{k: v for k, v in r.items() if k not in ("file", SEAL)} for r in self.records]
+        return [self.run.name, self.label, self.whole, self.d_model, records]
+
+    @property
     def latest(self) -> list[Record]:
         """The last snapshot of each layer."""
         return list({r["layer"]: r for r in self.records}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    inputs: Any  # JSON of all that is drawn
+    draw: Callable[[], Figure]
+
+
+Pictures = dict[str, _Picture]
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
@@ -87,31 +107,37 @@ def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Recor
         (run.path / "plots").mkdir(exist_ok=True)
     for data in found:
         _write([data], _of_one_run(data, skipped))
-    shown = [data for data in found if data.records]
-    if shown:
-        pictures = {
-            "3_sparsity_fidelity": _sparsity_fidelity(shown),
-            "7_capacity": _capacity(shown),
-            "8_loss_floor_predictions": _floors(shown, measured),
-        }
-        _write(shown, pictures)
+    _write([data for data in found if data.records], _of_all_runs([data for data in found if data.records], measured))
 
 
-def _of_one_run(data: RunData, skipped: Skipped) -> dict[str, Figure]:
+def _of_one_run(data: RunData, skipped: Skipped) -> Pictures:
     pictures, curves = {}, {}
     for layer in sorted({s.layer for s in data.run.snapshots()}):
         with skipped.leaving_out():
             curves[layer] = data.run.metrics(layer)
     if curves:
-        pictures["1_training_curves"] = _training_curves(data, curves)
+        drawn = {layer: [[r.get(key) for key, *_ in _CURVES] for r in curve] for layer, curve in curves.items()}
+        pictures["1_training_curves"] = _Picture([data.run.name, drawn], lambda: _training_curves(data, curves))
     if data.records:
-        pictures["2_metrics_heatmap"] = _heatmap(data)
-        pictures["4_snapshots"] = _snapshots(data)
+        pictures["2_metrics_heatmap"] = _Picture(data.inputs, lambda: _heatmap(data))
+        pictures["4_snapshots"] = _Picture(data.inputs, lambda: _snapshots(data))
     features = _features(data, skipped)
     if features:
-        pictures["5_feature_density"] = _density(data, features)
-        pictures["6_feature_importance"] = _importance(data, features)
+        sums = {layer: [crc32c(of.density.numpy()), crc32c(of.mean_square.numpy())] for layer, of in features.items()}
+        pictures["5_feature_density"] = _Picture([data.run.name, sums], lambda: _density(data, features))
+        pictures["6_feature_importance"] = _Picture([data.run.name, sums], lambda: _importance(data, features))
     return pictures
+
+
+def _of_all_runs(runs: list[RunData], measured: Record | None) -> Pictures:
+    if not runs:
+        return {}
+    inputs = [data.inputs for data in runs]
+    return {
+        "3_sparsity_fidelity": _Picture(inputs, lambda: _sparsity_fidelity(runs)),
+        "7_capacity": _Picture(inputs, lambda: _capacity(runs)),
+        "8_loss_floor_predictions": _Picture([inputs, measured], lambda: _floors(runs, measured)),
+    }
 
 
 def _features(data: RunData, skipped: Skipped) -> dict[int, Features]:
@@ -127,21 +153,33 @@ def _features(data: RunData, skipped: Skipped) -> dict[int, Features]:
     return found
 
 
-def _write(runs: list[RunData], pictures: dict[str, Figure]) -> None:
-    """The same picture into the plots/ folder of each run."""
-    for name, figure in pictures.items():
-        for suffix, content in _rendered(figure).items():
-            for data in runs:
-                folder = data.run.path / "plots"
+def _write(runs: list[RunData], pictures: Pictures) -> None:
+    """The same picture into the plots/ folder of each run, unless it is there."""
+    for name, picture in pictures.items():
+        key = hashlib.sha256(canonical([_CODE, name, picture.inputs])).hexdigest()
+        folders = [data.run.path / "plots" for data in runs]
+        if all(_is_of(folder / f"{name}{suffix}", key) for folder in folders for suffix in (".png", ".svg")):
+            continue
+        for suffix, content in _rendered(picture.draw(), key).items():
+            for folder in folders:
                 with alone_in(folder):
                     publish_file(folder / f"{name}{suffix}", content)
 
 
-def _rendered(figure: Figure) -> dict[str, bytes]:
+def _is_of(path: Path, key: str) -> bool:
+    """Whether this picture was drawn of the same numbers by the same code: both formats say it near their beginning."""
+    try:
+        with path.open("rb") as file:
+            return key.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
+def _rendered(figure: Figure, key: str) -> dict[str, bytes]:
     """{suffix: content}, each drawn once, where `savefig` would draw twice."""
     png, svg = io.BytesIO(), io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
-    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(png, metadata={"Source": key})  # type: ignore[no-untyped-call]
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Source": key})  # type: ignore[no-untyped-call]
     return {".png": png.getvalue(), ".svg": svg.getvalue()}
 
 

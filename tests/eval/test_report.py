@@ -73,8 +73,33 @@ def test_pictures_of_all_runs_are_the_same_in_each_of_them(published: Published)
 def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
     run = published[1][2]
     features = {r["layer"]: load_features(features_path(run, r["layer"], "final"))[0] for r in published[2][run.name][-9:-3:6]}
-    drawn = plots._rendered(plots._importance(data_of(run, published[2]), features))
-    assert drawn == plots._rendered(plots._importance(data_of(run, published[2]), features))
+    drawn = plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
+    assert drawn == plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
+
+
+def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, runs, results, _ = published
+    measured, drawn = measured_floors(folder, runs[0].config()["cache"]["digest"]), []
+    rendered = plots._rendered
+
+    def counted(figure: plots.Figure, key: str) -> dict[str, bytes]:
+        drawn.append(figure.get_suptitle())
+        return rendered(figure, key)
+
+    monkeypatch.setattr(plots, "_rendered", counted)
+    plot_runs(runs, results, measured, Skipped())
+    assert drawn == []
+    other = published[1][1].path / "plots" / "5_feature_density.svg"
+    before = other.read_bytes()
+    other.write_bytes(b"cut")
+    plot_runs(runs, results, measured, Skipped())
+    assert drawn == [f"{runs[1].name}: how often features fire"]
+    assert other.read_bytes() == before
+    records = [dict(r, fvu=r["fvu"] * 1.1) for r in results[runs[0].name]]
+    plots._write([data_of(runs[0], {runs[0].name: records})], plots._of_all_runs([data_of(runs[0], results)], None))
+    assert len(drawn) == 4
+    plots._write([data_of(runs[0], results)], plots._of_all_runs([data_of(runs[0], {runs[0].name: records})], None))
+    assert len(drawn) == 7
 
 
 def data_of(run: Run, results: Results) -> plots.RunData:
@@ -86,10 +111,10 @@ def test_nothing_is_cut_off(published: Published) -> None:
     folder, runs, results, _ = published
     datas = [data_of(run, results) for run in runs]
     measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
-    figures = plots._of_one_run(datas[2], Skipped())
-    figures |= {"3": plots._sparsity_fidelity(datas), "7": plots._capacity(datas), "8": plots._floors(datas, measured)}
-    assert len(figures) == 8
-    for name, figure in figures.items():
+    pictures = plots._of_one_run(datas[2], Skipped()) | plots._of_all_runs(datas, measured)
+    assert pictures.keys() == CAPTIONS.keys()
+    for name, picture in pictures.items():
+        figure = picture.draw()
         FigureCanvasAgg(figure)
         box, edge = figure.get_tightbbox(), figure.bbox_inches
         assert edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1, (name, box, edge)
