@@ -108,7 +108,7 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     )
     stores = {}
     for run in runs:
-        for folder in ("results", "results/features", "plots"):
+        for folder in ("", "results", "results/features", "plots"):
             remove_leftovers(run.path / folder)
         with skipped.leaving_out():
             stores[run.name] = _Store(run)

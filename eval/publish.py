@@ -31,7 +31,7 @@ from eval.measured import measured_floors
 from eval.metrics import load_features
 from eval.report import FINAL
 from shared.cli import UserError, format_bytes, say
-from shared.files import remove_leftovers, temporary
+from shared.files import temporary
 from shared.progress import Progress
 from shared.seal import SEAL
 from train.runs import Run
@@ -148,8 +148,6 @@ def _is_ours(run: Run, path: Path) -> bool:
 
 def published_files(run: Run) -> dict[str, Path]:
     """{name in the repository: file}, in the order in which they are sent."""
-    for folder in ("results", "plots"):
-        remove_leftovers(run.path / folder)
     return {
         str(path.relative_to(run.path)): path
         for pattern in _PUBLISHED
@@ -186,7 +184,7 @@ def _upload(repository: str, files: dict[str, Path], config: PublishConfig) -> N
                 progress.update(kept + done, f"{len(part)} files")
     except Exception as error:  # a machine far away fails in too many ways to name them
         raise UserError(f"cannot publish {repository}: {_reason(error)}; run the same command again to continue") from None
-    say(f"{url}: {len(missing)} of {len(files)} files sent, the others were there ({'public' if config.public else 'private'})")
+    say(f"{url}: {len(missing)} of {len(files)} files sent, the others were there")
 
 
 def _same(there: RepoFile | None, path: Path) -> bool:

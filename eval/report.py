@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from eval.evaluate import Skipped
 from eval.plots import short_labels
 from shared.cli import format_count, format_layers
-from shared.files import publish_file
+from shared.files import publish_file, remove_leftovers
 from train.runs import Run, alone_in
 
 Record = dict[str, Any]
@@ -153,6 +153,7 @@ def write_report(
         )
     )
     path = folder / "report.html"
+    remove_leftovers(folder)
     with alone_in(folder):
         publish_file(path, page.encode())
     return path

@@ -19,6 +19,8 @@ from bench.peers import ENVIRONMENTS
 from eval.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from eval.evaluate import stored_records
 from eval.publish import published_files
+from shared.files import temporary
+from shared.seal import SEAL
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.hub import TOKEN, Hub
 from tests.eval.synthetic import make_runs
@@ -102,7 +104,7 @@ def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) 
 
     commits, received = len(there["commits"]), len(hub.received)
     third = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
-    assert f"0 of {len(there['files'])} files sent, the others were there (private)" in third.stdout
+    assert f"0 of {len(there['files'])} files sent, the others were there" in third.stdout
     assert (len(there["commits"]), len(hub.received)) == (commits, received)
 
 
@@ -176,6 +178,18 @@ def test_what_can_not_be_published(cli: Cli, run: Run, monkeypatch: pytest.Monke
     for path in run.path.glob("*final.pt"):
         path.unlink()
     assert "no finished layer to publish" in cli("eval", "publish", *one, "--to", "org", "--dry-run").err
+
+
+def test_what_a_kill_left_half_made_is_removed(cli: Cli, run: Run) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    host = temporary(run.path / "x").name.split(".")[2]
+    half = run.path / f".layer_1.{host}.{gone.pid}.1.0.tmp"
+    half.mkdir()
+    (half / "sae_weights.safetensors").write_bytes(b"half")
+    assert cli("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run").code == 0
+    assert not half.exists()
+    assert (run.path / "layer_1" / "sae_weights.safetensors").exists()
 
 
 def test_layer_folders_follow_the_checkpoints(cli: Cli, run: Run) -> None:
@@ -272,3 +286,17 @@ def test_a_card_that_is_somebodys_own_stays(run: Run, capsys: pytest.CaptureFixt
     write_card(run, records, None, [])
     assert path.read_text() == "# mine"
     assert "is your own and stays as it is" in capsys.readouterr().err
+
+
+def test_made_up_runs_have_the_form_of_real_ones(run: Run, tmp_path: Path) -> None:
+    """What tests of pictures and reports rest on."""
+    results = make_runs(tmp_path / "made-up", layers=1)
+    made_up = Run(next((tmp_path / "made-up").iterdir()))
+
+    def names(record: dict[str, Any]) -> set[str]:
+        return {name for name in record if not name.startswith("floor_")} - {SEAL}
+
+    assert names(results[made_up.name][0]) == names(stored_records(run)[0])
+    assert made_up.config().keys() == run.config().keys()
+    assert made_up.config()["train"].keys() == run.config()["train"].keys()
+    assert made_up.metrics(0)[0].keys() <= run.metrics(0)[0].keys()
