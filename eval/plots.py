@@ -299,7 +299,7 @@ def _training_curves(data: RunData, curves: dict[int, list[Record]]) -> Figure:
         axis.grid(alpha=0.25)
         if logarithmic:
             _logarithmic(axis)
-    axes[2].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}"))
+    axes[2].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     for axis in axes[2:]:
         _token_axis(axis)
     _layer_bar(figure, norm)
@@ -330,7 +330,7 @@ _MAP = (
 
 def _heatmap(data: RunData) -> Figure:
     rows = data.latest
-    margins = _Margins(left=1.35, right=1.0, top=1.45, bottom=0.2)
+    margins = _Margins(left=1.35, right=0.8, top=1.45, bottom=0.4)
     figure, (axis,) = _grid(1, 1, (12, max(2.0, 0.29 * len(rows))), margins)
     shades, values = np.full((2, len(rows), len(_MAP)), np.nan)
     for column, (key, _, _, share) in enumerate(_MAP):
@@ -349,8 +349,10 @@ def _heatmap(data: RunData) -> Figure:
     axis.set_xticks(np.arange(len(_MAP) - 1) + 0.5, minor=True)
     axis.grid(which="minor", axis="x", color="white", linewidth=1.5)
     axis.tick_params(which="minor", length=0)
-    bar = figure.colorbar(image, cax=_bar_axes(figure))
-    bar.set_label("shares, cosines: of 1; λ, L0, MSE, d*: of the largest", fontsize=8)
+    figure.colorbar(image, cax=_bar_axes(figure))
+    axis.set_xlabel(
+        "colours: shares and cosines from 0 to 1; λ, L0, MSE and d* from 0 to the largest of their column", fontsize=9
+    )
     _title(figure, f"{data.run.name} on held-out tokens")
     return figure
 
@@ -382,7 +384,8 @@ def _snapshots(data: RunData) -> Figure:
         if scale == "log":
             _logarithmic(axis)
         elif scale == "rises":
-            axis.set_ylim(top=1 + 0.02 * max(0.01, 1 - axis.get_ylim()[0]))
+            low, high = axis.get_ylim()
+            axis.set_ylim(top=max(high, 1 + 0.02 * max(0.01, 1 - low)))  # more than 1 where zeros do better than the model
         else:  # at least a tenth, so that noise about nothing does not look like a trend
             axis.set_ylim(0, max(0.1, axis.get_ylim()[1]))
     for axis in axes[3:]:

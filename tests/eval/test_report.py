@@ -106,9 +106,13 @@ def data_of(run: Run, results: Results) -> plots.RunData:
     return plots.RunData(run=run, label=run.name[-8:], records=results[run.name], whole=300_000_000, d_model=1024)
 
 
-def test_nothing_is_cut_off(published: Published) -> None:
+@pytest.mark.parametrize("layers", [24, 1])
+def test_nothing_is_cut_off(published: Published, tmp_path: Path, layers: int) -> None:
     """Margins are constants, so every label must be seen to fit."""
     folder, runs, results, _ = published
+    if layers != 24:
+        folder, results = tmp_path, make_runs(tmp_path, layers=layers)
+        runs = runs_in(folder)
     datas = [data_of(run, results) for run in runs]
     measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
     pictures = plots._of_one_run(datas[2], Skipped()) | plots._of_all_runs(datas, measured)
