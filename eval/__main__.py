@@ -6,13 +6,16 @@ from typing import Any
 import click
 import torch
 
-from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs
+from eval.card import Publication, sister_runs, write_card
+from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs, runs_in
 from eval.export import FORMS, ExportConfig, export
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
 from eval.match import match_runs, match_table, match_to_final, open_run
+from eval.measured import measured_floors
 from eval.metrics import DEAD_AT
 from eval.pages import PagesConfig, write_pages
-from eval.plots import plot_run
+from eval.plots import plot_runs
+from eval.publish import PublishConfig, publish
 from eval.report import text_table, write_report
 from shared.cache import Cache
 from shared.cli import DefaultRun, UserError, parse_count, parse_layers, run, say
@@ -74,9 +77,14 @@ def run_command(
     found = find_runs(runs, opened, skipped)
     results = evaluate(opened, found, config, skipped)
     found = [each for each in found if each.name in results]
+    measured = None
+    with skipped.leaving_out():
+        measured = measured_floors(runs, opened.digest)
+    plot_runs(found, results, measured, skipped)
     for each in found:
-        plot_run(each, results[each.name], skipped)
-    report = write_report(runs, found, results)
+        with skipped.leaving_out():
+            write_card(each, results[each.name], measured, sister_runs(each))
+    report = write_report(runs, found, results, measured, skipped)
     say(text_table(found, results))
     say(f"\nreport: {report}")
     if skipped.count:
@@ -142,6 +150,20 @@ def pages_command(
     say(f"pages: {page}")
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is on the pages")
+
+
+@main.command("publish")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), multiple=True, default=[Path("runs")], help="Runs, or folders of them."
+)
+@click.option("--to", required=True, help="On the hub: who owns it (repositories are named as the runs), or owner/name.")
+@click.option("--public", is_flag=True, help="For everybody to see, if it is new [default: private].")
+@click.option("--license", default=Publication().license, show_default=True, help="Of the SAEs, as the hub names it.")
+@click.option("--dry-run", is_flag=True, help="Prepare everything and list files and sizes, but send nothing.")
+def publish_command(runs: tuple[Path, ...], to: str, public: bool, license: str, dry_run: bool) -> None:
+    """Upload evaluated runs to the hub; what is there already is not sent again."""
+    config = PublishConfig(to=to, license=license, public=public, dry_run=dry_run)
+    publish([run for place in runs for run in runs_in(place)], config)
 
 
 @main.command("floor")

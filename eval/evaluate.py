@@ -41,14 +41,18 @@ class Skipped:
     """What was left out of an evaluation. `with skipped.leaving_out(): …` says a UserError in one line and goes on."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.said: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.said)
 
     @contextlib.contextmanager
     def leaving_out(self) -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            self.count += 1
+            self.said.append(str(error))
             say(f"left out: {error}", err=True)
 
 
@@ -71,17 +75,22 @@ class EvalConfig:
 
 def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:
     """The runs in `folder` (or `folder` itself, if it is one) that were trained on this cache. Raises UserError if none was."""
-    folders = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
-    if not folders:
-        raise UserError(f"no runs in {folder}: train one with `make train` or `python -m train`")
     identity, runs = cache_identity(cache)["digest"], []
-    for run in map(Run, folders):
+    for run in runs_in(folder):
         with skipped.leaving_out():
             if run.config()["cache"]["digest"] == identity:
                 runs.append(run)
     if not runs:
         raise UserError(f"no run in {folder} was trained on the cache {cache.path}; name theirs with --cache")
     return runs
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """The runs in `folder` (or `folder` itself, if it is one), none of them opened. Raises UserError if there is none."""
+    folders = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+    if not folders:
+        raise UserError(f"no runs in {folder}: train one with `make train` or `python -m train`")
+    return list(map(Run, folders))
 
 
 def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Record]]:
@@ -99,7 +108,7 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     )
     stores = {}
     for run in runs:
-        for folder in ("results", "results/features", "plots"):
+        for folder in ("", "results", "results/features", "plots"):
             remove_leftovers(run.path / folder)
         with skipped.leaving_out():
             stores[run.name] = _Store(run)
@@ -205,6 +214,15 @@ def features_path(run: Run, layer: int, label: str) -> Path:
     return run.path / "results" / "features" / f"layer{layer:02d}_{label}.safetensors"
 
 
+def stored_records(run: Run) -> list[Record]:
+    """What has been measured of the checkpoints that are there, one record for each by layer and age: the one on the most text.
+    Raises UserError for results or a run that are damaged."""
+    store = _Store(run)
+    for snapshot in run.snapshots():
+        store.files[snapshot.layer, snapshot.label] = Sae.checksum(snapshot.path)
+    return [r for r in store.view(None) if store.files.get((r["layer"], r["snapshot"])) == r["file"]]
+
+
 class _Store:
     """The records of one run: results/metrics.json, and the same as .csv."""
 
@@ -213,7 +231,7 @@ class _Store:
         self.run, self._path = run, run.path / "results" / "metrics.json"
         config = run.config()
         self._labels, self._digest = list(snapshot_tokens(config["train"]["tokens"])), config["digest"]
-        self._files: dict[tuple[int, str], str] = {}  # {(layer, snapshot): checksum of the checkpoint that is there}
+        self.files: dict[tuple[int, str], str] = {}  # {(layer, snapshot): checksum of the checkpoint that is there}
         self._records = self._read()
 
     def _read(self) -> list[Record]:
@@ -235,9 +253,9 @@ class _Store:
         for snapshot in self.run.snapshots():
             key = snapshot.layer, snapshot.label
             with skipped.leaving_out():
-                self._files[key] = ""  # if it cannot be read
-                self._files[key] = Sae.checksum(snapshot.path)
-                known = (*key, self._files[key], *config.basis().values()) in map(_identity, self._records)
+                self.files[key] = ""  # if it cannot be read
+                self.files[key] = Sae.checksum(snapshot.path)
+                known = (*key, self.files[key], *config.basis().values()) in map(_identity, self._records)
                 if not (known and features_path(self.run, *key).exists()):
                     missing.append(snapshot)
         return missing
@@ -270,7 +288,7 @@ class _Store:
         """By layer and age; of one snapshot the record of the file that is there first, and then the one on the most text."""
 
         def place(r: Record) -> tuple[Any, ...]:
-            other = r["file"] != self._files.get((r["layer"], r["snapshot"]), r["file"])
+            other = r["file"] != self.files.get((r["layer"], r["snapshot"]), r["file"])
             return (
                 r["layer"],
                 self._labels.index(r["snapshot"]),
@@ -298,12 +316,12 @@ class _Store:
         writer.writerows(self._records)
         return text.getvalue()
 
-    def view(self, config: EvalConfig) -> list[Record]:
+    def view(self, config: EvalConfig | None) -> list[Record]:
         """One record for each snapshot: under this config where there is one, else the first of those in order."""
         chosen: dict[tuple[int, str], Record] = {}
         for r in self._ordered(self._records):
             first = chosen.setdefault((r["layer"], r["snapshot"]), r)
-            if r["file"] == first["file"] and _basis(r) == tuple(config.basis().values()):
+            if config and r["file"] == first["file"] and _basis(r) == tuple(config.basis().values()):
                 chosen[r["layer"], r["snapshot"]] = r
         return list(chosen.values())
 

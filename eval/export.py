@@ -11,7 +11,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor
 from eval.metrics import heldout_blocks
 from shared.cache import Cache
 from shared.cli import UserError, format_layers, say
-from shared.files import make_dir, sync_dir, write_file
+from shared.files import make_dir, remove_leftovers, sync_dir, temporary, write_file
 from shared.lm import unpin
 from shared.progress import Progress
 from train.runs import Run, cache_identity
@@ -188,7 +187,7 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
             try:
                 sae, origin = open_checkpoint(checkpoint, config)
                 without_name |= origin.model is None
-                _publish(target, FORMS[config.form](sae, origin))
+                publish_folder(target, FORMS[config.form](sae, origin))
             except UserError as error:
                 failed += 1
                 say(f"left out: {error}", err=True)
@@ -344,7 +343,7 @@ def _density(sae: Sae, cache: Cache, checkpoint: Checkpoint, device: torch.devic
     return fired.double().cpu() / tokens, tokens
 
 
-def _publish(folder: Path, files: Files) -> None:
+def publish_folder(folder: Path, files: Files) -> None:
     """Make the folder with all its files in one move. One that is there already is kept if it says the same of itself."""
     said = "cfg.json" if "cfg.json" in files else "config.json"
     if folder.exists():
@@ -352,18 +351,19 @@ def _publish(folder: Path, files: Files) -> None:
             return
         raise UserError(f"{folder} holds something else already; remove it or choose another --out")
     make_dir(folder.parent)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    remove_leftovers(folder.parent)
+    mine = temporary(folder)
     try:
-        temporary.mkdir()
+        mine.mkdir()
         for name, content in files.items():
-            write_file(temporary / name, content)
-        sync_dir(temporary)
-        temporary.rename(folder)
+            write_file(mine / name, content)
+        sync_dir(mine)
+        mine.rename(folder)
         sync_dir(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out or make room") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(mine, ignore_errors=True)
 
 
 def _known(facts: dict[str, Any]) -> dict[str, Any]:

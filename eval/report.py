@@ -1,15 +1,26 @@
-"""The summary people read: a table for the terminal, and one page with every run's table and pictures."""
+"""The summary people read: a table for the terminal, and report.html, one page with everything in it for all runs."""
 
-import html
+import base64
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from shared.cli import format_count
-from shared.files import replacing
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from eval.evaluate import Skipped
+from eval.plots import short_labels
+from shared.cli import format_count, format_layers
+from shared.files import publish_file, remove_leftovers
 from train.runs import Run, alone_in
 
 Record = dict[str, Any]
 
+FINAL = "final"
 _COLUMNS = (
     ("layer", "layer", "{:d}"),
     ("λ", "lambda", "{:.2e}"),
@@ -29,12 +40,25 @@ _HEADS = [title for title, _, _ in _COLUMNS] + ["trained on"]
 
 def _rows(run: Run, records: list[Record]) -> list[list[str]]:
     """The final snapshot of each layer, formatted; a layer without one is shown by its latest, and says so."""
-    latest, whole = {r["layer"]: r for r in records}, format_count(run.config()["train"]["tokens"])
-    return [
-        ["–" if r[key] is None else form.format(r[key]) for _, key, form in _COLUMNS]
-        + [whole if r["snapshot"] == "final" else f"{r['snapshot']} of {whole}, unfinished"]
-        for r in latest.values()
-    ]
+    whole = format_count(run.config()["train"]["tokens"])
+    return [[written(r[key], form) for _, key, form in _COLUMNS] + [trained_on(r, whole)] for r in latest(records)]
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """The last snapshot of each layer, of records by layer and age."""
+    return list({r["layer"]: r for r in records}.values())
+
+
+def finished(records: list[Record]) -> list[Record]:
+    return [r for r in latest(records) if r["snapshot"] == FINAL]
+
+
+def written(value: Any, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def trained_on(record: Record, whole: str) -> str:
+    return whole if record["snapshot"] == FINAL else f"{record['snapshot']} of {whole}, unfinished"
 
 
 def text_table(runs: list[Run], results: dict[str, list[Record]]) -> str:
@@ -48,29 +72,292 @@ def text_table(runs: list[Run], results: dict[str, list[Record]]) -> str:
     return "\n".join(lines)
 
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0}th,td{padding:.2rem .7rem;text-align:right}
-th{border-bottom:2px solid #888}tr:nth-child(even){background:#f4f4f4}img{max-width:100%}
-@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}tr:nth-child(even){background:#242424}}"""
+# --- the page ---
+
+_PAGE_COLUMNS = (
+    *_COLUMNS[:5],
+    ("FVU, no first positions", "fvu_without_first", "{:.4f}"),
+    ("FVU outside top 3 directions", "fvu_without_top3", "{:.4f}"),
+    *_COLUMNS[5:10],
+    ("KL", "kl_div_with_sae", "{:.4f}"),
+    ("KL score", "kl_div_score", "{:.4f}"),
+    ("dead", "dead_share", "{:.2%}"),
+    ("denser than 1 %", "freq_over_1_percent", "{:.2%}"),
+    ("denser than 10 %", "freq_over_10_percent", "{:.2%}"),
+    ("F", "alive", "{:,}"),
+    ("α", "alpha", "{:.5f}"),
+    ("g", "capacity", "{:.2f}"),
+    ("d*", "critical_width", "{:.1f}"),
+    ("measured on", "tokens", "{:,}"),
+)
+_MEANS = (
+    ("L0", "l0", "{:.1f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("FVU, no first positions", "fvu_without_first", "{:.4f}"),
+    ("FVU outside top 3 directions", "fvu_without_top3", "{:.4f}"),
+    ("CE recovered", "ce_recovered", "{:.4f}"),
+    ("KL score", "kl_div_score", "{:.4f}"),
+    ("dead", "dead_share", "{:.2%}"),
+    ("d*", "critical_width", "{:.1f}"),
+)
+CAPTIONS = {
+    "1_training_curves": "Training curves: on training batches, by layer.",
+    "2_metrics_heatmap": "Metrics of each layer's latest SAE.",
+    "3_sparsity_fidelity": "Sparsity against fidelity, every layer of every run.",
+    "4_snapshots": "Metrics of each layer's snapshots.",
+    "5_feature_density": "How often features fire: how density is spread over features, and shares by class.",
+    "6_feature_importance": "Importance E[z²] of features by rank, and the share of it that the first of them hold.",
+    "7_capacity": "F, α, g and d*, which predicted floors rest on, by layer.",
+    "8_loss_floor_predictions": "Predicted floors beside measured ones.",
+}
+_OF_ALL = ("3_sparsity_fidelity", "7_capacity", "8_loss_floor_predictions")
 
 
-def write_report(folder: Path, runs: list[Run], results: dict[str, list[Record]]) -> Path:
-    """One page beside the run folders, which shows their pictures from where they lie."""
-    parts = []
-    for run in runs:
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in _HEADS)
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _rows(run, results[run.name]))
-        prefix = "" if run.path == folder else f"{run.name}/"
-        pictures = "".join(
-            f'<img src="{prefix}plots/{p.name}" alt="{p.stem}">' for p in sorted((run.path / "plots").glob("*.png"))
-        )
-        parts.append(f"<h2>{html.escape(run.name)}</h2><table><tr>{head}</tr>{body}</table>{pictures}")
-    note = "Held-out tokens only, each layer's latest snapshot, CE in nats per token. All snapshots are in results/metrics.csv."
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Cell:
+    text: str
+    value: str  # what it is sorted by: a number or a word, "" where there is none
+    href: str | None = None
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Table:
+    heads: list[str]
+    rows: list[list[Cell]]
+    unfinished: list[list[Cell]]
+
+
+def templates(*, autoescape: bool) -> Environment:
+    return Environment(
+        loader=PackageLoader("eval"), autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+
+
+def write_report(
+    folder: Path, runs: list[Run], results: dict[str, list[Record]], measured: Record | None, skipped: Skipped
+) -> Path:
+    """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
+    labels = short_labels([run.name for run in runs])
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>SAE runs</title><style>{_STYLE}</style><h1>SAE runs</h1><p>{note}</p>{''.join(parts)}</html>\n"
+        templates(autoescape=True)
+        .get_template("report.html.j2")
+        .render(
+            runs=[
+                _section(folder, run, label, results[run.name], number)
+                for number, (run, label) in enumerate(zip(runs, labels, strict=True))
+            ],
+            warnings=warnings(runs, results, skipped),
+            overview=_overview(runs, labels, results),
+            pictures=_pictures(runs[0], _OF_ALL) if runs else [],
+            measured=measured and _measured(measured),
+        )
     )
     path = folder / "report.html"
-    with alone_in(folder), replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    remove_leftovers(folder)
+    with alone_in(folder):
+        publish_file(path, page.encode())
     return path
+
+
+def _section(folder: Path, run: Run, label: str, records: list[Record], number: int) -> dict[str, Any]:
+    prefix = "" if run.path == folder else f"{quote(run.name)}/"
+    whole = format_count(run.config()["train"]["tokens"])
+    widths = floor_widths(records)
+    floor_columns = [("layer", "layer", "{:d}"), *((f"L*({w})", f"floor_{w}", "{:.4g}") for w in widths)]
+    pages = _feature_pages(folder, run, records)
+    links = [{"href": next(iter(pages.values())), "text": "feature pages"}] if pages else []
+    links += [
+        {"href": prefix + quote(str(path.relative_to(run.path))), "text": text}
+        for path, text in (
+            (run.path / "results" / "metrics.csv", "all snapshots and metrics (CSV)"),
+            (run.path / "results" / "metrics.json", "all snapshots and metrics (JSON)"),
+            (run.path / "README.md", "model card"),
+            (run.path / "config.json", "configuration"),
+        )
+        if path.exists()
+    ]
+    return {
+        "anchor": f"run-{number}",
+        "name": run.name,
+        "label": label,
+        "table": _table(_PAGE_COLUMNS, records, whole, pages),
+        "floors": _table(floor_columns, records, whole, {}),
+        "links": links,
+        "pictures": _pictures(run, [name for name in CAPTIONS if name not in _OF_ALL]),
+        "facts": settings(run.config()) + provenance(run.config()),
+    }
+
+
+def _feature_pages(folder: Path, run: Run, records: list[Record]) -> dict[int, str]:
+    """{layer: address of the page of its features}, as eval/pages.py leaves them in <runs>/pages."""
+    shown = [r for r in latest(records) if any((folder / "pages" / run.name).glob(f"layer{r['layer']:02d}_{r['snapshot']}.*"))]
+    address = f"pages/index.html#{quote(run.name, safe='')}"
+    return {r["layer"]: f"{address}/{r['snapshot']}/{r['layer']}" for r in shown if (folder / "pages" / "index.html").exists()}
+
+
+def _table(columns: Iterable[tuple[str, str, str]], records: list[Record], whole: str, pages: dict[int, str]) -> Table:
+    columns = list(columns)
+
+    def row(r: Record) -> list[Cell]:
+        layer, *cells = (_cell(r[key], form) for _, key, form in columns)
+        layer = dataclasses.replace(layer, href=pages.get(r["layer"]))
+        return [layer, Cell(text=trained_on(r, whole), value=str(r["trained_tokens"])), *cells]
+
+    done = finished(records)
+    return Table(
+        heads=[columns[0][0], "trained on", *(title for title, _, _ in columns[1:])],
+        rows=[row(r) for r in done],
+        unfinished=[row(r) for r in latest(records) if r not in done],
+    )
+
+
+def _cell(value: Any, form: str) -> Cell:
+    return Cell(text=written(value, form), value="" if value is None else repr(value))
+
+
+def _word(text: str) -> Cell:
+    return Cell(text=text, value=text)
+
+
+def _overview(runs: list[Run], labels: list[str], results: dict[str, list[Record]]) -> Table:
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        records, n_layers = results[run.name], run.config()["cache"]["spec"]["n_layers"]
+        done = finished(records)
+        layers = Cell(text=f"{len(done)} of {n_layers}", value=str(len(done)))
+        rows.append([_word(label), layers, *(_cell(mean(done, key), form) for _, key, form in _MEANS)])
+    return Table(heads=["run", "finished layers", *(title for title, _, _ in _MEANS)], rows=rows, unfinished=[])
+
+
+def mean(records: list[Record], key: str) -> float | None:
+    """Over the records that have a number there; None if none has."""
+    values = [r[key] for r in records if r[key] is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def floor_widths(records: list[Record]) -> list[int]:
+    return sorted({int(name.removeprefix("floor_")) for r in records for name in r if name.startswith("floor_")})
+
+
+def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, str]]:
+    paths = [(run.path / "plots" / f"{name}.png", CAPTIONS[name]) for name in names]
+    return [
+        {"data": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", "caption": caption}
+        for path, caption in paths
+        if path.exists()
+    ]
+
+
+def _measured(experiment: Record) -> dict[str, Any]:
+    """distilled.json's experiment as the page shows it; the keys are explained in eval/distill.py."""
+    floors = [
+        [_cell(f[key], form) for key, form in (("width", "{:d}"), ("seeds", "{:d}"), *((k, "{:.4f}") for k in _NATS))]
+        for f in experiment["floors"]
+    ]
+    fits = [
+        [
+            _word(p["run"]),
+            _cell(p["layer"], "{:d}"),
+            _cell(p["critical_width"], "{:.1f}"),
+            *(_cell(fit[key], "{:.3g}") for key in ("C", "C_se", "B", "B_se")),
+            *(_cell(fit[key], "{:.3f}") for key in ("r2", "left_out_r2")),
+            *(_cell((p["fits"][name] or {}).get("left_out_r2"), "{:.3f}") for name in ("naive", "log_width")),
+            _cell((fit["near_critical"] or {}).get("error"), "{:+.1%}"),
+        ]
+        for p in experiment["predictions"]
+        if (fit := p["fits"]["predicted"])
+    ]
+    heads = ["run", "layer", "d*", "C", "± C", "B", "± B", "R²", "R² left out", "R² naive", "R² ln width", "error near d*"]
+    return measured_words(experiment) | {
+        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
+        "fits": Table(heads=heads, rows=fits, unfinished=[]),
+    }
+
+
+def measured_words(experiment: Record) -> dict[str, Any]:
+    return {
+        "model": experiment["model"],
+        "setting": ", ".join(f"{name} {value}" for name, value in experiment["setting"].items()),
+        "teacher": written(experiment["teacher"]["ce"], "{:.4f}"),
+    }
+
+
+_NATS = ("floor", "spread", "kl", "ce")
+
+
+def settings(config: Record) -> list[tuple[str, str]]:
+    """What the SAEs were trained with, as pairs of name and value."""
+    pairs = []
+    for name, value in config["train"].items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        pairs += [(f"{name} {part}".strip(), "–" if v is None else str(v)) for part, v in parts]
+    return pairs
+
+
+def provenance(config: Record) -> list[tuple[str, str]]:
+    """What the SAEs were trained on, and by what."""
+    spec, machine = config["cache"]["spec"], config["machine"]
+    train_blocks = spec["n_blocks"] - spec["holdout_blocks"]
+    block = spec["block_sequences"] * spec["context"]
+    return [
+        ("language model", place(spec["model"])),
+        ("model commit", spec["model_commit"] or "–"),
+        ("model content", spec["model_revision"]),
+        ("text", place(spec["dataset"])),
+        ("text revision", spec["dataset_revision"]),
+        ("split, column", f"{spec['split']}, {spec['text_column']}"),
+        ("context", f"{spec['context']} tokens, {'with' if spec['bos'] else 'without'} BOS"),
+        ("forward pass", spec["precision"]),
+        ("cached tokens", f"{train_blocks * block:,} to train on, {spec['holdout_blocks'] * block:,} held out"),
+        ("cache", config["cache"]["digest"]),
+        ("run", config["digest"]),
+        ("machine", ", ".join(f"{name} {value}" for name, value in machine.items())),
+    ]
+
+
+def place(name: str) -> str:
+    """A name on the hub as it is; of a path on somebody's disk the last part."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+
+
+# --- what to know before the numbers are believed ---
+
+_FLATTERED = 2.0  # times that FVU grows outside the largest directions
+_MOSTLY_DEAD = 0.5
+
+
+def warnings(runs: list[Run], results: dict[str, list[Record]], skipped: Skipped | None) -> list[str]:
+    """One line each, for people."""
+    lines = [f"Left out of this evaluation: {message}" for message in skipped.said] if skipped else []
+    commonest = Counter(_basis(r) for run in runs for r in results[run.name]).most_common(1)
+    for run in runs:
+        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], commonest[0][0] if commonest else ())]
+    return lines
+
+
+def _of_run(run: Run, records: list[Record], usual: tuple[Any, ...]) -> list[str]:
+    config, shown, lines = run.config(), latest(records), []
+    whole, n_layers = format_count(config["train"]["tokens"]), config["cache"]["spec"]["n_layers"]
+    lines += [f"layer {r['layer']} is {trained_on(r, whole)}" for r in shown if r["snapshot"] != FINAL]
+    if absent := sorted(set(range(n_layers)) - {r["layer"] for r in shown}):
+        lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
+    if other := [r["layer"] for r in shown if _basis(r) != usual]:
+        lines.append(f"layers {format_layers(other)} are measured on other text or by other definitions than the rest")
+    missing = {name for r in shown for name in ("fvu", "ce_recovered", "kl_div_score") if r[name] is None}
+    if missing:
+        lines.append(f"{', '.join(sorted(missing))} of some layers is no number")
+    if dead := [r["layer"] for r in shown if r["dead_share"] > _MOSTLY_DEAD]:
+        lines.append(f"more than half of the features of layers {format_layers(dead)} are dead")
+    ratios = [(r["fvu_without_top3"] / r["fvu"], r["layer"]) for r in shown if r["fvu"] and r["fvu_without_top3"]]
+    if ratios and max(ratios)[0] > _FLATTERED:
+        most, layer = max(ratios)
+        lines.append(
+            f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {layer})"
+        )
+    if dense := [r["layer"] for r in shown if r["alpha"] is not None and r["alpha"] < 1 - 1 / math.e]:
+        lines.append(f"features of layers {format_layers(dense)} are too dense for the formula of predicted floors")
+    return lines
+
+
+def _basis(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation"))

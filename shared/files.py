@@ -17,6 +17,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import socket
 import tempfile
 import threading
@@ -184,7 +185,7 @@ def _started(pid: int) -> int | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes of this host that are gone; what others made, or still make, stays."""
+    """Remove the temporary files and folders of processes of this host that are gone; what others made, or make, stays."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -193,7 +194,7 @@ def remove_leftovers(folder: Path) -> None:
         match = _TEMPORARY.fullmatch(name) if name.endswith(".tmp") else None
         if match and match[1] == _HOST and _started(int(match[2])) != int(match[3]):
             with contextlib.suppress(OSError):
-                (folder / name).unlink()
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
 @contextlib.contextmanager

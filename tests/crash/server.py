@@ -20,7 +20,11 @@ from typing import Any, NoReturn
 
 LIMIT = 120  # seconds after which a command is taken to hang: SIGALRM ends it
 _COMMANDS = ("harvest", "train", "eval")
-_LATE = ("datasets", "matplotlib.pyplot", "transformers.models.gpt_neox.modeling_gpt_neox")  # what they import at work
+_LATE = (
+    "datasets",
+    "matplotlib.backends.backend_svg",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+)  # what they import at work
 
 
 def _run(request: dict[str, Any]) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from eval import evaluate
+from eval.report import CAPTIONS
 from shared.seal import seal
 from tests.conftest import Cli, invoke
 
@@ -50,8 +51,10 @@ def test_everything_is_written_and_makes_sense(evaluated: Evaluated) -> None:
             assert last["fvu"] < 0.9
             assert 0 <= last["dead_share"] <= 1
             assert 0 < last["cosine"] <= 1
-        for name in ("1_training_curves", "2_metrics_heatmap"):
-            assert (folder / "plots" / f"{name}.png").stat().st_size > 10_000
+        assert {p.name for p in (folder / "plots").iterdir()} == {
+            f"{n}{suffix}" for n in CAPTIONS for suffix in (".png", ".svg")
+        }
+        assert f"# {folder.name}" in (folder / "README.md").read_text(encoding="utf-8")
         assert folder.name in out
         assert folder.name in (runs / "report.html").read_text()
     assert f"report: {runs / 'report.html'}" in out
