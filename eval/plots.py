@@ -35,8 +35,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from eval.evaluate import Skipped, features_path
-from eval.metrics import Features, load_features
+from eval.evaluate import Skipped, measured_features
+from eval.metrics import Features
 from shared.cli import format_count
 from shared.files import publish_file
 from shared.seal import SEAL, canonical, crc32c
@@ -144,12 +144,10 @@ def _features(data: RunData, skipped: Skipped) -> dict[int, Features]:
     """Of each layer's latest snapshot, where they are of the checkpoint that the record is of."""
     found = {}
     for r in data.latest:
-        path = features_path(data.run, r["layer"], r["snapshot"])
-        if path.exists():
-            with skipped.leaving_out():
-                features, facts = load_features(path)
-                if facts["file"] == r["file"]:
-                    found[r["layer"]] = features
+        with skipped.leaving_out():
+            measured = measured_features(data.run, r["layer"], r["snapshot"], r["file"])
+            if measured is not None:
+                found[r["layer"]] = measured[0]
     return found
 
 
