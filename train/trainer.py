@@ -37,6 +37,7 @@ class TrainConfig:
     l1_warmup: int = 0  # steps
     seed: int = 0
     window_blocks: int = 16
+    order: str = "slices"  # of the batches, see the loader; a run that was begun in another order is not gone on with
     dead_after: float = 1 / 30  # a feature is alive if it fired within this share of the run
     step: StepConfig = field(default_factory=StepConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
