@@ -23,9 +23,17 @@ def block_rows(n_rows: int, *, seed: int, block: int) -> NDArray[np.int64]:
     return permutation(n_rows, seed, 0, block)
 
 
-def epoch_blocks(n_blocks: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the training blocks."""
-    return permutation(n_blocks, seed, 1, epoch)
+def epoch_slices(n_blocks: int, slices: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits the slices of the training blocks, as numbers block · slices + slice.
+
+    `slices` rounds, each of which takes one slice of every block, blocks and slices in random order: any run of as many
+    slices as there are blocks then holds about as much of each block, the last run of an epoch as much as the first.
+    """
+    n = n_blocks * slices
+    blocks = np.argsort(permutation(n, seed, 3, epoch).reshape(slices, n_blocks), axis=1)  # [round, place in it]
+    turns = np.argsort(permutation(n, seed, 4, epoch).reshape(n_blocks, slices), axis=1)  # [block, round]: which slice
+    order: NDArray[np.int64] = blocks * slices + turns[blocks, np.arange(slices)[:, None]]
+    return order.ravel()
 
 
 def window_rows(n_rows: int, *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:

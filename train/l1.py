@@ -56,31 +56,58 @@ def format_l1(value: float) -> str:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ControllerConfig:
-    """How λ is steered. The numbers are shares of the run, so that a short run is steered as far as a long one."""
+    """How λ is steered. Times are shares of the run, so that a short run is steered as far as a long one."""
 
-    gain: float = 30.0  # e-folds of λ over a whole run spent at L0 = e · target
-    max_rate: float = 0.02  # e-folds of λ in one step, however short the run: L0 needs time to answer
-    smoothing: float = 0.005  # horizon of the mean of L0, as a share of the run
-    begin: float = 0.2  # λ stays at its start until then: L0 of a fresh SAE says nothing
-    freeze: float = 5 / 6  # λ stays at its end from then on
+    shortest: int = 400  # steps: a run that has fewer is steered as slowly as one of so many, for L0 needs time to answer
+    gain: float = 25.0  # e-folds of λ over a whole run spent at e = 1
+    most: float = 0.5  # of |e|: how fast λ may run towards a target that is far
+    lead: float = 0.06  # how far ahead L0 is predicted: it answers late to λ, in short runs by a twentieth of the run
+    smoothing: float = 0.01  # horizon of the mean of L0, as a share like `lead`
+    slope: float = 0.3  # of the second integrator, over the square of the first's
+    near: float = 0.2  # |ln(L0 / target)| from which on the second integrator is at work
+    begin: float = 0.2  # λ stays at its start until then: L0 of a fresh SAE falls by itself
+
+
+@dataclass(slots=True)
+class ControllerState:
+    """What a resumed run needs to steer on as if it had not stopped."""
+
+    value: float  # λ
+    mean: float = 0.0  # of L0
+    slow: float = 0.0  # mean of ln(mean / target)
+    slope: float = 0.0  # of ln λ, a step
 
 
 class L1Controller:
-    """λ of one SAE: λ ← λ · exp(rate · clip(ln(mean L0 / target), ±1)), rate = gain/steps,
-    after every step between begin and freeze."""
+    """λ of one SAE. From `begin` to the last step, with e = ln(L0 / target), L0 as it will be after `lead`:
+
+        ln λ ← ln λ + k · clip(e, ±most) + s        s ← s + slope · k² · e  where |e| < near        k = gain / steps
+
+    At one λ L0 goes on falling as long as an SAE learns, so that the right λ is a ramp. The first integrator alone would
+    follow a ramp at a distance; s learns its slope. The prediction, by the difference of L0's mean and a slower one, keeps λ
+    from overshooting, which kills features.
+    """
 
     def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig) -> None:
         self._setting, self._steps, self._config = setting, steps, config
-        self.value = setting.init
-        self.mean_l0 = 0.0
+        self.state = ControllerState(value=setting.init)
+
+    @property
+    def value(self) -> float:
+        return self.state.value
 
     def update(self, step: int, l0: float) -> None:
         """Take the L0 of step `step` (from 0) into account for the next."""
         if self._setting.target is None:
             return
-        c = self._config
-        keep = math.exp(-1 / max(1.0, c.smoothing * self._steps))
-        self.mean_l0 = keep * self.mean_l0 + (1 - keep) * l0 if step else l0
-        if c.begin * self._steps <= step < c.freeze * self._steps:
-            error = math.log(max(self.mean_l0, 1e-3) / self._setting.target)
-            self.value *= math.exp(min(c.gain / self._steps, c.max_rate) * min(1.0, max(-1.0, error)))
+        c, now, span = self._config, self.state, max(self._steps, self._config.shortest)
+        now.mean += (l0 - now.mean) / min(step + 1, c.smoothing * span)
+        level = math.log(max(now.mean, 1e-3) / self._setting.target)
+        now.slow += (level - now.slow) / min(step + 1, c.lead * span)
+        if step < c.begin * self._steps:
+            return
+        # A mean over n steps lags a ramp by n steps, so that this is where L0 will be after `lead`.
+        error, rate = level + (level - now.slow), c.gain / span
+        if abs(error) < c.near:
+            now.slope += c.slope * rate**2 * error
+        now.value *= math.exp(rate * min(c.most, max(-c.most, error)) + now.slope)

@@ -1,11 +1,12 @@
 """Blocks on disk → shuffled batches on the device.
 
-Training blocks are visited in a random order, `window_blocks` at a time; the rows of such a window are shuffled and
-handed out. While one window is trained on, reader threads fill the next, past the page cache, and draw its order. The
-order is a pure function of (seed, epoch, cache), so a run resumes at any batch, and every setting and every later
-ablation sees the same batches.
+A window is as many slices (sixteenths of blocks, whose rows are a fair sample of the block) as `window_blocks` blocks have,
+drawn from all training blocks: it mixes sixteen times the contexts that whole blocks would, in the same memory. Its rows are
+shuffled and handed out. While one window is trained on, reader threads fill the next, past the page cache, and draw its
+order. The order is a pure function of (seed, epoch, cache), so a run resumes at any batch, and every setting and every
+later ablation sees the same batches.
 
-Memory: two windows (on the device), and on CUDA one pinned block for each reader thread besides. A block is read
+Memory: two windows (on the device), and on CUDA one pinned slice for each reader thread besides. A slice is read
 straight into the window on a CPU, and into pinned memory and from there by a copy on a stream of its own on CUDA.
 
 On CUDA the training thread queues gathers and never waits for the device here. Two rules keep the streams apart: what goes
@@ -13,6 +14,7 @@ up into a slot waits, on the device, for the gathers that were queued from its l
 handed out only when a reader thread has seen its copies arrive, so that whatever is queued after that finds them there.
 """
 
+import contextlib
 import queue
 import time
 from collections import deque
@@ -20,31 +22,34 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import Cache
+from shared.cache import BlockStats, Cache
+from shared.cli import UserError
 from shared.device import new_event, new_stream
 from shared.files import page_aligned
-from shared.shuffle import epoch_blocks, window_rows
+from shared.shuffle import epoch_slices, window_rows
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LoaderConfig:
-    """`window_blocks` is how far rows are mixed; host or device memory is 2 · window_blocks · block bytes."""
+    """`window_blocks` is how much is mixed at a time; host or device memory is 2 · window_blocks · block bytes."""
 
     batch: int
     window_blocks: int = 16
     threads: int = 16  # each waits for one call of the disk at a time
     seed: int = 0
-    check: bool = True  # compare every block with its checksum as it is read
+    check: bool = True  # compare every slice with its checksum as it is read
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class _Slot:
     """The memory of one window."""
 
-    data: Tensor  # float16 [window_blocks · block_rows, d_model]
+    data: Tensor  # float16 [rows of a window, d_model]
     order: Tensor  # int64, as many as there are rows
     drawn: Tensor  # the order on the host: pinned memory on CUDA, `order` itself on a CPU
 
@@ -62,12 +67,17 @@ class _Slot:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class _Window:
-    """Blocks whose rows are handed out together."""
+    """Slices whose rows are handed out together."""
 
     epoch: int
     index: int  # within the epoch
     start: int  # the row of the stream at which it begins
-    blocks: list[int]
+    slices: NDArray[np.int64]  # block · slices of a block + slice
+    ends: NDArray[np.int64]  # of each of them, in rows of the window
+
+    @property
+    def rows(self) -> int:
+        return int(self.ends[-1])
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -76,14 +86,13 @@ class _Load:
 
     window: _Window
     slot: _Slot
-    rows: int
     work: list[Future[None]]
 
 
 class ActivationLoader:
     """Iterate over batches `first` … `last` − 1, each float16 [batch, d_model] on the device.
 
-    Raises UserError, naming layer and block, if a block is missing or damaged. `waited` counts the seconds for which
+    Raises UserError, naming layer and block, if a block is missing or a slice damaged. `waited` counts the seconds for which
     the consumer found no window ready: not read, not on the device, or its order not drawn.
     """
 
@@ -93,15 +102,16 @@ class ActivationLoader:
         self._cache, self._layer, self._config, self._device = cache, layer, config, device
         self._first, self._last = first, last
         spec = cache.spec
-        self._window_blocks = min(config.window_blocks, spec.train_blocks)
-        rows = self._window_blocks * spec.block_rows
+        self._known: dict[int, BlockStats] = {}  # an entry of the ledger is wanted once for each slice
+        self._window_slices = min(config.window_blocks, spec.train_blocks) * spec.slices
+        rows = self._window_slices * spec.slice_rows
         self._slots = [_Slot.empty(rows, spec.d_model, device) for _ in range(2)]
         self._staging: queue.Queue[Tensor] = queue.Queue()
         self._cuda = device.type == "cuda"
         if self._cuda:
             self._stream = new_stream(device)
             for _ in range(config.threads):
-                self._staging.put(torch.empty(spec.block_rows, spec.d_model, dtype=torch.float16, pin_memory=True))
+                self._staging.put(torch.empty(spec.slice_rows, spec.d_model, dtype=torch.float16, pin_memory=True))
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -112,8 +122,8 @@ class ActivationLoader:
             try:
                 for load in self._loads(pool, at):
                     place = at - load.window.start
-                    while at < end and place < load.rows:
-                        take = min(len(x) - filled, load.rows - place)
+                    while at < end and place < load.window.rows:
+                        take = min(len(x) - filled, load.window.rows - place)
                         rows = load.slot.order[place : place + take]
                         torch.index_select(load.slot.data, 0, rows, out=x[filled : filled + take])
                         at, place, filled = at + take, place + take, filled + take
@@ -144,43 +154,50 @@ class ActivationLoader:
                 loading.append(self._load(pool, load.slot, following))
 
     def _windows(self, at: int) -> Iterator[_Window]:
-        """Every window from row `at` of the stream to its end."""
-        spec, size = self._cache.spec, self._window_blocks
-        for epoch in range(at // spec.train_tokens, -(-self._last * self._config.batch // spec.train_tokens)):
-            blocks = epoch_blocks(spec.train_blocks, seed=self._config.seed, epoch=epoch).tolist()
-            for index, first in enumerate(range(0, spec.train_blocks, size)):
-                start = epoch * spec.train_tokens + first * spec.block_rows
-                window = _Window(epoch=epoch, index=index, start=start, blocks=blocks[first : first + size])
-                if start + len(window.blocks) * spec.block_rows > at and start < self._last * self._config.batch:
+        """Every window from row `at` of the stream to its end. Those of an epoch are equally large, to a slice."""
+        spec, end = self._cache.spec, self._last * self._config.batch
+        total = spec.train_blocks * spec.slices
+        count = -(-total // self._window_slices)
+        for epoch in range(at // spec.train_tokens, -(-end // spec.train_tokens)):
+            slices = epoch_slices(spec.train_blocks, spec.slices, seed=self._config.seed, epoch=epoch)
+            last_rows = spec.block_rows - (spec.slices - 1) * spec.slice_rows
+            ends = np.where(slices % spec.slices == spec.slices - 1, last_rows, spec.slice_rows).cumsum()
+            start = epoch * spec.train_tokens
+            for index in range(count):
+                part = slice(index * total // count, (index + 1) * total // count)
+                before = int(ends[part.start - 1]) if index else 0
+                window = _Window(epoch=epoch, index=index, start=start + before, slices=slices[part], ends=ends[part] - before)
+                if window.start + window.rows > at and window.start < end:
                     yield window
 
     def _load(self, pool: ThreadPoolExecutor, slot: _Slot, window: _Window) -> _Load:
         """Begin to fill a slot."""
-        free, size = None, self._cache.spec.block_rows
+        free = None
         if self._cuda:
             free = new_event()
             free.record(torch.cuda.current_stream(self._device))
-        rows = len(window.blocks) * size
-        work = [pool.submit(self._draw, window, rows, slot, free)]
-        work += [
-            pool.submit(self._read, block, slot.data[i * size : (i + 1) * size], free) for i, block in enumerate(window.blocks)
-        ]
-        return _Load(window=window, slot=slot, rows=rows, work=work)
+        work, first = [pool.submit(self._draw, window, slot, free)], 0
+        for number, end in zip(window.slices.tolist(), window.ends.tolist(), strict=True):
+            block, index = divmod(number, self._cache.spec.slices)
+            work.append(pool.submit(self._read, block, index, slot.data[first:end], free))
+            first = end
+        return _Load(window=window, slot=slot, work=work)
 
-    def _draw(self, window: _Window, rows: int, slot: _Slot, free: torch.cuda.Event | None) -> None:
+    def _draw(self, window: _Window, slot: _Slot, free: torch.cuda.Event | None) -> None:
+        rows = window.rows
         order = window_rows(rows, seed=self._config.seed, epoch=window.epoch, window=window.index)
         slot.drawn[:rows] = torch.from_numpy(order)
         if free is not None:
             self._send(slot.drawn[:rows], slot.order[:rows], free)
 
-    def _read(self, block: int, target: Tensor, free: torch.cuda.Event | None) -> None:
+    def _read(self, block: int, index: int, target: Tensor, free: torch.cuda.Event | None) -> None:
         if free is None:
-            self._read_host(block, target)
+            self._read_host(block, index, target)
             return
         staging = self._staging.get()
         try:
-            self._read_host(block, staging)
-            self._send(staging, target, free)
+            self._read_host(block, index, staging[: len(target)])
+            self._send(staging[: len(target)], target, free)
         finally:
             self._staging.put(staging)
 
@@ -193,8 +210,15 @@ class ActivationLoader:
             arrived.record(self._stream)
         arrived.synchronize()
 
-    def _read_host(self, block: int, target: Tensor) -> None:
+    def _read_host(self, block: int, index: int, target: Tensor) -> None:
         data = target.numpy()
-        self._cache.read_block(self._layer, block, data)
+        self._cache.read_slice(self._layer, block, index, data)
         if self._config.check:
-            self._cache.check_block(self._layer, block, data, self._cache.stats(self._layer, block))
+            self._check(block, index, data)
+
+    def _check(self, block: int, index: int, data: NDArray[np.float16]) -> None:
+        if (known := self._known.get(block)) is not None:
+            with contextlib.suppress(UserError):  # the block may have been repaired since: its entry as it is now decides
+                return self._cache.check_slice(self._layer, block, index, data, known)
+        known = self._known[block] = self._cache.stats(self._layer, block)
+        self._cache.check_slice(self._layer, block, index, data, known)

@@ -17,8 +17,9 @@ from shared.files import free_bytes
 from shared.progress import Progress
 from shared.seal import SEAL
 from train.kernels import TorchKernels, Workspace
-from train.l1 import ControllerConfig, L1Controller, L1Setting
+from train.l1 import ControllerConfig, ControllerState, L1Controller, L1Setting
 from train.loader import ActivationLoader, LoaderConfig
+from train.look import Look
 from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
 from train.sae import Damaged, Sae
 from train.saver import Saver
@@ -37,6 +38,7 @@ class TrainConfig:
     l1_warmup: int = 0  # steps
     seed: int = 0
     window_blocks: int = 16
+    order: str = "slices"  # of the batches, see the loader; a run that was begun in another order is not gone on with
     dead_after: float = 1 / 30  # a feature is alive if it fired within this share of the run
     step: StepConfig = field(default_factory=StepConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
@@ -187,12 +189,18 @@ class _LayerJob:
         saver: Saver,
     ) -> None:
         self._cache, self._layer, self._config, self._options, self._saver = cache, layer, config, options, saver
-        self._jobs = []
-        for run, setting in runs:
-            if due := run.due(layer):
-                self._jobs.append(_SaeJob(run, setting, cache, layer, due, config, options, kernels, saver))
-            else:
+        due = [(run, setting, run.due(layer)) for run, setting in runs]
+        for run, _, labels in due:
+            if not labels:
                 run.drop_state(layer)  # left over if the last run was killed right at its end
+        self._jobs: list[_SaeJob] = []
+        if not any(labels for _, _, labels in due):
+            return
+        look = Look.at(cache, layer, config.seed)
+        say(f"layer {layer}: {look}", err=True)
+        for run, setting, labels in due:
+            if labels:
+                self._jobs.append(_SaeJob(run, setting, cache, layer, labels, look, config, options, kernels, saver))
 
     def run(self, asked: Callable[[], bool]) -> bool:
         """Train to the end, or until `asked` to stop. Returns whether no SAE stopped by itself."""
@@ -277,6 +285,7 @@ class _SaeJob:
         cache: Cache,
         layer: int,
         due: list[str],
+        look: Look,
         config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,
@@ -284,6 +293,7 @@ class _SaeJob:
     ) -> None:
         """`due` are the labels of the snapshots to be made; others are there already."""
         self._run, self._layer, self._config, self._options, self._saver = run, layer, config, options, saver
+        self._look = look
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
         self._l1 = L1Controller(setting, config.steps, config.controller)
@@ -302,7 +312,7 @@ class _SaeJob:
         if found is not None:
             tensors, facts = found
             self.sae.load_state(tensors, facts["step"])
-            self._l1.value, self._l1.mean_l0 = facts["l1"], facts["mean_l0"]
+            self._l1.state = ControllerState(**facts["l1"])
         elif why:
             say(f"{self._run.name} layer {self._layer}: {why}; trained again from its start", err=True)
         self._run.rewind_metrics(self._layer, self.sae.step_count)
@@ -360,7 +370,7 @@ class _SaeJob:
 
     def _facts(self) -> dict[str, Any]:
         """Everything of the state that is no tensor."""
-        return {"step": self.sae.step_count, "l1": self._l1.value, "mean_l0": self._l1.mean_l0}
+        return {"step": self.sae.step_count, "l1": dataclasses.asdict(self._l1.state)}
 
     def _alive(self) -> int:
         horizon = self.sae.step_count - max(1, round(self._config.dead_after * self._config.steps))
@@ -395,6 +405,7 @@ class _SaeJob:
             "l0": result.l0,
             "lambda": l1,
             "alive": self._alive(),
+            "activations": dataclasses.asdict(self._look),
         }
         config = {k: v for k, v in self._run.config().items() if k != SEAL} | {"layer": self._layer, "snapshot": label}
         path = self._run.snapshot_path(self._layer, label)

@@ -1,13 +1,17 @@
 import shutil
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
+from bench.ours import cache_spec
+from shared.cache import BlockStats, Cache, slice_checksums
 from shared.cli import UserError
 from train import loader as module
 from train.loader import ActivationLoader, LoaderConfig
@@ -40,16 +44,69 @@ def test_an_epoch_is_every_training_row_once_and_no_held_out_one(cache: Cache) -
     assert keys(got) == keys(all_rows(cache))
 
 
-def test_rows_are_mixed_over_blocks(cache: Cache) -> None:
-    """A batch holds rows of every block of its window: far from the order on disk."""
-    x = batches(cache, last=1, batch=512, window=8)[0].numpy()
-    order = {row.tobytes(): i // cache.spec.block_rows for i, row in enumerate(all_rows(cache))}
-    assert len({order[row.tobytes()] for row in x}) >= 8
+@pytest.mark.parametrize(("window", "windows"), [(1, 40), (31, 2)])
+def test_every_window_holds_about_as_much_of_every_block(cache: Cache, window: int, windows: int) -> None:
+    """The last window of an epoch too: it is no rest of nine blocks after 31 of them."""
+    spec = cache.spec
+    block_of = {row.tobytes(): i // spec.block_rows for i, row in enumerate(all_rows(cache))}
+    size = spec.train_tokens // windows
+    for x in batches(cache, last=windows, batch=size, window=window):
+        held = Counter(block_of[row.tobytes()] for row in x.numpy())
+        even = size / spec.train_blocks
+        assert all(abs(held[block] - even) < 2 * spec.slice_rows for block in range(spec.train_blocks))
+
+
+@pytest.mark.parametrize("first", [0, 1, 17, 40])
+def test_slices_need_not_be_equally_long(tmp_path: Path, first: int) -> None:
+    """Blocks of 21 rows: ten slices of two and one of one."""
+    cache = numbered_cache(tmp_path / "c", rows=21, blocks=11)
+    whole = torch.cat(batches(cache, last=42, batch=11, window=3, layer=0))
+    assert sorted(whole[:231, 0].tolist()) == sorted(whole[231:, 0].tolist()) == list(range(231))
+    tail = torch.cat(batches(cache, first=first, last=42, batch=11, window=3, layer=0))
+    assert torch.equal(tail, whole[first * 11 :])
+
+
+def numbered_cache(path: Path, *, rows: int, blocks: int) -> Cache:
+    """One layer over one dimension; row i of it is i."""
+    spec = cache_spec(d=1, n_layers=1, rows=rows * blocks, context=rows)
+    cache = Cache.create(path, replace(spec, block_sequences=1, n_blocks=blocks), (0,))
+    for block in range(blocks):
+        data = np.arange(rows * block, rows * (block + 1), dtype=np.float16)[:, None]
+        stats = BlockStats(
+            bytes=data.nbytes, rows=rows, crc32c=slice_checksums(data, cache.spec.slice_rows),
+            tokens="0" * 8, mean=0.0, m2=1.0, max_norm=1.0, nonfinite=0,
+        )  # fmt: skip
+        cache.commit(block, {0: stats}, {0: cache.stage_block(0, block, memoryview(data.tobytes()))})
+    return cache
+
+
+def test_a_block_repaired_during_training_counts_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry was read with its first slice; a repair in another last bit replaces both file and entry."""
+    checked: list[int] = []
+    check = Cache.check_slice
+
+    def count(self: Cache, layer: int, block: int, *args: Any) -> None:
+        check(self, layer, block, *args)
+        checked.append(block)
+
+    monkeypatch.setattr(Cache, "check_slice", count)
+    cache, other = numbered_cache(tmp_path / "c", rows=32, blocks=2), numbered_cache(tmp_path / "other", rows=32, blocks=3)
+    loader = iter(ActivationLoader(cache, 0, LoaderConfig(batch=32, window_blocks=1, threads=1), CPU, last=4))
+    rows = [next(loader)]
+    deadline = time.monotonic() + 20
+    while len(checked) < 32 and time.monotonic() < deadline:  # the first epoch is read whole, the second not begun
+        time.sleep(0.01)
+    data = np.empty((32, 1), np.float16)
+    other.read_block(0, 2, data)
+    cache.commit(1, {0: other.stats(0, 2)}, {0: cache.stage_block(0, 1, memoryview(data.tobytes()))})
+    rows += loader
+    assert sorted(torch.cat(rows[:2])[:, 0].tolist()) == list(range(64))
+    assert sorted(torch.cat(rows[2:])[:, 0].tolist()) == [*range(32), *range(64, 96)]
 
 
 @pytest.mark.parametrize("first", [1, 15, 16, 17, 100, 250, 400])
 def test_resumes_at_any_batch(cache: Cache, first: int) -> None:
-    """Batches straddle windows and epochs here: 96 rows, windows of 3 x 512, the last of an epoch of 1."""
+    """Batches straddle windows and epochs here: 96 rows, windows of 1,440 and 1,472."""
     whole = batches(cache, last=430)  # two epochs and some
     assert all(len(x) == 96 for x in whole)
     tail = batches(cache, first=first, last=430)
@@ -74,48 +131,50 @@ def test_layers_are_seen_in_the_same_order(cache: Cache) -> None:
     assert places[0] == places[1]
 
 
-def test_damage_met_in_training_names_the_block(cache: Cache, tmp_path: Path) -> None:
+def test_damage_met_in_training_names_block_and_slice(cache: Cache, tmp_path: Path) -> None:
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
     data = bytearray(copy.block_path(1, 4).read_bytes())
     data[0] ^= 255
     copy.block_path(1, 4).write_bytes(data)
-    with pytest.raises(UserError, match=r"layer 1 block 4 .*checksum.*repair"):
+    with pytest.raises(UserError, match=r"layer 1 block 4 .*checksum of slice 0 .*repair"):
         batches(copy, last=200)
 
 
 def test_the_next_windows_are_read_while_one_is_used_and_no_further(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is two windows: while the first is handed out only the second is read, and once it is used up the third."""
-    blocks: list[int] = []
-    read = Cache.read_block
+    slices: list[tuple[int, int]] = []
+    read = Cache.read_slice
 
-    def count(self: Cache, layer: int, block: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
-        read(self, layer, block, out)
-        blocks.append(block)
+    def count(
+        self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
+    ) -> None:
+        read(self, layer, block, index, out)
+        slices.append((block, index))
 
-    monkeypatch.setattr(Cache, "read_block", count)
+    monkeypatch.setattr(Cache, "read_slice", count)
     config = LoaderConfig(batch=2 * cache.spec.block_rows, window_blocks=2, threads=2)  # a batch is a window
-    expected = iter((4, 6, 8, 10, 10))
+    expected = iter((64, 96, 128, 160, 160))
     for _ in ActivationLoader(cache, 1, config, CPU, last=5):
         wanted, deadline = next(expected), time.monotonic() + 20
-        while len(blocks) < wanted and time.monotonic() < deadline:
+        while len(slices) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)  # for what should not be read
-        assert len(blocks) == len(set(blocks)) == wanted
+        assert len(slices) == len(set(slices)) == wanted
     assert next(expected, None) is None
 
 
 def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Cache.read_block
+    read = Cache.read_slice
 
-    def slow(self: Cache, layer: int, block: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
-        time.sleep(0.05)
-        read(self, layer, block, out)
+    def slow(self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
+        time.sleep(0.003)
+        read(self, layer, block, index, out)
 
-    monkeypatch.setattr(Cache, "read_block", slow)
+    monkeypatch.setattr(Cache, "read_slice", slow)
     loader = ActivationLoader(cache, 1, LoaderConfig(batch=512, window_blocks=2, threads=1), CPU, last=8)
     assert len(list(loader)) == 8
-    assert loader.waited > 0.2  # eight reads of 50 ms in turn, less what overlapped
+    assert loader.waited > 0.2  # 128 reads of 3 ms in turn, less what overlapped
 
 
 def test_orders_are_drawn_by_reader_threads_and_waited_for(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +194,14 @@ def test_orders_are_drawn_by_reader_threads_and_waited_for(cache: Cache, monkeyp
     assert loader.waited > 0.15
 
 
-def test_the_order_of_blocks_is_drawn_once_an_epoch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_slices_is_drawn_once_an_epoch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[int] = []
-    draw = module.epoch_blocks
+    draw = module.epoch_slices
 
-    def count(n_blocks: int, *, seed: int, epoch: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+    def count(n_blocks: int, slices: int, *, seed: int, epoch: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
         epochs.append(epoch)
-        return draw(n_blocks, seed=seed, epoch=epoch)
+        return draw(n_blocks, slices, seed=seed, epoch=epoch)
 
-    monkeypatch.setattr(module, "epoch_blocks", count)
+    monkeypatch.setattr(module, "epoch_slices", count)
     assert len(batches(cache, first=100, last=430)) == 330
     assert epochs == [0, 1, 2]

@@ -1,0 +1,62 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from shared.cache import Cache
+from shared.shuffle import epoch_slices
+from train.look import Look
+
+
+def of(x: np.ndarray, positions: np.ndarray) -> Look:  # type: ignore[type-arg]
+    return Look.of(torch.from_numpy(x.astype(np.float16)), torch.from_numpy(positions))
+
+
+def test_shares_are_those_of_a_second_way_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((4000, 16)) * np.linspace(1, 3, 16) + 5).astype(np.float16)
+    positions = rng.integers(0, 8, 4000)
+    x[positions == 0] *= 4
+    x[:3] = 900
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(0)
+    energy = (centred**2).sum(1)
+    norms = np.linalg.norm(wide, axis=1)
+    long = norms > 10 * np.median(norms)
+    expected = Look(
+        mean_over_std=np.linalg.norm(wide.mean(0)) / energy.mean() ** 0.5,
+        top_direction=np.linalg.svd(centred, compute_uv=False)[0] ** 2 / energy.sum(),
+        first_positions=energy[positions == 0].sum() / energy.sum(),
+        long_rows=long.mean(),
+        long_rows_variance=energy[long].sum() / energy.sum(),
+        float16_used=900 / 65504,
+    )
+    assert dataclasses.asdict(of(x, positions)) == pytest.approx(dataclasses.asdict(expected), rel=1e-4)
+    assert long.sum() == 3
+
+
+def test_first_positions_that_own_the_variance_are_warned_of() -> None:
+    rng = np.random.default_rng(0)
+    x, positions = rng.standard_normal((2560, 32)), np.arange(2560) % 256
+    quiet = of(x, positions)
+    assert not quiet.flatters and "WARNING" not in str(quiet)
+    x[positions == 0, 7] += 500
+    loud = of(x, positions)
+    assert loud.flatters and loud.first_positions > 0.9 and loud.long_rows == pytest.approx(1 / 256)
+    assert "fvu_without_first" in str(loud)
+    x[:, 7] = 60_000
+    assert of(x, positions).float16_used == pytest.approx(0.916, abs=1e-3)
+
+
+def test_a_layer_is_looked_at_where_training_begins(cache: Cache) -> None:
+    """As many rows as a block has, of sixteen blocks, each with its own place in its context."""
+    spec, size = cache.spec, cache.spec.slice_rows
+    rows, positions = [], []
+    for number in epoch_slices(spec.train_blocks, spec.slices, seed=3, epoch=0)[: spec.slices]:
+        block, index = divmod(int(number), spec.slices)
+        whole = cache.layer(1)[block * spec.block_rows : (block + 1) * spec.block_rows]
+        order = cache.block_order(block)[index * size : (index + 1) * size]
+        rows.append(np.asarray(whole)[order])
+        positions.append(order % spec.context)
+    assert Look.at(cache, 1, seed=3) == of(np.concatenate(rows), np.concatenate(positions))

@@ -1,0 +1,82 @@
+"""What a layer's activations are like, before SAEs are trained on them: whether a few rows or one direction own the error.
+
+Real residual streams have first positions and a few tokens a hundred times as long as the median row (Sun et al.,
+arXiv:2402.17762). They hold most of the variance, so that FVU is small whatever an SAE makes of the other rows.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache import Cache
+from shared.shuffle import epoch_slices
+
+LONG = 10  # times the median norm
+FLATTERS = 0.5  # share of variance in one direction, in first positions or in long rows, from which FVU says little
+_FLOAT16 = 65_504.0
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Look:
+    """Shares are of Σ‖x − mean‖² over the rows looked at, but for `long_rows`."""
+
+    mean_over_std: float  # ‖mean‖ / √(mean ‖x − mean‖²)
+    top_direction: float
+    first_positions: float  # of contexts
+    long_rows: float  # share of rows
+    long_rows_variance: float
+    float16_used: float  # largest |value| over the largest that float16 holds
+
+    @classmethod
+    def at(cls, cache: Cache, layer: int, seed: int) -> Self:
+        """At as many rows as a block has, from slices with which training begins. Raises UserError for what cannot be read."""
+        spec = cache.spec
+        numbers = epoch_slices(spec.train_blocks, spec.slices, seed=seed, epoch=0)[: spec.slices]
+        rows, positions = [], []
+        for block, index in (divmod(number, spec.slices) for number in numbers.tolist()):
+            places = cache.block_order(block)[index * spec.slice_rows : (index + 1) * spec.slice_rows]
+            data = np.empty((len(places), spec.d_model), dtype=np.float16)
+            cache.read_slice(layer, block, index, data)
+            cache.check_slice(layer, block, index, data, cache.stats(layer, block))
+            rows.append(torch.from_numpy(data))
+            positions.append(torch.from_numpy(places % spec.context))
+        return cls.of(torch.cat(rows), torch.cat(positions))
+
+    @classmethod
+    def of(cls, x: Tensor, positions: Tensor) -> Self:
+        """x float16 [n, d], and for each its position in its context [n]."""
+        wide = x.float()
+        norms, mean = wide.norm(dim=1), wide.mean(0)
+        centred = wide - mean
+        squares = centred.double().square().sum(1)
+        total = float(squares.sum()) or 1.0
+        largest = float(torch.linalg.eigvalsh(centred.t() @ centred)[-1])
+        long = norms > LONG * norms.median()
+        return cls(
+            mean_over_std=float(mean.norm()) / (total / len(x)) ** 0.5,
+            top_direction=largest / total,
+            first_positions=float(squares[positions == 0].sum()) / total,
+            long_rows=float(long.double().mean()),
+            long_rows_variance=float(squares[long].sum()) / total,
+            float16_used=float(wide.abs().max()) / _FLOAT16,
+        )
+
+    @property
+    def flatters(self) -> bool:
+        return max(self.top_direction, self.first_positions, self.long_rows_variance) > FLATTERS
+
+    def __str__(self) -> str:
+        text = (
+            f"mean over deviation {self.mean_over_std:.2g}; of the variance {self.top_direction:.0%} in one direction, "
+            f"{self.first_positions:.0%} in first positions, {self.long_rows_variance:.0%} in the {self.long_rows:.2%} of rows "
+            f"above {LONG} × the median norm; largest value {self.float16_used:.1%} of float16's"
+        )
+        if self.flatters:
+            text += (
+                "; WARNING: a small part of this owns the squared error, so FVU will flatter: judge these SAEs by "
+                "fvu_without_first, fvu_without_top3 and CE recovered"
+            )
+        return text
