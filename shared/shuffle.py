@@ -31,3 +31,8 @@ def epoch_blocks(n_blocks: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 def window_rows(n_rows: int, *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
     """The order in which the rows of one shuffle window are handed out."""
     return permutation(n_rows, seed, 2, epoch, window)
+
+
+def text_order(n_sequences: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which students of one seed read an epoch's sequences."""
+    return permutation(n_sequences, seed, 3, epoch)
