@@ -7,9 +7,10 @@ import click
 import torch
 
 from eval.card import Publication, sister_runs, write_card
+from eval.distill import DistillOptions, distill, distill_table
 from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs, runs_in
 from eval.export import FORMS, ExportConfig, export
-from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors
+from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from eval.match import match_runs, match_table, match_to_final, open_run
 from eval.measured import measured_floors
 from eval.metrics import DEAD_AT
@@ -17,8 +18,9 @@ from eval.pages import PagesConfig, write_pages
 from eval.plots import plot_runs
 from eval.publish import PublishConfig, publish
 from eval.report import text_table, write_report
+from eval.students import DistillConfig
 from shared.cache import Cache
-from shared.cli import DefaultRun, UserError, parse_count, parse_layers, run, say
+from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
 
@@ -176,6 +178,47 @@ def floor_command(statistics: Path, widths: str) -> None:
     say(describe(measured), err=True)
     for width, floor in floors(measured, wanted).items():
         say(f"{width} {floor:#.8g}")
+
+
+@main.command("distill")
+@click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Whose model and tokens [default: data/<preset>].")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where the runs lie.")
+@click.option(
+    "--widths", help="Of the students [default: an eighth to three quarters of the model's, as for predicted floors]."
+)
+@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Students of each width.")
+@click.option("--tokens", help="Tokens that each student is trained on [default: all but the held-out ones, once].")
+@click.option("--batch", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Sequences in a step.")
+@click.option("--lr", type=Number(0, 1, min_open=True), default=2e-3, show_default=True, help="AdamW's peak learning rate.")
+@click.option("--eval-tokens", help="Held-out tokens to measure floors on [default: all].")
+@click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+@click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
+@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+@click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
+def distill_command(preset: str, cache: Path | None, runs: Path, **options: Any) -> None:
+    """Train narrower students from the model and hold their loss floors beside the predicted ones; run it again to continue."""
+    picked, opened = pick_device(options["device"]), Cache.open(cache or Path("data") / get_preset(preset).name)
+    spec, skipped = opened.spec, Skipped()
+    widths = tuple(map(parse_count, options["widths"].split(","))) if options["widths"] else student_widths(spec.d_model)[:-1]
+    config = DistillConfig(
+        tokens=parse_count(options["tokens"]) if options["tokens"] else spec.train_tokens,
+        batch=options["batch"],
+        lr=options["lr"],
+    )
+    wanted = DistillOptions(
+        runs=runs,
+        widths=tuple(sorted(set(widths))),
+        seeds=options["seeds"],
+        eval_tokens=parse_count(options["eval_tokens"]) if options["eval_tokens"] else spec.holdout_blocks * spec.block_rows,
+        device=picked,
+        model=options["model"],
+        alive_above=options["alive_above"],
+        save_minutes=options["save_minutes"],
+    )
+    say(distill_table(distill(opened, config, wanted, skipped)))
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is done")
 
 
 @main.command("match")

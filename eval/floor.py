@@ -108,6 +108,11 @@ def _floor(statistics: Statistics, width: int) -> float:
     return math.fsum(statistics.importance[math.floor(width * capacity(statistics.alpha)) :])
 
 
+def naive_floors(statistics: Statistics, widths: tuple[int, ...]) -> dict[int, float]:
+    """The same without superposition, a feature for each dimension: g = 1. What L* must be better than."""
+    return {width: math.fsum(statistics.importance[width:]) for width in widths}
+
+
 def student_widths(d_model: int) -> tuple[int, ...]:
     """The published widths as fractions of 1,024, of a model of another width."""
     return tuple(sorted({max(1, width * d_model // PUBLISHED_WIDTHS[-1]) for width in PUBLISHED_WIDTHS}))

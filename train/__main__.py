@@ -31,6 +31,13 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option("--window-blocks", type=click.IntRange(1), help="Blocks shuffled together.")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of the products.")
 @click.option("--sparse-below", type=Number(0, 1), help="Share of active entries under which a step is sparse.")
+@click.option(
+    "--decoder",
+    type=click.Choice(["trained", "random"]),
+    default="trained",
+    show_default=True,
+    help="random: its directions stay as drawn, a baseline in a run of its own.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 @click.option("--threads", type=THREADS, default=16, show_default=True, help="Reader threads.")
@@ -53,6 +60,7 @@ def main(preset: str, cache: Path | None, **options: Any) -> None:
         step=StepConfig(
             l1_reduction=options["l1_reduction"],
             precision=options["precision"],
+            decoder=options["decoder"],
             **({} if options["sparse_below"] is None else {"sparse_below": options["sparse_below"]}),
         ),
     )

@@ -30,6 +30,7 @@ class StepConfig:
     precision: str = "bf16"
     # share of active entries under which the step follows them alone; 0 never does, None leaves it to the kernels
     sparse_below: float | None = None
+    decoder: str = "trained"  # or "random": the directions stay as they were drawn, a baseline for what training them is worth
 
 
 class Late:
@@ -117,6 +118,7 @@ class TrainingSae:
         self.config, self.kernels, self.device = config, kernels, device
         self.d, self.n_features = d_model, n_features
         self._compute = COMPUTE[config.precision]
+        self._trains_decoder = config.decoder == "trained"
         self._master = torch.float64 if config.precision == "fp64" else torch.float32
         # Drawn on the CPU, so that every device starts from the same SAE.
         directions = torch.randn(n_features, d_model, generator=torch.Generator().manual_seed(seed), dtype=self._master)
@@ -190,7 +192,10 @@ class TrainingSae:
         dw_enc, dw_dec, db_enc = grads
         db_dec = g.sum(0, dtype=self._master)
         d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
-        norm = (self.kernels.square_sum(dw_enc) + self.kernels.square_sum(dw_dec) + d_bias.double().square().sum()).sqrt()
+        square_norm = self.kernels.square_sum(dw_enc)
+        if self._trains_decoder:
+            square_norm = square_norm + self.kernels.square_sum(dw_dec)
+        norm = (square_norm + d_bias.double().square().sum()).sqrt()
         late = torch.stack([square.double(), norm])
         self._whole.logical_and_(torch.isfinite(late).all())
         self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr)
@@ -208,7 +213,8 @@ class TrainingSae:
         adam = AdamStep(step=self.step_count, lr=lr, clip=clip, beta1=c.beta1, beta2=c.beta2)
         update = self.kernels.adam_
         update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
-        update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=True, copy=self._dec)
+        if self._trains_decoder:
+            update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=True, copy=self._dec)
         bias, m_bias, v_bias = (t[None] for t in (self.bias, m["m.bias"], m["v.bias"]))
         update(bias, m_bias, v_bias, d_bias.to(self._master)[None], adam)
 

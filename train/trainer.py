@@ -140,7 +140,8 @@ def _require_trainable(
 
 
 def _run(name: str, setting: L1Setting, config: TrainConfig, runs: Path) -> Run:
-    return Run(runs / f"{name}-saes-x{config.expansion}-l1-{setting.label}")
+    baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
+    return Run(runs / f"{name}-saes-x{config.expansion}-l1-{setting.label}{baseline}")
 
 
 def _run_config(setting: L1Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,22 @@ def test_decoder_rows_keep_unit_norm() -> None:
         torch.testing.assert_close(sae.w_dec.norm(dim=1), torch.ones(F))
 
 
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+def test_a_random_decoder_stays_as_it_was_drawn_and_all_else_is_trained_on_its_own_gradient(sparse_below: float) -> None:
+    """Clipping included: the norm is that of what is trained."""
+    config = StepConfig(precision="fp64", sparse_below=sparse_below, decoder="random", clip_norm=1e-3)
+    sae, x = TrainingSae(D, F, config, TorchKernels(), CPU, 11), torch.randn(B, D, generator=torch.Generator().manual_seed(3))
+    drawn = sae.w_dec.clone()
+    _, wanted = autograd(sae, x, 0.05, "sum")
+    result = sae.step(x, lr=1e-2, l1=0.05, workspace=Workspace(B, D, F, "fp64", CPU))
+    norm = torch.cat([wanted[name].flatten() for name in WEIGHTS if name != "w_dec"]).norm()
+    assert norm > 1e-3 and result.grad_norm == pytest.approx(float(norm))
+    torch.testing.assert_close(10 * sae.moments["m.w_enc"], wanted["w_enc"] * (1e-3 / (norm + 1e-6)))
+    assert torch.equal(sae.w_dec, drawn)
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(F, dtype=torch.float64))
+    assert not torch.equal(sae.w_enc, drawn * (2 * D / F))
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

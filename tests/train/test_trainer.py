@@ -75,6 +75,22 @@ def test_settings_together_are_settings_alone(cli: Cli, runs_path: Path, cache_p
     same(finals(tmp_path), together)
 
 
+def test_a_random_decoder_is_a_run_of_its_own_on_the_same_batches(
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path
+) -> None:
+    args = (*TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3", "--layers", 1)
+    assert cli("train", *args, "--decoder", "random").code == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("x4-l1-3e-3-fixed-random-decoder")
+    run, trained = Run(folder), Run(runs_path / folder.name.removesuffix("-random-decoder"))
+    assert run.config()["digest"] != trained.config()["digest"]
+    first, *_, last = (Sae.load(s.path) for s in run.snapshots())
+    assert torch.equal(first.w_dec, last.w_dec) and not torch.equal(first.w_enc, last.w_enc)
+    ours, theirs = run.metrics(1), trained.metrics(1)
+    assert ours[0]["l0"] == pytest.approx(theirs[0]["l0"], rel=0.05)  # the same SAE at the start, the same batches
+    assert ours[-1]["mse"] > theirs[-1]["mse"]
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it, nothing cleans up after it."""
 
