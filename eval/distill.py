@@ -59,7 +59,7 @@ from eval.floor import ALIVE_ABOVE, Statistics, capacity, critical_width, floors
 from eval.metrics import finite, heldout_tokens, load_features
 from eval.students import DistillConfig, Student, Teacher, Texts, student_config
 from shared.cache import Cache
-from shared.cli import UserError, finishing
+from shared.cli import UserError, finishing, format_layers
 from shared.device import announce, device_kind
 from shared.files import make_dir, remove_leftovers, replacing
 from shared.lm import harvested_model, load_config, load_model
@@ -204,17 +204,23 @@ def _predictions(cache: Cache, options: DistillOptions, skipped: Skipped) -> lis
     found = []
     with skipped.leaving_out():
         for run in find_runs(options.runs, cache, skipped):
-            for snapshot in {s.layer: s for s in run.snapshots()}.values():
-                with skipped.leaving_out():
-                    found.append(_predict(run, snapshot, options))
+            with skipped.leaving_out():
+                made = {s.layer: _predict(run, s, options) for s in {s.layer: s for s in run.snapshots()}.values()}
+                found += [record for record in made.values() if record]
+                if missing := [layer for layer, record in made.items() if not record]:
+                    layers = format_layers(missing)
+                    raise UserError(
+                        f"layers {layers} of {run.path} have not been evaluated: run `python -m eval`, then this again"
+                    )
     return found
 
 
 def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Record:
+    """Empty where this checkpoint was not evaluated. Raises UserError for a file that is damaged."""
     path, file = features_path(run, snapshot.layer, snapshot.label), Sae.checksum(snapshot.path)
     features, facts = load_features(path) if path.exists() else (None, {})
     if features is None or facts["file"] != file:
-        raise UserError(f"{snapshot.path} has not been evaluated: run `python -m eval` and then this again")
+        return {}
     statistics = Statistics.measured(features.density.double(), features.mean_square.double(), options.alive_above)
     predicted, naive = (f(statistics, options.widths) for f in (floors, naive_floors))
     return {

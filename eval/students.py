@@ -84,7 +84,8 @@ def _rotates(config: PretrainedConfig, head: int) -> bool:
     """Whether heads of this width can be rotated as the teacher's are: pairs of dimensions, at least one."""
     if config.model_type != "gpt_neox":
         return True
-    share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    rope = getattr(config, "rope_parameters", None) or {}  # transformers 4 has rotary_pct instead
+    share = rope.get("partial_rotary_factor", getattr(config, "rotary_pct", 1.0))
     return int(head * share) >= 2 and int(head * share) % 2 == 0
 
 
