@@ -24,19 +24,21 @@ SMALL = ("--widths", "8,16,24", "--seeds", 2, "--tokens", "2K", "--batch", 8, "-
 
 
 @pytest.fixture(scope="module")
-def evaluated(runs_path: Path, cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs that are evaluated in layer 1; the first has nothing else."""
+def evaluated_once(runs_path: Path, cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one SAE each, evaluated."""
     runs = tmp_path_factory.mktemp("evaluated") / "runs"
     for folder in sorted(runs_path.iterdir())[:2]:
-        shutil.copytree(folder, runs / folder.name)
-        for path in (runs / folder.name).glob("sae_layer*"):
-            if "layer01" not in path.name:
-                path.unlink()
+        shutil.copytree(folder, runs / folder.name, ignore=shutil.ignore_patterns("sae_*"))
+        shutil.copy(folder / "sae_layer01_final.pt", runs / folder.name)
     with contextlib.redirect_stdout(io.StringIO()):
         args = ("--preset", "demo", "--cache", cache_path, "--device", "cpu", "--ce-tokens", 320)
         assert invoke("eval", *args, "--runs", runs) == 0
-    shutil.copy(sorted(runs_path.iterdir())[1] / "sae_layer02_final.pt", sorted(p for p in runs.iterdir() if p.is_dir())[1])
     return runs
+
+
+@pytest.fixture
+def evaluated(evaluated_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(evaluated_once, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -64,10 +66,9 @@ def undisturbed(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return students
 
 
-def test_students_are_measured_and_held_beside_every_prediction(distil: Call, evaluated: Path, tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    shutil.copytree(evaluated, runs)
-    (experiment,) = distil(runs, code=2)  # layer 2 of the second run has not been evaluated
+def test_students_are_measured_and_held_beside_every_prediction(distil: Call, evaluated: Path) -> None:
+    runs = evaluated
+    (experiment,) = distil(runs)
     assert sealed(experiment)
     assert [(s["width"], s["seed"]) for s in experiment["students"]] == [(w, s) for w in (8, 16, 24) for s in (0, 1)]
     for f in experiment["floors"]:
@@ -76,9 +77,8 @@ def test_students_are_measured_and_held_beside_every_prediction(distil: Call, ev
         assert 0 < f["floor"] < f["kl"] < 2 * math.log(400)  # the model of these tests is sure of itself
     assert experiment["teacher"]["width"] == 32
     assert experiment["setting"] | {"temperature": 2.0, "heldout_tokens": 320, "tokens": 2000} == experiment["setting"]
-    assert [(p["run"], p["layer"]) for p in experiment["predictions"]] == [(p.name, 1) for p in sorted(runs.glob("neox*"))] or [
-        p["layer"] for p in experiment["predictions"]
-    ] == [1, 1]
+    names = sorted(p.name for p in runs.iterdir() if p.is_dir())
+    assert [(p["run"], p["layer"]) for p in experiment["predictions"]] == [(name, 1) for name in names]
     for p in experiment["predictions"]:
         features, _ = load_features(runs / p["run"] / "results" / "features" / "layer01_final.safetensors")
         statistics = Statistics.measured(features.density.double(), features.mean_square.double(), 1e-5)
@@ -94,21 +94,19 @@ def test_students_are_measured_and_held_beside_every_prediction(distil: Call, ev
 
 
 def test_results_are_added_to_and_nothing_is_trained_twice(
-    distil: Call, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distil: Call, evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, trained = tmp_path / "runs", []
-    shutil.copytree(evaluated, runs)
-    real = Student.__init__
+    runs, trained, real = evaluated, [], Student.__init__
 
     def noted(self: Student, teacher: Teacher, width: int, seed: int, *rest: Any) -> None:
         trained.append((width, seed))
         real(self, teacher, width, seed, *rest)
 
     monkeypatch.setattr(Student, "__init__", noted)
-    (first,) = distil(runs, "--widths", 8, "--seeds", 1, code=2)
-    (second,) = distil(runs, code=2)
-    (third,) = distil(runs, "--widths", 8, code=2)
-    other, before = distil(runs, "--widths", 8, "--seeds", 1, "--lr", "1e-3", code=2)
+    (first,) = distil(runs, "--widths", 8, "--seeds", 1)
+    (second,) = distil(runs)
+    (third,) = distil(runs, "--widths", 8)
+    other, before = distil(runs, "--widths", 8, "--seeds", 1, "--lr", "1e-3")
     assert trained == [(8, 0), (16, 0), (24, 0), (8, 1), (16, 1), (24, 1), (8, 0)]
     assert second["students"][0] == first["students"][0] and third == second == before
     assert other["digest"] != before["digest"] and other["students"][0]["floor"] != before["students"][0]["floor"]
@@ -199,9 +197,22 @@ def test_a_damaged_state_costs_its_student_and_one_of_another_is_refused(
     assert json.loads((runs / "distilled.json").read_bytes())[0]["students"] == undisturbed[:2]
 
 
-def test_what_cannot_be_done_is_one_line(cli: Cli, cache_path: Path, evaluated: Path, tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    shutil.copytree(evaluated, runs)
+def test_what_was_not_evaluated_is_left_out_with_a_line_a_run(
+    cli: Cli, cache_path: Path, evaluated: Path, runs_path: Path
+) -> None:
+    name = sorted(p.name for p in evaluated.iterdir() if p.is_dir())[1]
+    for layer in (0, 1, 2):
+        shutil.copy(runs_path / name / f"sae_layer{layer:02d}_final.pt", evaluated / name / f"sae_layer{layer:02d}_final.pt")
+    args = ("--preset", "demo", "--cache", cache_path, "--runs", evaluated, "--device", "cpu", *SMALL)
+    result = cli("eval", "distill", *args, "--widths", 8, "--seeds", 1)
+    assert result.code == 2
+    assert f"layers 0,2 of {evaluated / name} have not been evaluated: run `python -m eval`, then this again" in result.err
+    (experiment,) = json.loads((evaluated / "distilled.json").read_bytes())
+    assert [p["layer"] for p in experiment["predictions"]] == [1, 1] and len(experiment["students"]) == 1
+
+
+def test_what_cannot_be_done_is_one_line(cli: Cli, cache_path: Path, evaluated: Path) -> None:
+    runs = evaluated
     command = ("eval", "distill", "--preset", "demo", "--cache", cache_path, "--runs", runs, "--device", "cpu", *SMALL)
     for more, said in (
         (("--widths", "64"), "a student of width 64 is wider than the model, which has 32"),
