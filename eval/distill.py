@@ -61,7 +61,7 @@ from eval.students import DistillConfig, Student, Teacher, Texts, student_config
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers
 from shared.device import announce, device_kind
-from shared.files import make_dir, remove_leftovers, replacing
+from shared.files import make_dir, remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model, load_config, load_model
 from shared.progress import Progress
 from shared.seal import canonical, seal, sealed
@@ -106,7 +106,10 @@ def distill(cache: Cache, config: DistillConfig, options: DistillOptions, skippe
     _require_widths(str(folder), options.widths)
     new = {"digest": digest, "cache": cache.digest, "model": Path(spec.model).name, "setting": setting}
     store = _Store(make_dir(options.runs), new)
+    sync_dir(options.runs.absolute().parent)
+    states = options.runs / "distilling" / digest[:16]
     store.add([], _predictions(cache, options, skipped))
+    _drop_states(states, store.known)  # a kill may have come before it
     due = {s: [w for w in options.widths if (w, s) not in store.known] for s in range(options.seeds)}
     if any(due.values()):
         model = load_model(str(folder), None, spec.precision, head=True)
@@ -115,11 +118,12 @@ def distill(cache: Cache, config: DistillConfig, options: DistillOptions, skippe
         texts = Texts(cache)
         with finishing() as asked:
             for seed, widths in due.items():
-                job = _Seed(teacher, seed, widths, config, steps, options, digest)
+                students = [Student(teacher, w, seed, config, steps, _state(states, w, seed), digest) for w in widths]
+                job = _Seed(teacher, seed, students, config, steps, options.save_minutes)
                 if widths and job.train(texts, asked):
                     store.teacher, found = job.measure(heldout)
                     store.add(found, [])
-                    job.drop()
+                    _drop_states(states, store.known)
     return store.experiment
 
 
@@ -131,24 +135,28 @@ def _require_widths(model: str, widths: Iterable[int]) -> None:
             raise UserError(f"a student of width {width} is wider than the model, which has {config.hidden_size}")
 
 
+def _state(folder: Path, width: int, seed: int) -> Path:
+    return folder / f"width{width:05d}_seed{seed}.safetensors"
+
+
+def _drop_states(folder: Path, known: Iterable[tuple[int, int]]) -> None:
+    """Take away the states of students that are measured, and what the dead left half-written."""
+    remove_leftovers(folder)
+    for width, seed in known:
+        _state(folder, width, seed).unlink(missing_ok=True)
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
+
+
 class _Seed:
     """The students of one seed, which take the same batches."""
 
     def __init__(
-        self,
-        teacher: Teacher,
-        seed: int,
-        widths: list[int],
-        config: DistillConfig,
-        steps: int,
-        options: DistillOptions,
-        digest: str,
+        self, teacher: Teacher, seed: int, students: list[Student], config: DistillConfig, steps: int, save_minutes: float
     ) -> None:
-        self._teacher, self._seed, self._config, self._steps, self._options = teacher, seed, config, steps, options
-        self._folder = options.runs / "distilling" / digest[:16]
-        remove_leftovers(self._folder)
-        paths = {w: self._folder / f"width{w:05d}_seed{seed}.safetensors" for w in widths}
-        self._students = [Student(teacher, w, seed, config, steps, path, digest) for w, path in paths.items()]
+        self._teacher, self._seed, self._students = teacher, seed, students
+        self._config, self._steps, self._save_seconds = config, steps, 60 * save_minutes
 
     def train(self, texts: Texts, asked: Callable[[], bool]) -> bool:
         """To the end, or until `asked` to stop; whether it is the end. Raises UserError where a loss is not finite."""
@@ -165,7 +173,7 @@ class _Seed:
                     worst = next(s.width for s, loss in zip(now, losses, strict=True) if not math.isfinite(loss))
                     raise UserError(f"the student of width {worst} and seed {self._seed} has a loss of NaN: lower --lr")
                 progress.advance(len(now), "KL " + " ".join(f"{loss:.3f}" for loss in losses))
-                if asked() or time.monotonic() - saved > 60 * self._options.save_minutes or step + 1 == self._steps:
+                if asked() or time.monotonic() - saved > self._save_seconds or step + 1 == self._steps:
                     for student in students:
                         student.save()
                     saved = time.monotonic()
@@ -189,14 +197,6 @@ class _Seed:
             for s, m in zip(self._students, measured, strict=True)
         ]
         return {"width": self._teacher.config.hidden_size, "ce": ce}, records
-
-    def drop(self) -> None:
-        """Take the states away, which are of no use any more."""
-        for student in self._students:
-            student.path.unlink(missing_ok=True)
-        for folder in (self._folder, self._folder.parent):
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nobody else has anything in it
 
 
 def _predictions(cache: Cache, options: DistillOptions, skipped: Skipped) -> list[Record]:

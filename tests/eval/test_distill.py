@@ -211,6 +211,21 @@ def test_what_was_not_evaluated_is_left_out_with_a_line_a_run(
     assert [p["layer"] for p in experiment["predictions"]] == [1, 1] and len(experiment["students"]) == 1
 
 
+def test_a_state_that_a_kill_left_after_its_student_was_measured_goes_with_the_next_run(
+    distil: Call, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(_folder: Path, known: set[tuple[int, int]]) -> None:
+        if known:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("eval.distill._drop_states", measured)
+        distil(evaluated, "--seeds", 1)
+    assert list(evaluated.rglob("distilling/*/width*_seed0.safetensors"))
+    distil(evaluated, "--seeds", 1)
+    assert not (evaluated / "distilling").exists()
+
+
 def test_what_cannot_be_done_is_one_line(cli: Cli, cache_path: Path, evaluated: Path) -> None:
     runs = evaluated
     command = ("eval", "distill", "--preset", "demo", "--cache", cache_path, "--runs", runs, "--device", "cpu", *SMALL)
