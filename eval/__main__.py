@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from eval.card import Publication, sister_runs, write_card
 from eval.distill import DistillOptions, distill, distill_table
@@ -102,22 +101,14 @@ def run_command(
 @click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Gets <run>/layer_<N> for each SAE.")
 @click.option("--model", help="Name of the language model [default: the run's, if it is a name and not a folder].")
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Measure on its held-out tokens how often features fire (saelens)."
-)
-@click.option("--device", help="For that: cpu, cuda or cuda:1 [default: cuda where there is one].")
-def export_command(
-    form: str, runs: tuple[Path, ...], layers: str | None, out: Path, cache: Path | None, **options: Any
-) -> None:
+def export_command(form: str, runs: tuple[Path, ...], layers: str | None, snapshot: str, out: Path, model: str | None) -> None:
     """Write SAEs in the form that another tool loads."""
     config = ExportConfig(
         form=form,
         out=out,
         layers=parse_layers(layers) if layers else None,
-        snapshot=options["snapshot"],
-        model=options["model"],
-        cache=Cache.open(cache) if cache else None,
-        device=pick_device(options["device"]) if cache else torch.device("cpu"),
+        snapshot=snapshot,
+        model=model,
     )
     say(f"exported {len(export(runs, config))} SAEs to {out}")
 

@@ -53,10 +53,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.evaluate import Skipped, features_path, find_runs
+from eval.evaluate import Skipped, find_runs, measured_features
 from eval.fit import fit_floors, spread
 from eval.floor import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
-from eval.metrics import finite, heldout_tokens, load_features
+from eval.metrics import finite, heldout_tokens
 from eval.students import DistillConfig, Student, Teacher, Texts, student_config
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers
@@ -217,10 +217,11 @@ def _predictions(cache: Cache, options: DistillOptions, skipped: Skipped) -> lis
 
 def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Record:
     """Empty where this checkpoint was not evaluated. Raises UserError for a file that is damaged."""
-    path, file = features_path(run, snapshot.layer, snapshot.label), Sae.checksum(snapshot.path)
-    features, facts = load_features(path) if path.exists() else (None, {})
-    if features is None or facts["file"] != file:
+    file = Sae.checksum(snapshot.path)
+    measured = measured_features(run, snapshot.layer, snapshot.label, file)
+    if measured is None:
         return {}
+    features, tokens = measured
     statistics = Statistics.measured(features.density.double(), features.mean_square.double(), options.alive_above)
     predicted, naive = (f(statistics, options.widths) for f in (floors, naive_floors))
     return {
@@ -229,7 +230,7 @@ def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Record:
         "layer": snapshot.layer,
         "snapshot": snapshot.label,
         "file": file,
-        "tokens": int(facts["tokens"]),
+        "tokens": tokens,
         "alive_above": options.alive_above,
         "F": statistics.features,
         "alpha": statistics.alpha,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from eval.floor import ALIVE_ABOVE
-from eval.metrics import DEAD_AT, heldout_blocks, heldout_tokens, loss_metrics, measure, save_features
+from eval.metrics import DEAD_AT, Features, heldout_blocks, heldout_tokens, load_features, loss_metrics, measure, save_features
 from eval.splice import SplicedModel, constant, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
@@ -221,6 +221,16 @@ def stored_records(run: Run) -> list[Record]:
     for snapshot in run.snapshots():
         store.files[snapshot.layer, snapshot.label] = Sae.checksum(snapshot.path)
     return [r for r in store.view(None) if store.files.get((r["layer"], r["snapshot"])) == r["file"]]
+
+
+def measured_features(run: Run, layer: int, label: str, file: str) -> tuple[Features, int] | None:
+    """The statistics of each feature of the checkpoint with the checksum `file`, and of how many tokens; None where it was not
+    evaluated. Raises UserError where they are damaged."""
+    path = features_path(run, layer, label)
+    if not path.exists():
+        return None
+    features, facts = load_features(path)
+    return (features, int(facts["tokens"])) if facts["file"] == file else None  # else of one that was here before
 
 
 class _Store:

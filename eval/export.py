@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from eval.metrics import heldout_blocks
-from shared.cache import Cache
+from eval.evaluate import measured_features
 from shared.cli import UserError, format_layers, say
 from shared.files import make_dir, remove_leftovers, sync_dir, temporary, write_file
 from shared.lm import unpin
 from shared.progress import Progress
-from train.runs import Run, cache_identity
+from shared.seal import SEAL
+from train.runs import Run
 from train.sae import Sae
 
 SAELENS_FORM = (
@@ -36,8 +36,6 @@ SAELENS_FORM = (
 )
 _FILE = re.compile(r"sae_layer(\d+)_(\w+)\.pt")
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-_CHUNK_VALUES = 1 << 26  # values of z held at once
-
 Files = dict[str, bytes]
 
 
@@ -47,11 +45,9 @@ class ExportConfig:
 
     form: str  # a key of FORMS
     out: Path
-    device: torch.device  # to measure on
     layers: tuple[int, ...] | None = None  # None: all there are
     snapshot: str = "final"
     model: str | None = None  # the language model's name, where a checkpoint does not know it or knows it by another
-    cache: Cache | None = None  # to measure how often features fire
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -181,12 +177,13 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
     targets = [config.out / checkpoint.folder for checkpoint in found]
     if twice := sorted({str(t) for t in targets if targets.count(t) > 1}):
         raise UserError(f"two SAEs would be written to {twice[0]}; export their runs to different --out folders")
-    failed, without_name = 0, False
+    failed, without_name, without_density = 0, False, False
     with Progress("exporting", len(found), "SAEs") as progress:
         for checkpoint, target in zip(found, targets, strict=True):
             try:
                 sae, origin = open_checkpoint(checkpoint, config)
                 without_name |= origin.model is None
+                without_density |= origin.log10_density is None
                 publish_folder(target, FORMS[config.form](sae, origin))
             except UserError as error:
                 failed += 1
@@ -194,8 +191,8 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
             progress.advance(1, str(checkpoint.folder))
     if without_name:
         say("the language model's name is left out where only its folder is known: give it with --model", err=True)
-    if config.form == "saelens" and config.cache is None:
-        say("sparsity.safetensors is left out: name the cache with --cache to measure how often features fire", err=True)
+    if config.form == "saelens" and without_density:
+        say("sparsity.safetensors is left out where `python -m eval` has not measured how often features fire", err=True)
     if failed:
         raise UserError(f"{failed} of {len(found)} SAEs are left out, as said above; the others are in {config.out}")
     return targets
@@ -261,11 +258,11 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     with checkpoint.path.open("rb") as file:
         source["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     log10_density = None
-    if config.cache is not None and config.form == "saelens":
-        if sae.config and sae.config["cache"]["digest"] != cache_identity(config.cache)["digest"]:
-            raise UserError(f"{checkpoint.path} was trained on another cache than {config.cache.path}; name that with --cache")
-        density, source["density_tokens"] = _density(sae, config.cache, checkpoint, config.device)
-        log10_density = (density + 1e-10).log10().float()  # SAELens' own way to write it
+    if checkpoint.run and config.form == "saelens":
+        measured = measured_features(checkpoint.run, checkpoint.layer, checkpoint.label, sae.stats[SEAL])
+        if measured is not None:
+            log10_density = (measured[0].density.double() + 1e-10).log10().float()  # SAELens' own way to write it
+            source["density_tokens"] = measured[1]
     spec: dict[str, Any] = sae.config["cache"]["spec"] if sae.config else {}
     # What lies in a folder is known by its hash, and nobody else has that folder.
     commits = {"model": spec.get("model_commit"), "dataset": unpin(str(spec.get("dataset_revision", "sha256:")))}
@@ -326,21 +323,6 @@ def _foreign(path: Path, state: dict[str, Any]) -> Sae:
         config={},
         stats={},
     )
-
-
-@torch.inference_mode()
-def _density(sae: Sae, cache: Cache, checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, int]:
-    """(share of the held-out tokens on which each feature fires, float64 [F]; how many tokens there are)."""
-    spec, layer, n_features = cache.spec, checkpoint.layer, len(sae.b_enc)
-    if layer not in cache.layers or spec.d_model != len(sae.b_pre) or spec.holdout_blocks == 0:
-        raise UserError(f"{cache.path} holds nothing out of layer {layer} for {checkpoint.path}; name another --cache or none")
-    sae, rows = sae.to(device), max(1, _CHUNK_VALUES // n_features)
-    fired = torch.zeros(n_features, dtype=torch.int64, device=device)
-    tokens = spec.holdout_blocks * spec.block_rows
-    for block, _ in heldout_blocks(cache, layer, tokens):
-        for part in torch.split(block, rows):
-            fired += (sae.encode(part.to(device).float()) > 0).sum(0)
-    return fired.double().cpu() / tokens, tokens
 
 
 def publish_folder(folder: Path, files: Files) -> None:

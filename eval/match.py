@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.evaluate import features_path
-from eval.metrics import load_features, match
+from eval.evaluate import measured_features
+from eval.metrics import match
 from shared.cli import UserError
 from shared.files import make_dir, publish_json
 from shared.seal import SEAL
@@ -76,13 +76,8 @@ def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.dev
     """Decoder rows [F, d], and which of them are alive [F] if that was measured."""
     sae = Sae.load(snapshot.path, belongs=run.belongs(snapshot.layer, snapshot.label))
     rows = sae.w_dec.to(device)
-    path = features_path(run, snapshot.layer, snapshot.label)
-    if not path.exists():
-        return rows, None
-    features, facts = load_features(path)
-    if facts["file"] != sae.stats[SEAL]:  # of a checkpoint that was here before
-        return rows, None
-    return rows, (features.density > alive_above).to(device)
+    measured = measured_features(run, snapshot.layer, snapshot.label, sae.stats[SEAL])
+    return rows, None if measured is None else (measured[0].density > alive_above).to(device)
 
 
 def _write(run: Run, name: str, found: list[Matched]) -> list[Matched]:

@@ -8,7 +8,6 @@ An upload is a series of commits. What the hub has already, by name and content,
 continues after a kill, with nothing remembered here, and of the commit that was lost the hub keeps what had arrived.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,21 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from eval.card import REGISTRY, Publication, sister_runs, write_card
-from eval.evaluate import features_path, stored_records
-from eval.export import FORMS, Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder
+from eval.evaluate import stored_records
+from eval.export import Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder, saelens
 from eval.measured import measured_floors
-from eval.metrics import load_features
 from eval.report import FINAL
 from shared.cli import UserError, format_bytes, say
 from shared.files import temporary
 from shared.progress import Progress
-from shared.seal import SEAL
 from train.runs import Run
 
 _PUBLISHED = (
@@ -102,28 +98,13 @@ def prepare(run: Run, publication: Publication) -> None:
             f"{run.path} has not been evaluated: run `python -m eval` first, for nobody can use SAEs of unknown worth"
         )
     measured = measured_floors(run.path.parent, run.config()["cache"]["digest"])
+    config = ExportConfig(form="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
         for snapshot in finals:
             checkpoint = Checkpoint(path=snapshot.path, layer=snapshot.layer, label=snapshot.label, run=run)
-            _put(run, run.path / checkpoint.folder.name, _saelens(run, checkpoint))
+            _put(run, run.path / checkpoint.folder.name, saelens(*open_checkpoint(checkpoint, config)))
             progress.advance(1, f"layer {snapshot.layer}")
     write_card(run, records, measured, sister_runs(run), publication)
-
-
-def _saelens(run: Run, checkpoint: Checkpoint) -> Files:
-    """The SAE in SAELens' form, with how often features fire if that was measured."""
-    config = ExportConfig(form="saelens", out=run.path, device=torch.device("cpu"))
-    sae, origin = open_checkpoint(checkpoint, config)
-    path = features_path(run, checkpoint.layer, checkpoint.label)
-    if path.exists():
-        features, facts = load_features(path)
-        if facts["file"] == sae.stats[SEAL]:
-            origin = dataclasses.replace(
-                origin,
-                source=origin.source | {"density_tokens": int(facts["tokens"])},
-                log10_density=(features.density.double() + 1e-10).log10().float(),  # SAELens' own way to write it
-            )
-    return FORMS["saelens"](sae, origin)
 
 
 def _put(run: Run, folder: Path, files: Files) -> None:

@@ -176,20 +176,28 @@ def test_the_source_is_the_file_it_was_made_from(cli: Cli, runs_path: Path, tmp_
     assert (metadata["model_name"], metadata["context_size"]) == ("m/n", 32)
 
 
-def test_how_often_features_fire_is_measured_on_all_that_is_held_out(
+def test_how_often_features_fire_is_as_the_evaluation_measured_it(
     cli: Cli, runs_path: Path, cache: Cache, tmp_path: Path
 ) -> None:
-    run = max(p.parent for p in runs_path.glob("*/config.json"))
-    args = ("--to", "saelens", "--runs", run, "--cache", cache.path, "--device", "cpu", "--layers", 1, "--out", tmp_path)
-    assert cli("eval", "export", *args).code == 0
-    folder = tmp_path / run.name / "layer_1"
+    (folder,) = {p.parent for p in runs_path.glob("*-l1-3e-3-fixed/config.json")}
+    run = tmp_path / "runs" / folder.name
+    shutil.copytree(folder, run, ignore=shutil.ignore_patterns("sae_*"))
+    shutil.copy(folder / "sae_layer01_final.pt", run)
+    args = ("--to", "saelens", "--runs", run, "--out")
+    bare = cli("eval", "export", *args, tmp_path / "bare")
+    assert bare.code == 0 and "sparsity.safetensors is left out where `python -m eval` has not measured" in bare.err
+    assert not list((tmp_path / "bare").rglob("sparsity.safetensors"))
+    evaluated = cli("eval", "--preset", "demo", "--cache", cache.path, "--runs", run, "--ce-tokens", 32, "--device", "cpu")
+    assert evaluated.code == 0, evaluated.err
+    measured = cli("eval", "export", *args, tmp_path / "out")
+    assert measured.code == 0 and "left out" not in measured.err.replace("name is left out", "")
+    out = tmp_path / "out" / run.name / "layer_1"
     x = torch.from_numpy(cache.layer(1)[cache.spec.train_tokens :]).float()
-    assert len(x) == 2048
     share = (Sae.load(run / "sae_layer01_final.pt").encode(x) > 0).double().mean(0)
-    got = load_file(folder / "sparsity.safetensors")["sparsity"]
+    got = load_file(out / "sparsity.safetensors")["sparsity"]
     assert got.dtype == torch.float32 and float(share.max()) > 0.01
     torch.testing.assert_close(10 ** got.double(), share, rtol=1e-5, atol=2e-10)
-    assert json.loads((folder / "cfg.json").read_text())["metadata"]["source"]["density_tokens"] == 2048
+    assert json.loads((out / "cfg.json").read_text())["metadata"]["source"]["density_tokens"] == len(x) == 2048
 
 
 def test_what_is_there_is_kept_and_what_is_something_else_is_not_replaced(cli: Cli, runs_path: Path, tmp_path: Path) -> None:
@@ -307,7 +315,6 @@ def test_bad_input(cli: Cli, runs_path: Path, tmp_path: Path) -> None:
         (("--to", "saelens", "--runs", run, "--layers", "1,7", *out), "there is no 'final' snapshot of layers 7 in"),
         (("--to", "saelens", "--runs", run, "--snapshot", "1B", *out), "there is no '1B' snapshot in"),
         (("--to", "saelens", "--runs", run, "--runs", run, *out), "two SAEs would be written to"),
-        (("--to", "saelens", "--runs", run, "--cache", tmp_path, *out), "no activation cache at"),
         (("--to", "saelens", "--runs", tmp_path / "page.pt", "--layers", 1, *out), "page.pt is not a readable SAE checkpoint"),
         (("--to", "saelens", "--runs", run, "--out", tmp_path / "page.pt" / "x"), "page.pt"),
     ]
