@@ -24,7 +24,7 @@ experiment is everything that was distilled under one setting; widths and seeds 
                       "fits": {"predicted", "naive", "log_width"}}     eval.fit.Fit of the measured floors over L*, the naive
                                                                        floor, and −ln(width), which knows nothing of
                                                                        features: L* is worth what it does better
-    crc32c            of this experiment; see shared/seal.py
+    checksum          of this experiment; see shared/seal.py
 
 A fit (null where there are fewer than three widths, or the prediction is the same for all):
 
