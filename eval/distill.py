@@ -56,6 +56,7 @@ from torch import Tensor
 from eval.evaluate import Skipped, find_runs, measured_features
 from eval.fit import fit_floors, spread
 from eval.floor import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
+from eval.measured import FILE
 from eval.metrics import finite, heldout_tokens
 from eval.students import DistillConfig, Student, Teacher, Texts, student_config
 from shared.cache import Cache
@@ -69,7 +70,6 @@ from train.runs import Run, Snapshot, alone_in
 from train.sae import Sae
 
 Record = dict[str, Any]
-FILE = "distilled.json"
 _PREDICTORS = ("predicted", "naive", "log_width")
 
 

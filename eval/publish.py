@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from eval.card import REGISTRY, Publication, sister_runs, write_card
 from eval.evaluate import stored_records
-from eval.export import FORMS, Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder
+from eval.export import Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder, saelens
 from eval.measured import measured_floors
 from eval.report import FINAL
 from shared.cli import UserError, format_bytes, say
@@ -102,7 +102,7 @@ def prepare(run: Run, publication: Publication) -> None:
     with Progress("preparing", len(finals), "layers") as progress:
         for snapshot in finals:
             checkpoint = Checkpoint(path=snapshot.path, layer=snapshot.layer, label=snapshot.label, run=run)
-            _put(run, run.path / checkpoint.folder.name, FORMS[config.form](*open_checkpoint(checkpoint, config)))
+            _put(run, run.path / checkpoint.folder.name, saelens(*open_checkpoint(checkpoint, config)))
             progress.advance(1, f"layer {snapshot.layer}")
     write_card(run, records, measured, sister_runs(run), publication)
 

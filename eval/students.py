@@ -272,7 +272,7 @@ class Student:
             try:
                 save_file(host, temporary, metadata={"facts": json.dumps(said)})
             except SafetensorError as error:
-                raise OSError(f"{self.path}: {error}") from None
+                raise OSError(str(error)) from None
 
     def _load(self) -> None:
         if not self.path.exists():
