@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from shared.cli import run
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"harvest": harvest.__main__.main, "train": train.__main__.main, "eval": eval.__main__.main}
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without, and commands heed that
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network shall fail at once
 
 
