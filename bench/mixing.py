@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench.peers import ROOT
 from bench.report import RESULTS as FOLDER
+from bench.report import machine, today
 from eval.metrics import heldout_blocks, measure
 from shared.cache import Cache
 from shared.presets import get_preset
@@ -173,14 +174,15 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
 def command(path: Path, layers: str, lambdas: str, seeds: int) -> None:
     """Quality against how far rows are mixed, on a small cache; adds to what was measured before."""
     cache = Cache.open(path)
-    points = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    points = json.loads(RESULTS.read_text())["points"] if RESULTS.exists() else []
     for seed in range(seeds):
         for layer in map(int, layers.split(",")):
             for kind, blocks in ORDERS:
                 if any((p["seed"], p["layer"], p["kind"], p["blocks"]) == (seed, layer, kind, blocks) for p in points):
                     continue
                 points += train(cache, layer, Order(kind=kind, blocks=blocks), tuple(map(float, lambdas.split(","))), seed)
-                RESULTS.write_text(json.dumps(points, indent=1) + "\n")
+                content = {"kind": "mixing", "date": today(), "machine": asdict(machine()), "points": points}
+                RESULTS.write_text(json.dumps(content, indent=1) + "\n")
                 click.echo(json.dumps(points[-1]))
     draw(at_equal_l0(points), PICTURE)
     click.echo(f"{PICTURE}\n{RESULTS}")
