@@ -272,6 +272,7 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
 
     def stop(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         save(self, layer, tensors, facts)
+        monkeypatch.setattr(Run, "save_state", save)  # a second signal would mean now, wherever the trainer is
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("train.trainer._summary_writer", lambda: Writer)
@@ -279,7 +280,6 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
     assert again(cli, cache_path, one, "--layers", 0, "--save-minutes", 0, "--tensorboard").code == 143
     state = one.load_state(0)
     assert state is not None
-    monkeypatch.setattr(Run, "save_state", save)
     assert again(cli, cache_path, one, "--layers", 0, "--tensorboard").code == 0
     assert writers[0]["purge"] == 1
     assert writers[1]["purge"] == state[1]["step"] * 256 + 1
