@@ -13,7 +13,6 @@ from urllib.parse import quote
 
 from eval.report import (
     CAPTIONS,
-    FINAL,
     finished,
     floor_widths,
     latest,
@@ -28,7 +27,7 @@ from eval.report import (
 )
 from shared.cli import format_count, format_layers, say
 from shared.files import publish_file
-from train.runs import Run, alone_in, snapshot_tokens
+from train.runs import FINAL, Run, alone_in, snapshot_tokens
 
 Record = dict[str, Any]
 

@@ -28,7 +28,7 @@ from shared.files import make_dir, remove_leftovers, sync_dir, temporary, write_
 from shared.lm import unpin
 from shared.progress import Progress
 from shared.seal import SEAL
-from train.runs import Run
+from train.runs import FINAL, Run
 from train.sae import Sae
 
 SAELENS_FORM = (
@@ -46,7 +46,7 @@ class ExportConfig:
     form: str  # a key of FORMS
     out: Path
     layers: tuple[int, ...] | None = None  # None: all there are
-    snapshot: str = "final"
+    snapshot: str = FINAL
     model: str | None = None  # the language model's name, where a checkpoint does not know it or knows it by another
 
 
@@ -62,7 +62,7 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         """Where it goes, in the folder of exports: <run>/layer_12, or layer_12_50M for an earlier snapshot."""
-        name = f"layer_{self.layer}" + ("" if self.label == "final" else f"_{self.label}")
+        name = f"layer_{self.layer}" + ("" if self.label == FINAL else f"_{self.label}")
         return Path(self.path.resolve().parent.name) / name
 
 

@@ -66,9 +66,7 @@ def heldout_text(cache: Cache, layer: int, sequences: int) -> Iterator[Block]:
         n = min(spec.block_sequences, sequences - before)
         if n <= 0:
             return
-        data = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
-        cache.read_block(layer, block, data)
-        cache.check_block(layer, block, data, cache.stats(layer, block))
+        data = cache.whole_block(layer, block)
         ordered = np.empty_like(data)
         ordered[cache.block_order(block)] = data
         yield before * spec.context, torch.from_numpy(ordered[: n * spec.context])

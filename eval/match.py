@@ -18,10 +18,8 @@ from eval.metrics import match
 from shared.cli import UserError
 from shared.files import make_dir, publish_json
 from shared.seal import SEAL
-from train.runs import Run, Snapshot
+from train.runs import FINAL, Run, Snapshot
 from train.sae import Sae
-
-FINAL = "final"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

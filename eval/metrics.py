@@ -49,7 +49,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -91,10 +90,10 @@ def heldout_blocks(cache: Cache, layer: int, tokens: int) -> Iterator[Block]:
         n = min(spec.block_rows, tokens - (block - spec.train_blocks) * spec.block_rows)
         if n <= 0:
             return
-        data = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
-        cache.read_block(layer, block, data)
-        cache.check_block(layer, block, data, cache.stats(layer, block))
-        yield torch.from_numpy(data)[:n], torch.from_numpy(cache.block_order(block) % spec.context)[:n]
+        yield (
+            torch.from_numpy(cache.whole_block(layer, block))[:n],
+            torch.from_numpy(cache.block_order(block) % spec.context)[:n],
+        )
 
 
 def heldout_tokens(cache: Cache, tokens: int) -> Tensor:

@@ -36,7 +36,7 @@ from shared.files import make_dir, publish_json, remove_leftovers, replacing, sy
 from shared.lm import harvested_model, load_model, load_tokenizer, tokenizer_hash, unembedding
 from shared.progress import Progress
 from shared.seal import SEAL, canonical, crc32c, seal, sealed
-from train.runs import Run, alone_in
+from train.runs import FINAL, Run, alone_in
 from train.sae import Sae
 
 FORMAT = 1
@@ -62,7 +62,7 @@ class PagesConfig:
     device: torch.device
     out: Path
     tokens: int  # held-out ones, rounded down to whole contexts
-    snapshot: str = "final"
+    snapshot: str = FINAL
     layers: tuple[int, ...] | None = None  # None: all there are
     model: str | None = None  # where the language model lies, if not where the cache says
 

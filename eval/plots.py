@@ -40,7 +40,7 @@ from eval.metrics import Features
 from shared.cli import format_count
 from shared.files import publish_file
 from shared.seal import SEAL, canonical, crc32c
-from train.runs import Run, alone_in, snapshot_tokens
+from train.runs import FINAL, Run, alone_in, snapshot_tokens
 
 matplotlib.rcdefaults()  # the user's own style may not fit
 matplotlib.rcParams["svg.hashsalt"] = "residual-saes"  # else names inside an SVG are drawn by chance
@@ -53,7 +53,6 @@ _DPI = 110
 _LAYERS = colormaps["cividis"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS, _DASHES = "osD^vP*X", ("-", "--", "-.", ":")
-_FINAL = "final"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -356,7 +355,7 @@ def _heatmap(data: RunData) -> Figure:
 
 
 def _layer_name(record: Record) -> str:
-    return f"layer {record['layer']}" + ("" if record["snapshot"] == _FINAL else f"\n{record['snapshot']}, unfinished")
+    return f"layer {record['layer']}" + ("" if record["snapshot"] == FINAL else f"\n{record['snapshot']}, unfinished")
 
 
 _AGES = (
@@ -488,12 +487,12 @@ def _sparsity_fidelity(runs: list[RunData]) -> Figure:
     norm = _layer_norm(r["layer"] for data in runs for r in data.records)
     for axis, (key, title, logarithmic) in zip(axes, _FIDELITY, strict=True):
         for layer in sorted({r["layer"] for data in runs for r in data.latest}):
-            same = [r for data in runs for r in data.latest if r["layer"] == layer and r["snapshot"] == _FINAL]
+            same = [r for data in runs for r in data.latest if r["layer"] == layer and r["snapshot"] == FINAL]
             x, y = _points(sorted(same, key=lambda r: r["l0"] or 0), "l0", key)
             axis.plot(x, y, color="0.8", linewidth=0.7, zorder=1)
         for number, data in enumerate(runs):
             for finished in (True, False):
-                _scatter(axis, [r for r in data.latest if (r["snapshot"] == _FINAL) is finished], key, number, norm, finished)
+                _scatter(axis, [r for r in data.latest if (r["snapshot"] == FINAL) is finished], key, number, norm, finished)
         axis.set_ylabel(title)
         axis.grid(alpha=0.25)
         if logarithmic:
@@ -520,7 +519,7 @@ def _run_legend(axis: Axes, runs: list[RunData]) -> list[Any]:
         axis.plot([], [], marker=_MARKERS[n % len(_MARKERS)], linestyle="", color="0.3", label=data.label)[0]
         for n, data in enumerate(runs)
     ]
-    if any(r["snapshot"] != _FINAL for data in runs for r in data.latest):
+    if any(r["snapshot"] != FINAL for data in runs for r in data.latest):
         style: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "0.3", "fillstyle": "none"}
         handles += axis.plot([], [], label="open: unfinished layer", **style)
     return handles
@@ -539,8 +538,8 @@ def _capacity(runs: list[RunData]) -> Figure:
     for axis, (key, title) in zip(axes, _CAPACITY, strict=True):
         for number, data in enumerate(runs):
             style = _style(number)
-            finished = [r for r in data.latest if r["snapshot"] == _FINAL]
-            others = [r for r in data.latest if r["snapshot"] != _FINAL]
+            finished = [r for r in data.latest if r["snapshot"] == FINAL]
+            others = [r for r in data.latest if r["snapshot"] != FINAL]
             axis.plot(*_points(finished, "layer", key), **style, markersize=4, linewidth=1.2, label=data.label)
             axis.plot(*_points(others, "layer", key), **(style | {"linestyle": ""}), markersize=6, markerfacecolor="white")
         axis.set_ylabel(title)
@@ -582,7 +581,7 @@ def _predicted_panel(axis: Axes, data: RunData, norm: Normalize) -> None:
         x = [w for w in widths if _is_number(r[f"floor_{w}"])]
         y = [r[f"floor_{w}"] for w in x]
         least += [v for v in y if v > 0]
-        dashes = "-" if r["snapshot"] == _FINAL else ":"
+        dashes = "-" if r["snapshot"] == FINAL else ":"
         axis.plot(x, y, color=_LAYERS(norm(r["layer"])), linestyle=dashes, linewidth=1.0, marker="o", markersize=3)
     if least:
         axis.set_yscale("symlog", linthresh=min(least))  # 0 from d* on

@@ -26,11 +26,10 @@ from eval.card import REGISTRY, Publication, sister_runs, write_card
 from eval.evaluate import stored_records
 from eval.export import Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder, saelens
 from eval.measured import measured_floors
-from eval.report import FINAL
 from shared.cli import UserError, format_bytes, say
 from shared.files import temporary
 from shared.progress import Progress
-from train.runs import Run
+from train.runs import FINAL, Run
 
 _PUBLISHED = (
     "sae_layer*.pt",

@@ -16,11 +16,10 @@ from eval.evaluate import Skipped
 from eval.plots import short_labels
 from shared.cli import format_count, format_layers
 from shared.files import publish_file, remove_leftovers
-from train.runs import Run, alone_in
+from train.runs import FINAL, Run, alone_in
 
 Record = dict[str, Any]
 
-FINAL = "final"
 _COLUMNS = (
     ("layer", "layer", "{:d}"),
     ("λ", "lambda", "{:.2e}"),

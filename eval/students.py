@@ -14,7 +14,6 @@ the harvest's were).
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,15 +23,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from shared.cache import Cache
 from shared.cli import UserError, say
-from shared.files import make_dir, replacing
-from shared.seal import SEAL, seal, sealed
+from shared.files import make_dir
+from shared.seal import load_sealed, save_sealed
 from shared.shuffle import text_order
 
 FAMILIES = ("gpt_neox", "gpt2")  # whose heads, keys and values have one width
@@ -267,26 +264,17 @@ class Student:
         """Replace the state in one move. Raises UserError where the disk does not take it."""
         make_dir(self.path.parent)
         host = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
-        said = seal(self._belongs() | {"at": self.step}, host)
-        with replacing(self.path) as temporary:
-            try:
-                save_file(host, temporary, metadata={"facts": json.dumps(said)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
+        save_sealed(self.path, self._belongs() | {"at": self.step}, host)
 
     def _load(self) -> None:
         if not self.path.exists():
             return
         try:
-            with safe_open(self.path, framework="pt") as file:
-                said = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if not sealed(said, tensors):
-                raise ValueError("its checksum does not match")
-        except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
+            tensors, said = load_sealed(self.path)
+        except ValueError as error:
             say(f"{self.path} is damaged ({error}); that student is trained again from its start", err=True)
             return
-        if {k: v for k, v in said.items() if k not in ("at", SEAL)} != self._belongs():
+        if {k: v for k, v in said.items() if k != "at"} != self._belongs():
             raise UserError(f"{self.path} is of another student or experiment: put it back where it belongs, or delete it")
         self.step = said["at"]
         with torch.no_grad():

@@ -354,14 +354,7 @@ def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> Damage:
             damage.chunks[chunk] = why
 
     def check(item: tuple[int, int]) -> str | None:
-        layer, block = item
-        data = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
-
-        def read() -> None:
-            cache.read_block(layer, block, data)
-            cache.check_block(layer, block, data, cache.stats(layer, block))
-
-        return _fails(read)
+        return _fails(partial(cache.whole_block, *item))
 
     with Progress("verifying", len(work) * spec.block_bytes, "bytes") as progress, ThreadPoolExecutor(threads) as pool:
         for item, why in zip(work, pool.map(check, work), strict=True):

@@ -319,6 +319,13 @@ class Cache:
         if slice_checksums(data, self.spec.slice_rows) != stats.crc32c:
             raise self._damaged(layer, block, "its checksum does not match")
 
+    def whole_block(self, layer: int, block: int) -> NDArray[np.float16]:
+        """[block_rows, d_model], read and checked. Raises UserError naming a block that is not there, or damaged."""
+        data = np.empty((self.spec.block_rows, self.spec.d_model), dtype=np.float16)
+        self.read_block(layer, block, data)
+        self.check_block(layer, block, data, self.stats(layer, block))
+        return data
+
     def read_slice(self, layer: int, block: int, index: int, out: NDArray[np.float16]) -> None:
         """Fill `out` [rows of that slice, d_model] from disk: rows index · slice_rows … of the block. Raises UserError."""
         self._read(layer, block, out, index * self.spec.slice_rows * self.spec.d_model * 2)

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from shared.files import replacing
 from shared.native import load
 
 SEAL = "checksum"
@@ -64,6 +67,30 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     if not sealed(value):
         raise ValueError("its checksum does not match")
     return _without(value)
+
+
+def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Replace a safetensors file by these tensors, on the CPU, and facts that JSON can say, in one move. Raises UserError where
+    the disk does not take it."""
+    said = seal(facts, tensors)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"facts": json.dumps(said)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
+def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What was saved. Raises ValueError, which says why, for a file that is not as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if not sealed(said, tensors):
+            raise ValueError("its checksum does not match")
+    except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
+        raise ValueError(str(error)) from None
+    return tensors, _without(said)
 
 
 def _checksum(value: dict[str, Any], tensors: dict[str, Tensor] | None) -> str:

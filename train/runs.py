@@ -25,18 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.cache import ADVICE, Cache
 from shared.cli import UserError, format_count, say
 from shared.files import make_dir, replacing, sync_dir
-from shared.seal import SEAL, canonical, seal, sealed
+from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
 from train.sae import Damaged, Sae
 
 FORMAT = 2
 SNAPSHOTS = 6
+FINAL = "final"  # the label of the last
 
 
 def cache_identity(cache: Cache) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def _digest(value: Any) -> str:
 def snapshot_tokens(tokens: int) -> dict[str, int]:
     """{label: tokens after which the snapshot is due}: five at sixths of the run, and 'final'. 300M → 50M … 250M, final."""
     marks = [tokens * k // SNAPSHOTS for k in range(1, SNAPSHOTS)]
-    return {format_count(mark): mark for mark in marks} | {"final": tokens}
+    return {format_count(mark): mark for mark in marks} | {FINAL: tokens}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -267,12 +266,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.sync_metrics(layer)
         host = {k: v.cpu() for k, v in tensors.items()}
-        said = seal(facts | self._state_belongs(layer), host)
-        with replacing(path) as temporary:
-            try:
-                save_file(host, temporary, metadata={"facts": json.dumps(said)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
+        save_sealed(path, facts | self._state_belongs(layer), host)
         sync_dir(path.parent.parent)
         sync_dir(self.path)
 
@@ -282,12 +276,8 @@ class Run:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                said = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if not sealed(said, tensors):
-                raise ValueError("its checksum does not match")
-        except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
+            tensors, said = load_sealed(path)
+        except ValueError as error:
             raise Damaged(f"{path} is damaged ({error})") from None
         mine = self._state_belongs(layer)
         if any(said.get(k) != v for k, v in mine.items()):
@@ -296,7 +286,7 @@ class Run:
                 f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {layer} of this one: "
                 "put it back where it belongs, or delete it to train this layer from the start"
             )
-        return tensors, {k: v for k, v in said.items() if k not in (*mine, SEAL)}
+        return tensors, {k: v for k, v in said.items() if k not in mine}
 
     def _state_belongs(self, layer: int) -> dict[str, Any]:
         return {"layer": layer, "run": self.config()["digest"]}
