@@ -7,7 +7,7 @@ import click
 
 from eval.card import Publication, sister_runs, write_card
 from eval.distill import DistillOptions, distill, distill_table
-from eval.evaluate import EvalConfig, Skipped, evaluate, find_runs, runs_in
+from eval.evaluate import EvalConfig, Record, Skipped, evaluate, find_runs, runs_in
 from eval.export import FORMS, ExportConfig, export
 from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from eval.match import match_runs, match_table, match_to_final, open_run
@@ -22,6 +22,7 @@ from shared.cache import Cache
 from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
+from train.runs import Run
 
 
 @click.group(cls=DefaultRun)
@@ -49,6 +50,7 @@ def main() -> None:
 @click.option(
     "--ablation", type=click.Choice(["zero", "mean"]), default="zero", show_default=True, help="CE recovered is against this."
 )
+@click.option("--numbers-only", is_flag=True, help="Measure and say it, but leave pictures, cards and report as they are.")
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 def run_command(
     preset: str,
@@ -60,6 +62,7 @@ def run_command(
     dead_at: float,
     alive_above: float,
     ablation: str,
+    numbers_only: bool,
     device: str | None,
 ) -> None:
     """Evaluate every snapshot of every run on held-out tokens; what is done already is kept."""
@@ -78,18 +81,24 @@ def run_command(
     found = find_runs(runs, opened, skipped)
     results = evaluate(opened, found, config, skipped)
     found = [each for each in found if each.name in results]
+    report = None if numbers_only else _write_pages(runs, found, results, opened.digest, skipped)
+    say(text_table(found, results))
+    if report is not None:
+        say(f"\nreport: {report}")
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
+
+
+def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Record]], cache: str, skipped: Skipped) -> Path:
+    """Pictures, model cards, and the report, whose path is returned."""
     measured = None
     with skipped.leaving_out():
-        measured = measured_floors(runs, opened.digest)
+        measured = measured_floors(runs, cache)
     plot_runs(found, results, measured, skipped)
     for each in found:
         with skipped.leaving_out():
             write_card(each, results[each.name], measured, sister_runs(each))
-    report = write_report(runs, found, results, measured, skipped)
-    say(text_table(found, results))
-    say(f"\nreport: {report}")
-    if skipped.count:
-        raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
+    return write_report(runs, found, results, measured, skipped)
 
 
 @main.command("export")

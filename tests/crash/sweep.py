@@ -32,7 +32,7 @@ from tests.conftest import ROOT, documents, make_lm
 from tests.crash.disk import NEEDS_ROOM, WRITES, Disk, Operation, read_log, read_tree, write_tree
 
 FAULTS = ("kill", "tear", "enospc", "eio", "power-kept", "power-lost")
-SCENARIOS = ("harvest", "layers", "repair", "train", "resume", "eval")
+SCENARIOS = ("harvest", "layers", "repair", "train", "resume", "eval", "pictures")
 _BLOCK = 256  # rows
 _ENV = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
@@ -258,7 +258,7 @@ class Sweep:
         if name not in self._scenarios:
             make: dict[str, Callable[[Worker], tuple[str, ...]]] = {
                 "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "train": self._train,
-                "resume": self._resume, "eval": self._eval,
+                "resume": self._resume, "eval": self._eval, "pictures": self._pictures,
             }  # fmt: skip
             worker, start = self._workers[0], self.folder / name
             shutil.rmtree(worker.folder, ignore_errors=True)
@@ -315,7 +315,14 @@ class Sweep:
         worker.restore(self.scenario("train").start)
         self._do(worker, self.TRAIN)
         sizes = ("--eval-tokens", str(_BLOCK), "--ce-tokens", str(_BLOCK))
-        return ("eval", "--preset", "demo", "--cache", "cache", "--runs", "runs", "--device", "cpu", *sizes)
+        return ("eval", "--preset", "demo", "--cache", "cache", "--runs", "runs", "--device", "cpu", *sizes, "--numbers-only")
+
+    def _pictures(self, worker: Worker) -> tuple[str, ...]:
+        """Pictures, cards and a report of what is measured already; drawing takes seconds each time."""
+        evaluation = self.scenario("eval")
+        worker.restore(evaluation.start)
+        self._do(worker, evaluation.argv)
+        return evaluation.argv[:-1]
 
     # --- trials ---
 

@@ -35,7 +35,7 @@ USES = [
     ("train", "blocks"), ("train", "ledger"), ("train", "arrays"), ("train", "cache"),
     ("eval", "blocks"), ("eval", "tokens"), ("eval", "ledger"), ("eval", "arrays"), ("eval", "cache"),
     ("resume", "states"), ("resume", "checkpoints"), ("resume", "configurations"), ("resume", "curves"),
-    ("eval", "checkpoints"), ("eval", "configurations"), ("eval", "curves"),
+    ("eval", "checkpoints"), ("eval", "configurations"),
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from shared.seal import seal
 from tests.conftest import Cli, invoke
 
 Evaluated = tuple[Path, tuple[object, ...], str]
+NUMBERS = "--numbers-only"  # where pages are not what is looked at: drawing them takes most of the time
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,18 @@ def test_what_is_made_of_the_records_is_made_again(cli: Cli, evaluated: Evaluate
     whole = [path.read_bytes() for path in tables]
     tables[0].unlink()
     tables[1].write_bytes(whole[1].rpartition(b"\n")[0])
-    assert cli("eval", *args).code == 0
+    assert cli("eval", *args, NUMBERS).code == 0
     assert [path.read_bytes() for path in tables] == whole
+
+
+def test_numbers_alone_leave_pictures_cards_and_report_as_they_are(cli: Cli, evaluated: Evaluated) -> None:
+    runs, args, out = evaluated
+    pages = [runs / "report.html", first(runs) / "README.md", first(runs) / "plots" / "2_metrics_heatmap.png"]
+    for path in pages:
+        path.write_text("as it is")
+    result = cli("eval", *args, NUMBERS)
+    assert (result.code, result.out) == (0, out[: out.index("\nreport: ")])
+    assert [path.read_text() for path in pages] == ["as it is"] * 3
 
 
 def test_a_second_evaluation_computes_nothing_again(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +104,7 @@ def test_another_amount_of_text_adds_records_and_a_copy_keeps_them(
 ) -> None:
     runs, args, out = evaluated
     before = records(first(runs))
-    assert cli("eval", *args, "--eval-tokens", 64).code == 0
+    assert cli("eval", *args, NUMBERS, "--eval-tokens", 64).code == 0
     after = records(first(runs))
     assert len(after) == 36
     assert {name: after[name] for name in before} == before
@@ -114,7 +125,7 @@ def test_what_can_not_be_measured_again_is_kept(
     runs, args, _ = evaluated
     before = records(first(runs))
     assert cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--layers", 0).code == 0
-    result = cli("eval", *args, "--cache", tmp_path / "c", "--eval-tokens", 64)
+    result = cli("eval", *args, "--cache", tmp_path / "c", NUMBERS, "--eval-tokens", 64)
     assert result.code == 0, result.err
     assert "layers 1-2 are not in" in result.err
     after = records(first(runs))
@@ -156,13 +167,13 @@ def test_results_that_are_not_as_they_were_written_are_left_alone(cli: Cli, eval
     good = path.read_text()
     for content in ("{", good.replace("0.", "0.1", 1)):
         path.write_text(content)
-        result = cli("eval", *args)
+        result = cli("eval", *args, NUMBERS)
         assert result.code == 2
         assert f"left out: {path} is damaged" in result.err
         assert path.read_text() == content
     other = sorted(p for p in runs.iterdir() if p.is_dir())[1] / "results" / "metrics.json"
     path.write_text(other.read_text())
-    assert "is of another run" in cli("eval", *args).err
+    assert "is of another run" in cli("eval", *args, NUMBERS).err
 
 
 def test_a_curve_cut_by_a_crash_is_drawn_and_a_damaged_one_is_named(cli: Cli, evaluated: Evaluated) -> None:
@@ -191,17 +202,17 @@ def test_a_signal_keeps_what_is_measured(cli: Cli, evaluated: Evaluated, monkeyp
         return measure(*of)
 
     monkeypatch.setattr(evaluate, "measure", signalled)
-    assert cli("eval", *args).code == 143
+    assert cli("eval", *args, NUMBERS).code == 143
     assert {r["layer"] for r in records(first(runs)).values()} == {0}
     assert len(records(first(runs))) == 6
-    assert cli("eval", *args).code == 0
+    assert cli("eval", *args, NUMBERS).code == 0
     assert calls == 3
 
 
 def test_hardly_any_text(cli: Cli, evaluated: Evaluated) -> None:
     """One activation has no variance, so there is no FVU; that is said as such."""
     runs, args, _ = evaluated
-    result = cli("eval", *args, "--eval-tokens", 1)
+    result = cli("eval", *args, NUMBERS, "--eval-tokens", 1)
     assert result.code == 0, result.err
     added = [r for r in records(first(runs)).values() if r["tokens"] == 1]
     assert len(added) == 18

@@ -187,7 +187,9 @@ def test_how_often_features_fire_is_as_the_evaluation_measured_it(
     bare = cli("eval", "export", *args, tmp_path / "bare")
     assert bare.code == 0 and "sparsity.safetensors is left out where `python -m eval` has not measured" in bare.err
     assert not list((tmp_path / "bare").rglob("sparsity.safetensors"))
-    evaluated = cli("eval", "--preset", "demo", "--cache", cache.path, "--runs", run, "--ce-tokens", 32, "--device", "cpu")
+    evaluated = cli(
+        "eval", "--preset", "demo", "--cache", cache.path, "--runs", run, "--ce-tokens", 32, "--device", "cpu", "--numbers-only"
+    )
     assert evaluated.code == 0, evaluated.err
     measured = cli("eval", "export", *args, tmp_path / "out")
     assert measured.code == 0 and "left out" not in measured.err.replace("name is left out", "")

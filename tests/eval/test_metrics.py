@@ -358,7 +358,8 @@ def test_records_of_an_evaluation(
         read(self, layer, block, out)
 
     monkeypatch.setattr(Cache, "read_block", count)
-    command = ("eval", "--preset", "demo", "--cache", cache.path, "--runs", one_run.path, "--device", "cpu", "--ce-tokens", 320)
+    args = ("--preset", "demo", "--cache", cache.path, "--runs", one_run.path, "--device", "cpu", "--ce-tokens", 320)
+    command = ("eval", "--numbers-only", *args)
     assert cli(*command).code == 0
     held_out = [(1, block) for block in range(spec.train_blocks, spec.n_blocks)]
     assert blocks == held_out, "each held-out block is read once for all SAEs of a layer"
