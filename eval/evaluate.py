@@ -24,7 +24,7 @@ from eval.metrics import DEAD_AT, Features, heldout_blocks, heldout_tokens, load
 from eval.splice import SplicedModel, constant, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
-from shared.device import announce
+from shared.device import announce, fitting
 from shared.files import remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
@@ -34,7 +34,6 @@ from train.sae import Sae
 
 Record = dict[str, Any]
 _BASIS = ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")  # what a record rests on
-_SAE_BYTES = 4 << 30  # of weights held at once on a CPU; on a GPU half of what is free
 
 
 class Skipped:
@@ -147,7 +146,7 @@ def _evaluate_layer(
     progress: Progress,
     asked: Callable[[], bool],
 ) -> None:
-    for group in _groups(snapshots, config.device):
+    for group in fitting(snapshots, lambda pair: pair[1].path.stat().st_size, config.device):
         if asked():
             return
         opened = []
@@ -191,22 +190,6 @@ def _measure_group(
         }
         store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
         progress.advance(1, f"layer {layer} {snapshot.label}")
-
-
-def _groups(snapshots: list[tuple["_Store", Snapshot]], device: torch.device) -> Iterator[list[tuple["_Store", Snapshot]]]:
-    """Snapshots whose weights fit into memory together: each group reads the layer once."""
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _SAE_BYTES
-    group: list[tuple[_Store, Snapshot]] = []
-    used = 0
-    for store, snapshot in snapshots:
-        size = snapshot.path.stat().st_size
-        if group and used + size > budget:
-            yield group
-            group, used = [], 0
-        group.append((store, snapshot))
-        used += size
-    if group:
-        yield group
 
 
 def features_path(run: Run, layer: int, label: str) -> Path:

@@ -13,6 +13,7 @@ and has the checksums of all other files; one of an older checkpoint, or of less
 """
 
 import base64
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from eval import features
 from eval.evaluate import Skipped
 from shared.cache import Cache
 from shared.cli import UserError, format_layers, say
-from shared.device import announce
+from shared.device import announce, fitting
 from shared.files import make_dir, publish_json, remove_leftovers, replacing, sync_dir, write_file
 from shared.lm import harvested_model, load_model, load_tokenizer, tokenizer_hash, unembedding
 from shared.progress import Progress
@@ -42,7 +43,6 @@ from train.sae import Sae
 FORMAT = 1
 CHUNK = 64  # features in a file
 _TEXT_CHUNK = 1 << 16  # tokens in a file, or one context
-_MEMORY = 8 << 30  # of SAEs and what is kept of them at once on a CPU; on a GPU half of what is free
 _FACTS = "facts.json"
 _TEMPLATES = Path(__file__).with_name("templates")
 _CONTEXTS = features.TOP + features.SAMPLES
@@ -139,7 +139,9 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
     if todo:
         to_logits = unembedding(load_model(str(model.folder), None, "fp32", head=True)).to(config.device)
         announce(config.device)
-        for group in _groups(todo, spec.d_model, config.device):
+        layers = itertools.groupby(todo, lambda job: job.layer)
+        groups = (fitting(jobs, lambda job: _size(job, spec.d_model), config.device) for _, jobs in layers)
+        for group in itertools.chain.from_iterable(groups):
             with skipped.leaving_out():
                 for job, tally in _look(cache, group, sequences, config.device, skipped):
                     columns, together = tally.columns(to_logits, vocabulary)
@@ -185,20 +187,9 @@ def _jobs(cache: Cache, runs: Sequence[Run], tokens: int, config: PagesConfig, s
     return sorted(jobs, key=lambda job: job.layer)
 
 
-def _groups(jobs: list[_Job], d_model: int, device: torch.device) -> Iterator[list[_Job]]:
-    """SAEs of one layer whose weights, and what is kept of them, fit into memory together."""
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _MEMORY
-    group: list[_Job] = []
-    used = 0
-    for job in jobs:
-        size = int(job.path.stat().st_size * (1 + features.kept_bytes() / (8 * d_model)))  # 8 d bytes of weights a feature
-        if group and (used + size > budget or job.layer != group[0].layer):
-            yield group
-            group, used = [], 0
-        group.append(job)
-        used += size
-    if group:
-        yield group
+def _size(job: _Job, d_model: int) -> int:
+    """Bytes of an SAE's weights, which are 8 d a feature, and of what is kept of it."""
+    return int(job.path.stat().st_size * (1 + features.kept_bytes() / (8 * d_model)))
 
 
 def _look(

@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from shared.cli import UserError, say
 from shared.native import keep_memory
 
 _DRIVER = Path("/proc/driver/nvidia/version")
+_HOST_MEMORY = 8 << 30  # bytes that work on a CPU may hold at once, for those who hold things by the group
+
+T = TypeVar("T")
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -62,6 +67,21 @@ def announce(device: torch.device) -> None:
 def device_kind(device: torch.device) -> str:
     """What a result may depend on: 'cpu', or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def fitting(things: Iterable[T], size: Callable[[T], int], device: torch.device) -> Iterator[list[T]]:
+    """The things in groups whose sizes in bytes fit into memory together: half of what is free on a GPU. At least one each."""
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _HOST_MEMORY
+    group: list[T] = []
+    used = 0
+    for thing in things:
+        if group and used + size(thing) > budget:
+            yield group
+            group, used = [], 0
+        group.append(thing)
+        used += size(thing)
+    if group:
+        yield group
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

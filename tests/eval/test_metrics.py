@@ -389,7 +389,7 @@ def test_records_of_an_evaluation(
 
     # other definitions are other records; SAEs that do not fit into memory together are read for one after the other
     blocks.clear()
-    monkeypatch.setattr("eval.evaluate._SAE_BYTES", 1)
+    monkeypatch.setattr("shared.device._HOST_MEMORY", 1)
     middle = float(saved.density.median())
     options = ("--dead-at", middle, "--alive-above", middle, "--ablation", "mean", "--eval-tokens", 1000)
     assert cli(*command, *options).code == 0
