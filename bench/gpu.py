@@ -425,6 +425,45 @@ def _peer(lab: Lab, worker: str) -> None:
     lab.keep(f"peer {worker}, tokens/s", rate, "tokens/s", note)
 
 
+# ------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation(lab: Lab) -> None:
+    """What `python -m eval` does for each checkpoint: numbers on held-out rows, and the language model's loss through it."""
+    from transformers import AutoModelForCausalLM
+
+    from eval.metrics import measure
+    from eval.splice import SplicedModel, through
+
+    s = lab.sizes
+    steps = new_steps(lab, 2, "sparse")
+    saes = [sae.snapshot({}, {}) for sae in steps.saes]
+    rows = s.sequences * s.context
+    blocks = [(torch.randn(rows, s.d).half(), torch.arange(rows) % s.context)]
+    # reading, and the activations' own statistics, are once for all SAEs of a layer
+    metrics = _one_more(lab, lambda n: measure(blocks, saes[:n], s.context))
+    lab.keep("evaluation: rows of one more SAE", rows / metrics, "rows/s", f"L0 {s.common_l0}, float32")
+    config = ours.lm_config(d=s.d, layers=s.layers, vocab=s.vocab)
+    folder = lab.memory / "lm"
+    with lab.device:
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    try:
+        tokens = torch.randint(s.vocab, (s.sequences, s.context))
+        lm = SplicedModel(str(folder), None, "bf16", lab.device, tokens)
+    finally:
+        shutil.rmtree(folder)
+    replaced = [through(sae) for sae in saes]
+    loss = _one_more(lab, lambda n: lm.losses(s.layers // 2, replaced[:n]))
+    lab.keep("evaluation: tokens spliced for one more SAE", rows / loss, "tokens/s", "middle layer")
+    lab.keep("432 checkpoints, 2M rows and 100K tokens each", 432 * (2e6 * metrics + 1e5 * loss) / rows / 3600, "h")
+
+
+def _one_more(lab: Lab, run: Callable[[int], object]) -> float:
+    """Seconds that two of something take longer than one."""
+    one, two = (lab.median(partial(timed, partial(run, n), lab.device), rounds=3) for n in (1, 2))
+    return max(two - one, 1e-9)
+
+
 # ------------------------------------------------------------------------------------------------------------- projection
 
 
@@ -471,6 +510,7 @@ PARTS = tuple(
         ("harvest end to end", harvest, 35),
         ("writer alone", writing, 25),
         ("projection", projection, 0),
+        ("evaluation", evaluation, 15),
         ("peers", peers, 40),
         ("where the time goes", profiles, 12),
         ("step at odd sizes", gpu_checks.odd_steps, 15),
