@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shared.cache import ADVICE, Cache
 from shared.cli import UserError, format_count, say
-from shared.files import make_dir, replacing, sync_dir
+from shared.files import create_file, make_dir, remove_leftovers, replacing, sync_dir
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
 from train.sae import Damaged, Sae
 
@@ -126,10 +126,10 @@ class Run:
 
     def create(self, config: dict[str, Any], machine: dict[str, Any]) -> None:
         """Make it a run, unless it is one. `machine` is recorded only: the last bits of a sum depend on it, nothing else."""
-        if self.config_path.exists():
-            return self.require_same(config)
-        with replacing(self.config_path) as temporary:
-            temporary.write_bytes(json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n")
+        remove_leftovers(self.path)
+        content = json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n"
+        if self.config_path.exists() or not create_file(self.config_path, content):  # of several at once, one creates it
+            self.require_same(config)
 
     # --- who writes ---
 

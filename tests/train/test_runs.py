@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from shared.cli import UserError
+from shared.files import temporary
 from shared.seal import SEAL
 from tests.conftest import ROOT
 from train.runs import Run, run_config, snapshot_tokens
@@ -175,6 +176,20 @@ def test_a_folder_holds_one_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(lr is 0.001 there, 0.01 here; the cache's seed is 0 there, 3 here\)"):
         run.require_same(run_config(TRAIN | {"lr": 1e-2}, {"digest": "x", "spec": {"seed": 3, "model": "there/lm"}}))
     assert run.config()["machine"] == {"threads": 1}
+
+
+def test_of_two_that_create_a_run_at_once_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second found nothing there when it looked, and must not put its own configuration in the place of the first."""
+    run = Run(tmp_path)
+    run.create(run_config({"lr": 1}, CACHE), {})
+    left = temporary(tmp_path / "config.json")
+    dead = left.with_name(re.sub(r"\.\d+\.(\d+)\.tmp$", r".1.\1.tmp", left.name))  # of a process that began at another time
+    dead.touch()
+    monkeypatch.setattr(Path, "exists", lambda _: monkeypatch.undo())  # is none when it is asked first
+    with pytest.raises(UserError, match="lr is 1 there, 2 here"):
+        run.create(run_config({"lr": 2}, CACHE), {})
+    assert run.config()["train"]["lr"] == 1
+    assert os.listdir(tmp_path) == ["config.json"]
 
 
 def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
