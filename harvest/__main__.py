@@ -13,6 +13,7 @@ from harvest.harvest import (
     HarvestConfig,
     harvest,
     make_plan,
+    notes_on_mixing,
     planned_bytes,
     remaining_bytes,
     repair,
@@ -22,7 +23,7 @@ from harvest.harvest import (
 from harvest.text import TextSource, require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
-from shared.cli import DefaultRun, UserError, format_layers, parse_count, parse_layers, run
+from shared.cli import ALONE, DefaultRun, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
 from shared.device import pick_device
 from shared.files import make_dir
 from shared.lm import (
@@ -49,6 +50,7 @@ class Job:
     seed: int
     threads: int
     bos: bool = False
+    shard: Shard = ALONE
 
     @property
     def source(self) -> TextSource:
@@ -60,6 +62,7 @@ class Job:
             device=pick_device(device),
             forward_sequences=self.preset.forward_sequences,
             writer=WriterConfig(threads=self.threads),
+            shard=self.shard,
         )
 
     def shape(self) -> CacheSpec:
@@ -180,9 +183,10 @@ def main() -> None:
 @_common
 @_settings
 @_device
-def run_command(device: str | None, **options: Any) -> None:
+@click.option("--shard", type=parse_shard, default="0/1", help="This process is i of n at work on the same cache, such as 0/8.")
+def run_command(device: str | None, shard: Shard, **options: Any) -> None:
     """Fill the cache (the default command); run it again to continue, or to add layers."""
-    job = _job(options)
+    job = replace(_job(options), shard=shard)
     config = job.config(device)
     make_dir(job.cache.parent)
     if not Cache.exists(job.cache):
@@ -200,8 +204,11 @@ def run_command(device: str | None, **options: Any) -> None:
         cache = Cache.create(job.cache, spec, job.layers)
         cache.remove_leftovers()
     harvest(cache, job.layers, opened.source, opened.model, config)
-    for layer, totals in cache.totals().items():
+    all_totals = cache.totals()
+    for layer, totals in all_totals.items():
         click.echo(f"layer {layer:2d}: {totals}", err=totals.nonfinite > 0)
+    for line in notes_on_mixing(all_totals):
+        say(line, err=True)
     click.echo(
         f"{job.cache}: layers {format_layers(job.layers)} complete, {spec.train_tokens:,} tokens to train on and "
         f"{spec.holdout_blocks * spec.block_rows:,} held out"
@@ -226,6 +233,8 @@ def verify_command(preset: str, cache: Path | None, threads: int) -> int:
     for line in lines:
         click.echo(line)
     click.echo("damaged" if lines else "every committed block is as it was written")
+    for line in () if lines else notes_on_mixing(opened.totals()):
+        say(line, err=True)
     return 1 if lines else 0
 
 

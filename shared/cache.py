@@ -148,6 +148,7 @@ class BlockStats:
     m2: float  # sum of squared deviations from the mean
     max_norm: float  # largest Euclidean norm of a row
     nonfinite: int  # values the model gave that float16 cannot hold: NaN stored as 0, too large as ±65504
+    by: str = ""  # what it was made on, as the last bits depend on it (shared.device.maker); "" where that was not recorded
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -157,13 +158,20 @@ class LayerTotals:
     moments: tuple[int, float, float] = (0, 0.0, 0.0)  # count, mean and M2 of all values
     max_norm: float = 0.0
     nonfinite: int = 0
+    by: dict[str, int] = dataclasses.field(default_factory=dict)  # {made on: blocks}
 
     def plus(self, block: BlockStats, d_model: int) -> "LayerTotals":
         return LayerTotals(
             moments=merge_moments(self.moments, (block.rows * d_model, block.mean, block.m2)),
             max_norm=max(self.max_norm, block.max_norm),
             nonfinite=self.nonfinite + block.nonfinite,
+            by=self.by | {block.by: self.by.get(block.by, 0) + 1},
         )
+
+    @property
+    def mixed(self) -> str:
+        """On what the blocks were made, where that was not the same for all; "" where it was."""
+        return ", ".join(f"{n:,} on {by or 'unknown'}" for by, n in sorted(self.by.items())) if len(self.by) > 1 else ""
 
     def __str__(self) -> str:
         n, mean, m2 = self.moments
