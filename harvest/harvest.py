@@ -119,9 +119,10 @@ def probe_write(path: Path, threads: int, seconds: float = 2.0) -> float:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
 
 
-def remaining_bytes(cache: Cache, layers: tuple[int, ...]) -> int:
+def remaining_bytes(cache: Cache, layers: tuple[int, ...], *, freed: bool = False) -> int:
+    """What a harvest of these layers still writes; with `freed` also what was freed of them."""
     spec = cache.spec
-    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers).items())
+    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers, freed=freed).items())
     tokens = len(cache.missing_token_chunks()) * spec.token_bytes // spec.token_chunks
     return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
 
@@ -409,7 +410,7 @@ class Damage:
 def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> Damage:
     """Read everything committed and compare it with its checksums, and every block with the tokens that it is of."""
     spec, damage = cache.spec, Damage(metadata=cache.bad_metadata())
-    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer))]
+    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer).intersection(cache.wanted(layer)))]
     chunks = range(spec.token_chunks) if work else sorted(cache.written_token_chunks())
     for chunk in chunks:
         if why := _fails(partial(cache.read_token_chunk, chunk)):
@@ -465,6 +466,16 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
         )
 
 
+def free(cache: Cache, layers: tuple[int, ...]) -> None:
+    """Remove the training blocks of these layers. Safe to kill and repeat: from its beginning on they count as freed."""
+    cache.mark_freed(layers)
+    work, size = [(layer, block) for layer in layers for block in cache.freeable(layer)], cache.spec.block_bytes
+    with Progress("freeing", len(work) * size, "bytes") as progress:
+        for layer, block in work:
+            cache.free_block(layer, block)
+            progress.advance(size)
+
+
 def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, config: HarvestConfig) -> int:
     """Write again what is damaged, and nothing else; returns how many layer blocks that was.
 
@@ -475,7 +486,7 @@ def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, confi
     cache.add_layers(())
     if damage.chunks:
         write_tokens(cache, source, load_tokenizer(str(model.folder), None), damage.chunks)
-    committed = [(layer, block) for layer in cache.layers for block in cache.committed(layer)]
+    committed = [(layer, block) for layer in cache.layers for block in cache.committed(layer).intersection(cache.wanted(layer))]
     bad = set(damage.blocks)
     bad |= set(_of_other_tokens(cache, [item for item in committed if item not in bad], set())) if damage.chunks else set()
     groups: dict[tuple[int, ...], list[int]] = {}

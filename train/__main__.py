@@ -53,7 +53,8 @@ def main(preset: str, cache: Path | None, **options: Any) -> None:
     shard: Shard = options["shard"]
     device = pick_device(options["device"])
     opened = Cache.open(cache or Path("data") / p.name)
-    layers = (parse_layers(options["layers"]) if options["layers"] else opened.layers)[shard.index :: shard.count]
+    layers = parse_layers(options["layers"]) if options["layers"] else _not_freed(opened)
+    layers = layers[shard.index :: shard.count]
     if not layers:
         return say(f"shard {shard} has no layer to train: there are fewer of them than shards", err=True)
     changed = {k: options[k] for k in ("expansion", "batch", "lr", "lr_warmup", "window_blocks") if options[k] is not None}
@@ -82,6 +83,16 @@ def main(preset: str, cache: Path | None, **options: Any) -> None:
     if not train(opened, name, layers, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
     say(f"trained layers {format_layers(layers)} into {run_options.runs}/", err=True)
+
+
+def _not_freed(cache: Cache) -> tuple[int, ...]:
+    """All layers that can be trained. Raises UserError if there is none."""
+    freed = cache.freed()
+    if freed == cache.layers:
+        raise cache.freed_error(freed)
+    if freed:
+        say(f"note: layers {format_layers(freed)} were freed and are left out", err=True)
+    return tuple(layer for layer in cache.layers if layer not in freed)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,10 @@ def _require_trainable(
         )
     if options.tensorboard:
         _summary_writer()
+    if freed := set(layers).intersection(cache.freed()):
+        raise cache.freed_error(freed)
     for layer in layers:
-        missing = spec.n_blocks - len(cache.committed(layer))
+        missing = sum(map(len, cache.missing((layer,)).values()))
         if missing:
             raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
