@@ -1,5 +1,6 @@
-"""`python -m harvest [plan | verify | repair]`: fill an activation cache, or look after one."""
+"""`python -m harvest [plan | verify | repair | free]`: fill an activation cache, or look after one."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -11,8 +12,10 @@ import click
 from harvest.harvest import (
     Damage,
     HarvestConfig,
+    free,
     harvest,
     make_plan,
+    notes_on_mixing,
     planned_bytes,
     remaining_bytes,
     repair,
@@ -22,7 +25,19 @@ from harvest.harvest import (
 from harvest.text import TextSource, require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
-from shared.cli import DefaultRun, UserError, format_layers, parse_count, parse_layers, run
+from shared.cli import (
+    ALONE,
+    DefaultRun,
+    Shard,
+    UserError,
+    format_bytes,
+    format_layers,
+    parse_count,
+    parse_layers,
+    parse_shard,
+    run,
+    say,
+)
 from shared.device import pick_device
 from shared.files import make_dir
 from shared.lm import (
@@ -49,6 +64,7 @@ class Job:
     seed: int
     threads: int
     bos: bool = False
+    shard: Shard = ALONE
 
     @property
     def source(self) -> TextSource:
@@ -60,6 +76,7 @@ class Job:
             device=pick_device(device),
             forward_sequences=self.preset.forward_sequences,
             writer=WriterConfig(threads=self.threads),
+            shard=self.shard,
         )
 
     def shape(self) -> CacheSpec:
@@ -180,9 +197,10 @@ def main() -> None:
 @_common
 @_settings
 @_device
-def run_command(device: str | None, **options: Any) -> None:
+@click.option("--shard", type=parse_shard, default="0/1", help="This process is i of n at work on the same cache, such as 0/8.")
+def run_command(device: str | None, shard: Shard, **options: Any) -> None:
     """Fill the cache (the default command); run it again to continue, or to add layers."""
-    job = _job(options)
+    job = replace(_job(options), shard=shard)
     config = job.config(device)
     make_dir(job.cache.parent)
     if not Cache.exists(job.cache):
@@ -193,15 +211,23 @@ def run_command(device: str | None, **options: Any) -> None:
         cache = Cache.open(job.cache)
         cache.require_same(spec)
         cache.remove_leftovers()
-        require_space(job.cache, remaining_bytes(cache, job.layers))
+        again = options["layers"] is not None  # whoever names a layer wants all of it
+        require_space(job.cache, remaining_bytes(cache, job.layers, freed=again))
         cache.add_layers(job.layers)
+        if again:
+            cache.unmark_freed(set(job.layers).intersection(cache.freed()))
     else:
         require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
         cache = Cache.create(job.cache, spec, job.layers)
         cache.remove_leftovers()
     harvest(cache, job.layers, opened.source, opened.model, config)
-    for layer, totals in cache.totals().items():
+    all_totals = cache.totals()
+    for layer, totals in all_totals.items():
         click.echo(f"layer {layer:2d}: {totals}", err=totals.nonfinite > 0)
+    for line in notes_on_mixing(all_totals):
+        say(line, err=True)
+    if freed := cache.freed():
+        say(f"note: layers {format_layers(freed)} were freed but for what is held out; --layers brings them back", err=True)
     click.echo(
         f"{job.cache}: layers {format_layers(job.layers)} complete, {spec.train_tokens:,} tokens to train on and "
         f"{spec.holdout_blocks * spec.block_rows:,} held out"
@@ -226,6 +252,8 @@ def verify_command(preset: str, cache: Path | None, threads: int) -> int:
     for line in lines:
         click.echo(line)
     click.echo("damaged" if lines else "every committed block is as it was written")
+    for line in () if lines else notes_on_mixing(opened.totals()):
+        say(line, err=True)
     return 1 if lines else 0
 
 
@@ -273,7 +301,31 @@ def _named(cache: Cache, blocks: str) -> Damage:
     chosen = parse_layers(blocks)
     if max(chosen) >= cache.spec.n_blocks:
         raise UserError(f"{cache.path} has blocks 0-{cache.spec.n_blocks - 1}")
-    return Damage(blocks={(layer, block): "named" for layer in cache.layers for block in chosen})
+    return Damage(
+        blocks={(layer, block): "named" for layer in cache.layers for block in chosen if block in cache.wanted(layer)}
+    )
+
+
+@main.command("free")
+@_common
+@click.option("--layers", required=True, help="Layers, such as 0-5 or 3,7.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def free_command(preset: str, cache: Path | None, threads: int, layers: str, yes: bool) -> None:
+    """Remove the training blocks of layers whose SAEs are made. Held-out blocks stay, so that they can still be evaluated."""
+    opened = _open(preset, cache)
+    chosen = parse_layers(layers)
+    if absent := set(chosen).difference(opened.layers):
+        raise UserError(f"layers {format_layers(absent)} are not in {opened.path}, which has {format_layers(opened.layers)}")
+    room = sum(len(opened.freeable(layer)) for layer in chosen) * opened.spec.block_bytes
+    what = f"the training blocks of layers {format_layers(chosen)} of {opened.path}, {format_bytes(room)}"
+    if not yes:
+        with contextlib.suppress(click.Abort):  # nobody to answer
+            yes = click.confirm(f"Remove {what}? Held-out blocks stay, all else is harvested again if it is wanted.", err=True)
+    if not yes:
+        raise UserError("nothing was removed: answer y, or say --yes")
+    opened.remove_leftovers()
+    free(opened, chosen)
+    click.echo(f"removed {what}")
 
 
 def _open(preset: str, cache: Path | None) -> Cache:

@@ -22,16 +22,19 @@ from harvest.model import ResidualModel
 from harvest.native import put_rows
 from harvest.text import TextSource, write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig
-from shared.cache import Cache, CacheSpec
-from shared.cli import UserError, format_bytes, format_layers, format_seconds
-from shared.device import announce, new_event, new_stream, send
+from shared.cache import Cache, CacheSpec, LayerTotals
+from shared.cli import ALONE, Shard, UserError, format_bytes, format_layers, format_seconds, say
+from shared.device import announce, maker, new_event, new_stream, send
 from shared.files import UNKNOWN_FREE, existing, free_bytes, write_all
 from shared.lm import Model, load_model, load_tokenizer, tokenizer_hash
 from shared.progress import Progress
+from shared.shuffle import block_turns, permutation
 
-LEDGER_BYTES_PER_LAYER = 330  # of one block, as measured; it is 0.0005 % of a full-size block
+LEDGER_BYTES_PER_LAYER = 360  # of one block, as measured at most; it is 0.0005 % of a full-size block
 _PROBE_BYTES = 64 << 20
 _CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
+_RECOUNT = 15.0  # seconds between looks at what other harvests have done meanwhile
+_POLL, _LATE = 1.0, 120.0  # seconds between looks for tokens, and after which it is said that none came
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -41,6 +44,7 @@ class HarvestConfig:
     device: torch.device
     forward_sequences: int = 32
     writer: WriterConfig = field(default_factory=WriterConfig)
+    shard: Shard = ALONE
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -115,9 +119,10 @@ def probe_write(path: Path, threads: int, seconds: float = 2.0) -> float:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
 
 
-def remaining_bytes(cache: Cache, layers: tuple[int, ...]) -> int:
+def remaining_bytes(cache: Cache, layers: tuple[int, ...], *, freed: bool = False) -> int:
+    """What a harvest of these layers still writes; with `freed` also what was freed of them."""
     spec = cache.spec
-    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers).items())
+    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers, freed=freed).items())
     tokens = len(cache.missing_token_chunks()) * spec.token_bytes // spec.token_chunks
     return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
 
@@ -134,12 +139,46 @@ def require_space(path: Path, needed: int) -> None:
 def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, model: Model, config: HarvestConfig) -> None:
     """Bring the cache to the state where every block of every wanted layer is committed. Safe to kill and repeat.
 
-    Model and text are those that the cache was compared with; nothing is loaded from anywhere else.
+    Model and text are those that the cache was compared with; nothing is loaded from anywhere else. Of several shards the
+    first one tokenises. There are no claims: a shard's own blocks come first, and who is done helps the others.
     """
     if cache.missing_token_chunks():
-        write_tokens(cache, source, load_tokenizer(str(model.folder), None))
+        if config.shard.index == 0:
+            write_tokens(cache, source, load_tokenizer(str(model.folder), None))
+        else:
+            await_tokens(cache, config.shard)
     for group, blocks in cache.missing(layers).items():
-        harvest_blocks(cache, load_residual(cache, group, model, config), blocks, config)
+        harvest_blocks(cache, load_residual(cache, group, model, config), in_turn(cache.spec, blocks, config.shard), config)
+
+
+def await_tokens(cache: Cache, shard: Shard) -> None:
+    """Returns when another process has written all tokens. Raises UserError where it has taken the cache away instead."""
+    say(f"shard {shard} waits until shard 0/{shard.count} has written the tokens", err=True)
+    n, came = cache.spec.token_chunks, time.monotonic()
+    done = before = n - len(cache.missing_token_chunks())
+    with Progress("waiting for tokens", n, "chunks", start=done) as progress:
+        while done < n:
+            if not Cache.exists(cache.path):
+                raise UserError(
+                    f"shard 0/{shard.count} has given up {cache.path}: do what it says, then start all shards again"
+                )
+            if done > before:
+                before, came = done, time.monotonic()
+            late = time.monotonic() - came > _LATE
+            progress.update(done, f"nothing came for {format_seconds(time.monotonic() - came)}: is shard 0 running?" * late)
+            time.sleep(_POLL)
+            done = n - len(cache.missing_token_chunks())
+        progress.update(done)
+
+
+def in_turn(spec: CacheSpec, blocks: list[int], shard: Shard) -> list[int]:
+    """These blocks as a shard does them: its own in the order in which training reads them, then those of the others in an
+    order that is its own, so that shards with nothing left of theirs seldom meet."""
+    order = block_turns(spec.n_blocks, spec.train_blocks, spec.slices, seed=spec.seed)
+    wanted = set(blocks)
+    mine = [block for block in order[shard.index :: shard.count].tolist() if block in wanted]
+    others = sorted(wanted.difference(mine))
+    return mine + [others[i] for i in permutation(len(others), shard.index, shard.count)]
 
 
 def load_residual(cache: Cache, layers: tuple[int, ...], model: Model, config: HarvestConfig) -> ResidualModel:
@@ -161,15 +200,25 @@ def harvest_blocks(
     spec = cache.spec
     shares = Shares()
     title = f"harvesting layers {format_layers(model.layers)}"
-    already = spec.n_blocks - len(blocks)
-    with Progress(title, spec.n_blocks * spec.block_rows, "tokens", start=already * spec.block_rows) as progress:
+    done, counted = spec.n_blocks - len(blocks), time.monotonic()
+    with Progress(title, spec.n_blocks * spec.block_rows, "tokens", start=done * spec.block_rows) as progress:
+
+        def count() -> int:
+            """The blocks that are there by now, whoever made them."""
+            return spec.n_blocks - sum(map(len, cache.missing(model.layers[:1]).values()))
 
         def committed(block: int) -> None:
-            progress.advance(spec.block_rows, str(shares))
+            nonlocal done, counted
+            done += 1
+            if time.monotonic() - counted > _RECOUNT and not replace:
+                done, counted = count(), time.monotonic()
+            progress.update(done * spec.block_rows, str(shares))
 
         cuda = config.device.type == "cuda"
         with (
-            BlockWriter(cache, model.layers, config.writer, pinned=cuda, done=committed, replace=replace) as writer,
+            BlockWriter(
+                cache, model.layers, config.writer, pinned=cuda, done=committed, replace=replace, by=maker(config.device)
+            ) as writer,
             ThreadPoolExecutor(1, "inputs") as reader,
         ):
             fill = (_CudaFiller if cuda else _CpuFiller)(cache, model, config, shares)
@@ -182,6 +231,7 @@ def harvest_blocks(
                 shares.total = time.perf_counter() - began
         fill.finish()
         shares.total = time.perf_counter() - began
+        progress.update((done if replace else count()) * spec.block_rows, str(shares))
     return shares
 
 
@@ -331,6 +381,19 @@ class _Slot:
         )  # fmt: skip
 
 
+def notes_on_mixing(totals: dict[int, LayerTotals]) -> list[str]:
+    """A line for each set of layers whose blocks were made on machines of more than one kind."""
+    mixed: dict[str, list[int]] = {}
+    for layer, total in totals.items():
+        if total.mixed:
+            mixed.setdefault(total.mixed, []).append(layer)
+    return [
+        f"note: the blocks of layers {format_layers(layers)} were made on machines of several kinds ({what}): all are right, "
+        "but their last bits are not those that one machine gives"
+        for what, layers in mixed.items()
+    ]
+
+
 @dataclass(kw_only=True, slots=True)
 class Damage:
     """What verification found, by name; {layer, block or chunk: a line for people}."""
@@ -347,7 +410,7 @@ class Damage:
 def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> Damage:
     """Read everything committed and compare it with its checksums, and every block with the tokens that it is of."""
     spec, damage = cache.spec, Damage(metadata=cache.bad_metadata())
-    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer))]
+    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer).intersection(cache.wanted(layer)))]
     chunks = range(spec.token_chunks) if work else sorted(cache.written_token_chunks())
     for chunk in chunks:
         if why := _fails(partial(cache.read_token_chunk, chunk)):
@@ -403,6 +466,16 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
         )
 
 
+def free(cache: Cache, layers: tuple[int, ...]) -> None:
+    """Remove the training blocks of these layers. Safe to kill and repeat: from its beginning on they count as freed."""
+    cache.mark_freed(layers)
+    work, size = [(layer, block) for layer in layers for block in cache.freeable(layer)], cache.spec.block_bytes
+    with Progress("freeing", len(work) * size, "bytes") as progress:
+        for layer, block in work:
+            cache.free_block(layer, block)
+            progress.advance(size)
+
+
 def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, config: HarvestConfig) -> int:
     """Write again what is damaged, and nothing else; returns how many layer blocks that was.
 
@@ -413,7 +486,7 @@ def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, confi
     cache.add_layers(())
     if damage.chunks:
         write_tokens(cache, source, load_tokenizer(str(model.folder), None), damage.chunks)
-    committed = [(layer, block) for layer in cache.layers for block in cache.committed(layer)]
+    committed = [(layer, block) for layer in cache.layers for block in cache.committed(layer).intersection(cache.wanted(layer))]
     bad = set(damage.blocks)
     bad |= set(_of_other_tokens(cache, [item for item in committed if item not in bad], set())) if damage.chunks else set()
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -7,6 +7,7 @@ last of a block moves its files to their places and publishes its ledger entry.
 """
 
 import ctypes
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable
@@ -58,8 +59,10 @@ class BlockWriter:
         pinned: bool,
         done: Callable[[int], None],
         replace: bool = False,
+        by: str = "",
     ) -> None:
-        self._cache, self._layers, self._done, self._replace = cache, layers, done, replace
+        """`by`: what the blocks are made on, for the ledger."""
+        self._cache, self._layers, self._done, self._replace, self._by = cache, layers, done, replace, by
         shape = (len(layers), cache.spec.block_rows, cache.spec.d_model)
         self._free: queue.Queue[Buffer] = queue.Queue()
         for _ in range(config.buffers):
@@ -128,7 +131,7 @@ class BlockWriter:
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
         buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
         stats = block_stats(buffer.data[index].numpy(), int(buffer.nonfinite[index]), slice_rows, buffer.tokens)
-        job.stats[self._layers[index]] = stats
+        job.stats[self._layers[index]] = dataclasses.replace(stats, by=self._by)
 
     def _commit(self, job: "_BlockJob") -> None:
         stats = {layer: job.stats[layer] for layer in self._layers}

@@ -6,6 +6,7 @@
         resid_post/00 ...            float16 [tokens, d_model], one uncompressed chunk file per block
     <cache>/ledger/<layers>/<block>.json     one entry per committed block of the layers harvested together
     <cache>/ledger/tokens/<chunk>.json       one entry per chunk of the token array
+    <cache>/ledger/freed/<layer>.json        the layer's training blocks were removed on purpose; written before they are
 
 A block is a fixed run of whole sequences, the same rows in every layer. It is committed for a layer when a ledger entry
 names both, and the entry is created only after every chunk it speaks of is durable; "the chunk file exists" means
@@ -148,6 +149,7 @@ class BlockStats:
     m2: float  # sum of squared deviations from the mean
     max_norm: float  # largest Euclidean norm of a row
     nonfinite: int  # values the model gave that float16 cannot hold: NaN stored as 0, too large as ±65504
+    by: str = ""  # what it was made on, as the last bits depend on it (shared.device.maker); "" where that was not recorded
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -157,13 +159,20 @@ class LayerTotals:
     moments: tuple[int, float, float] = (0, 0.0, 0.0)  # count, mean and M2 of all values
     max_norm: float = 0.0
     nonfinite: int = 0
+    by: dict[str, int] = dataclasses.field(default_factory=dict)  # {made on: blocks}
 
     def plus(self, block: BlockStats, d_model: int) -> "LayerTotals":
         return LayerTotals(
             moments=merge_moments(self.moments, (block.rows * d_model, block.mean, block.m2)),
             max_norm=max(self.max_norm, block.max_norm),
             nonfinite=self.nonfinite + block.nonfinite,
+            by=self.by | {block.by: self.by.get(block.by, 0) + 1},
         )
+
+    @property
+    def mixed(self) -> str:
+        """On what the blocks were made, where that was not the same for all; "" where it was."""
+        return ", ".join(f"{n:,} on {by or 'unknown'}" for by, n in sorted(self.by.items())) if len(self.by) > 1 else ""
 
     def __str__(self) -> str:
         n, mean, m2 = self.moments
@@ -339,6 +348,8 @@ class Cache:
         try:
             n = self._store.read(_block_key(layer, block), memoryview(out.data).cast("B"), offset)
         except OSError as error:
+            if block not in self.wanted(layer):
+                raise self.freed_error((layer,)) from None
             raise self._damaged(layer, block, error.strerror or "unreadable") from None
         if n < out.nbytes:
             raise self._damaged(layer, block, f"{out.nbytes - n} bytes short")
@@ -424,15 +435,20 @@ class Cache:
         found = ((self._find_entry(layer, block), _block_key(layer, block)) for layer in layers)
         return all(group is not None and self._store.has(key) for group, key in found)
 
-    def missing(self, layers: tuple[int, ...]) -> dict[tuple[int, ...], list[int]]:
+    def missing(self, layers: tuple[int, ...], *, freed: bool = False) -> dict[tuple[int, ...], list[int]]:
         """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}.
 
-        A block whose file is gone is missing, though the ledger speaks of it: somebody made room.
+        A block whose file is gone is missing, though the ledger speaks of it: somebody made room. With `freed` that holds as
+        well where it was done through `free`.
         """
-        present = {layer: self.committed(layer) & self._stored(layer) for layer in layers}
+        everything = range(self.spec.n_blocks)
+        lacks = {
+            layer: set(everything if freed else self.wanted(layer)) - (self.committed(layer) & self._stored(layer))
+            for layer in layers
+        }
         groups: dict[tuple[int, ...], list[int]] = {}
-        for block in range(self.spec.n_blocks):
-            lacking = tuple(layer for layer in layers if block not in present[layer])
+        for block in everything:
+            lacking = tuple(layer for layer in layers if block in lacks[layer])
             if lacking:
                 groups.setdefault(lacking, []).append(block)
         return groups
@@ -475,6 +491,60 @@ class Cache:
     def _stored(self, layer: int) -> set[int]:
         names = set(self._store.list(f"{_ZARR}/{HOOK}/{layer:02d}"))
         return {block for block in range(self.spec.n_blocks) if f"c.{block}.0" in names}
+
+    # --- room for other layers ---
+
+    def freed(self) -> tuple[int, ...]:
+        """The layers whose training blocks were removed on purpose. Raises UserError for a record that is damaged."""
+        names = self._store.list("ledger/freed")
+        return tuple(layer for layer in self.layers if f"{layer:02d}.json" in names and self._is_freed(layer))
+
+    def _is_freed(self, layer: int) -> bool:
+        key = _freed_key(layer)
+        try:
+            if from_bytes(self._store.get(key)) == self._freed_record(layer):
+                return True
+            raise ValueError("it is of another cache or layer")
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._store.path(key)} is unreadable ({error}): delete it, and free layer {layer} again if it was freed"
+            ) from None
+
+    def _freed_record(self, layer: int) -> dict[str, Any]:
+        return {"cache": self._digest, "freed": layer}
+
+    def freed_error(self, layers: Iterable[int]) -> UserError:
+        return UserError(
+            f"the training blocks of layers {format_layers(layers)} of {self.path} were freed: "
+            f"harvest them again with `python -m harvest --layers {format_layers(layers)}`"
+        )
+
+    def wanted(self, layer: int) -> range:
+        """The blocks that ought to be there: of a layer that was freed the held-out ones alone."""
+        return range(self.spec.train_blocks if self._is_freed(layer) else 0, self.spec.n_blocks)
+
+    def mark_freed(self, layers: Iterable[int]) -> None:
+        """From now on these layers' training blocks count as removed, which `free_block` does."""
+        for layer in layers:
+            self._store.write(_freed_key(layer), to_bytes(self._freed_record(layer)))
+
+    def unmark_freed(self, layers: Iterable[int]) -> None:
+        """From now on these layers' training blocks are missing, and are harvested again."""
+        for layer in layers:
+            self._store.delete(_freed_key(layer))
+
+    def freeable(self, layer: int) -> list[int]:
+        """The training blocks that are there."""
+        return sorted(block for block in self._stored(layer) if block < self.spec.train_blocks)
+
+    def free_block(self, layer: int, block: int) -> None:
+        """Remove a training block of a layer that is marked; its ledger entry stays. Raises UserError."""
+        assert block not in self.wanted(layer)
+        self._store.delete(_block_key(layer, block))
+
+    # --- all blocks together ---
 
     def totals(self) -> "dict[int, LayerTotals]":
         """Every layer's blocks taken together, from one reading of the ledger. Raises UserError for a damaged entry."""
@@ -592,6 +662,10 @@ def _block_key(layer: int, block: int) -> str:
 
 def _entry_key(group: str, block: int) -> str:
     return f"ledger/{group}/{block:08d}.json"
+
+
+def _freed_key(layer: int) -> str:
+    return f"ledger/freed/{layer:02d}.json"
 
 
 def _chunk_key(chunk: int) -> str:

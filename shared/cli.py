@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
@@ -161,6 +162,28 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Shard:
+    """One of several equal processes that share work by nothing but its number among them."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+ALONE = Shard(index=0, count=1)
+
+
+def parse_shard(text: str) -> Shard:
+    """'2/8' → the third of eight. Raises UserError."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"{text!r} is not a shard: they are counted from 0, so that eight of them are 0/8 to 7/8")
+    return Shard(index=int(match[1]), count=int(match[2]))
 
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}

@@ -60,8 +60,12 @@ def _why_no_cuda(said: list[warnings.WarningMessage]) -> str:
 
 def announce(device: torch.device) -> None:
     """One line that says where the work is done. Called when nothing can be refused any more: a refusal stands alone."""
-    what = device_kind(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
-    say(f"device: {device}, {what}", err=True)
+    say(f"device: {device}, {maker(device).removeprefix('cpu, ')}", err=True)
+
+
+def maker(device: torch.device) -> str:
+    """What the last bits of a sum depend on, in words: 'cpu, threads: 2', or the GPU's name."""
+    return device_kind(device) if device.type == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
 
 
 def device_kind(device: torch.device) -> str:

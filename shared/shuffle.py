@@ -36,6 +36,12 @@ def epoch_slices(n_blocks: int, slices: int, *, seed: int, epoch: int) -> NDArra
     return order.ravel()
 
 
+def block_turns(n_blocks: int, train_blocks: int, slices: int, *, seed: int) -> NDArray[np.int64]:
+    """All blocks of a cache in the order in which they are harvested: the held-out ones, then as training first reads them."""
+    first_round = epoch_slices(train_blocks, slices, seed=seed, epoch=0)[:train_blocks] // slices
+    return np.concatenate([np.arange(train_blocks, n_blocks), first_round])
+
+
 def window_rows(n_rows: int, *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
     """The order in which the rows of one shuffle window are handed out."""
     return permutation(n_rows, seed, 2, epoch, window)

@@ -55,6 +55,7 @@ TRAIN = [
     (("--device", "mps"), "'mps' is not a device for this"),
     (("--device", "meta"), "'meta' is not a device for this"),
     (("--device", "cpu:3"), "'cpu:3' is not a device for this"),
+    (("--shard", "9/8"), "'9/8' is not a shard: they are counted from 0"),
     (("--nonsense",), "No such option"),
 ]
 
@@ -152,6 +153,13 @@ def test_models_that_are_not_there(cli: Cli, harvest_args: tuple[object, ...], t
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--layers", "0-9"), "layer 9 does not exist")
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--tokens", "0"), "'0' is not a count")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_shard_too_many(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
+    refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--shard", "8/8"), "'8/8' is not a shard")
+    result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r", "--shard", "7/8")  # of three layers
+    assert (result.code, result.err) == (0, "shard 7/8 has no layer to train: there are fewer of them than shards\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_other_settings_on_the_same_cache(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...]) -> None:

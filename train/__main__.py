@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from shared.cache import Cache
-from shared.cli import SEED, THREADS, Number, UserError, parse_count, parse_layers, run, say
+from shared.cli import SEED, THREADS, Number, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
 from train.l1 import parse_l1
@@ -42,14 +42,21 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 @click.option("--threads", type=THREADS, default=16, show_default=True, help="Reader threads.")
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
+@click.option(
+    "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
+)
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
 def main(preset: str, cache: Path | None, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
     settings = parse_l1(options["l1"] or p.l1)
-    layers = parse_layers(options["layers"]) if options["layers"] else None
+    shard: Shard = options["shard"]
     device = pick_device(options["device"])
     opened = Cache.open(cache or Path("data") / p.name)
+    layers = parse_layers(options["layers"]) if options["layers"] else _not_freed(opened)
+    layers = layers[shard.index :: shard.count]
+    if not layers:
+        return say(f"shard {shard} has no layer to train: there are fewer of them than shards", err=True)
     changed = {k: options[k] for k in ("expansion", "batch", "lr", "lr_warmup", "window_blocks") if options[k] is not None}
     config = TrainConfig(
         **{"expansion": p.expansion, "batch": p.batch, "lr": p.lr, "lr_warmup": p.lr_warmup, "window_blocks": p.window_blocks}
@@ -73,9 +80,19 @@ def main(preset: str, cache: Path | None, **options: Any) -> None:
         tensorboard=options["tensorboard"],
     )
     name = Path(opened.spec.model).name
-    if not train(opened, name, layers or opened.layers, settings, config, run_options):
+    if not train(opened, name, layers, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
-    say(f"trained layers {options['layers'] or 'all'} into {run_options.runs}/", err=True)
+    say(f"trained layers {format_layers(layers)} into {run_options.runs}/", err=True)
+
+
+def _not_freed(cache: Cache) -> tuple[int, ...]:
+    """All layers that can be trained. Raises UserError if there is none."""
+    freed = cache.freed()
+    if freed == cache.layers:
+        raise cache.freed_error(freed)
+    if freed:
+        say(f"note: layers {format_layers(freed)} were freed and are left out", err=True)
+    return tuple(layer for layer in cache.layers if layer not in freed)
 
 
 if __name__ == "__main__":

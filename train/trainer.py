@@ -76,7 +76,7 @@ def train(
         run.require_same(wanted)
     runs = [run for run, _ in plans]
     _require_space(cache, runs, layers, config, options.runs)
-    machine = {"device": device_kind(options.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = _machine(options.device)
     try:
         with finishing() as asked, contextlib.ExitStack() as owned:
             for run, wanted in plans:
@@ -135,8 +135,10 @@ def _require_trainable(
         )
     if options.tensorboard:
         _summary_writer()
+    if freed := set(layers).intersection(cache.freed()):
+        raise cache.freed_error(freed)
     for layer in layers:
-        missing = spec.n_blocks - len(cache.committed(layer))
+        missing = sum(map(len, cache.missing((layer,)).values()))
         if missing:
             raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
@@ -148,6 +150,11 @@ def _run(name: str, setting: L1Setting, config: TrainConfig, runs: Path) -> Run:
 
 def _run_config(setting: L1Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
     return run_config(dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a sum depend on."""
+    return {"device": device_kind(device), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
 def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:
@@ -407,7 +414,8 @@ class _SaeJob:
             "alive": self._alive(),
             "activations": dataclasses.asdict(self._look),
         }
-        config = {k: v for k, v in self._run.config().items() if k != SEAL} | {"layer": self._layer, "snapshot": label}
+        about = {"layer": self._layer, "snapshot": label, "machine": _machine(self._options.device)}  # the run may be another's
+        config = {k: v for k, v in self._run.config().items() if k != SEAL} | about
         path = self._run.snapshot_path(self._layer, label)
         tensors = self.sae.snapshot(config, stats).tensors()
 

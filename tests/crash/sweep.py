@@ -32,7 +32,7 @@ from tests.conftest import ROOT, documents, make_lm
 from tests.crash.disk import NEEDS_ROOM, WRITES, Disk, Operation, read_log, read_tree, write_tree
 
 FAULTS = ("kill", "tear", "enospc", "eio", "power-kept", "power-lost")
-SCENARIOS = ("harvest", "layers", "repair", "train", "resume", "eval", "pictures")
+SCENARIOS = ("harvest", "layers", "repair", "free", "train", "resume", "eval", "pictures")
 _BLOCK = 256  # rows
 _ENV = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
@@ -258,7 +258,7 @@ class Sweep:
         if name not in self._scenarios:
             make: dict[str, Callable[[Worker], tuple[str, ...]]] = {
                 "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "train": self._train,
-                "resume": self._resume, "eval": self._eval, "pictures": self._pictures,
+                "free": self._freeing, "resume": self._resume, "eval": self._eval, "pictures": self._pictures,
             }  # fmt: skip
             worker, start = self._workers[0], self.folder / name
             shutil.rmtree(worker.folder, ignore_errors=True)
@@ -296,6 +296,10 @@ class Sweep:
         flip(arrays / "tokens" / "c.0.0", 100)
         (arrays / "resid_post" / "00" / "c.3.0").unlink()
         return ("harvest", "repair", "--preset", "demo", "--cache", "cache", "--device", "cpu", "--threads", "2")
+
+    def _freeing(self, worker: Worker) -> tuple[str, ...]:
+        self._do(worker, self.harvest_args("0-2", 5))
+        return ("harvest", "free", "--preset", "demo", "--cache", "cache", "--layers", "0,2", "--yes")
 
     def _train(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0-1", 5))

@@ -52,3 +52,33 @@ def test_trainers_of_the_same_layers_and_an_evaluation_beside_them(sweep: Sweep,
             again = worker.run(argv)
             assert again.code == 0, again.why
         assert difference(contents(worker.folder), evaluation.wanted) == ""
+
+
+def test_eight_shards_of_which_five_are_killed(sweep: Sweep) -> None:
+    """The one that tokenises too, whose work another does; what comes of it are the bytes of one process."""
+    scenario = sweep.scenario("harvest")
+    shards = [(0, 25), (0, None), (1, 40), (2, 90), (3, 140), (4, 190), (5, None), (6, None), (7, None)]
+    with sweep.worker() as worker:
+        worker.restore(scenario.start)
+        ended = worker.together(
+            [((*scenario.argv, "--shard", f"{i}/8"), {"FAULT": "kill", "AT": at} if at else {}) for i, at in shards]
+        )
+        assert [e.why for e, (_, at) in zip(ended, shards, strict=True) if e.code not in ((-9, 0) if at else (0,))] == []
+        assert ended[0].code == -9
+        assert difference(contents(worker.folder), scenario.wanted) == ""  # already, for four were left to the end
+        again = worker.run(scenario.argv)  # what the killed left half-written goes
+        assert again.code == 0, again.why
+        assert contents(worker.folder) == scenario.wanted
+
+
+def test_two_shards_train_and_one_is_killed(sweep: Sweep) -> None:
+    scenario = sweep.scenario("train")
+    with sweep.worker() as worker:
+        worker.restore(scenario.start)
+        whole, killed = worker.together(
+            [((*scenario.argv, "--shard", "0/2"), {}), ((*scenario.argv, "--shard", "1/2"), {"FAULT": "kill", "AT": 60})]
+        )
+        assert (whole.code, killed.code) == (0, -9), (whole.why, killed.why)
+        again = worker.run((*scenario.argv, "--shard", "1/2"))
+        assert again.code == 0, again.why
+        assert difference(contents(worker.folder), scenario.wanted) == ""

@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harvest.harvest import HarvestConfig, Shares, harvest_blocks, planned_bytes, probe_write
+from harvest.harvest import HarvestConfig, Shares, await_tokens, harvest_blocks, in_turn, planned_bytes, probe_write
 from harvest.model import ResidualModel
 from harvest.native import Sink
 from harvest.text import TextSource
 from shared.cache import Cache
-from shared.cli import UserError
+from shared.cli import ALONE, Shard, UserError
 from shared.lm import harvested_model, hash_files, load_model, open_model
 from tests.conftest import Cli
 
@@ -195,6 +196,56 @@ def test_what_overlaps_is_not_taken_off_twice() -> None:
     assert str(Shares(forward=6, copy=1, total=10)) == "forward 60%, copy 10%, waiting for the disk 30%"
     beside = Shares(forward=6, copy=1, total=10, overlap=True)
     assert str(beside) == "forward 60%, copy 10% beside it, waiting for the disk 40%"
+
+
+def test_shards_do_their_own_blocks_first_and_leave_none_out(cache: Cache) -> None:
+    """Of blocks that are missing, some were done before; what is a shard's own does not depend on that."""
+    spec, blocks = cache.spec, [b for b in range(cache.spec.n_blocks) if b % 5]
+    turns = [in_turn(spec, blocks, Shard(index=i, count=8)) for i in range(8)]
+    assert all(sorted(turn) == blocks for turn in turns)
+    own = [set(in_turn(spec, list(range(spec.n_blocks)), Shard(index=i, count=8))[: 6 if i < 4 else 5]) for i in range(8)]
+    assert sorted(block for mine in own for block in mine) == list(range(spec.n_blocks))
+    for turn, mine in zip(turns, own, strict=True):
+        left = mine.intersection(blocks)
+        assert set(turn[: len(left)]) == left
+    assert len({tuple(block for block in turn if block not in own[0] | own[1]) for turn in turns[:2]}) == 2
+    assert in_turn(spec, blocks, ALONE)[: spec.holdout_blocks - 1] == [41, 42, 43]
+
+
+def test_shards_wait_for_the_first_to_tokenise(
+    cli: Cli, harvest_args: tuple[object, ...], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harvest.harvest._POLL", 0.01)
+    monkeypatch.setattr("harvest.harvest._LATE", 0.0)
+    shutil.copytree(cache.path, tmp_path / "c")
+    copy = Cache.open(tmp_path / "c")
+    whole = copy.token_entry_path(1).read_bytes()
+    copy.token_entry_path(1).unlink()
+    timer = threading.Timer(0.5, copy.token_entry_path(1).write_bytes, (whole,))
+    timer.start()
+    began = time.monotonic()
+    await_tokens(copy, Shard(index=3, count=8))
+    assert time.monotonic() - began > 0.4
+    timer.join()
+    (tmp_path / "c" / "cache.json").unlink()
+    copy.token_entry_path(1).unlink()
+    with pytest.raises(UserError, match="shard 0/8 has given up"):
+        await_tokens(copy, Shard(index=3, count=8))
+
+
+def test_blocks_of_machines_of_several_kinds_are_said(
+    cli: Cli, harvest_args: tuple[object, ...], cache: Cache, tmp_path: Path
+) -> None:
+    shutil.copytree(cache.path, tmp_path / "c")
+    copy = Cache.open(tmp_path / "c")
+    assert {copy.stats(0, block).by for block in range(44)} == {f"cpu, threads: {torch.get_num_threads()}"}
+    assert "several kinds" not in cli("harvest", "verify", "--cache", copy.path).err
+    for layer in (0, 1):
+        copy.commit(5, {layer: dataclasses.replace(copy.stats(layer, 5), by="H100")})
+    for command in (("harvest", *harvest_args, "--cache", copy.path), ("harvest", "verify", "--cache", copy.path)):
+        result = cli(*command)
+        assert result.code == 0
+        assert "layers 0-1 were made on machines of several kinds (1 on H100, 43 on cpu" in result.err
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from shared.cache import (
 )
 from shared.cli import UserError
 from shared.files import temporary
-from shared.seal import _google_crc32c, crc32c, to_bytes
+from shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
 
 SPEC = CacheSpec(
     model="m",
@@ -389,6 +389,20 @@ def test_every_flip_in_an_entry_is_a_damaged_block(tmp_path: Path) -> None:
             cache.totals()
     cache.commit(2, {0: STATS})  # what repair does
     assert path.read_bytes() == whole
+
+
+def test_entries_from_before_their_maker_was_recorded_are_read(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path / "c", SPEC, (0,))
+    for block, by in enumerate(("", "cpu, threads: 2", "cpu, threads: 2")):
+        cache.commit(block, {0: dataclasses.replace(STATS, by=by)})
+    path = cache.entry_path((0,), 0)
+    entry = from_bytes(path.read_bytes())
+    del entry["layers"]["0"]["by"]
+    path.write_bytes(to_bytes(entry))
+    assert cache.stats(0, 0) == STATS
+    assert cache.totals()[0].mixed == "1 on unknown, 2 on cpu, threads: 2"
+    path.unlink()
+    assert cache.totals()[0].mixed == ""
 
 
 def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:

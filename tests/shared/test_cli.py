@@ -19,6 +19,7 @@ from shared.cli import (
     format_seconds,
     parse_count,
     parse_layers,
+    parse_shard,
     run,
     say,
 )
@@ -64,6 +65,13 @@ def test_layers_that_nobody_has_are_not_listed(text: str) -> None:
         parse_layers(text)
     with pytest.raises(UserError):
         parse_layers(text, 24)
+
+
+def test_shards_are_counted_from_0() -> None:
+    assert [str(parse_shard(text)) for text in ("0/1", "7/8", "00/08")] == ["0/1", "7/8", "0/8"]
+    for text in ("8/8", "9/8", "0/0", "1", "1/", "/8", "-1/8", "1.0/8", "1/8 ", "", "a/b", "1/" + "9" * 99):
+        with pytest.raises(UserError, match="is not a shard: they are counted from 0"):
+            parse_shard(text)
 
 
 def test_a_count_is_exact_where_a_float_is_not() -> None:

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.shuffle import block_rows, epoch_slices, permutation, window_rows
+from shared.shuffle import block_rows, block_turns, epoch_slices, permutation, window_rows
 
 keys = st.lists(st.integers(0, 2**40), max_size=4)
 
@@ -37,6 +37,14 @@ def test_which_slice_comes_when_differs_between_blocks_and_epochs() -> None:
 
 def epoch_of(epoch: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
     return epoch_slices(20, 16, seed=0, epoch=epoch)
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 16))
+def test_blocks_are_harvested_as_training_will_read_them_and_held_out_ones_before(train: int, held: int, slices: int) -> None:
+    turns = block_turns(train + held, train, slices, seed=3).tolist()
+    assert turns[:held] == list(range(train, train + held))
+    first_read = list(dict.fromkeys((epoch_slices(train, slices, seed=3, epoch=0) // slices).tolist()))
+    assert turns[held:] == first_read
 
 
 def test_orders_never_change() -> None:

@@ -74,6 +74,24 @@ def test_settings_together_are_settings_alone(cli: Cli, runs_path: Path, cache_p
     same(finals(tmp_path), together)
 
 
+def test_shards_together_are_one_process(cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path) -> None:
+    """Of three layers; and a checkpoint says on what machine it was made, whoever began the run."""
+    args = (*TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", L1)
+    threads = torch.get_num_threads()
+    for shard, layers in (("0/2", "0,2"), ("1/2", "1")):
+        result = cli("train", *args, "--shard", shard)
+        assert result.code == 0, result.err
+        assert f"trained layers {layers} into" in result.err
+    same(finals(tmp_path), finals(runs_path))
+    run = Run(next(tmp_path.iterdir()))
+    run.snapshot_path(0, "final").unlink()
+    torch.set_num_threads(threads + 1)
+    assert cli("train", *args, "--layers", 0).code == 0
+    made = {s.label: Sae.load(s.path).config["machine"]["threads"] for s in run.snapshots() if s.layer == 0}
+    assert made.pop("final") == threads + 1
+    assert set(made.values()) == {threads}
+
+
 def test_a_random_decoder_is_a_run_of_its_own_on_the_same_batches(
     cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path
 ) -> None:
