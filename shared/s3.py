@@ -76,13 +76,13 @@ class S3:
         self.root: Bucket | Path = root
         self._bucket = root.name
         config: Any = {"unsigned_payload": True, **_from_files()}
-        allow = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
+        self._insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
         try:
             self._store = S3Store(
                 root.name,
                 prefix=root.prefix or None,
                 config=config,
-                client_options={"allow_http": allow, "timeout": _UPLOAD, "connect_timeout": timedelta(seconds=10)},
+                client_options={"allow_http": self._insecure, "timeout": _UPLOAD, "connect_timeout": timedelta(seconds=10)},
                 retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=10)},  # ours is the only one
             )
         except (BaseError, ValueError, TypeError):
@@ -127,6 +127,8 @@ class S3:
     def _answer(self, key: str, headers: dict[str, str], hoped: tuple[int, ...]) -> Iterator[http.client.HTTPResponse]:
         """The response to a GET, whose body must be read to its end within."""
         url = urlsplit(obstore.sign(self._store, "GET", key, _SIGNED_FOR))
+        if url.scheme != "https" and not self._insecure:
+            raise http.client.HTTPException("BadScheme")  # obstore's word for it
         connection = self._connections.take(url)
         try:
             connection.request("GET", f"{url.path}?{url.query}", headers=headers)
