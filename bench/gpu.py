@@ -337,7 +337,7 @@ def writing(lab: Lab) -> None:
         return
     writes = ours.Writes(cache=ours.new_cache(lab.scratch / "write", spec), threads=lab.threads)
     found = clock.take_turns({"ours": writes.run, "raw": writes.best_raw}, min(2, s.rounds))
-    shutil.rmtree(writes.cache.path)
+    shutil.rmtree(str(writes.cache.path))
     for name, timing in found.items():
         if not timing.seconds:
             raise RuntimeError(f"{name}: {timing.failure}")

@@ -22,6 +22,7 @@ from shared.cache import Cache
 from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
+from shared.store import LOCATION, Location
 from train.runs import Run
 
 
@@ -32,7 +33,7 @@ def main() -> None:
 
 @main.command("run")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=click.Path(path_type=Path), help="The cache the runs were trained on [default: data/<preset>].")
+@click.option("--cache", type=LOCATION, help="The cache the runs were trained on [default: data/<preset>].")
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
 )
@@ -54,7 +55,7 @@ def main() -> None:
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 def run_command(
     preset: str,
-    cache: Path | None,
+    cache: Location | None,
     runs: Path,
     eval_tokens: str | None,
     ce_tokens: str | None,
@@ -124,7 +125,7 @@ def export_command(form: str, runs: tuple[Path, ...], layers: str | None, snapsh
 
 @main.command("pages")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=click.Path(path_type=Path), help="The cache the runs were trained on [default: data/<preset>].")
+@click.option("--cache", type=LOCATION, help="The cache the runs were trained on [default: data/<preset>].")
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
 )
@@ -135,7 +136,7 @@ def export_command(form: str, runs: tuple[Path, ...], layers: str | None, snapsh
 @click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 def pages_command(
-    preset: str, cache: Path | None, runs: Path, layers: str | None, tokens: str | None, out: Path | None, **options: Any
+    preset: str, cache: Location | None, runs: Path, layers: str | None, tokens: str | None, out: Path | None, **options: Any
 ) -> None:
     """A page to look at every feature of every SAE; what is there already is kept."""
     opened = Cache.open(cache or Path("data") / get_preset(preset).name)
@@ -182,7 +183,7 @@ def floor_command(statistics: Path, widths: str) -> None:
 
 @main.command("distill")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Whose model and tokens [default: data/<preset>].")
+@click.option("--cache", type=LOCATION, help="Whose model and tokens [default: data/<preset>].")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where the runs lie.")
 @click.option(
     "--widths", help="Of the students [default: an eighth to three quarters of the model's, as for predicted floors]."
@@ -196,7 +197,7 @@ def floor_command(statistics: Path, widths: str) -> None:
 @click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
-def distill_command(preset: str, cache: Path | None, runs: Path, **options: Any) -> None:
+def distill_command(preset: str, cache: Location | None, runs: Path, **options: Any) -> None:
     """Train narrower students from the model and hold their loss floors beside the predicted ones; run it again to continue."""
     picked, opened = pick_device(options["device"]), Cache.open(cache or Path("data") / get_preset(preset).name)
     spec, skipped = opened.spec, Skipped()

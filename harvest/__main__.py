@@ -39,7 +39,6 @@ from shared.cli import (
     say,
 )
 from shared.device import pick_device
-from shared.files import make_dir
 from shared.lm import (
     Model,
     harvested_model,
@@ -51,6 +50,7 @@ from shared.lm import (
     unpin,
 )
 from shared.presets import Preset, get_preset
+from shared.store import LOCATION, Location, open_store
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Job:
     """The preset with the command line's options over it."""
 
     preset: Preset
-    cache: Path
+    cache: Location
     layers: tuple[int, ...]
     precision: str
     seed: int
@@ -132,7 +132,7 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 _common = _options(
     click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from."),
-    click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>]."),
+    click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>]."),
     click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads for the disk."),
 )
 _device = click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
@@ -202,7 +202,7 @@ def run_command(device: str | None, shard: Shard, **options: Any) -> None:
     """Fill the cache (the default command); run it again to continue, or to add layers."""
     job = replace(_job(options), shard=shard)
     config = job.config(device)
-    make_dir(job.cache.parent)
+    open_store(job.cache).prepare()
     if not Cache.exists(job.cache):
         require_space(job.cache, planned_bytes(job.shape(), job.layers))
     opened = job.open()
@@ -245,7 +245,7 @@ def plan_command(**options: Any) -> None:
 
 @main.command("verify")
 @_common
-def verify_command(preset: str, cache: Path | None, threads: int) -> int:
+def verify_command(preset: str, cache: Location | None, threads: int) -> int:
     """Check every committed block against its checksum; exit code 1 if something is damaged."""
     opened = _open(preset, cache)
     lines = verify(opened, opened.layers, threads).lines
@@ -266,7 +266,7 @@ def verify_command(preset: str, cache: Path | None, threads: int) -> int:
 @click.option("--dataset", help="Where the text lies now, if not where it lay.")
 def repair_command(
     preset: str,
-    cache: Path | None,
+    cache: Location | None,
     threads: int,
     device: str | None,
     blocks: str | None,
@@ -328,7 +328,7 @@ def free_command(preset: str, cache: Path | None, threads: int, layers: str, yes
     click.echo(f"removed {what}")
 
 
-def _open(preset: str, cache: Path | None) -> Cache:
+def _open(preset: str, cache: Location | None) -> Cache:
     return Cache.open(cache or Path("data") / get_preset(preset).name)
 
 

@@ -25,10 +25,11 @@ from harvest.writer import BlockWriter, Buffer, WriterConfig
 from shared.cache import Cache, CacheSpec, LayerTotals
 from shared.cli import ALONE, Shard, UserError, format_bytes, format_layers, format_seconds, say
 from shared.device import announce, maker, new_event, new_stream, send
-from shared.files import UNKNOWN_FREE, existing, free_bytes, write_all
+from shared.files import UNKNOWN_FREE, existing, write_all
 from shared.lm import Model, load_model, load_tokenizer, tokenizer_hash
 from shared.progress import Progress
 from shared.shuffle import block_turns, permutation
+from shared.store import Location, open_store
 
 LEDGER_BYTES_PER_LAYER = 360  # of one block, as measured at most; it is 0.0005 % of a full-size block
 _PROBE_BYTES = 64 << 20
@@ -56,7 +57,7 @@ class Plan:
     layer_bytes: int
     total_bytes: int
     free: int
-    write_rate: float  # bytes per second, measured
+    write_rate: float | None  # bytes per second, measured; a bucket is not tried
 
     def __str__(self) -> str:
         s = self.spec
@@ -70,7 +71,9 @@ class Plan:
                 "free disk   unknown: the file system does not say"
                 if self.free == UNKNOWN_FREE
                 else f"free disk   {format_bytes(self.free)}: room for {min(fits, 10**6):,} layers of this size",
-                f"write probe {format_bytes(self.write_rate)}/s: writing takes at least "
+                "write probe none: nothing is sent to a bucket to find out"
+                if self.write_rate is None
+                else f"write probe {format_bytes(self.write_rate)}/s: writing takes at least "
                 f"{format_seconds(self.total_bytes / self.write_rate)}",
             )
         )
@@ -82,14 +85,14 @@ def planned_bytes(spec: CacheSpec, layers: tuple[int, ...]) -> int:
     return spec.n_blocks * spec.block_bytes * len(layers) + spec.token_bytes + ledger
 
 
-def make_plan(path: Path, spec: CacheSpec, layers: tuple[int, ...], threads: int) -> Plan:
+def make_plan(path: Location, spec: CacheSpec, layers: tuple[int, ...], threads: int) -> Plan:
     return Plan(
         spec=spec,
         layers=layers,
         layer_bytes=spec.n_blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER),
         total_bytes=planned_bytes(spec, layers),
-        free=free_bytes(path),
-        write_rate=probe_write(path, threads),
+        free=open_store(path).free(),
+        write_rate=probe_write(path, threads) if isinstance(path, Path) else None,
     )
 
 
@@ -127,8 +130,8 @@ def remaining_bytes(cache: Cache, layers: tuple[int, ...], *, freed: bool = Fals
     return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
 
 
-def require_space(path: Path, needed: int) -> None:
-    free = free_bytes(path)
+def require_space(path: Location, needed: int) -> None:
+    free = open_store(path).free()
     if needed > free:
         raise UserError(
             f"the harvest needs {format_bytes(needed)} more at {path}, and {format_bytes(free)} are free: "

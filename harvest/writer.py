@@ -2,7 +2,7 @@
 
 A block of all layers lies in one host buffer; there is a fixed number of these, so memory is bounded and a full disk
 queue makes the forward pass wait rather than memory grow. One layer of a block is one file: some threads do nothing but
-write and fsync files, so that the disk never waits; others take checksums and moments meanwhile. Whoever finishes the
+write and fsync files, so that the disk never waits; others take checksums and moments of what is written. Whoever finishes the
 last of a block moves its files to their places and publishes its ledger entry.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from shared.cache import BlockStats, Cache, slice_checksums
 from shared.files import page_aligned
 from shared.native import load
+from shared.store import Staged
 
 FP16_MAX = 65504.0
 _STATS_VALUES = 1 << 18  # values whose float32 copy stays in a core's cache while their moments are taken
@@ -74,7 +75,7 @@ class BlockWriter:
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
         self._lock = threading.Lock()
-        self._staged: dict[tuple[int, int], Path] = {}  # {layer, block: bytes on the disk that are not committed yet}
+        self._staged: dict[tuple[int, int], Staged] = {}  # {layer, block: bytes on the disk that are not committed yet}
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -98,23 +99,14 @@ class BlockWriter:
     def submit(self, block: int, buffer: Buffer, ready: Callable[[], None] | None = None) -> None:
         """Write a filled buffer; `ready`, called in a thread, returns when it has arrived. The writer gives the buffer back."""
         self._check()
-        job = _BlockJob(block=block, buffer=buffer, left=2 * len(self._layers))
+        job = _BlockJob(block=block, buffer=buffer, left=len(self._layers))
         self._waiter.submit(self._guarded, self._begin, job, ready)
 
     def _begin(self, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
         if ready is not None:
             ready()
         for index in range(len(self._layers)):
-            self._disk.submit(self._guarded, self._run, job, index, self._write)
-            self._arithmetic.submit(self._guarded, self._run, job, index, self._take_stats)
-
-    def _run(self, job: "_BlockJob", index: int, work: "Callable[[_BlockJob, int], None]") -> None:
-        work(job, index)
-        with job.lock:
-            job.left -= 1
-            last = job.left == 0
-        if last:
-            self._commit(job)
+            self._disk.submit(self._guarded, self._write, job, index)
 
     def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         try:
@@ -124,14 +116,20 @@ class BlockWriter:
 
     def _write(self, job: "_BlockJob", index: int) -> None:
         layer = self._layers[index]
-        staged = self._cache.stage_block(layer, job.block, job.buffer.data[index].numpy().data)
+        staged = self._cache.stage_block(layer, job.block, job.buffer.data[index].numpy(), replace=self._replace)
         with self._lock:
             job.staged[layer] = self._staged[layer, job.block] = staged
+        self._arithmetic.submit(self._guarded, self._take_stats, job, index)  # now: what lies there may be another harvest's
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
         buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
         stats = block_stats(buffer.data[index].numpy(), int(buffer.nonfinite[index]), slice_rows, buffer.tokens)
-        job.stats[self._layers[index]] = dataclasses.replace(stats, by=self._by)
+        with job.lock:
+            job.stats[self._layers[index]] = dataclasses.replace(stats, by=self._by)
+            job.left -= 1
+            last = job.left == 0
+        if last:
+            self._commit(job)
 
     def _commit(self, job: "_BlockJob") -> None:
         stats = {layer: job.stats[layer] for layer in self._layers}
@@ -155,7 +153,7 @@ class _BlockJob:
     buffer: Buffer
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    staged: dict[int, Path] = field(default_factory=dict)
+    staged: dict[int, Staged] = field(default_factory=dict)
     stats: dict[int, BlockStats] = field(default_factory=dict)
 
 

@@ -23,7 +23,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from shared.cli import UserError, format_layers, parse_layers
 from shared.seal import canonical, crc32c, from_bytes, to_bytes
 from shared.shuffle import block_rows
-from shared.store import Folder
+from shared.store import Location, Staged, Store, open_store
 from shared.view import Layer
 
 FORMAT = 2
@@ -41,6 +43,7 @@ HOOK = "resid_post"
 SLICES = 16  # of a block
 TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
 ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
+_AT_ONCE = 16  # entries of the ledger that are read at a time: each may be a round trip
 _SPEC = "cache.json"
 _ZARR = "activations.zarr"
 
@@ -208,7 +211,7 @@ class TokenChunk:
 class Cache:
     """An open cache. Reading needs nothing but the files; writing keeps the commit order described above."""
 
-    def __init__(self, store: Folder, spec: CacheSpec) -> None:
+    def __init__(self, store: Store, spec: CacheSpec) -> None:
         self._store, self.spec, self.path = store, spec, store.root
         self._groups: dict[int, list[str]] = {}  # {layer: the names in the ledger that may have its entries}, as last seen
         self._chunk: tuple[int, NDArray[Any]] | None = None  # the token chunk read last
@@ -221,13 +224,13 @@ class Cache:
         return self._digest
 
     @classmethod
-    def exists(cls, path: Path) -> bool:
-        return Folder(path).has(_SPEC)
+    def exists(cls, path: Location) -> bool:
+        return open_store(path).has(_SPEC)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Location) -> Self:
         """Raises UserError for a missing, foreign, damaged or differently versioned cache."""
-        store = Folder(path)
+        store = open_store(path)
         try:
             data = store.get(_SPEC)
         except OSError:
@@ -250,9 +253,9 @@ class Cache:
         return cls(store, spec)
 
     @classmethod
-    def create(cls, path: Path, spec: CacheSpec, layers: tuple[int, ...]) -> Self:
+    def create(cls, path: Location, spec: CacheSpec, layers: tuple[int, ...]) -> Self:
         """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec."""
-        store = Folder(path)
+        store = open_store(path)
         if not store.has(_SPEC):
             _refuse_foreign(store)
             _drop_foreign_entries(store, spec)
@@ -305,17 +308,26 @@ class Cache:
     # --- blocks ---
 
     def block_path(self, layer: int, block: int) -> Path:
-        return self._store.path(_block_key(layer, block))
+        """Of a cache on a disk, as are the other paths."""
+        return self._file(_block_key(layer, block))
+
+    def _file(self, key: str) -> Path:
+        path = self._store.path(key)
+        assert isinstance(path, Path)
+        return path
 
     def block_order(self, block: int) -> NDArray[np.int64]:
         """Row j of a stored block is activation `order[j]` of its sequences read one after the other."""
         return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
 
-    def stage_block(self, layer: int, block: int, data: memoryview) -> Path:
-        """Bring a block's bytes near their place, durable, for `commit`. Raises UserError."""
-        return self._store.stage(_block_key(layer, block), data)
+    def stage_block(self, layer: int, block: int, data: NDArray[np.float16], *, replace: bool) -> Staged:
+        """Bring a block's bytes to their place or near it, durable, for `commit`. Raises UserError.
 
-    def drop(self, staged: Iterable[Path]) -> None:
+        Where a store cannot make room beside another harvest's bytes, `data` is these afterwards: statistics come after this.
+        """
+        return self._store.stage(_block_key(layer, block), memoryview(data.data).cast("B"), self._digest, replace=replace)
+
+    def drop(self, staged: Iterable[Staged]) -> None:
         """Take away what was staged and will not be committed."""
         self._store.drop(staged)
 
@@ -363,10 +375,10 @@ class Cache:
     # --- ledger ---
 
     def entry_path(self, layers: tuple[int, ...], block: int) -> Path:
-        return self._store.path(_entry_key(format_layers(layers), block))
+        return self._file(_entry_key(format_layers(layers), block))
 
     def commit(
-        self, block: int, stats: dict[int, BlockStats], staged: dict[int, Path] | None = None, *, replace: bool = True
+        self, block: int, stats: dict[int, BlockStats], staged: dict[int, Staged] | None = None, *, replace: bool = True
     ) -> None:
         """Put what was staged of a block in its place, and record it once that is durable. Raises UserError.
 
@@ -374,7 +386,7 @@ class Cache:
         by one process at a time: two harvests of a block may differ in a last bit.
         """
         with self._store.locked(_SPEC):
-            kept = set() if replace else {layer for layer in stats if self.has_block((layer,), block)}
+            kept = set() if replace else self._having(tuple(stats), block)
             staged = staged or {}
             self._store.place({_block_key(layer, block): mine for layer, mine in staged.items() if layer not in kept})
             self._record(block, {layer: s for layer, s in stats.items() if layer not in kept})
@@ -398,8 +410,8 @@ class Cache:
             ):  # unreadable, and it says nothing of the other layers either: they are harvested again
                 unreadable.append(key)
                 continue
-            if data != (entry := self._entry(block, there | mine)):
-                self._store.write(key, entry)
+            if data != (entry := self._entry(block, there | mine)) and not self._store.replace(key, entry, data):
+                return self._record(block, stats)
             left = {layer: s for layer, s in left.items() if layer not in mine}
         if left and not self._store.create(_entry_key(format_layers(left), block), self._entry(block, left)):
             self._record(block, left)  # a file system without locks, and another process was faster
@@ -428,12 +440,25 @@ class Cache:
 
     def committed(self, layer: int) -> set[int]:
         """The committed blocks of a layer, from the names of the ledger's files."""
-        return {block for group in self._find_groups(layer) for block in self._blocks(group)}
+        return self._committed((layer,))[layer]
+
+    def _committed(self, layers: tuple[int, ...]) -> dict[int, set[int]]:
+        """The same of several; every folder of the ledger is listed once."""
+        found: dict[int, set[int]] = {layer: set() for layer in layers}
+        for group in self._groups_of(layers):
+            blocks = set(self._blocks(group))
+            for layer in set(_group_layers(group)) & set(layers):
+                found[layer] |= blocks
+        return found
 
     def has_block(self, layers: tuple[int, ...], block: int) -> bool:
         """Whether every one of these layers has the block, committed and there, by now."""
-        found = ((self._find_entry(layer, block), _block_key(layer, block)) for layer in layers)
-        return all(group is not None and self._store.has(key) for group, key in found)
+        return self._having(layers, block) == set(layers)
+
+    def _having(self, layers: tuple[int, ...], block: int) -> set[int]:
+        groups = [group for group in self._groups_of(layers) if self._store.has(_entry_key(group, block))]
+        recorded = {layer for group in groups for layer in _group_layers(group)} & set(layers)
+        return {layer for layer in recorded if self._store.has(_block_key(layer, block))}
 
     def missing(self, layers: tuple[int, ...], *, freed: bool = False) -> dict[tuple[int, ...], list[int]]:
         """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}.
@@ -441,9 +466,9 @@ class Cache:
         A block whose file is gone is missing, though the ledger speaks of it: somebody made room. With `freed` that holds as
         well where it was done through `free`.
         """
-        everything = range(self.spec.n_blocks)
+        everything, committed = range(self.spec.n_blocks), self._committed(layers)
         lacks = {
-            layer: set(everything if freed else self.wanted(layer)) - (self.committed(layer) & self._stored(layer))
+            layer: set(everything if freed else self.wanted(layer)) - (committed[layer] & self._stored(layer))
             for layer in layers
         }
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -550,13 +575,14 @@ class Cache:
         """Every layer's blocks taken together, from one reading of the ledger. Raises UserError for a damaged entry."""
         totals: dict[int, LayerTotals] = {}
         seen: set[tuple[int, int]] = set()
-        for group in self._store.list("ledger"):
-            layers = _group_layers(group)
-            for block in self._blocks(group) if layers else ():
-                for layer, stats in self._read_entry(group, block, layers[0]).items():
-                    if (layer, block) not in seen:
-                        seen.add((layer, block))
-                        totals[layer] = totals.get(layer, LayerTotals()).plus(stats, self.spec.d_model)
+        for group in self._groups_of(tuple(range(self.spec.n_layers))):
+            blocks, read = list(self._blocks(group)), partial(self._read_entry, group, layer=_group_layers(group)[0])
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for block, entry in zip(blocks, pool.map(read, blocks), strict=True):
+                    for layer, stats in entry.items():
+                        if (layer, block) not in seen:
+                            seen.add((layer, block))
+                            totals[layer] = totals.get(layer, LayerTotals()).plus(stats, self.spec.d_model)
         return dict(sorted(totals.items()))
 
     def layer(self, layer: int) -> Layer:
@@ -566,10 +592,10 @@ class Cache:
     # --- tokens ---
 
     def token_chunk_path(self, chunk: int) -> Path:
-        return self._store.path(_chunk_key(chunk))
+        return self._file(_chunk_key(chunk))
 
     def token_entry_path(self, chunk: int) -> Path:
-        return self._store.path(_token_entry_key(chunk))
+        return self._file(_token_entry_key(chunk))
 
     def missing_token_chunks(self) -> list[int]:
         """The chunks that are not written, by the names of entries and files."""
@@ -685,7 +711,7 @@ def _group_layers(name: str) -> tuple[int, ...]:
     return layers if format_layers(layers) == name else ()
 
 
-def _get(store: Folder, key: str) -> bytes | None:
+def _get(store: Store, key: str) -> bytes | None:
     try:
         return store.get(key)
     except OSError:
@@ -727,20 +753,20 @@ def _array(shape: tuple[int, ...], chunk: tuple[int, ...], data_type: str, fill:
     )
 
 
-def _write_metadata(store: Folder, spec: CacheSpec, layers: tuple[int, ...]) -> None:
+def _write_metadata(store: Store, spec: CacheSpec, layers: tuple[int, ...]) -> None:
     for key, data in _metadata(spec, layers).items():
         if _get(store, key) != data:
             store.write(key, data)
 
 
-def _other_format(path: Path, found: object) -> UserError:
+def _other_format(path: Location, found: object) -> UserError:
     return UserError(
         f"{path} is a cache of format {found}, and this program reads format {FORMAT}; "
         "use the version that wrote it, or harvest again elsewhere"
     )
 
 
-def _refuse_foreign(store: Folder) -> None:
+def _refuse_foreign(store: Store) -> None:
     """Raises UserError for a Zarr group that is not ours, so that nothing is made or written over it."""
     data = _get(store, f"{_ZARR}/zarr.json")
     if data is None:
@@ -756,7 +782,7 @@ def _refuse_foreign(store: Folder) -> None:
         raise _other_format(store.root, found[0])
 
 
-def _drop_foreign_entries(store: Folder, spec: CacheSpec) -> None:
+def _drop_foreign_entries(store: Store, spec: CacheSpec) -> None:
     """Before a cache is created: entries of another one whose arrays are gone count as nothing, and go.
 
     Raises UserError where the arrays are still there: somebody lost only the cache.json of another cache.
@@ -772,7 +798,7 @@ def _drop_foreign_entries(store: Folder, spec: CacheSpec) -> None:
         store.delete(key)
 
 
-def _owner(store: Folder, key: str) -> str | None:
+def _owner(store: Store, key: str) -> str | None:
     """The digest of the cache that a ledger entry belongs to; None where it is unreadable."""
     try:
         return str(from_bytes(store.get(key)).get("cache"))

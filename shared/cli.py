@@ -102,15 +102,21 @@ class _Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.asked = None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if not self.patient or self.asked is not None:  # a second one means now
+        second, self.asked = self.asked is not None, error
+        if not self.patient or second:  # a second one means now
             raise error
-        self.asked = error
 
 
 _signals = _Signals()
+
+
+def stopping() -> bool:
+    """Whether somebody has asked this process to stop: for threads that would wait for something otherwise."""
+    return _signals.asked is not None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import harvest.__main__
 import train.__main__
 from shared.cache import Cache
 from shared.cli import run
+from tests.bucket import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"harvest": harvest.__main__.main, "train": train.__main__.main, "eval": eval.__main__.main}
@@ -111,6 +112,12 @@ def make_lm(path: Path) -> Path:
     )
     GPTNeoXForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 SHAPE = ("--context", 32, "--block-sequences", 16, "--tokens", 20_480, "--holdout-tokens", 2_048, "--device", "cpu")

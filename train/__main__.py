@@ -9,6 +9,7 @@ from shared.cache import Cache
 from shared.cli import SEED, THREADS, Number, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
+from shared.store import LOCATION, Location
 from train.l1 import parse_l1
 from train.step import StepConfig
 from train.trainer import RunOptions, TrainConfig, train
@@ -16,7 +17,7 @@ from train.trainer import RunOptions, TrainConfig, train
 
 @click.command()
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>].")
+@click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>].")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go.")
 @click.option("--l1", help="Settings: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0; several with commas.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
@@ -46,7 +47,7 @@ from train.trainer import RunOptions, TrainConfig, train
     "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
-def main(preset: str, cache: Path | None, **options: Any) -> None:
+def main(preset: str, cache: Location | None, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
     settings = parse_l1(options["l1"] or p.l1)

@@ -19,12 +19,14 @@ from shared.cache import (
     Cache,
     CacheSpec,
     TokenChunk,
+    _block_key,
     merge_moments,
     slice_checksums,
 )
 from shared.cli import UserError
 from shared.files import temporary
 from shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
+from shared.store import Location, open_store
 
 SPEC = CacheSpec(
     model="m",
@@ -92,9 +94,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.caches = [Cache.create(self.folder / "c", SPEC, (0, 1)), Cache.create(self.folder / "c", SPEC, (2, 3))]
+        self.place = self.new_place()
+        self.caches = [Cache.create(self.place, SPEC, (0, 1)), Cache.create(self.place, SPEC, (2, 3))]
         self.committed: dict[tuple[int, int], BlockStats] = {}
+
+    def new_place(self) -> Location:
+        return Path(tempfile.mkdtemp())
 
     @rule(
         who=st.integers(0, 1),
@@ -107,14 +112,14 @@ class LedgerMachine(RuleBasedStateMachine):
         data = np.full((8, 3), value, np.float16)
         stats = dataclasses.replace(STATS, crc32c=slice_checksums(data, SPEC.slice_rows), mean=float(value))
         cache = self.caches[who]
-        staged = {layer: cache.stage_block(layer, block, data.data) for layer in layers}
+        staged = {layer: cache.stage_block(layer, block, data.copy(), replace=replace) for layer in layers}
         cache.commit(block, dict.fromkeys(sorted(layers), stats), staged, replace=replace)
         for layer in layers:
             self.committed[layer, block] = stats if replace else self.committed.get((layer, block), stats)
 
     @rule(layer=st.integers(0, 3), block=st.integers(0, 5))
     def lose(self, layer: int, block: int) -> None:
-        self.caches[0].block_path(layer, block).unlink(missing_ok=True)
+        open_store(self.place).delete(_block_key(layer, block))
         self.committed.pop((layer, block), None)
 
     @invariant()
@@ -137,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 cache.check_block(layer, block, out, stats)
 
     def teardown(self) -> None:
-        shutil.rmtree(self.folder)
+        open_store(self.place).delete_all("")
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
@@ -342,7 +347,7 @@ def test_of_many_creators_all_have_the_same_cache(tmp_path: Path) -> None:
 def test_a_ledger_beside_arrays_that_are_gone_counts_as_nothing(tmp_path: Path) -> None:
     for spec in (SPEC, dataclasses.replace(SPEC, seed=1)):  # whose entries they are
         cache = Cache.create(tmp_path / "c", spec, (0, 1))
-        staged = {layer: cache.stage_block(layer, 2, memoryview(bytes(48))) for layer in (0, 1)}
+        staged = {layer: cache.stage_block(layer, 2, np.zeros((8, 3), np.float16), replace=False) for layer in (0, 1)}
         cache.commit(2, {0: STATS, 1: STATS}, staged)
         cache.commit_tokens(0, np.zeros((32, 4), np.uint16), {}, 0)
         shutil.rmtree(tmp_path / "c" / "activations.zarr")

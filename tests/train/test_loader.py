@@ -76,7 +76,7 @@ def numbered_cache(path: Path, *, rows: int, blocks: int) -> Cache:
             bytes=data.nbytes, rows=rows, crc32c=slice_checksums(data, cache.spec.slice_rows),
             tokens="0" * 8, mean=0.0, m2=1.0, max_norm=1.0, nonfinite=0,
         )  # fmt: skip
-        cache.commit(block, {0: stats}, {0: cache.stage_block(0, block, memoryview(data.tobytes()))})
+        cache.commit(block, {0: stats}, {0: cache.stage_block(0, block, data, replace=False)})
     return cache
 
 
@@ -98,7 +98,7 @@ def test_a_block_repaired_during_training_counts_as_it_is_now(tmp_path: Path, mo
         time.sleep(0.01)
     data = np.empty((32, 1), np.float16)
     other.read_block(0, 2, data)
-    cache.commit(1, {0: other.stats(0, 2)}, {0: cache.stage_block(0, 1, memoryview(data.tobytes()))})
+    cache.commit(1, {0: other.stats(0, 2)}, {0: cache.stage_block(0, 1, data, replace=True)})
     rows += loader
     assert sorted(torch.cat(rows[:2])[:, 0].tolist()) == list(range(64))
     assert sorted(torch.cat(rows[2:])[:, 0].tolist()) == [*range(32), *range(64, 96)]

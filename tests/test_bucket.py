@@ -1,0 +1,200 @@
+"""The pipeline over a bucket: the same bytes as over a folder, whatever is killed on the way."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.store import Bucket
+from tests.bucket import KEY, SECRET, Server, serving
+from tests.conftest import TRAIN_ARGS, Cli, invoke
+from tests.test_bad_input import refused
+
+s3 = pytest.importorskip("shared.s3") if __import__("importlib").util.find_spec("obstore") else None
+pytestmark = pytest.mark.skipif(s3 is None, reason="the extra [s3] is not installed")
+
+RUN = ("--l1", "3e-3", "--layers", "1")
+
+
+def keys(place: str) -> dict[str, bytes]:
+    """Everything that lies there."""
+    import obstore
+
+    store = s3.S3(Bucket.parse(place))
+    return {each["path"]: store.get(each["path"]) for part in obstore.list(store._store) for each in part}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_saes(runs: Path, wanted: Path) -> None:
+    found = sorted(path.relative_to(runs) for path in runs.glob("*/sae_layer01_*.pt"))
+    assert len(found) == 6
+    for name in found:
+        mine, theirs = (torch.load(base / name, weights_only=True)["model_state"] for base in (runs, wanted))
+        assert all(torch.equal(mine[k], theirs[k]) for k in theirs), name
+
+
+def _command(environment: dict[str, str], args: tuple[object, ...]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    raise SystemExit(invoke(*args))
+
+
+def kill_when(reached: Callable[[], bool], server: Server, *args: object) -> None:
+    """Start a command in a process of its own, forked from one that has imported everything, and end it with SIGKILL."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "datasets"])
+    process = context.Process(target=_command, args=(server.environment, args))
+    process.start()
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.is_alive(), "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def bucket_cache(s3_server: Server, harvest_args: tuple[object, ...]) -> str:
+    """A cache whose harvest was killed three times; the fourth finished it."""
+    place = s3_server.place()
+    store = s3.S3(Bucket.parse(place))
+    for blocks in (5, 15, 25):
+        kill_when(
+            lambda blocks=blocks: len(store.list("ledger/0-2")) >= blocks,
+            s3_server,
+            "harvest", *harvest_args, "--cache", place, "--forward-sequences", 1,
+        )  # fmt: skip
+        assert blocks <= len(store.list("ledger/0-2")) < 44
+    assert invoke("harvest", *harvest_args, "--cache", place) == 0
+    return place
+
+
+def test_a_harvest_killed_three_times_is_as_one_on_a_disk(bucket_cache: str, cache_path: Path) -> None:
+    assert keys(bucket_cache) == files(cache_path)
+
+
+def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(
+    cli: Cli, bucket_cache: str, runs_path: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    said = [
+        cli("harvest", "verify", "--cache", bucket_cache),
+        cli("train", *TRAIN_ARGS, "--cache", bucket_cache, "--runs", runs, *RUN),
+        cli("eval", "--preset", "demo", "--cache", bucket_cache, "--runs", runs, "--ce-tokens", 640, "--device", "cpu"),
+    ]
+    assert [result.code for result in said] == [0, 0, 0], said
+    same_saes(runs, runs_path)
+    written = [*files(tmp_path).values(), *keys(bucket_cache).values(), *((r.out + r.err).encode() for r in said)]
+    for secret in (SECRET, KEY, "X-Amz-"):
+        assert not any(secret.encode() in text for text in written)
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """One that may be killed."""
+    with serving(tmp_path / "server") as server:
+        yield server
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, server: Server, name: str, calls: int, *, back: bool) -> list[threading.Thread]:
+    """The server dies at the n-th call of a method of S3, and comes back a second later."""
+    method, left, threads = getattr(s3.S3, name), [calls], []
+
+    def restart() -> None:
+        time.sleep(1)
+        server.start()
+
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            server.kill()
+            if back:
+                threads.append(threading.Thread(target=restart))
+                threads[0].start()
+        return method(self, *args, **more)
+
+    monkeypatch.setattr(s3.S3, name, counted)
+    return threads
+
+
+def test_a_server_killed_and_started_again_costs_a_pause(
+    cli: Cli, own_server: Server, harvest_args: tuple[object, ...], cache_path: Path, runs_path: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    place = own_server.place()
+    with monkeypatch.context() as patch:
+        threads = kill_at(patch, own_server, "_put", 60, back=True)
+        result = cli("harvest", *harvest_args, "--cache", place)
+        [thread.join() for thread in threads]
+    assert (result.code, len(threads)) == (0, 1), result
+    assert keys(place) == files(cache_path)
+    with monkeypatch.context() as patch:
+        threads = kill_at(patch, own_server, "read", 250, back=True)
+        result = cli("train", *TRAIN_ARGS, "--cache", place, "--runs", tmp_path / "runs", *RUN)
+        [thread.join() for thread in threads]
+    assert (result.code, len(threads)) == (0, 1), result
+    same_saes(tmp_path / "runs", runs_path)
+
+
+def test_a_server_that_stays_away_ends_training_with_one_line_and_it_goes_on_later(
+    cli: Cli, own_server: Server, cache_path: Path, runs_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = own_server.place()
+    store = s3.S3(Bucket.parse(place))
+    for key, data in files(cache_path).items():
+        store.write(key, data)
+    train = ("train", *TRAIN_ARGS, "--cache", place, "--runs", tmp_path / "runs", *RUN, "--save-minutes", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "PATIENCE", 0.5)
+        kill_at(patch, own_server, "read", 400, back=False)
+        result = cli(*train)
+    assert result.code == 2
+    assert "no whole answer from http://127.0.0.1" in result.err and "run the same command again" in result.err
+    assert "Traceback" not in result.err
+    own_server.start()
+    assert cli(*train).code == 0
+    same_saes(tmp_path / "runs", runs_path)
+
+
+BAD = [
+    ({}, "s3://nobucket/x", "there is no bucket nobucket at http://127.0.0.1"),
+    ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "s3://activations/x", "refuses our credentials (SignatureDoesNotMatch): check AWS_"),
+    ({"AWS_ACCESS_KEY_ID": "NOBODY"}, "s3://activations/x", "refuses our credentials (InvalidAccessKeyId)"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "s3://activations/x", "no whole answer from http://127.0.0.1:9 (is the end"),
+    ({"AWS_ALLOW_HTTP": ""}, "s3://activations/x", "is not https, which is taken only where AWS_ALLOW_HTTP=true is set"),
+    (
+        {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9"},
+        "s3://activations/x",
+        "no credentials: set AWS_ACCESS_KEY_ID and",
+    ),
+    ({}, "s3://Bad Name", "is not a place in S3: write s3://bucket/prefix"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "place", "message"), BAD)
+def test_what_cannot_be_reached_is_one_line(
+    cli: Cli, s3_server: Server, harvest_args: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str], place: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(s3, "FIRST", 0.3)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    refused(cli("harvest", *harvest_args, "--cache", place), message)
+    refused(cli("train", *TRAIN_ARGS, "--cache", place, "--runs", tmp_path / "runs"), message)
+
+
+def test_a_bucket_without_a_cache_in_it(cli: Cli, s3_server: Server) -> None:
+    refused(cli("train", *TRAIN_ARGS, "--cache", "s3://activations/none"), "no activation cache at s3://activations/none: run")
