@@ -68,6 +68,25 @@ def test_a_checkpoint_opens_anywhere(tmp_path: Path) -> None:
     torch.testing.assert_close(z @ state["decoder.weight"].T + state["decoder.bias"] + state["b_pre"], again.decode(z))
 
 
+def test_thresholds_are_in_the_file_and_its_checksum(tmp_path: Path) -> None:
+    mine, path, x = sae(), tmp_path / "a.pt", torch.randn(9, 6)
+    everything = mine.encode(x)
+    mine.threshold = torch.rand(10)
+    mine.save(path)
+    again = Sae.load(path).encode(x)
+    torch.testing.assert_close(again, everything * (everything > mine.threshold))
+    assert not torch.equal(again, everything)
+    content = torch.load(path, weights_only=True)
+    content["model_state"]["threshold"] += 0.1
+    torch.save(content, path)
+    with pytest.raises(Damaged, match="its checksum does not match"):
+        Sae.load(path)
+    del content["model_state"]["threshold"]
+    torch.save(content, path)
+    with pytest.raises(Damaged, match="its checksum does not match"):
+        Sae.load(path)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(UserError, match="no checkpoint at"):
@@ -190,6 +209,15 @@ def test_of_two_that_create_a_run_at_once_one_does(tmp_path: Path, monkeypatch: 
         run.create(run_config({"lr": 2}, CACHE), {})
     assert run.config()["train"]["lr"] == 1
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_run_from_before_there_was_a_field_is_the_run_that_says_nothing_by_it() -> None:
+    old = run_config(TRAIN | {"step": {"clip_norm": 1.0}}, CACHE)
+    step = {"clip_norm": 1.0, "decoder_norm": "unit"}
+    assert run_config(TRAIN | {"lr_decay": 0.0, "refit": 0.0, "step": step}, CACHE) == old
+    for more in ({"lr_decay": 0.2, "step": step}, {"step": step | {"decoder_norm": "free"}}):
+        assert run_config(TRAIN | more, CACHE)["digest"] != old["digest"]
+        assert run_config(TRAIN | more, CACHE)["train"].items() >= {k: v for k, v in more.items() if k != "step"}.items()
 
 
 def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
