@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"harvest": harvest.__main__.main, "train": train.__main__.main, "eval": eval.__main__.main}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without, and commands heed that
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no failure
+hypothesis.settings.load_profile("any machine")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network shall fail at once
 
 

@@ -145,7 +145,7 @@ class LedgerMachine(RuleBasedStateMachine):
         open_store(self.place).delete_all("")
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=12)
 TestLedger = LedgerMachine.TestCase
 
 

@@ -99,7 +99,7 @@ def test_the_ledger_in_a_bucket(s3_server: Server) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     BucketLedger.server = s3_server
-    run_state_machine_as_test(BucketLedger, settings=settings(max_examples=3, stateful_step_count=6, deadline=None))
+    run_state_machine_as_test(BucketLedger, settings=settings(max_examples=3, stateful_step_count=6))
 
 
 def stored(cache: Cache, layer: int, block: int) -> np.ndarray:
