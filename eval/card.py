@@ -28,6 +28,7 @@ from eval.report import (
 from shared.cli import format_count, format_layers, say
 from shared.files import publish_file
 from train.runs import FINAL, Run, alone_in, snapshot_tokens
+from train.settings import restored
 
 Record = dict[str, Any]
 
@@ -117,7 +118,7 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
     environment = templates(autoescape=False)
     environment.finalize = markdown
     environment.filters |= {"yaml": _literal, "python": _literal}
-    l1, heads = train["l1"], [title for title, _, _ in _COLUMNS]
+    setting, heads = restored(train["l1"]), [title for title, _, _ in _COLUMNS]
     return environment.get_template("card.md.j2").render(
         license=publication.license,
         marker=Safe(MARKER),
@@ -132,7 +133,8 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
         features=train["expansion"] * spec["d_model"],
         tokens=train["tokens"],
         layers=format_layers({s.layer for s in run.snapshots()}) or "none yet",
-        setting=f"λ = {l1['init']:g}" + (f", steered to an L0 of {l1['target']:g}" if l1["target"] else ""),
+        setting=setting.words,
+        threshold=setting.thresholds,
         bos=spec["bos"],
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
         example=done[len(done) // 2]["layer"] if done else 0,

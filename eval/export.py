@@ -4,7 +4,7 @@ Ours is                       z = relu(W_enc (x − b_pre) + b_enc)      x̂ = W
 SAELens (standard), sparsify and dictionary_learning (AutoEncoder) have one bias in the place of two:
                               z = relu(W_enc (x − b) + b')             x̂ = W_dec z + b
 The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), see `fold`. sparsify keeps the k largest of z: with
-k = F all of them, which is ReLU.
+k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and dictionary_learning's BatchTopKSAE.
 """
 
 import errno
@@ -103,7 +103,7 @@ def saelens(sae: Sae, origin: Origin) -> Files:
         "source": origin.source,
     }
     config = {
-        "architecture": "standard",
+        "architecture": "standard" if sae.threshold is None else "jumprelu",
         "d_in": sae.w_enc.shape[1],
         "d_sae": sae.w_enc.shape[0],
         "dtype": "float32",
@@ -114,6 +114,8 @@ def saelens(sae: Sae, origin: Origin) -> Files:
         "metadata": _known(metadata),
     }
     weights = {"W_enc": sae.w_enc.t(), "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
+    if sae.threshold is not None:
+        weights["threshold"] = sae.threshold
     files = {"cfg.json": _json(config), "sae_weights.safetensors": _safetensors(weights)}
     if origin.log10_density is not None:
         files["sparsity.safetensors"] = _safetensors({"sparsity": origin.log10_density})
@@ -122,6 +124,10 @@ def saelens(sae: Sae, origin: Origin) -> Files:
 
 def sparsify(sae: Sae, origin: Origin) -> Files:
     """EleutherAI's sparsify: `SparseCoder.load_from_disk(folder)`."""
+    if sae.threshold is not None:
+        raise UserError(
+            "sparsify has no SAEs with thresholds, as BatchTopK leaves them: export to saelens or dictionary_learning"
+        )
     n_features, d = sae.w_enc.shape
     b_enc, b_dec = fold(sae)
     config = {
@@ -143,7 +149,8 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
 
 
 def dictionary_learning(sae: Sae, origin: Origin) -> Files:
-    """dictionary_learning: `load_dictionary(folder, device)` and `AutoEncoder.from_pretrained(folder/ae.pt)`."""
+    """dictionary_learning: `load_dictionary(folder, device)`, and `from_pretrained(folder/ae.pt)` of AutoEncoder or, with
+    thresholds, of BatchTopKSAE. That has one threshold for all features: they are scaled so that it is the same one."""
     b_enc, bias = fold(sae)
     trainer = {
         "dict_class": "AutoEncoder",
@@ -153,10 +160,24 @@ def dictionary_learning(sae: Sae, origin: Origin) -> Files:
         "lm_name": origin.model,
         "submodule_name": f"resid_post_layer_{origin.layer}",
     }
-    config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": origin.source}
     weights = {"bias": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
+    more: dict[str, Tensor] = {}
+    if sae.threshold is not None:
+        common = sae.threshold.mean()
+        scale = torch.where(sae.threshold > 0, common / sae.threshold, 1.0)[:, None]
+        weights = {
+            "b_dec": bias,
+            "encoder.weight": sae.w_enc * scale,
+            "encoder.bias": b_enc * scale[:, 0],
+            "decoder.weight": (sae.w_dec / scale).t(),
+            "threshold": common,
+        }
+        k = int(sae.config["train"]["l1"]["k"])
+        trainer |= {"dict_class": "BatchTopKSAE", "k": k}
+        more["k"] = torch.tensor(k, dtype=torch.int32)
+    config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": origin.source}
     content = io.BytesIO()
-    torch.save({name: _own(tensor) for name, tensor in weights.items()}, content)
+    torch.save({name: _own(tensor) for name, tensor in weights.items()} | more, content)
     return {"config.json": _json(config), "ae.pt": content.getvalue()}
 
 

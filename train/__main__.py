@@ -9,7 +9,8 @@ from shared.cache import Cache
 from shared.cli import SEED, THREADS, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
-from train.l1 import parse_l1
+from train.recipes import PUBLISHED, RECIPES
+from train.settings import parse_settings
 from train.step import StepConfig
 from train.trainer import RunOptions, TrainConfig, train
 
@@ -18,7 +19,7 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>].")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go.")
-@click.option("--l1", help="Settings: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0; several with commas.")
+@click.option("--l1", help="Settings with commas: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0, batchtopk:K.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
 @click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension.")
 @click.option("--tokens", help="Tokens to train on, such as 300M [default: the preset's, or the whole cache if it is smaller].")
@@ -27,7 +28,17 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option("--batch", type=click.IntRange(1, 1 << 30), help="Tokens in a step.")
 @click.option("--lr", type=Number(0, 1, min_open=True), help="Adam's learning rate.")
 @click.option("--lr-warmup", type=click.IntRange(0), help="Steps over which lr rises.")
-@click.option("--l1-warmup", type=click.IntRange(0), default=0, show_default=True, help="Steps over which λ rises.")
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default=PUBLISHED,
+    show_default=True,
+    help="Where the defaults of the next four come from.",
+)
+@click.option("--decoder-norm", type=click.Choice(["unit", "free"]), help="free: of any norm, by which L1 is weighted.")
+@click.option("--lr-decay", type=Number(0, 1), help="Share of the run, at its end, over which lr falls to zero.")
+@click.option("--refit", type=Number(0, 0.5), help="Share of the run, at its end, for the decoder alone, without L1.")
+@click.option("--l1-warmup", type=click.IntRange(0), help="Steps over which λ rises.")
 @click.option("--window-blocks", type=click.IntRange(1), help="Blocks shuffled together.")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of the products.")
 @click.option("--sparse-below", type=Number(0, 1), help="Share of active entries under which a step is sparse.")
@@ -46,21 +57,25 @@ from train.trainer import RunOptions, TrainConfig, train
 def main(preset: str, cache: Path | None, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
-    settings = parse_l1(options["l1"] or p.l1)
+    settings = parse_settings(options["l1"] or p.l1)
     layers = parse_layers(options["layers"]) if options["layers"] else None
     device = pick_device(options["device"])
     opened = Cache.open(cache or Path("data") / p.name)
+    chosen: dict[str, Any] = {k: v if options[k] is None else options[k] for k, v in RECIPES[options["recipe"]].items()}
     changed = {k: options[k] for k in ("expansion", "batch", "lr", "lr_warmup", "window_blocks") if options[k] is not None}
     config = TrainConfig(
         **{"expansion": p.expansion, "batch": p.batch, "lr": p.lr, "lr_warmup": p.lr_warmup, "window_blocks": p.window_blocks}
         | changed,
         tokens=parse_count(options["tokens"]) if options["tokens"] else min(p.tokens, opened.spec.train_tokens),
-        l1_warmup=options["l1_warmup"],
+        lr_decay=chosen["lr_decay"],
+        l1_warmup=chosen["l1_warmup"],
+        refit=chosen["refit"],
         seed=options["seed"],
         step=StepConfig(
             l1_reduction=options["l1_reduction"],
             precision=options["precision"],
             decoder=options["decoder"],
+            decoder_norm=chosen["decoder_norm"],
             **({} if options["sparse_below"] is None else {"sparse_below": options["sparse_below"]}),
         ),
     )
@@ -71,6 +86,7 @@ def main(preset: str, cache: Path | None, **options: Any) -> None:
         epochs=options["epochs"],
         save_minutes=options["save_minutes"],
         tensorboard=options["tensorboard"],
+        recipe=options["recipe"],
     )
     name = Path(opened.spec.model).name
     if not train(opened, name, layers or opened.layers, settings, config, run_options):

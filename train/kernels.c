@@ -43,6 +43,17 @@ void activate(bf16 *restrict h, const float *restrict bias, int32_t *restrict to
     }
 }
 
+/* How many of n numbers have each bit pattern of those above 0; counts [threads, 32768] is zero at first, the caller adds rows. */
+void histogram(const bf16 *z, int32_t *counts, int64_t n) {
+#pragma omp parallel
+    {
+        int32_t *mine = counts + omp_get_thread_num() * 32768;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++)
+            if ((int16_t)z[i] > 0) mine[z[i]]++;
+    }
+}
+
 void mask(bf16 *restrict gz, const bf16 *restrict z, float l1, float *restrict sum, int64_t tokens, int64_t features) {
 #pragma omp parallel for schedule(static)
     for (int64_t f = 0; f < features; f++) {

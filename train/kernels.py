@@ -132,6 +132,25 @@ class TorchKernels:
             total=h.sum(dtype=_accumulator(h)),
         )
 
+    def keep_largest_(self, z: Tensor, count: int) -> tuple[Activation, Tensor]:
+        """z [B, F] ≥ 0 keeps its `count` largest entries and becomes 0 elsewhere; of those that are equal to the least of them,
+        the first in memory stay. Returns what is counted then, and the least, a scalar: 0 if fewer are above 0."""
+        rows = z.t() if self.feature_major else z
+        least = self.kth_largest(rows, count)
+        above, equal = rows > least, rows == least
+        per_row = equal.sum(1)
+        room = count - above.sum() - (per_row.cumsum(0) - per_row)  # for equal ones, at the start of each row
+        rows.mul_(above | (equal & (room >= per_row)[:, None]))
+        # one row at most has room for some of its equal ones
+        last = ((room > 0) & (room < per_row)).int().argmax()
+        some = equal[last] & (equal[last].cumsum(0) <= room[last]) & (room[last] < per_row[last])
+        rows[last] += (least * some).to(z.dtype)
+        return self.activate_(z, torch.zeros(z.shape[1], dtype=_accumulator(z), device=z.device)), least
+
+    def kth_largest(self, x: Tensor, k: int) -> Tensor:
+        """The k-th largest number of x ≥ 0, contiguous; a scalar."""
+        return torch.topk(x.view(-1), k, sorted=False).values.min()
+
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Decode and compare: x̂ = z · w_dec + bias, g = scale · (x̂ − x). x [B, d] (any float dtype), bias float32 [d].
 
@@ -209,6 +228,22 @@ class TorchKernels:
         db_enc = torch.zeros(len(out.dw_enc), dtype=_accumulator(g), device=g.device).index_add_(0, feature, g_hidden)
         return out.dw_enc, out.dw_dec, db_enc
 
+    def unfold_(
+        self, dw_enc: Tensor, dw_dec: Tensor, db_enc: Tensor, w_enc: Tensor, w_dec: Tensor, b_enc: Tensor, norms: Tensor
+    ) -> Tensor:
+        """Gradients by the folded weights (n · w_enc, n · b_enc, u = w_dec / n, with n = ‖w_dec‖ of each row) become those by
+        the weights themselves, masters [F, d]: the chain rule. dw_enc and dw_dec in place; returns that of b_enc.
+
+            dw_enc ← n · dw_enc    db_enc ← n · db_enc    dw_dec ← (dw_dec − u ⟨u, dw_dec⟩) / n + u · ∂/∂n
+            ∂/∂n = ⟨w_enc, dw_enc⟩ + b_enc · db_enc
+        """
+        n, unit = norms[:, None], w_dec / norms[:, None]
+        wide = dw_dec.to(w_dec.dtype)
+        by_norm = (w_enc * dw_enc).sum(1) + b_enc * db_enc
+        dw_dec.copy_(wide / n + unit * (by_norm - (unit * wide).sum(1) / norms)[:, None])
+        dw_enc.mul_(n)
+        return db_enc * norms
+
     def square_sum(self, x: Tensor) -> Tensor:
         """Σ x² of a contiguous tensor, a scalar in at least the accumulator's precision."""
         norm: Tensor = torch.linalg.vector_norm(x, dtype=_accumulator(x))
@@ -268,6 +303,12 @@ def _parts(n: int, size: int) -> Iterator[slice]:
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def row_norms(w: Tensor) -> Tensor:
+    """‖w‖ of each row, [F], above zero."""
+    norms: Tensor = w.norm(dim=1).clamp_min_(1e-12)
+    return norms
 
 
 def starts(counts: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-
-from shared.cli import UserError
+from typing import ClassVar, Self
 
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
 
@@ -13,39 +12,42 @@ ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
 class L1Setting:
     """λ at the start, and the L0 to steer to (None: λ stays as it is)."""
 
+    thresholds: ClassVar[bool] = False
+    FORMS: ClassVar[str] = "a positive λ such as 3e-4, adaptive, adaptive:5e-4@150"
+
     init: float
     target: float | None = None
 
     @property
-    def label(self) -> str:
-        """As it stands in the name of a run: '3e-4-fixed', 'adaptive', 'adaptive-1e-3-l0-64'."""
+    def name(self) -> str:
+        """As it stands in the name of a run: 'l1-3e-4-fixed', 'l1-adaptive', 'l1-adaptive-1e-3-l0-64'."""
         if self.target is None:
-            return f"{format_l1(self.init)}-fixed"
+            return f"l1-{format_l1(self.init)}-fixed"
         if (self.init, self.target) == (ADAPTIVE_INIT, ADAPTIVE_TARGET):
-            return "adaptive"
-        return f"adaptive-{format_l1(self.init)}-l0-{self.target:g}"
+            return "l1-adaptive"
+        return f"l1-adaptive-{format_l1(self.init)}-l0-{self.target:g}"
 
+    @property
+    def words(self) -> str:
+        return f"λ = {self.init:g}" + (f", steered to an L0 of {self.target:g}" if self.target else "")
 
-def parse_l1(text: str) -> tuple[L1Setting, ...]:
-    """'3e-4,8e-5,adaptive' or 'adaptive:1e-3@64' → settings. Raises UserError."""
-    settings = tuple(_parse_one(part.strip()) for part in text.split(","))
-    if len(set(settings)) < len(settings):
-        raise UserError(f"{text!r} names an L1 setting twice; name each once")
-    return settings
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """'3e-4', 'adaptive' or 'adaptive:1e-3@64'; None for anything else."""
+        number = r"[0-9.]+(?:e[+-]?[0-9]+)?"
+        if text == "adaptive":
+            return cls(init=ADAPTIVE_INIT, target=ADAPTIVE_TARGET)
+        match = re.fullmatch(rf"(?:adaptive:({number})@({number})|({number}))", text, re.IGNORECASE)
+        try:
+            values = [float(group) for group in match.groups() if group is not None] if match else []
+        except ValueError:
+            values = []
+        if not values or not all(0 < v < math.inf for v in values):
+            return None
+        return cls(init=values[0], target=values[1] if len(values) == 2 else None)
 
-
-def _parse_one(text: str) -> L1Setting:
-    number = r"[0-9.]+(?:e[+-]?[0-9]+)?"
-    if text == "adaptive":
-        return L1Setting(init=ADAPTIVE_INIT, target=ADAPTIVE_TARGET)
-    match = re.fullmatch(rf"(?:adaptive:({number})@({number})|({number}))", text, re.IGNORECASE)
-    try:
-        values = [float(group) for group in match.groups() if group is not None] if match else []
-    except ValueError:
-        values = []
-    if not values or not all(0 < v < math.inf for v in values):
-        raise UserError(f"{text!r} is not an L1 setting: write a positive number such as 3e-4, adaptive, or adaptive:5e-4@150")
-    return L1Setting(init=values[0], target=values[1] if len(values) == 2 else None)
+    def control(self, steps: int, config: "ControllerConfig") -> "L1Controller":
+        return L1Controller(self, steps, config)
 
 
 def format_l1(value: float) -> str:
@@ -88,7 +90,10 @@ class L1Controller:
     from overshooting, which kills features.
     """
 
+    threshold = None
+
     def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig) -> None:
+        self.keep: int | None = None
         self._setting, self._steps, self._config = setting, steps, config
         self.state = ControllerState(value=setting.init)
 
@@ -96,9 +101,9 @@ class L1Controller:
     def value(self) -> float:
         return self.state.value
 
-    def update(self, step: int, l0: float) -> None:
-        """Take the L0 of step `step` (from 0) into account for the next."""
-        if self._setting.target is None:
+    def update(self, step: int, l0: float, least: float = 0.0) -> None:
+        """Take the L0 of step `step` (from 0) into account for the next. λ has no say after `steps`."""
+        if self._setting.target is None or step >= self._steps:
             return
         c, now, span = self._config, self.state, max(self._steps, self._config.shortest)
         now.mean += (l0 - now.mean) / min(step + 1, c.smoothing * span)

@@ -12,6 +12,7 @@ from shared.native import arguments, cpu_flags, load
 from train.kernels import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
 
 _AMX_SIDE = 32  # sizes must be multiples of it: two tiles
+_PATTERNS = 1 << 15  # of the bits of numbers that are not negative, which are in the numbers' order
 _SUM_PARTS = 1024  # of a sum of squares: float32 within a part, float64 over the parts
 
 
@@ -53,6 +54,13 @@ class NativeKernels(TorchKernels):
         self._c.activate(*arguments(_hidden(h), bias, token_counts, feature_count, feature_total, tokens, features))
         total = feature_total.sum(dtype=torch.float64)
         return RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
+
+    def kth_largest(self, x: Tensor, k: int) -> Tensor:
+        counts = torch.zeros(self._threads, _PATTERNS, dtype=torch.int32)
+        self._c.histogram(*arguments(_matrix(x), counts, x.numel()))
+        at_least = counts.sum(0).flip(0).cumsum(0)  # from the largest pattern down
+        pattern = max(0, _PATTERNS - 1 - int(torch.searchsorted(at_least, k)))
+        return torch.tensor(pattern, dtype=torch.int16).view(torch.bfloat16)
 
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         tokens, features = z.shape

@@ -37,6 +37,9 @@ FORMAT = 2
 SNAPSHOTS = 6
 FINAL = "final"  # the label of the last
 
+# Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
+_ADDED: dict[str, Any] = {"lr_decay": 0.0, "refit": 0.0, "step": {"decoder_norm": "unit"}}
+
 
 def cache_identity(cache: Cache) -> dict[str, Any]:
     """A cache as a run remembers it: the digest that settles whether it is the same, and the spec that says what differs."""
@@ -45,9 +48,20 @@ def cache_identity(cache: Cache) -> dict[str, Any]:
 
 def run_config(train: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json but for the machine. `digest` is the run's identity: of all its SAEs depend on."""
+    train = _without(train, _ADDED)
     digest = _digest({"train": train, "cache": cache["digest"]})
     config: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "digest": digest, "train": train, "cache": cache}))
     return config
+
+
+def _without(config: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key in added:
+            kept[key] = _without(value, added[key])
+        elif key not in added or value != added[key]:
+            kept[key] = value
+    return kept
 
 
 def _digest(value: Any) -> str:

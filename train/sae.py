@@ -1,6 +1,8 @@
 """The SAE as a function, and the file it is published in.
 
 z = relu(W_enc (x − b_pre) + b_enc)        x̂ = W_dec z + b_dec + b_pre
+
+With thresholds θ [F] (settings that choose among a batch's activations have them), z_i is 0 unless it is above θ_i.
 """
 
 import errno
@@ -23,6 +25,7 @@ _SHAPES = {
     "decoder.weight": ("d", "F"),
     "decoder.bias": ("d",),
 }
+_THRESHOLD = "threshold"  # [F], in the files of some
 
 
 class Damaged(UserError):
@@ -40,17 +43,20 @@ class Sae:
     b_dec: Tensor  # [d]
     config: dict[str, Any]
     stats: dict[str, Any]
+    threshold: Tensor | None = None  # [F]
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d] → z [..., F] ≥ 0."""
-        return torch.relu((x - self.b_pre) @ self.w_enc.t() + self.b_enc)
+        z = torch.relu((x - self.b_pre) @ self.w_enc.t() + self.b_enc)
+        return z if self.threshold is None else z * (z > self.threshold)
 
     def decode(self, z: Tensor) -> Tensor:
         """z [..., F] → x̂ [..., d]."""
         return z @ self.w_dec + (self.b_dec + self.b_pre)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")}
+        names = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", _THRESHOLD)
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "Sae":
         return Sae(**{k: v.to(device) for k, v in self.tensors().items()}, config=self.config, stats=self.stats)
@@ -63,7 +69,7 @@ class Sae:
             "encoder.bias": self.b_enc,
             "decoder.weight": self.w_dec.t(),
             "decoder.bias": self.b_dec,
-        }
+        } | ({} if self.threshold is None else {_THRESHOLD: self.threshold})
         # A clone holds its own numbers only; saving a view would write the whole storage behind it.
         state = {k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for k, v in state.items()}
         stats = self.stats | {SEAL: seal(_facts(self.config, self.stats), state)[SEAL]}
@@ -78,7 +84,7 @@ class Sae:
         that is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
         state, config, stats = _read(path, belongs)
         sizes = {"d": state["b_pre"].numel(), "F": state["encoder.bias"].numel()}
-        for name, shape in _SHAPES.items():
+        for name, shape in (_SHAPES | ({_THRESHOLD: ("F",)} if _THRESHOLD in state else {})).items():
             if tuple(state[name].shape) != tuple(sizes[axis] for axis in shape):
                 raise Damaged(f"{path}: {name} is {tuple(state[name].shape)}, which does not fit the other weights")
         if d_model is not None and sizes["d"] != d_model:
@@ -93,6 +99,7 @@ class Sae:
             b_dec=state["decoder.bias"].float(),
             config=config,
             stats=stats,
+            threshold=state[_THRESHOLD].float() if _THRESHOLD in state else None,
         )
 
     @staticmethod
@@ -129,7 +136,8 @@ def _open(path: Path) -> _Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state, config, stats = content["model_state"], dict(content["config"]), dict(content["stats"])
-        return {name: state[name] for name in _SHAPES}, config, stats | {SEAL: stats[SEAL]}
+        names = [*_SHAPES, _THRESHOLD] if _THRESHOLD in state else _SHAPES
+        return {name: state[name] for name in names}, config, stats | {SEAL: stats[SEAL]}
     except FileNotFoundError:
         raise Damaged(f"no checkpoint at {path}") from None
     except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels import COMPUTE, Activation, AdamStep, TorchKernels, Workspace
+from train.kernels import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
 from train.sae import Sae
 
 
@@ -31,6 +31,7 @@ class StepConfig:
     # share of active entries under which the step follows them alone; 0 never does, None leaves it to the kernels
     sparse_below: float | None = None
     decoder: str = "trained"  # or "random": the directions stay as they were drawn, a baseline for what training them is worth
+    decoder_norm: str = "unit"  # or "free": rows of any norm, and the L1 term is λ · Σ z_i ‖w_i‖, which no norm can evade
 
 
 class Late:
@@ -60,7 +61,7 @@ class Begun:
     centred: Tensor  # [B, d] in the products' precision
     z: Tensor  # [B, F]
     activation: Activation
-    counts: Late  # see `TorchKernels.counts`
+    counts: Late  # see `TorchKernels.counts`; where entries were chosen, the least of them too
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -77,6 +78,7 @@ class StepResult:
     sparse: bool
     values: int  # of the batch
     late: Late  # sum of squared errors, and norm of the gradient
+    least: float = 0.0  # activation that was kept, where they were chosen
 
     @property
     def mse(self) -> float:
@@ -119,6 +121,7 @@ class TrainingSae:
         self.d, self.n_features = d_model, n_features
         self._compute = COMPUTE[config.precision]
         self._trains_decoder = config.decoder == "trained"
+        self._free = config.decoder_norm == "free"
         self._master = torch.float64 if config.precision == "fp64" else torch.float32
         # Drawn on the CPU, so that every device starts from the same SAE.
         directions = torch.randn(n_features, d_model, generator=torch.Generator().manual_seed(seed), dtype=self._master)
@@ -132,6 +135,8 @@ class TrainingSae:
         self.last_active = torch.zeros(n_features, dtype=torch.int32, device=device)  # step of each feature's last firing
         # What the products read; Adam writes them in the pass in which it has the row at hand.
         self._enc, self._dec = self.w_enc.to(self._compute, copy=True), self.w_dec.to(self._compute, copy=True)
+        self._norms = torch.ones(n_features, dtype=self._master, device=device)  # of the rows, where they are free
+        self._refitted = False  # whether the last step let rows that were of unit norm leave it
 
     def _parameters(self) -> dict[str, Tensor]:
         return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias}
@@ -152,29 +157,45 @@ class TrainingSae:
         """Start b_pre at the mean of some activations [tokens, d]."""
         self.b_pre.copy_(x.double().mean(0))
 
-    def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
-        """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite."""
-        return self.finish(self.begin(x, workspace), lr=lr, l1=l1, workspace=workspace)
+    def step(
+        self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, keep: int | None = None, refit: bool = False
+    ) -> StepResult:
+        """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite.
 
-    def begin(self, x: Tensor, workspace: Workspace) -> Begun:
+        `keep` leaves nothing but the keep · B largest activations of the batch (train/batchtopk.py). `refit` trains the decoder
+        and its bias alone, with rows of any norm: L0 stays, and at l1 = 0 what L1 took from the activations comes back."""
+        return self.finish(self.begin(x, workspace, keep), lr=lr, l1=l1, workspace=workspace, refit=refit)
+
+    def begin(self, x: Tensor, workspace: Workspace, keep: int | None = None) -> Begun:
         """Encode a batch. As many steps as the workspace has slots may be begun before the first of them is finished: then the
         device has work while the host reads the counts."""
         centred = self.kernels.centre(x, self.b_pre, self._compute)
-        z, activation = self.kernels.encode(centred, self._enc, self.b_enc, workspace)
-        counts = Late(self.kernels.counts(activation))
+        b_enc = self.b_enc * self._norms if self._free else self.b_enc
+        z, activation = self.kernels.encode(centred, self._enc, b_enc, workspace)
+        if keep is None:
+            counts = Late(self.kernels.counts(activation))
+        else:
+            activation, least = self.kernels.keep_largest_(z, keep * len(x))
+            counts = Late(torch.cat([self.kernels.counts(activation), least.double()[None]]))
         return Begun(x=x, centred=centred, z=z, activation=activation, counts=counts)
 
-    def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
+    def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace, refit: bool = False) -> StepResult:
         """Decode, go back, and update; see `step`."""
         x, centred, z, activation = begun.x, begun.centred, begun.z, begun.activation
         batch, below = x.shape[0], self.config.sparse_below
-        active, total, listed, frequent = begun.counts.read()
+        active, total, listed, frequent, *least = begun.counts.read()
         l1_scale = l1 / batch / (self.n_features if self.config.l1_reduction == "mean" else 1)
         # A frequent feature costs its share of the dense products, which leaves that much less to the entries.
         room = (self.kernels.sparse_below if below is None else below) * z.numel()
         sparse = listed < room * (1 - frequent / self.n_features)
         report = partial(
-            StepResult, step=self.step_count, l1=l1_scale * total, l0=active / batch, sparse=sparse, values=x.numel()
+            StepResult,
+            step=self.step_count,
+            l1=l1_scale * total,
+            l0=active / batch,
+            sparse=sparse,
+            values=x.numel(),
+            least=sum(least),
         )
         if not math.isfinite(total):  # a NaN in the batch; what follows could not even list the active entries
             self._whole.fill_(False)
@@ -190,33 +211,46 @@ class TrainingSae:
             g, square = self.kernels.dense_residual(z, self._dec, x, bias, scale)
             grads = self.kernels.dense_weight_grads(z, activation, self._dec, g, centred, l1_scale, workspace)
         dw_enc, dw_dec, db_enc = grads
+        if self._free:
+            db_enc = self.kernels.unfold_(dw_enc, dw_dec, db_enc, self.w_enc, self.w_dec, self.b_enc, self._norms)
         db_dec = g.sum(0, dtype=self._master)
-        d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
-        square_norm = self.kernels.square_sum(dw_enc)
-        if self._trains_decoder:
-            square_norm = square_norm + self.kernels.square_sum(dw_dec)
+        d_bias = db_dec if refit else torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
+        matrices = [grad for grad, wanted in ((dw_enc, not refit), (dw_dec, self._trains_decoder)) if wanted]
+        square_norm = sum(self.kernels.square_sum(grad) for grad in matrices)
         norm = (square_norm + d_bias.double().square().sum()).sqrt()
         late = torch.stack([square.double(), norm])
         self._whole.logical_and_(torch.isfinite(late).all())
-        self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr)
+        self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr, refit)
         return report(late=Late(late))
 
     def _update(
-        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, feature_count: Tensor, grad_norm: Tensor, lr: float
+        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, feature_count: Tensor, grad_norm: Tensor, lr: float, refit: bool
     ) -> None:
         """Clip, Adam and the unit norm, or nothing where a step was not finite: that is settled on the device."""
         self.step_count += 1
+        self._refitted = refit
         self.last_active.masked_fill_((feature_count > 0) & self._whole, self.step_count)
         c, m = self.config, self.moments
         clip = (c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
         clip = torch.where(self._whole, clip, math.nan)
         adam = AdamStep(step=self.step_count, lr=lr, clip=clip, beta1=c.beta1, beta2=c.beta2)
         update = self.kernels.adam_
-        update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
+        if not refit:
+            update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
         if self._trains_decoder:
-            update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=True, copy=self._dec)
-        bias, m_bias, v_bias = (t[None] for t in (self.bias, m["m.bias"], m["v.bias"]))
+            unit_norm = not (self._free or refit)
+            update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=unit_norm, copy=self._dec)
+        bias, m_bias, v_bias = (t[None, -len(d_bias) :] for t in (self.bias, m["m.bias"], m["v.bias"]))
         update(bias, m_bias, v_bias, d_bias.to(self._master)[None], adam)
+        if self._free:
+            self._fold()
+
+    def _fold(self) -> None:
+        """What the products read where rows are free: the same function with rows of unit norm, in which the L1 term is the
+        plain one. Σ z_i ‖w_i‖ of (w_enc, b_enc, w_dec) is Σ z_i of (‖w‖ · w_enc, ‖w‖ · b_enc, w_dec / ‖w‖)."""
+        self._norms = row_norms(self.w_dec)
+        self._enc.copy_(self.w_enc * self._norms[:, None])
+        self._dec.copy_(self.w_dec / self._norms[:, None])
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs to go on bit for bit; tensors on the training device."""
@@ -227,11 +261,23 @@ class TrainingSae:
             tensor.copy_(state[name])
         self.step_count = step_count
         self._whole.fill_(True)
-        self._enc.copy_(self.w_enc)
-        self._dec.copy_(self.w_dec)
+        if self._free:
+            self._fold()
+        else:
+            self._enc.copy_(self.w_enc)
+            self._dec.copy_(self.w_dec)
 
-    def snapshot(self, config: dict[str, Any], stats: dict[str, Any]) -> Sae:
-        """The SAE as it is now; shares memory with this one."""
-        return Sae(
+    def snapshot(self, config: dict[str, Any], stats: dict[str, Any], threshold: float | None = None) -> Sae:
+        """The SAE as it is now, with decoder rows of unit norm; shares memory with this one where they are kept at it. As a
+        function of its own, without a batch, it leaves out activations up to `threshold`."""
+        sae = Sae(
             w_enc=self.w_enc, w_dec=self.w_dec, b_enc=self.b_enc, b_pre=self.b_pre, b_dec=self.b_dec, config=config, stats=stats
         )
+        if threshold is not None:
+            sae.threshold = torch.full_like(self.b_enc, threshold)  # of what the products see
+        if self._free or self._refitted:
+            norms = row_norms(self.w_dec)
+            sae.w_enc, sae.w_dec, sae.b_enc = sae.w_enc * norms[:, None], sae.w_dec / norms[:, None], sae.b_enc * norms
+            if sae.threshold is not None and not self._free:
+                sae.threshold *= norms
+        return sae

@@ -17,25 +17,29 @@ from shared.files import free_bytes
 from shared.progress import Progress
 from shared.seal import SEAL
 from train.kernels import TorchKernels, Workspace
-from train.l1 import ControllerConfig, ControllerState, L1Controller, L1Setting
+from train.l1 import ControllerConfig
 from train.loader import ActivationLoader, LoaderConfig
 from train.look import Look
+from train.recipes import PUBLISHED
 from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
 from train.sae import Damaged, Sae
 from train.saver import Saver
+from train.settings import Setting
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class TrainConfig:
-    """What a run's SAEs depend on, apart from its L1 setting and the cache. Stored in config.json."""
+    """What a run's SAEs depend on, apart from its setting and the cache. Stored in config.json."""
 
     expansion: int = 32
     tokens: int
     batch: int = 32_768
     lr: float = 3e-4
     lr_warmup: int = 0  # steps
+    lr_decay: float = 0.0  # share of the run, at its end or before the refit, over which lr falls to zero
     l1_warmup: int = 0  # steps
+    refit: float = 0.0  # share of the run, at its end, in which the decoder alone is trained, on the squared error alone
     seed: int = 0
     window_blocks: int = 16
     order: str = "slices"  # of the batches, see the loader; a run that was begun in another order is not gone on with
@@ -46,6 +50,22 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         return self.tokens // self.batch
+
+    @property
+    def refit_from(self) -> int:
+        """The step at which L1 has done its work: λ is steered until then."""
+        return self.steps - round(self.refit * self.steps)
+
+    def lr_at(self, step: int) -> float:
+        """Up over `lr_warmup` steps, down over `lr_decay`; a refit begins at the whole lr and ends at zero."""
+        lr, left = self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup)), self.refit_from - step
+        if left <= 0:
+            return lr * (self.steps - step) / (self.steps - self.refit_from)
+        return lr * min(1.0, left / max(1.0, self.lr_decay * self.steps))
+
+    def l1_share_at(self, step: int) -> float:
+        """Of λ, in force at this step."""
+        return min(1.0, (step + 1) / max(1, self.l1_warmup)) if step < self.refit_from else 0.0
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -59,10 +79,11 @@ class RunOptions:
     save_minutes: float = 5.0
     log_records: int = 300  # points of a training curve
     tensorboard: bool = False
+    recipe: str = PUBLISHED  # for the runs' names: what it consists of is in the TrainConfig
 
 
 def train(
-    cache: Cache, name: str, layers: tuple[int, ...], settings: tuple[L1Setting, ...], config: TrainConfig, options: RunOptions
+    cache: Cache, name: str, layers: tuple[int, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
 ) -> bool:
     """Train every layer at every setting; continue what was begun. Returns whether all of them finished.
 
@@ -71,7 +92,7 @@ def train(
     """
     _require_trainable(cache, layers, settings, config, options)
     identity = cache_identity(cache)
-    plans = [(_run(name, setting, config, options.runs), _run_config(setting, config, identity)) for setting in settings]
+    plans = [(_run(name, setting, config, options), _run_config(setting, config, identity)) for setting in settings]
     for run, wanted in plans:
         run.require_same(wanted)
     runs = [run for run, _ in plans]
@@ -96,7 +117,7 @@ def train(
 def _train_layers(
     cache: Cache,
     layers: tuple[int, ...],
-    runs: list[tuple[Run, L1Setting]],
+    runs: list[tuple[Run, Setting]],
     config: TrainConfig,
     options: RunOptions,
     kernels: TorchKernels,
@@ -112,7 +133,7 @@ def _train_layers(
 
 
 def _require_trainable(
-    cache: Cache, layers: tuple[int, ...], settings: tuple[L1Setting, ...], config: TrainConfig, options: RunOptions
+    cache: Cache, layers: tuple[int, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
 ) -> None:
     spec = cache.spec
     absent = [layer for layer in layers if layer not in cache.layers]
@@ -141,12 +162,13 @@ def _require_trainable(
             raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
 
-def _run(name: str, setting: L1Setting, config: TrainConfig, runs: Path) -> Run:
+def _run(name: str, setting: Setting, config: TrainConfig, options: RunOptions) -> Run:
     baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
-    return Run(runs / f"{name}-saes-x{config.expansion}-l1-{setting.label}{baseline}")
+    recipe = "" if options.recipe == PUBLISHED else f"-{options.recipe}"
+    return Run(options.runs / f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}")
 
 
-def _run_config(setting: L1Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
+def _run_config(setting: Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
     return run_config(dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache)
 
 
@@ -182,7 +204,7 @@ class _LayerJob:
         self,
         cache: Cache,
         layer: int,
-        runs: list[tuple[Run, L1Setting]],
+        runs: list[tuple[Run, Setting]],
         config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,
@@ -281,7 +303,7 @@ class _SaeJob:
     def __init__(
         self,
         run: Run,
-        setting: L1Setting,
+        setting: Setting,
         cache: Cache,
         layer: int,
         due: list[str],
@@ -296,7 +318,7 @@ class _SaeJob:
         self._look = look
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
-        self._l1 = L1Controller(setting, config.steps, config.controller)
+        self._control = setting.control(config.refit_from, config.controller)
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
         self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}
@@ -312,7 +334,7 @@ class _SaeJob:
         if found is not None:
             tensors, facts = found
             self.sae.load_state(tensors, facts["step"])
-            self._l1.state = ControllerState(**facts["l1"])
+            self._control.state = type(self._control.state)(**facts["l1"])
         elif why:
             say(f"{self._run.name} layer {self._layer}: {why}; trained again from its start", err=True)
         self._run.rewind_metrics(self._layer, self.sae.step_count)
@@ -341,15 +363,13 @@ class _SaeJob:
     def begin(self, step: int, x: torch.Tensor, workspace: Workspace) -> Begun:
         if step == 0:
             self.sae.init_centre(x)
-        return self.sae.begin(x, workspace)
+        return self.sae.begin(x, workspace, self._control.keep)
 
     def finish(self, step: int, begun: Begun, workspace: Workspace, clock: _Clock) -> None:
-        warm_lr = min(1.0, (step + 1) / max(1, self._config.lr_warmup))
-        warm_l1 = min(1.0, (step + 1) / max(1, self._config.l1_warmup))
-        facts = self._facts()
-        l1 = self._l1.value
-        result = self.sae.finish(begun, lr=self._config.lr * warm_lr, l1=l1 * warm_l1, workspace=workspace)
-        self._l1.update(step, result.l0)
+        config, facts, l1 = self._config, self._facts(), self._control.value
+        refit, l1_now = step >= config.refit_from, l1 * config.l1_share_at(step)
+        result = self.sae.finish(begun, lr=config.lr_at(step), l1=l1_now, workspace=workspace, refit=refit)
+        self._control.update(step, result.l0, result.least)
         done = step + 1
         log = done % self._log_every == 0 or done == self._config.steps
         save = time.monotonic() - self._saved > 60 * self._options.save_minutes and self._saver.has_room()
@@ -360,7 +380,7 @@ class _SaeJob:
                 self._stop(*earlier)
                 return
         if log:
-            self._log(done, result, l1 * warm_l1, clock)
+            self._log(done, result, l1_now, clock)
         if done in self._snapshots:
             self._snapshot(self._snapshots[done], result, l1)
         if done == self._config.steps:
@@ -370,7 +390,7 @@ class _SaeJob:
 
     def _facts(self) -> dict[str, Any]:
         """Everything of the state that is no tensor."""
-        return {"step": self.sae.step_count, "l1": dataclasses.asdict(self._l1.state)}
+        return {"step": self.sae.step_count, "l1": dataclasses.asdict(self._control.state)}
 
     def _alive(self) -> int:
         horizon = self.sae.step_count - max(1, round(self._config.dead_after * self._config.steps))
@@ -409,7 +429,7 @@ class _SaeJob:
         }
         config = {k: v for k, v in self._run.config().items() if k != SEAL} | {"layer": self._layer, "snapshot": label}
         path = self._run.snapshot_path(self._layer, label)
-        tensors = self.sae.snapshot(config, stats).tensors()
+        tensors = self.sae.snapshot(config, stats, self._control.threshold).tensors()
 
         def write(host: dict[str, torch.Tensor]) -> None:
             self._run.sync_metrics(self._layer)  # before `final`, with which the layer counts as finished

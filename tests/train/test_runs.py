@@ -192,6 +192,15 @@ def test_of_two_that_create_a_run_at_once_one_does(tmp_path: Path, monkeypatch: 
     assert os.listdir(tmp_path) == ["config.json"]
 
 
+def test_a_run_from_before_there_was_a_field_is_the_run_that_says_nothing_by_it() -> None:
+    old = run_config(TRAIN | {"step": {"clip_norm": 1.0}}, CACHE)
+    step = {"clip_norm": 1.0, "decoder_norm": "unit"}
+    assert run_config(TRAIN | {"lr_decay": 0.0, "refit": 0.0, "step": step}, CACHE) == old
+    for more in ({"lr_decay": 0.2, "step": step}, {"step": step | {"decoder_norm": "free"}}):
+        assert run_config(TRAIN | more, CACHE)["digest"] != old["digest"]
+        assert run_config(TRAIN | more, CACHE)["train"].items() >= {k: v for k, v in more.items() if k != "step"}.items()
+
+
 def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     good = run.config_path.read_bytes()

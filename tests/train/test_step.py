@@ -25,37 +25,50 @@ def problem(
     reduction: str = "sum",
     native: bool = False,
     size: tuple[int, int, int] = ODD,
+    norm: str = "unit",
 ) -> tuple[TrainingSae, Tensor]:
     """An SAE with nothing at a special value, about 5 % active, and a batch."""
     d, f, b = size
     torch.manual_seed(seed)
     kernels = load_native() if native else TorchKernels()
     assert kernels is not None
-    config = StepConfig(precision=precision, sparse_below=sparse_below, l1_reduction=reduction, clip_norm=1e9)
+    config = StepConfig(
+        precision=precision, sparse_below=sparse_below, l1_reduction=reduction, clip_norm=1e9, decoder_norm=norm
+    )
     sae = TrainingSae(d, f, config, kernels, CPU, seed)
     sae.w_enc.add_(0.2 * torch.randn(f, d))
     sae.bias.copy_(0.3 * torch.randn(f + 2 * d))
     sae.b_enc.sub_(1.6)
+    if norm == "free":
+        sae.w_dec.mul_(0.5 + torch.rand(f, 1))
     sae.load_state(sae.state(), 0)  # the products' copies follow the masters
     return sae, torch.randn(b, d).half()
 
 
-def autograd(sae: TrainingSae, x: Tensor, l1: float, reduction: str) -> tuple[float, dict[str, Tensor]]:
+def autograd(
+    sae: TrainingSae, x: Tensor, l1: float, reduction: str, keep: int | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients in float64, from the formula and nothing else."""
     leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in WEIGHTS}
     x = x.double()
     z = torch.relu((x - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
+    sizes = z * leaves["w_dec"].norm(dim=1) if sae.config.decoder_norm == "free" else z
+    if keep is not None:
+        chosen = torch.zeros(z.numel()).scatter(0, sizes.flatten().topk(keep * len(x)).indices, 1.0).view_as(z)
+        z, sizes = z * chosen, sizes * chosen
     xhat = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"]
-    sparsity = z.sum(1).mean() / (sae.n_features if reduction == "mean" else 1)
+    sparsity = sizes.sum(1).mean() / (sae.n_features if reduction == "mean" else 1)
     loss = (xhat - x).square().mean() + l1 * sparsity
     loss.backward()
     return float(loss.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def gradients(sae: TrainingSae, x: Tensor, l1: float) -> tuple[float, bool, dict[str, Tensor]]:
+def gradients(
+    sae: TrainingSae, x: Tensor, l1: float, keep: int | None = None, *, refit: bool = False
+) -> tuple[float, bool, dict[str, Tensor]]:
     """What the step hands to Adam: from the first moment after one step, which is (1 − β₁) times the gradient."""
     workspace = Workspace(len(x), sae.d, sae.n_features, sae.config.precision, CPU)
-    result = sae.step(x, lr=0.0, l1=l1, workspace=workspace)
+    result = sae.step(x, lr=0.0, l1=l1, workspace=workspace, keep=keep, refit=refit)
     m = {name.removeprefix("m."): 10 * tensor.double() for name, tensor in sae.moments.items() if name.startswith("m.")}
     parts = torch.split(m.pop("bias"), [sae.n_features, sae.d, sae.d])
     return result.loss, result.sparse, m | dict(zip(("b_enc", "b_pre", "b_dec"), parts, strict=True))
@@ -75,6 +88,35 @@ def test_float64_step_is_autograd_exactly(sparse_below: float, reduction: str) -
     assert sparse == bool(sparse_below)
     assert loss == pytest.approx(wanted_loss, rel=1e-12)
     assert worst(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("keep", [None, 3])
+@pytest.mark.parametrize("norm", ["unit", "free"])
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+def test_every_option_in_float64_is_autograd_exactly(sparse_below: float, norm: str, keep: int | None, refit: bool) -> None:
+    """Free rows, a choice among the batch, a refit, in every combination; a refit leaves alone what it does not train."""
+    sae, x = problem(1, "fp64", sparse_below, norm=norm)
+    wanted_loss, wanted = autograd(sae, x, 0.05, "sum", keep)
+    loss, sparse, got = gradients(sae, x, 0.05, keep, refit=refit)
+    assert sparse == bool(sparse_below)
+    assert loss == pytest.approx(wanted_loss, rel=1e-12)
+    if refit:
+        assert not any(got.pop(name).any() or not wanted.pop(name).any() for name in ("w_enc", "b_enc", "b_pre"))
+    assert worst(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("keep", [None, 3])
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize(("precision", "native", "size", "bound"), PRECISIONS)
+def test_free_rows_in_other_precisions_are_near_float64(
+    precision: str, native: bool, size: tuple[int, int, int], bound: float, sparse_below: float, keep: int | None
+) -> None:
+    sae, x = problem(2, precision, sparse_below, native=native, size=size, norm="free")
+    wanted_loss, wanted = autograd(sae, x, 0.05, "sum", keep)
+    loss, _, got = gradients(sae, x, 0.05, keep)
+    assert loss == pytest.approx(wanted_loss, rel=bound)
+    assert worst(got, wanted) < bound * (1 if keep is None else 4)  # rounding also moves entries over the edge of the choice
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
@@ -103,26 +145,71 @@ def test_dense_and_sparse_steps_train_the_same_sae(native: bool) -> None:
     assert worst(ends[0], ends[1]) < 5e-3
 
 
-def test_adam_is_torchs_adam() -> None:
-    """Thirty steps against torch.optim.Adam with clipping, renormalising after every step."""
-    sae, _ = problem(6, "fp64", 0.0)
+@pytest.mark.parametrize("norm", ["unit", "free"])
+def test_adam_is_torchs_adam(norm: str) -> None:
+    """Thirty steps against torch.optim.Adam with clipping, renormalising after every step; the last five are a refit."""
+    sae, _ = problem(6, "fp64", 0.0, norm=norm)
     sae.config = StepConfig(precision="fp64", sparse_below=0.0, clip_norm=0.05)
     leaves = {name: getattr(sae, name).clone().requires_grad_() for name in WEIGHTS}
     optimiser = torch.optim.Adam(leaves.values(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
     workspace = Workspace(B, D, F, "fp64", CPU)
-    for _ in range(30):
-        x = torch.randn(B, D).half()
+    for step in range(30):
+        refit, x = step >= 25, torch.randn(B, D).half()
+        trained = [leaf for name, leaf in leaves.items() if not refit or name in ("w_dec", "b_dec")]
         z = torch.relu((x.double() - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
         residual = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"] - x.double()
+        penalty = (z * leaves["w_dec"].norm(dim=1) if norm == "free" else z).sum(1).mean()
         optimiser.zero_grad()
-        (residual.square().mean() + 0.05 * z.sum(1).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(leaves.values(), 0.05)
+        (residual.square().mean() + (0.0 if refit else 0.05) * penalty).backward()
+        for leaf in leaves.values():
+            leaf.grad = leaf.grad if any(leaf is other for other in trained) else None
+        torch.nn.utils.clip_grad_norm_(trained, 0.05)
         optimiser.step()
-        with torch.no_grad():
-            leaves["w_dec"] /= leaves["w_dec"].norm(dim=1, keepdim=True)
-        sae.step(x, lr=1e-2, l1=0.05, workspace=workspace)
+        if norm == "unit" and not refit:
+            with torch.no_grad():
+                leaves["w_dec"] /= leaves["w_dec"].norm(dim=1, keepdim=True)
+        sae.step(x, lr=1e-2, l1=0.0 if refit else 0.05, workspace=workspace, refit=refit)
     for name, leaf in leaves.items():
         torch.testing.assert_close(getattr(sae, name), leaf.detach(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", [None, 5])
+@pytest.mark.parametrize("norm", ["unit", "free"])
+def test_a_snapshot_with_rows_folded_to_unit_norm_reconstructs_as_before(norm: str, keep: int | None) -> None:
+    sae, x = problem(13, "fp64", 1.0, norm=norm)
+    workspace, wide = Workspace(B, D, F, "fp64", CPU), x.double()
+    for _ in range(5):
+        result = sae.step(x, lr=0.05, l1=0.0, workspace=workspace, keep=keep, refit=True)
+    spread = sae.w_dec.norm(dim=1)
+    assert float(spread.max() / spread.min()) > 1.05
+    threshold = None if keep is None else 0.999 * result.least
+    saved = sae.snapshot({}, {}, threshold)
+    torch.testing.assert_close(saved.w_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
+    z = torch.relu((wide - sae.b_pre) @ sae.w_enc.t() + sae.b_enc)
+    if keep is not None:
+        z = z * (z * (spread if norm == "free" else 1.0) > threshold)
+        assert 0 < int((z > 0).sum()) < keep * B * 1.2
+    assert torch.equal(saved.encode(wide) > 0, z > 0)
+    torch.testing.assert_close(saved.decode(saved.encode(wide)), z @ sae.w_dec + sae.b_dec + sae.b_pre)
+
+
+@pytest.mark.parametrize("kernels", [TorchKernels(), load_native()], ids=["torch", "native"])
+@pytest.mark.parametrize("count", [1, 37, 1000, 2000, B * F])
+def test_exactly_as_many_entries_are_kept_as_are_asked_for(kernels: TorchKernels | None, count: int) -> None:
+    """Of bfloat16 numbers among which there are many equal ones, half of them zero; and what is counted is what is there."""
+    assert kernels is not None
+    generator = torch.Generator().manual_seed(count)
+    h = torch.randn(B, F, generator=generator).bfloat16().mul(8).round().div(8)
+    z = h.t().contiguous().t() if kernels.feature_major else h
+    z.relu_()
+    before = z.clone()
+    activation, least = kernels.keep_largest_(z, count)
+    kept = z > 0
+    assert int(kept.sum()) == min(count, int((before > 0).sum()))
+    assert torch.equal(z[kept], before[kept]) and float(before[~kept].max()) <= float(z[kept].min())
+    assert float(least) == float(before.flatten().sort(descending=True).values[count - 1])
+    assert torch.equal(activation.feature_count, kept.sum(0).int())
+    assert float(activation.total) == pytest.approx(float(z.double().sum()))
 
 
 def test_decoder_rows_keep_unit_norm() -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from shared.cache import Cache
-from tests.conftest import TRAIN_ARGS, Cli, Result
+from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
 from train.kernels import Workspace
+from train.recipes import RECIPES
 from train.runs import Run, snapshot_tokens
 from train.sae import Sae
 from train.step import Begun, StepResult, TrainingSae
-from train.trainer import RunOptions
+from train.trainer import RunOptions, TrainConfig
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -412,6 +413,83 @@ def test_options_reach_the_step(cli: Cli, cache_path: Path, tmp_path: Path) -> N
     curve = Run(next(tmp_path.iterdir())).metrics(0)
     assert curve[0]["lambda"] == pytest.approx(1e-2 / 7)
     assert curve[-1]["lambda"] == pytest.approx(1e-2)
+
+
+def test_the_rate_falls_over_its_share_and_a_refit_has_a_fall_of_its_own() -> None:
+    config = TrainConfig(tokens=1000, batch=1, lr=1.0, lr_warmup=10, lr_decay=0.2, refit=0.1, l1_warmup=50)
+    lr, l1 = zip(*((config.lr_at(step), config.l1_share_at(step)) for step in range(config.steps)), strict=True)
+    assert config.refit_from == 900
+    assert (lr[0], lr[9], lr[700], lr[800], lr[899]) == pytest.approx((0.1, 1, 1, 0.5, 0.005))
+    assert (lr[900], lr[950], lr[999]) == pytest.approx((1, 0.5, 0.01))
+    assert (l1[24], l1[49], l1[899], l1[900]) == (0.5, 1, 1, 0)
+    plain = TrainConfig(tokens=1000, batch=1, lr=1.0)
+    assert {(plain.lr_at(step), plain.l1_share_at(step)) for step in range(1000)} == {(1.0, 1.0)}
+
+
+def test_a_recipe_is_defaults_that_options_win_over(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "1e-2", "--layers", "0", "--tokens", "5k")
+    assert cli("train", *TRAIN_ARGS, *args, "--recipe", "best", "--lr-decay", 0.5).code == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-l1-1e-2-fixed-best")
+    train = Run(folder).config()["train"]
+    best = RECIPES["best"] | {"lr_decay": 0.5}
+    assert {"lr_decay": train["lr_decay"], "refit": train["refit"], "l1_warmup": train["l1_warmup"]} | {
+        "decoder_norm": train["step"]["decoder_norm"]
+    } == best
+    saved = Sae.load(next(folder.glob("*final.pt")))
+    torch.testing.assert_close(saved.w_dec.norm(dim=1), torch.ones(len(saved.w_dec)))
+
+
+OTHERS = ("--recipe", "best", "--l1", "3e-3,adaptive:5e-3@12,batchtopk:12", "--layers", 1, "--save-minutes", 0)
+
+
+@pytest.fixture(scope="module")
+def others(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained by the other recipe, one of them of the other kind."""
+    path = tmp_path_factory.mktemp("others")
+    assert invoke("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", path, *OTHERS) == 0
+    return path
+
+
+@pytest.mark.parametrize("kill_at", [40, 77])
+def test_other_recipes_and_settings_resume_bit_for_bit(
+    cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    """Killed before the refit, and in it."""
+    finish, calls = TrainingSae.finish, 0
+
+    def dying(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == 3 * kill_at + 2:
+            raise Killed
+        return finish(self, begun, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingSae, "finish", dying)
+    with pytest.raises(Killed):
+        cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
+    monkeypatch.setattr(TrainingSae, "finish", finish)
+    result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
+    assert result.code == 0, result.err
+    same(finals(tmp_path), finals(others))
+
+
+def test_a_refit_leaves_l0_and_lowers_the_error(others: Path) -> None:
+    run = Run(next(others.glob("*3e-3-fixed-best")))
+    curve = run.metrics(1)
+    assert curve[-1]["lambda"] == 0.0 < curve[-9]["lambda"]
+    assert curve[-1]["l0"] == pytest.approx(curve[-9]["l0"], rel=0.1)
+    assert curve[-1]["mse"] < curve[-9]["mse"]
+
+
+def test_batchtopk_keeps_as_many_of_other_text_through_its_threshold(others: Path, cache: Cache) -> None:
+    run = Run(next(others.glob("*x4-batchtopk-12-best")))
+    assert {record["l0"] for record in run.metrics(1)} == {12.0}
+    saved = Sae.load(run.snapshot_path(1, "final"))
+    held_out = torch.empty(cache.spec.block_rows, cache.spec.d_model, dtype=torch.float16)
+    cache.read_block(1, cache.spec.train_blocks, held_out.numpy())
+    assert saved.threshold is not None and float(saved.threshold.min()) > 0
+    assert float((saved.encode(held_out.float()) > 0).sum(1).double().mean()) == pytest.approx(12, rel=0.15)
 
 
 def test_epochs_go_over_the_cache_again(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
