@@ -13,6 +13,7 @@ from train.kernels import Activation, Active, AdamStep, TorchKernels, WeightGrad
 
 _AMX_SIDE = 32  # sizes must be multiples of it: two tiles
 _PATTERNS = 1 << 15  # of the bits of numbers that are not negative, which are in the numbers' order
+_SAMPLE = 1 << 16
 _SUM_PARTS = 1024  # of a sum of squares: float32 within a part, float64 over the parts
 
 
@@ -55,12 +56,37 @@ class NativeKernels(TorchKernels):
         total = feature_total.sum(dtype=torch.float64)
         return RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
 
-    def kth_largest(self, x: Tensor, k: int) -> Tensor:
-        counts = torch.zeros(self._threads, _PATTERNS, dtype=torch.int32)
-        self._c.histogram(*arguments(_matrix(x), counts, x.numel()))
-        at_least = counts.sum(0).flip(0).cumsum(0)  # from the largest pattern down
-        pattern = max(0, _PATTERNS - 1 - int(torch.searchsorted(at_least, k)))
-        return torch.tensor(pattern, dtype=torch.int16).view(torch.bfloat16)
+    def keep_largest_(self, z: Tensor, count: int) -> tuple[Activation, Tensor]:
+        tokens, features = z.shape
+        hidden, equal = _hidden(z), torch.empty(features, dtype=torch.int64)
+        least, above = self._least(hidden, count)
+        self._c.equal(*arguments(hidden, least, equal, tokens, features))
+        room = count - above - (equal.cumsum(0) - equal)
+        token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
+        feature_count, feature_total = torch.empty(features, dtype=torch.int32), torch.empty(features)
+        counts = (token_counts, feature_count, feature_total)
+        self._c.keep(*arguments(hidden, least, room, *counts, tokens, features))
+        total = feature_total.sum(dtype=torch.float64)
+        activation = RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
+        return activation, torch.tensor(least, dtype=torch.int16).view(torch.bfloat16)
+
+    def _least(self, hidden: Tensor, count: int) -> tuple[int, int]:
+        """The bit pattern of the count-th largest number, 0 if so many are not above 0, and how many are larger.
+
+        A sample says below which patterns nobody need look: counting those that are above 0, mostly many more, takes four times
+        as long."""
+        n = hidden.numel()
+        sample = hidden.view(-1)[:: max(1, n // _SAMPLE)].view(torch.int16).int()
+        expected = sample.numel() * count / n
+        rank = min(sample.numel(), math.ceil(expected + 4 * math.sqrt(expected) + 4))
+        for first in (max(1, int(sample.topk(rank).values[-1])), 1):
+            found = torch.zeros(self._threads, _PATTERNS, dtype=torch.int32)
+            self._c.histogram(*arguments(hidden, found, first, n))
+            at_least = found.sum(0).flip(0).cumsum(0)  # from the largest pattern down
+            if at_least[-1] >= count:
+                place = int(torch.searchsorted(at_least, count))
+                return _PATTERNS - 1 - place, int(at_least[place - 1]) if place else 0
+        return 0, int(at_least[-1])
 
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         tokens, features = z.shape

@@ -40,8 +40,10 @@ def sparsify(folder, x):
 
 def dictionary_learning(folder, x):
     coder, config = import_module("dictionary_learning.utils").load_dictionary(folder, "cpu")
-    alone = import_module("dictionary_learning").AutoEncoder.from_pretrained(f"{folder}/ae.pt")
     trainer = config["trainer"]
+    kinds = {"AutoEncoder": "dictionary_learning", "BatchTopKSAE": "dictionary_learning.trainers.batch_top_k"}
+    kind = trainer["dict_class"]
+    alone = getattr(import_module(kinds[kind]), kind).from_pretrained(f"{folder}/ae.pt")
     return {
         way: {"z": sae.encode(x), "xhat": sae(x), "said": trainer}
         for way, sae in {"load_dictionary": coder, "from_pretrained": alone}.items()

@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.peers import ENVIRONMENTS
 from eval.export import FORMS, Origin, fold
 from shared.cache import Cache
+from shared.cli import UserError
 from tests.conftest import Cli
 from train.runs import Run
 from train.sae import Sae
@@ -23,7 +24,7 @@ from train.sae import Sae
 SAELENS_KEYS = {"W_enc": (64, 256), "b_enc": (256,), "W_dec": (256, 64), "b_dec": (64,)}
 
 
-def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0) -> Sae:
+def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, thresholds: bool = False) -> Sae:
     """One in which every bias matters: far from the origin, and with a decoder bias of its own."""
     rng = torch.Generator().manual_seed(0)
     w_dec = torch.nn.functional.normalize(torch.randn(n_features, d, generator=rng), dim=1)
@@ -33,8 +34,9 @@ def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0) -> Sae:
         b_enc=torch.randn(n_features, generator=rng) - 1,
         b_pre=20 * scale * torch.randn(d, generator=rng),
         b_dec=scale * torch.randn(d, generator=rng),
-        config={},
+        config={"train": {"l1": {"k": 20}}} if thresholds else {},
         stats={},
+        threshold=0.5 + torch.rand(n_features, generator=rng) if thresholds else None,
     )
 
 
@@ -53,10 +55,15 @@ Forward = Callable[[Path, Tensor], tuple[Tensor, Tensor]]
 
 
 def as_saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """StandardSAE: (x − b_dec · apply_b_dec_to_input) @ W_enc + b_enc, relu, @ W_dec + b_dec."""
+    """StandardSAE: (x − b_dec · apply_b_dec_to_input) @ W_enc + b_enc, relu, @ W_dec + b_dec. JumpReLUSAE: what is not above
+    its threshold is 0."""
     cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
-    assert (cfg["architecture"], cfg["normalize_activations"], cfg["reshape_activations"]) == ("standard", "none", "none")
+    assert (cfg["normalize_activations"], cfg["reshape_activations"]) == ("none", "none")
     z = torch.relu((x - w["b_dec"] * cfg["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"])
+    if cfg["architecture"] == "jumprelu":
+        z = z * (z > w["threshold"])
+    else:
+        assert cfg["architecture"] == "standard" and "threshold" not in w
     return z, z @ w["W_dec"] + w["b_dec"]
 
 
@@ -72,12 +79,17 @@ def as_sparsify(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """AutoEncoder: relu(encoder(x − bias)), decoder(·) + bias."""
+    """AutoEncoder: relu(encoder(x − bias)), decoder(·) + bias. BatchTopKSAE: the bias is b_dec, and there is a threshold."""
     trainer = json.loads((folder / "config.json").read_text())["trainer"]
     w = torch.load(folder / "ae.pt", weights_only=True)
-    assert trainer["dict_class"] == "AutoEncoder"
+    if trainer["dict_class"] == "BatchTopKSAE":
+        assert (trainer["k"], int(w["k"]), w["threshold"].shape) == (20, 20, ())
+        w["bias"] = w["b_dec"]
+    else:
+        assert trainer["dict_class"] == "AutoEncoder" and "threshold" not in w
     assert w["encoder.weight"].shape == (trainer["dict_size"], trainer["activation_dim"])
     z = torch.relu(torch.nn.functional.linear(x - w["bias"], w["encoder.weight"], w["encoder.bias"]))
+    z = z * (z > w.get("threshold", 0.0))
     return z, torch.nn.functional.linear(z, w["decoder.weight"]) + w["bias"]
 
 
@@ -95,15 +107,26 @@ def written(form: str, sae: Sae, folder: Path, **known: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_exported_function_is_ours(form: str, tmp_path: Path) -> None:
-    sae = a_sae()
+THRESHOLDS = [(form, thresholds) for form in FORMS for thresholds in (False, True) if (form, thresholds) != ("sparsify", True)]
+
+
+@pytest.mark.parametrize(("form", "thresholds"), THRESHOLDS)
+def test_the_exported_function_is_ours(form: str, thresholds: bool, tmp_path: Path) -> None:
+    """dictionary_learning has one threshold for all features, so that there z comes in other units."""
+    sae = a_sae(thresholds=thresholds)
     x = some_x(sae)
     z, xhat = FORWARD[form](written(form, sae, tmp_path / "a"), x)
     exact_z, exact_xhat = in_float64(sae, x)
+    if sae.threshold is not None and form == "dictionary_learning":
+        z = z * sae.threshold / sae.threshold.mean()
     assert 0.05 < float((exact_z > 0).double().mean()) < 0.9
     assert float((z - exact_z).abs().max()) < 2e-5  # as far as ours in float32, where values reach 80
     assert float((xhat - exact_xhat).abs().max()) < 4e-5
+
+
+def test_thresholds_are_refused_where_a_tool_has_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="export to saelens or dictionary_learning"):
+        written("sparsify", a_sae(thresholds=True), tmp_path / "a")
 
 
 def test_the_fold_is_as_good_as_float32_allows() -> None:
@@ -331,12 +354,12 @@ def test_bad_input(cli: Cli, runs_path: Path, tmp_path: Path) -> None:
 TOOLS = {"saelens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 
 
-@pytest.mark.parametrize("form", TOOLS)
-def test_the_tool_itself_loads_it_and_computes_the_same(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "thresholds"), THRESHOLDS)
+def test_the_tool_itself_loads_it_and_computes_the_same(form: str, thresholds: bool, tmp_path: Path) -> None:
     environment = ENVIRONMENTS / TOOLS[form]
     if not (environment / "stamp.json").exists():  # which bench.peers puts into one that is complete
         pytest.skip(f"{TOOLS[form]} is not installed in {environment}; `python -m bench` does it")
-    sae = a_sae()
+    sae = a_sae(thresholds=thresholds)
     x = some_x(sae)
     known: dict[str, Any] = {"model": "EleutherAI/pythia-410m", "context": 1024, "log10_density": torch.linspace(-10, 0, 256)}
     folder = written(form, sae, tmp_path / "export", **known)
@@ -356,6 +379,8 @@ def test_the_tool_itself_loads_it_and_computes_the_same(form: str, tmp_path: Pat
     exact_z, exact_xhat = in_float64(sae, x)
     ways = torch.load(tmp_path / "out.pt", weights_only=True)
     for way, got in ways.items():
+        if sae.threshold is not None and form == "dictionary_learning":
+            got["z"] = got["z"] * sae.threshold / sae.threshold.mean()
         worst_z, worst = float((got["z"] - exact_z).abs().max()), float((got["xhat"] - exact_xhat).abs().max())
         print(
             f"{form} {way}: z {worst_z:.2g} of {float(exact_z.max()):.3g}, x̂ {worst:.2g} of {float(exact_xhat.abs().max()):.3g}"

@@ -24,7 +24,7 @@ from shared.seal import SEAL
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.hub import TOKEN, Hub
 from tests.eval.synthetic import make_runs
-from train.runs import Run
+from train.runs import Run, run_config
 from train.sae import Sae
 
 
@@ -241,6 +241,28 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     ]
     final = [r for r in results[run.name] if r["snapshot"] == "final"]
     assert [s["l0"] for s in entry["saes"]] == pytest.approx([r["l0"] for r in final], rel=1e-4)
+
+
+def test_the_card_of_saes_with_thresholds_applies_them(tmp_path: Path) -> None:
+    results = make_runs(tmp_path, layers=1)
+    made_up = Run(tmp_path / "pythia-410m-saes-x32-l1-3e-4-fixed")
+    config, run = made_up.config(), Run(tmp_path / "pythia-410m-saes-x32-batchtopk-12")
+    run.path.mkdir()
+    run.create(run_config(config["train"] | {"l1": {"k": 12}}, config["cache"]), config["machine"])
+    text = card(run, results[made_up.name], None, [], Publication(owner="org"))
+    assert "setting: BatchTopK, the 12 largest activations a token" in text
+    (encode,) = re.findall(r"def encode.*?\n\n", blocks(text)[0], re.DOTALL)
+    d, features = 6, 10
+    shapes = ((features, d), (features, d), (features,), (d,), (d,), (features,))
+    w_enc, w_dec, b_enc, b_pre, b_dec, threshold = (torch.randn(*shape).abs() for shape in shapes)
+    sae = Sae(w_enc=w_enc, w_dec=w_dec, b_enc=b_enc, b_pre=b_pre, b_dec=b_dec, config={}, stats={}, threshold=threshold)
+    sae.save(tmp_path / "a.pt")
+    names: dict[str, Any] = {"torch": torch, "w": torch.load(tmp_path / "a.pt", weights_only=True)["model_state"]}
+    exec(encode, names)
+    x = torch.randn(50, d)
+    z = names["encode"](x)
+    torch.testing.assert_close(z, Sae.load(tmp_path / "a.pt").encode(x))
+    assert 0 < int((z > 0).sum()) < int(((x - b_pre) @ w_enc.T + b_enc > 0).sum())
 
 
 HOSTILE = [

@@ -68,6 +68,25 @@ def test_a_checkpoint_opens_anywhere(tmp_path: Path) -> None:
     torch.testing.assert_close(z @ state["decoder.weight"].T + state["decoder.bias"] + state["b_pre"], again.decode(z))
 
 
+def test_thresholds_are_in_the_file_and_its_checksum(tmp_path: Path) -> None:
+    mine, path, x = sae(), tmp_path / "a.pt", torch.randn(9, 6)
+    everything = mine.encode(x)
+    mine.threshold = torch.rand(10)
+    mine.save(path)
+    again = Sae.load(path).encode(x)
+    torch.testing.assert_close(again, everything * (everything > mine.threshold))
+    assert not torch.equal(again, everything)
+    content = torch.load(path, weights_only=True)
+    content["model_state"]["threshold"] += 0.1
+    torch.save(content, path)
+    with pytest.raises(Damaged, match="its checksum does not match"):
+        Sae.load(path)
+    del content["model_state"]["threshold"]
+    torch.save(content, path)
+    with pytest.raises(Damaged, match="its checksum does not match"):
+        Sae.load(path)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(UserError, match="no checkpoint at"):
