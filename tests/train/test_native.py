@@ -66,6 +66,38 @@ def test_activate_and_compact(native: NativeKernels, b: int, d: int, f: int) -> 
     same(native.compact(ours, got, n, 0), TORCH.compact(theirs, wanted, n, 0))
 
 
+class FeatureMajor(TorchKernels):
+    feature_major = True
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize(("b", "f"), [(37, 100), (300, 515)])
+def test_keep_largest(native: NativeKernels, b: int, f: int, uneven: bool, share: float) -> None:
+    """Also where every other number, which are all that a sample sees of many, is larger than the rest."""
+    torch.manual_seed(b)
+    h = torch.randn(f, b).mul(4).round().div(4)
+    if uneven:
+        h = 1 + h.abs().clamp(max=1)
+        h.view(-1)[::2] += 5
+    z = h.bfloat16().relu_().abs().t()
+    ours, theirs, count = z.clone(memory_format=torch.preserve_format), z.clone(), max(1, int(share * b * f))
+    theirs = feature_major(theirs)
+    got, least = native.keep_largest_(ours, count)
+    wanted, wanted_least = FeatureMajor().keep_largest_(theirs, count)
+    assert torch.equal(ours, theirs) and float(least) == float(wanted_least)
+    assert torch.equal(got.row_count, (theirs > 0).sum(1))
+    assert torch.equal(got.feature_count, wanted.feature_count)
+    torch.testing.assert_close(got.total.float(), wanted.total)
+
+
+def test_keep_largest_lets_a_nan_through(native: NativeKernels) -> None:
+    for nan in (torch.nan, -torch.nan):
+        z = feature_major(torch.rand(37, 100).bfloat16())
+        z[5, 7] = nan
+        assert not native.keep_largest_(z, 50)[0].total.isfinite()
+
+
 @pytest.mark.parametrize(("b", "d", "f"), SIZES)
 def test_mask(native: NativeKernels, b: int, d: int, f: int) -> None:
     torch.manual_seed(b)

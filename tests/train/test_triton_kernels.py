@@ -205,6 +205,19 @@ def check_activation_and_lists(kernels: Any, small_tiles: None, fences: None, si
 
 
 @small
+def check_keep_largest(kernels: Any, small_tiles: None, size: Size, dtype: torch.dtype) -> None:
+    z, bias = hidden(size, dtype)
+    kernels.activate_(z, bias)
+    wanted_z, count = z.clone(), -(-z.numel() // 9)
+    wanted, wanted_least = TORCH.keep_largest_(wanted_z, count)
+    got, least = kernels.keep_largest_(z, count)
+    assert torch.equal(z, wanted_z) and torch.equal(least, wanted_least)
+    assert_same(got, wanted, ["feature_count"])
+    nnz = int(wanted.feature_count.sum())
+    assert_same(kernels.compact(z, got, nnz, 0), TORCH.compact(wanted_z, wanted, nnz, 0), LISTS)
+
+
+@small
 def check_mask(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
     z, bias = hidden(size, dtype)
     marked = kernels.activate_(z, bias)
