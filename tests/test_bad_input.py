@@ -57,6 +57,9 @@ TRAIN = [
     (("--device", "cpu:3"), "'cpu:3' is not a device for this"),
     (("--shard", "9/8"), "'9/8' is not a shard: they are counted from 0"),
     (("--nonsense",), "No such option"),
+    (("--scratch", "/nvme"), "write --scratch DIR:SIZE"),
+    (("--scratch", "/nvme:much"), "'much' is not a size"),
+    (("--scratch", "/dev/null/x:1GB"), "cannot write to /dev/null/x"),
 ]
 
 

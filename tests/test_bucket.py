@@ -92,7 +92,7 @@ def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(
     runs = tmp_path / "runs"
     said = [
         cli("harvest", "verify", "--cache", bucket_cache),
-        cli("train", *TRAIN_ARGS, "--cache", bucket_cache, "--runs", runs, *RUN),
+        cli("train", *TRAIN_ARGS, "--cache", bucket_cache, "--runs", runs, "--scratch", f"{tmp_path}/nvme:1GB", *RUN),
         cli("eval", "--preset", "demo", "--cache", bucket_cache, "--runs", runs, "--ce-tokens", 640, "--device", "cpu"),
     ]
     assert [result.code for result in said] == [0, 0, 0], said

@@ -9,6 +9,7 @@ from shared.cache import Cache
 from shared.cli import SEED, THREADS, Number, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
 from shared.device import pick_device
 from shared.presets import get_preset
+from shared.scratch import ScratchConfig, ScratchType
 from shared.store import LOCATION, Location
 from train.recipes import PUBLISHED, RECIPES
 from train.settings import parse_settings
@@ -19,6 +20,9 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.command()
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
 @click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>].")
+@click.option(
+    "--scratch", type=ScratchType(), help="Keep blocks of a cache that is far away on this node's disk, up to a size."
+)
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go.")
 @click.option("--l1", help="Settings with commas: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0, batchtopk:K.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
@@ -58,13 +62,13 @@ from train.trainer import RunOptions, TrainConfig, train
     "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
-def main(preset: str, cache: Location | None, **options: Any) -> None:
+def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
     settings = parse_settings(options["l1"] or p.l1)
     shard: Shard = options["shard"]
     device = pick_device(options["device"])
-    opened = Cache.open(cache or Path("data") / p.name)
+    opened = Cache.open(cache or Path("data") / p.name, scratch)
     layers = parse_layers(options["layers"]) if options["layers"] else _not_freed(opened)
     layers = layers[shard.index :: shard.count]
     if not layers:
