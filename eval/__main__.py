@@ -21,6 +21,7 @@ from eval.students import DistillConfig
 from shared.cache import Cache
 from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
+from shared.mirror import fetched, local
 from shared.presets import get_preset
 from shared.store import LOCATION, Location
 from train.runs import Run
@@ -34,9 +35,7 @@ def main() -> None:
 @main.command("run")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
 @click.option("--cache", type=LOCATION, help="The cache the runs were trained on [default: data/<preset>].")
-@click.option(
-    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
-)
+@click.option("--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Run folder, or where they lie.")
 @click.option("--eval-tokens", help="Held-out activations to measure reconstruction on [default: all].")
 @click.option("--ce-tokens", help="Held-out tokens to measure the language model's loss on.")
 @click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
@@ -56,7 +55,7 @@ def main() -> None:
 def run_command(
     preset: str,
     cache: Location | None,
-    runs: Path,
+    runs: Location,
     eval_tokens: str | None,
     ce_tokens: str | None,
     model: str | None,
@@ -79,6 +78,7 @@ def run_command(
         ablation=ablation,
     )
     skipped = Skipped()
+    runs = fetched(runs)
     found = find_runs(runs, opened, skipped)
     results = evaluate(opened, found, config, skipped)
     found = [each for each in found if each.name in results]
@@ -104,14 +104,14 @@ def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Record]],
 
 @main.command("export")
 @click.option("--to", "form", type=click.Choice(list(FORMS)), required=True, help="The tool that is to load them.")
-@click.option(
-    "--runs", type=click.Path(path_type=Path), multiple=True, default=[Path("runs")], help="Runs, folders of them, .pt files."
-)
+@click.option("--runs", type=LOCATION, multiple=True, default=[Path("runs")], help="Runs, folders of them, .pt files.")
 @click.option("--layers", help="Such as 0-5,12 [default: all there are].")
 @click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Gets <run>/layer_<N> for each SAE.")
 @click.option("--model", help="Name of the language model [default: the run's, if it is a name and not a folder].")
-def export_command(form: str, runs: tuple[Path, ...], layers: str | None, snapshot: str, out: Path, model: str | None) -> None:
+def export_command(
+    form: str, runs: tuple[Location, ...], layers: str | None, snapshot: str, out: Path, model: str | None
+) -> None:
     """Write SAEs in the form that another tool loads."""
     config = ExportConfig(
         form=form,
@@ -120,15 +120,13 @@ def export_command(form: str, runs: tuple[Path, ...], layers: str | None, snapsh
         snapshot=snapshot,
         model=model,
     )
-    say(f"exported {len(export(runs, config))} SAEs to {out}")
+    say(f"exported {len(export(tuple(map(fetched, runs)), config))} SAEs to {out}")
 
 
 @main.command("pages")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
 @click.option("--cache", type=LOCATION, help="The cache the runs were trained on [default: data/<preset>].")
-@click.option(
-    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Run folder, or where they lie."
-)
+@click.option("--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Run folder, or where they lie.")
 @click.option("--layers", help="Such as 0-5,12 [default: all there are].")
 @click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
 @click.option("--tokens", help="Held-out tokens to look at [default: all].")
@@ -136,37 +134,41 @@ def export_command(form: str, runs: tuple[Path, ...], layers: str | None, snapsh
 @click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 def pages_command(
-    preset: str, cache: Location | None, runs: Path, layers: str | None, tokens: str | None, out: Path | None, **options: Any
+    preset: str,
+    cache: Location | None,
+    runs: Location,
+    layers: str | None,
+    tokens: str | None,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """A page to look at every feature of every SAE; what is there already is kept."""
     opened = Cache.open(cache or Path("data") / get_preset(preset).name)
     config = PagesConfig(
         device=pick_device(options["device"]),
-        out=out or runs / "pages",
+        out=out or local(runs) / "pages",
         tokens=parse_count(tokens) if tokens else opened.spec.holdout_blocks * opened.spec.block_rows,
         snapshot=options["snapshot"],
         layers=parse_layers(layers) if layers else None,
         model=options["model"],
     )
     skipped = Skipped()
-    page = write_pages(opened, find_runs(runs, opened, skipped), config, skipped)
+    page = write_pages(opened, find_runs(fetched(runs), opened, skipped), config, skipped)
     say(f"pages: {page}")
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is on the pages")
 
 
 @main.command("publish")
-@click.option(
-    "--runs", type=click.Path(path_type=Path), multiple=True, default=[Path("runs")], help="Runs, or folders of them."
-)
+@click.option("--runs", type=LOCATION, multiple=True, default=[Path("runs")], help="Runs, or folders of them.")
 @click.option("--to", required=True, help="On the hub: who owns it (repositories are named as the runs), or owner/name.")
 @click.option("--public", is_flag=True, help="For everybody to see, if it is new [default: private].")
 @click.option("--license", default=Publication().license, show_default=True, help="Of the SAEs, as the hub names it.")
 @click.option("--dry-run", is_flag=True, help="Prepare everything and list files and sizes, but send nothing.")
-def publish_command(runs: tuple[Path, ...], to: str, public: bool, license: str, dry_run: bool) -> None:
+def publish_command(runs: tuple[Location, ...], to: str, public: bool, license: str, dry_run: bool) -> None:
     """Upload evaluated runs to the hub; what is there already is not sent again."""
     config = PublishConfig(to=to, license=license, public=public, dry_run=dry_run)
-    publish([run for place in runs for run in runs_in(place)], config)
+    publish([run for place in runs for run in runs_in(fetched(place))], config)
 
 
 @main.command("floor")
@@ -184,7 +186,7 @@ def floor_command(statistics: Path, widths: str) -> None:
 @main.command("distill")
 @click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
 @click.option("--cache", type=LOCATION, help="Whose model and tokens [default: data/<preset>].")
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where the runs lie.")
+@click.option("--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Where the runs lie.")
 @click.option(
     "--widths", help="Of the students [default: an eighth to three quarters of the model's, as for predicted floors]."
 )
@@ -197,7 +199,7 @@ def floor_command(statistics: Path, widths: str) -> None:
 @click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
-def distill_command(preset: str, cache: Location | None, runs: Path, **options: Any) -> None:
+def distill_command(preset: str, cache: Location | None, runs: Location, **options: Any) -> None:
     """Train narrower students from the model and hold their loss floors beside the predicted ones; run it again to continue."""
     picked, opened = pick_device(options["device"]), Cache.open(cache or Path("data") / get_preset(preset).name)
     spec, skipped = opened.spec, Skipped()
@@ -208,7 +210,7 @@ def distill_command(preset: str, cache: Location | None, runs: Path, **options: 
         lr=options["lr"],
     )
     wanted = DistillOptions(
-        runs=runs,
+        runs=fetched(runs),
         widths=tuple(sorted(set(widths))),
         seeds=options["seeds"],
         eval_tokens=parse_count(options["eval_tokens"]) if options["eval_tokens"] else spec.holdout_blocks * spec.block_rows,

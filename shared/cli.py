@@ -204,18 +204,6 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
-_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """'2TB', '1.5 GB' or '4096' → bytes, in the decimal units in which disks are sold. Raises UserError."""
-    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,9})?)\s*(|[KMGT]B)", text.strip().upper())
-    value = int(Fraction(match[1]) * _BYTES[match[2]]) if match else 0
-    if not 1 <= value <= 10**18:
-        raise UserError(f"{text!r} is not a size: write it as 500GB or 2TB")
-    return value
-
-
 def format_count(n: int) -> str:
     """The shortest exact form of a count: 50000000 → '50M', 1500 → '1500', 400000 → '400K'."""
     for suffix in ("B", "M", "K"):
@@ -258,6 +246,15 @@ def format_bytes(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def parse_bytes(text: str) -> int:
+    """'4TB', '1.5 GB' or '4096' → bytes, at least 1, in the units of `format_bytes`. Raises UserError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,12})?)\s*([KMGT]?)B?", text.strip().upper())
+    value = int(Fraction(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if not 1 <= value <= _MOST * 1000:
+        raise UserError(f"{text!r} is not an amount of bytes: write it as 4TB, 500GB or 1.5TB")
+    return value
 
 
 def format_seconds(seconds: float) -> str:

@@ -164,19 +164,23 @@ class S3:
         self._put(key, data, "overwrite")
 
     def create(self, key: str, data: bytes) -> bool:
-        return self._put(key, data, "create")
+        return self._put(key, data, "create") is not None
+
+    def put_if(self, key: str, data: bytes, tag: str | None) -> str | None:
+        """Write where the object with this e-tag lies, or none; the new one's, or None where it is another's by now."""
+        return self._put(key, data, {"e_tag": tag} if tag else "create")
 
     def replace(self, key: str, data: bytes, seen: bytes) -> bool:
         try:
             there, headers = self._fetch(key)
         except FileNotFoundError:
             return False
-        return there == seen and self._put(key, data, {"e_tag": headers["etag"]})
+        return there == seen and self.put_if(key, data, headers["etag"]) is not None
 
     def stage(self, key: str, data: memoryview, owner: str, *, replace: bool) -> Staged:
         seal = _seal(owner, key, data)
         mode: Any = "overwrite" if replace else "create"
-        while not self._put(key, data, mode, seal):
+        while self._put(key, data, mode, seal) is None:
             mode = "create"
             with contextlib.suppress(FileNotFoundError):  # it went away again: the next round makes it
                 theirs, headers = self._fetch(key)
@@ -203,6 +207,15 @@ class S3:
         while paths := self._patiently("list", prefix, partial(self._some, prefix)):
             self._patiently("delete", prefix, partial(obstore.delete, self._store, paths))
 
+    def objects(self, prefix: str) -> dict[str, tuple[int, str]]:
+        """{key: size and e-tag} of everything under a prefix."""
+
+        def once() -> dict[str, tuple[int, str]]:
+            parts = obstore.list(self._store, prefix or None)
+            return {each["path"]: (each["size"], each["e_tag"] or "") for part in parts for each in part}
+
+        return self._patiently("list", prefix, once)
+
     def _some(self, prefix: str) -> Sequence[str]:
         """A thousand keys under a prefix, or all there are."""
         return [each["path"] for each in next(iter(obstore.list(self._store, prefix, chunk_size=1000)), [])]
@@ -210,18 +223,18 @@ class S3:
     def remove_leftovers(self, prefix: str) -> None:
         """A PUT leaves nothing half-written."""
 
-    def _put(self, key: str, data: bytes | memoryview, mode: Any, seal: str = "") -> bool:
-        """False if what is there is not what `mode` asks for. After an answer that was lost that may be `data` itself."""
+    def _put(self, key: str, data: bytes | memoryview, mode: Any, seal: str = "") -> str | None:
+        """The new e-tag; None if what is there is not what `mode` asks for, which after a lost answer may be `data` itself."""
         marks: Any = {"seal": seal} if seal else None
         try:
-            self._patiently(
+            made = self._patiently(
                 "write",
                 key,
                 lambda: obstore.put(self._store, key, data, mode=mode, attributes=marks, use_multipart=False),
             )
         except (AlreadyExistsError, PreconditionError, FileNotFoundError):
-            return False
-        return True
+            return None
+        return made["e_tag"] or ""
 
     # --- what fails ---
 

@@ -58,7 +58,7 @@ TRAIN = [
     (("--shard", "9/8"), "'9/8' is not a shard: they are counted from 0"),
     (("--nonsense",), "No such option"),
     (("--scratch", "/nvme"), "write --scratch DIR:SIZE"),
-    (("--scratch", "/nvme:much"), "'much' is not a size"),
+    (("--scratch", "/nvme:much"), "'much' is not an amount of bytes"),
     (("--scratch", "/dev/null/x:1GB"), "cannot write to /dev/null/x"),
 ]
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from shared.mirror import Mirror
 from shared.store import Bucket
 from tests.bucket import KEY, SECRET, Server, serving
 from tests.conftest import TRAIN_ARGS, Cli, invoke
@@ -167,6 +168,117 @@ def test_a_server_that_stays_away_ends_training_with_one_line_and_it_goes_on_lat
     own_server.start()
     assert cli(*train).code == 0
     same_saes(tmp_path / "runs", runs_path)
+
+
+# --- runs ---
+
+
+class Gone(KeyboardInterrupt):
+    """A machine that stops at once: nothing that it would do afterwards is done."""
+
+
+def uploads(place: str) -> set[str]:
+    return {key.partition("/")[2] for key in keys(place)}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Work on another machine, which has none of our files."""
+
+    def go(name: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+
+    return go
+
+
+def test_a_run_in_a_bucket_goes_on_on_another_machine(
+    cli: Cli, s3_server: Server, elsewhere: Callable[[str], None], cache_path: Path, runs_path: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    place = s3_server.place()
+    train = ("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", place, *RUN, "--save-minutes", 0)
+    elsewhere("first")
+    with monkeypatch.context() as patch:
+        put, left = s3.S3.put_if, [12]
+
+        def until(*args: Any) -> str | None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Gone
+            return put(*args)
+
+        patch.setattr(s3.S3, "put_if", until)
+        assert cli(*train).code != 0
+    before = uploads(place)
+    assert "state/layer01/state.safetensors" in before and "sae_layer01_final.pt" not in before
+    elsewhere("second")
+    result = cli(*train)
+    assert result.code == 0, result
+    assert "fetching s3://activations/" in result.err and "trained layers 1 into s3://" in result.err
+    same_saes(next(tmp_path.glob("second/data/s3/activations/*")), runs_path)
+    assert uploads(place) == {
+        "config.json",
+        "metrics/layer01.jsonl",
+        *(p.name for p in runs_path.glob("*3e-3-fixed/sae_layer01_*")),
+    }
+    assert {place.rpartition("/")[2] + "/" + k: v for k, v in keys(place).items()} == files(Path("data/s3/activations"))
+    elsewhere("first")  # what it has is older, and gives way
+    assert cli(*train).code == 0
+    assert {place.rpartition("/")[2] + "/" + k: v for k, v in keys(place).items()} == files(Path("data/s3/activations"))
+    elsewhere("third")
+    args = ("--preset", "demo", "--cache", cache_path, "--runs", place, "--ce-tokens", 640, "--device", "cpu")
+    assert cli("eval", *args, "--numbers-only").code == 0
+    assert len(list(tmp_path.glob("third/data/s3/activations/*/*/results/*.json"))) > 0
+
+
+@pytest.mark.parametrize("theirs", ["state/layer01/state.safetensors", "metrics/layer01.jsonl", "sae_layer01_final.pt"])
+def test_whoever_comes_late_is_refused_and_changes_nothing(
+    cli: Cli,
+    s3_server: Server,
+    elsewhere: Callable[[str], None],
+    cache_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    theirs: str,
+) -> None:
+    """Another process writes to the run after the tenth upload of this one."""
+    place, left, put = s3_server.place(), [10], s3.S3.put_if
+    store, after = s3.S3(Bucket.parse(place)), []
+
+    def meanwhile(self: Any, key: str, data: bytes, tag: str | None) -> str | None:
+        left[0] -= 1
+        if left[0] == 0:
+            store.write(f"{key.partition('/')[0]}/{theirs}", b"of another process")
+        made = put(self, key, data, tag)
+        if made is None:
+            after.append(keys(place))
+        return made
+
+    elsewhere("late")
+    monkeypatch.setattr(s3.S3, "put_if", meanwhile)
+    result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", place, *RUN, "--save-minutes", 0)
+    assert result.code == 2
+    assert f"{theirs} was written by another process since this one read it, so this one stops" in result.err
+    assert "Traceback" not in result.err
+    assert len(after) == 1 and keys(place) == after[0]
+    assert b"of another process" in after[0].values()
+
+
+def test_of_several_that_create_a_run_at_once_all_go_on_with_the_first_one_s(
+    s3_server: Server, elsewhere: Callable[[str], None], tmp_path: Path
+) -> None:
+    place = Bucket.parse(s3_server.place())
+    contents = []
+    for name in ("one", "other"):
+        elsewhere(name)
+        mirror = Mirror(place)
+        path = mirror.here / "run" / "config.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(name)
+        mirror.settle(path)
+        mirror.push(path)
+        contents.append(path.read_text())
+    assert contents == ["one", "one"]
 
 
 BAD = [

@@ -8,9 +8,10 @@ import click
 from shared.cache import Cache
 from shared.cli import SEED, THREADS, Number, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
 from shared.device import pick_device
+from shared.mirror import Mirror, local
 from shared.presets import get_preset
 from shared.scratch import ScratchConfig, ScratchType
-from shared.store import LOCATION, Location
+from shared.store import LOCATION, Bucket, Location
 from train.recipes import PUBLISHED, RECIPES
 from train.settings import parse_settings
 from train.step import StepConfig
@@ -23,7 +24,9 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option(
     "--scratch", type=ScratchType(), help="Keep blocks of a cache that is far away on this node's disk, up to a size."
 )
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go.")
+@click.option(
+    "--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Where run folders go; s3://bucket/prefix, too."
+)
 @click.option("--l1", help="Settings with commas: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0, batchtopk:K.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
 @click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension.")
@@ -62,7 +65,7 @@ from train.trainer import RunOptions, TrainConfig, train
     "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
-def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, **options: Any) -> None:
+def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, runs: Location, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
     settings = parse_settings(options["l1"] or p.l1)
@@ -92,7 +95,8 @@ def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, **o
         ),
     )
     run_options = RunOptions(
-        runs=options["runs"],
+        runs=local(runs),
+        mirror=Mirror(runs) if isinstance(runs, Bucket) else None,
         device=device,
         threads=options["threads"],
         epochs=options["epochs"],
@@ -103,7 +107,7 @@ def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, **o
     name = Path(opened.spec.model).name
     if not train(opened, name, layers, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
-    say(f"trained layers {format_layers(layers)} into {run_options.runs}/", err=True)
+    say(f"trained layers {format_layers(layers)} into {runs}/", err=True)
 
 
 def _not_freed(cache: Cache) -> tuple[int, ...]:

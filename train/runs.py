@@ -30,6 +30,7 @@ from torch import Tensor
 from shared.cache import ADVICE, Cache
 from shared.cli import UserError, format_count, say
 from shared.files import create_file, make_dir, remove_leftovers, replacing, sync_dir
+from shared.mirror import Mirror
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
 from train.sae import Damaged, Sae
 
@@ -86,8 +87,9 @@ class Snapshot:
 class Run:
     """One run folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
+        """With a mirror the folder is its, and what is written is sent."""
+        self.path, self._mirror = path, mirror
 
     @property
     def name(self) -> str:
@@ -142,8 +144,30 @@ class Run:
         """Make it a run, unless it is one. `machine` is recorded only: the last bits of a sum depend on it, nothing else."""
         remove_leftovers(self.path)
         content = json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n"
-        if self.config_path.exists() or not create_file(self.config_path, content):  # of several at once, one creates it
+        new = not self.config_path.exists() and create_file(self.config_path, content)  # of several at once, one creates it
+        if self._mirror is not None:
+            self._mirror.settle(self.config_path)
+        if not new or self._mirror is not None:
             self.require_same(config)
+
+    # --- a bucket that holds the same ---
+
+    def pull_config(self) -> None:
+        """Before anything else is known of the run."""
+        if self._mirror is not None:
+            self._mirror.pull(self.name, lambda key: key == f"{self.name}/config.json")
+
+    def pull(self, layers: Iterable[int]) -> None:
+        """All that belongs to these layers, which must be claimed."""
+        if self._mirror is not None:
+            mine = "|".join(f"{layer:02d}" for layer in layers)
+            of_mine = re.compile(rf"[^/]+/(sae_layer({mine})_\w+\.pt|metrics/layer({mine})\.jsonl|state/layer({mine})/[^/]+)")
+            self._mirror.pull(self.name, lambda key: of_mine.fullmatch(key) is not None)
+
+    def push(self, path: Path) -> None:
+        """Raises UserError if another process has written that file since."""
+        if self._mirror is not None:
+            self._mirror.push(path)
 
     # --- who writes ---
 
@@ -255,6 +279,7 @@ class Run:
                 os.fsync(file.fileno())
             sync_dir(path.parent)
             sync_dir(self.path)
+            self.push(path)
 
     def rewind_metrics(self, layer: int, step: int) -> None:
         """Drop, in one move, the records after `step`, which a resumed run writes again, and what is damaged."""
@@ -283,6 +308,7 @@ class Run:
         save_sealed(path, facts | self._state_belongs(layer), host)
         sync_dir(path.parent.parent)
         sync_dir(self.path)
+        self.push(path)
 
     def load_state(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Raises `Damaged` for what is not as it was written, and UserError for the state of another layer or run."""
@@ -311,6 +337,7 @@ class Run:
         for path in folder.iterdir() if folder.exists() else ():
             if path.name != "owner":
                 path.unlink()
+        self.push(self.state_path(layer))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

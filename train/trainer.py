@@ -14,6 +14,7 @@ from shared.cache import Cache
 from shared.cli import UserError, finishing, format_bytes, format_layers, say
 from shared.device import announce, device_kind
 from shared.files import free_bytes
+from shared.mirror import Mirror
 from shared.progress import Progress
 from shared.seal import SEAL
 from train.kernels import TorchKernels, Workspace
@@ -73,6 +74,7 @@ class RunOptions:
     """How a run is carried out; nothing here changes its SAEs."""
 
     runs: Path
+    mirror: Mirror | None = None  # the bucket that `runs` stands for
     device: torch.device
     threads: int = 16
     epochs: int = 1
@@ -94,6 +96,7 @@ def train(
     identity = cache_identity(cache)
     plans = [(_run(name, setting, config, options), _run_config(setting, config, identity)) for setting in settings]
     for run, wanted in plans:
+        run.pull_config()
         run.require_same(wanted)
     runs = [run for run, _ in plans]
     _require_space(cache, runs, layers, config, options.runs)
@@ -102,6 +105,7 @@ def train(
         with finishing() as asked, contextlib.ExitStack() as owned:
             for run, wanted in plans:
                 owned.enter_context(run.claim(layers))
+                run.pull(layers)
                 run.create(wanted, machine)
             announce(options.device)
             _note_other_machine(runs, machine)
@@ -167,7 +171,7 @@ def _require_trainable(
 def _run(name: str, setting: Setting, config: TrainConfig, options: RunOptions) -> Run:
     baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
     recipe = "" if options.recipe == PUBLISHED else f"-{options.recipe}"
-    return Run(options.runs / f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}")
+    return Run(options.runs / f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}", options.mirror)
 
 
 def _run_config(setting: Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
@@ -442,6 +446,7 @@ class _SaeJob:
         def write(host: dict[str, torch.Tensor]) -> None:
             self._run.sync_metrics(self._layer)  # before `final`, with which the layer counts as finished
             Sae(**host, config=config, stats=stats).save(path)
+            self._run.push(path)
 
         self._saver.submit(tensors, write)
 

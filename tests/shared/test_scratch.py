@@ -144,5 +144,5 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "nvme", ":2TB", "/nvme:", "/nvme:much", "/nvme:0", "/nvme:-1", "/nvme:nan", "/nvme:2TiB"])
 def test_what_says_no_place_and_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"write --scratch DIR:SIZE|is not a size: write it as"):
+    with pytest.raises(UserError, match=r"write --scratch DIR:SIZE|is not an amount of bytes: write it as"):
         ScratchConfig.parse(text)
