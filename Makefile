@@ -9,7 +9,7 @@ ARGS   ?=
 PY     := .venv/bin/python
 
 .NOTPARALLEL:
-.PHONY: setup demo harvest train eval test crash bench clean
+.PHONY: setup demo harvest train eval test crash soak bench clean
 
 setup: .venv/fresh
 
@@ -40,6 +40,10 @@ test: setup
 # every fault at every file operation of every command; `make test` has a spread of them
 crash: setup
 	$(PY) -m tests.crash $(ARGS)
+
+# minutes of servers that die, on top of what `make test` has of it
+soak: setup
+	$(PY) -m pytest -m soak $(ARGS)
 
 bench: setup
 	$(PY) -m bench $(ARGS)

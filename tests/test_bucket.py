@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.mirror import Mirror
+from shared.mirror import Mirror, fetched
 from shared.store import Bucket
 from tests.bucket import KEY, SECRET, Server, serving
 from tests.conftest import TRAIN_ARGS, Cli, invoke
@@ -153,10 +154,7 @@ def test_a_server_killed_and_started_again_costs_a_pause(
 def test_a_server_that_stays_away_ends_training_with_one_line_and_it_goes_on_later(
     cli: Cli, own_server: Server, cache_path: Path, runs_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = own_server.place()
-    store = s3.S3(Bucket.parse(place))
-    for key, data in files(cache_path).items():
-        store.write(key, data)
+    place = filled(own_server, cache_path)
     train = ("train", *TRAIN_ARGS, "--cache", place, "--runs", tmp_path / "runs", *RUN, "--save-minutes", 0)
     with monkeypatch.context() as patch:
         patch.setattr(s3, "PATIENCE", 0.5)
@@ -168,6 +166,63 @@ def test_a_server_that_stays_away_ends_training_with_one_line_and_it_goes_on_lat
     own_server.start()
     assert cli(*train).code == 0
     same_saes(tmp_path / "runs", runs_path)
+
+
+def filled(server: Server, folder: Path) -> str:
+    """A place with everything that is in a folder."""
+    place = server.place()
+    store = s3.S3(Bucket.parse(place))
+    for key, data in files(folder).items():
+        store.write(key, data)
+    return place
+
+
+def test_damage_in_a_bucket_is_found_and_mended(
+    cli: Cli, s3_server: Server, harvest_args: tuple[object, ...], cache_path: Path
+) -> None:
+    place = filled(s3_server, cache_path)
+    store = s3.S3(Bucket.parse(place))
+    store.write("activations.zarr/resid_post/01/c.7.0", store.get("activations.zarr/resid_post/01/c.8.0"))
+    store.delete("activations.zarr/resid_post/02/c.9.0")
+    store.write("ledger/0-2/00000011.json", b"{}")
+    found = cli("harvest", "verify", "--cache", place)
+    assert found.code == 1 and f"layer 1 block 7 of {place} is damaged: its checksum does not match" in found.out
+    assert f"repair --cache {place} --blocks 9" in found.out and "layer 0 block 11" in found.out
+    assert cli("harvest", "repair", "--cache", place, "--device", "cpu").code == 0
+    assert keys(place) == files(cache_path)
+    plan = cli("harvest", "plan", *harvest_args[:-2], "--cache", place)
+    assert "free disk   unknown" in plan.out and "write probe none" in plan.out
+
+
+@pytest.mark.soak
+def test_a_server_that_dies_every_few_seconds(
+    cli: Cli, own_server: Server, harvest_args: tuple[object, ...], cache_path: Path, runs_path: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Several rounds of harvest and training, through as many deaths as come."""
+    monkeypatch.chdir(tmp_path)
+    done, deaths, chance = threading.Event(), [0], random.Random(0)
+
+    def torment() -> None:
+        while not done.wait(chance.uniform(0.5, 3)):
+            own_server.kill()
+            deaths[0] += 1
+            time.sleep(chance.uniform(0, 2))
+            own_server.start()
+
+    thread = threading.Thread(target=torment)
+    thread.start()
+    try:
+        for number in range(5):
+            place, runs = own_server.place(), own_server.place()
+            assert cli("harvest", *harvest_args, "--cache", place, "--forward-sequences", 1).code == 0
+            assert cli("train", *TRAIN_ARGS, "--cache", place, "--runs", runs, *RUN, "--save-minutes", 0).code == 0
+            assert keys(place) == files(cache_path), number
+            same_saes(fetched(Bucket.parse(runs)), runs_path)
+    finally:
+        done.set()
+        thread.join()
+    assert deaths[0] >= 10
 
 
 # --- runs ---
