@@ -1,15 +1,17 @@
 # Two commands on a fresh machine: `make demo` and `make test`. The full job: `make harvest`, `make train L1=3e-4`, `make eval`.
+# On a disk that is too small for it: `make job DISK=4TB L1=3e-4,8e-5,adaptive`.
 # Everything else a command can do is an option of it: `.venv/bin/python -m train --help`; pass them as ARGS="--layers 0-5".
 
 PYTHON ?= python3
 PRESET ?= pythia-410m
 CACHE  ?= data/$(PRESET)
 RUNS   ?= runs
+DISK   ?= 4TB
 ARGS   ?=
 PY     := .venv/bin/python
 
 .NOTPARALLEL:
-.PHONY: setup demo harvest train eval test crash soak bench clean
+.PHONY: setup demo harvest train eval job test crash soak bench clean
 
 setup: .venv/fresh
 
@@ -30,6 +32,10 @@ train: setup
 
 eval: setup
 	$(PY) -m eval --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(ARGS)
+
+# windows of as many layers as DISK takes: harvest, train, evaluate, make room; run it again to continue
+job: setup
+	$(PY) -m fleet job --disk $(DISK) --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(if $(L1),--l1 $(L1)) $(ARGS)
 
 test: setup
 	.venv/bin/ruff check .

@@ -30,7 +30,7 @@ from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
 from train.runs import Run, Snapshot, alone_in, cache_identity, snapshot_tokens
-from train.sae import Sae
+from train.sae import Damaged, Sae
 
 Record = dict[str, Any]
 _BASIS = ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")  # what a record rests on
@@ -204,6 +204,18 @@ def stored_records(run: Run) -> list[Record]:
     for snapshot in run.snapshots():
         store.files[snapshot.layer, snapshot.label] = Sae.checksum(snapshot.path)
     return [r for r in store.view(None) if store.files.get((r["layer"], r["snapshot"])) == r["file"]]
+
+
+def measured(run: Run) -> dict[int, set[str]]:
+    """{layer: the labels of those of its snapshots that can be opened and were measured, on any text}. Raises UserError for
+    results or a run that are damaged."""
+    store, found = _Store(run), dict[int, set[str]]()
+    known = {(r["layer"], r["snapshot"], r["file"]) for r in store._records}
+    for snapshot in run.snapshots():
+        with contextlib.suppress(Damaged):
+            if (snapshot.layer, snapshot.label, Sae.checksum(snapshot.path)) in known:
+                found.setdefault(snapshot.layer, set()).add(snapshot.label)
+    return found
 
 
 def measured_features(run: Run, layer: int, label: str, file: str) -> tuple[Features, int] | None:

@@ -1,8 +1,9 @@
 """`python -m harvest [plan | verify | repair | free]`: fill an activation cache, or look after one."""
 
 import contextlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -237,9 +238,12 @@ def run_command(device: str | None, shard: Shard, **options: Any) -> None:
 @main.command("plan")
 @_common
 @_settings
-def plan_command(**options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Layers and shape for a program, without the probe of the disk.")
+def plan_command(as_json: bool, **options: Any) -> None:
     """Bytes, free disk and time of a harvest, before it is begun. Needs neither weights nor text."""
     job = _job(options)
+    if as_json:
+        return click.echo(json.dumps({"layers": job.layers, "shape": asdict(job.shape())}))
     click.echo(str(make_plan(job.cache, job.shape(), job.layers, job.threads)))
 
 

@@ -22,7 +22,7 @@ from harvest.model import ResidualModel
 from harvest.native import put_rows
 from harvest.text import TextSource, write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig
-from shared.cache import Cache, CacheSpec, LayerTotals
+from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec, LayerTotals
 from shared.cli import ALONE, Shard, UserError, format_bytes, format_layers, format_seconds, say
 from shared.device import announce, maker, new_event, new_stream, send
 from shared.files import UNKNOWN_FREE, existing, write_all
@@ -31,7 +31,6 @@ from shared.progress import Progress
 from shared.shuffle import block_turns, permutation
 from shared.store import Location, open_store
 
-LEDGER_BYTES_PER_LAYER = 360  # of one block, as measured at most; it is 0.0005 % of a full-size block
 _PROBE_BYTES = 64 << 20
 _CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
 _RECOUNT = 15.0  # seconds between looks at what other harvests have done meanwhile

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import eval.__main__
+import fleet.__main__
 import harvest.__main__
 import train.__main__
 from shared.cache import Cache
@@ -24,7 +25,12 @@ from shared.cli import run
 from tests.bucket import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"harvest": harvest.__main__.main, "train": train.__main__.main, "eval": eval.__main__.main}
+COMMANDS = {
+    "harvest": harvest.__main__.main,
+    "train": train.__main__.main,
+    "eval": eval.__main__.main,
+    "fleet": fleet.__main__.main,
+}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without, and commands heed that
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no failure

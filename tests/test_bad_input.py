@@ -165,6 +165,15 @@ def test_a_shard_too_many(cli: Cli, cache_path: Path, harvest_args: tuple[object
     assert not any(tmp_path.iterdir())
 
 
+def test_a_job_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
+    args = ("--cache", tmp_path / "c", "--runs", tmp_path / "r")
+    refused(cli("fleet", "job", *args, "--disk", "much"), "'much' is not an amount of bytes")
+    refused(cli("fleet", "job", *args, "--disk", "4TB", "--preset", "gpt-5"), "unknown preset 'gpt-5'")
+    refused(cli("fleet", "plan", *args, "--disk", "4TB", "--train", "--lr '1"), "--train: No closing quotation")
+    refused(cli("fleet", "job", *args), "Missing option '--disk'")
+    assert not any(tmp_path.iterdir())
+
+
 def test_other_settings_on_the_same_cache(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...]) -> None:
     refused(cli("harvest", *harvest_args, "--cache", cache_path, "--context", 16), "context is 32 there, 16 here")
     refused(

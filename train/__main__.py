@@ -15,7 +15,7 @@ from shared.store import LOCATION, Bucket, Location
 from train.recipes import PUBLISHED, RECIPES
 from train.settings import parse_settings
 from train.step import StepConfig
-from train.trainer import RunOptions, TrainConfig, train
+from train.trainer import RunOptions, TrainConfig, run_folders, train
 
 
 @click.command()
@@ -64,8 +64,11 @@ from train.trainer import RunOptions, TrainConfig, train
 @click.option(
     "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
 )
+@click.option("--list", "listing", is_flag=True, help="Only say which run folders, one a line, this would train into.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
-def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, runs: Location, **options: Any) -> None:
+def main(
+    preset: str, cache: Location | None, scratch: ScratchConfig | None, runs: Location, listing: bool, **options: Any
+) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
     settings = parse_settings(options["l1"] or p.l1)
@@ -105,6 +108,8 @@ def main(preset: str, cache: Location | None, scratch: ScratchConfig | None, run
         recipe=options["recipe"],
     )
     name = Path(opened.spec.model).name
+    if listing:
+        return say("\n".join(str(run.path) for run in run_folders(name, settings, config, run_options)))
     if not train(opened, name, layers, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
     say(f"trained layers {format_layers(layers)} into {runs}/", err=True)

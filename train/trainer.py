@@ -174,6 +174,11 @@ def _run(name: str, setting: Setting, config: TrainConfig, options: RunOptions) 
     return Run(options.runs / f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}", options.mirror)
 
 
+def run_folders(name: str, settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions) -> list[Run]:
+    """Where the SAEs of these settings go; the folders need not be there."""
+    return [_run(name, setting, config, options) for setting in settings]
+
+
 def _run_config(setting: Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
     return run_config(dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache)
 

@@ -17,6 +17,7 @@ from shared.cli import (
     format_count,
     format_layers,
     format_seconds,
+    parse_bytes,
     parse_count,
     parse_layers,
     parse_shard,
@@ -72,6 +73,14 @@ def test_shards_are_counted_from_0() -> None:
     for text in ("8/8", "9/8", "0/0", "1", "1/", "/8", "-1/8", "1.0/8", "1/8 ", "", "a/b", "1/" + "9" * 99):
         with pytest.raises(UserError, match="is not a shard: they are counted from 0"):
             parse_shard(text)
+
+
+def test_amounts_of_bytes_are_in_the_units_of_disks() -> None:
+    texts = ("4TB", "1.5 tb", "500GB", "20M", "7kb", "4096", "12B")
+    assert [parse_bytes(text) for text in texts] == [4 * 10**12, 15 * 10**11, 5 * 10**11, 20_000_000, 7000, 4096, 12]
+    for text in ("", "TB", "0", "0.1B", "-1TB", "4TiB", "4 T B", "nan", "1e3", "9" * 16, "9999999TB"):
+        with pytest.raises(UserError, match="is not an amount of bytes: write it as 4TB"):
+            parse_bytes(text)
 
 
 def test_a_count_is_exact_where_a_float_is_not() -> None:

@@ -1,0 +1,74 @@
+"""`python -m fleet job`: the whole job on a disk that does not take all layers at once; `plan`: what that will be."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fleet.commands import Commands
+from fleet.job import Job, JobConfig
+from shared.cli import UserError, parse_bytes, run, say
+from shared.presets import get_preset
+
+
+@click.group()
+def main() -> None:
+    """Harvest, train, evaluate and free windows of layers."""
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option("--disk", type=parse_bytes, required=True, help="What cache and runs may take together, such as 4TB."),
+            click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from."),
+            click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>]."),
+            click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True),
+            click.option("--l1", help="Settings, as `python -m train` takes them."),
+            click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
+            click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension."),
+            click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one]."),
+            click.option("--harvest", "harvest_options", default="", help='More options of a command, as "--tokens 100M".'),
+            click.option("--train", "train_options", default="", help="More options of `python -m train`."),
+            click.option("--eval", "eval_options", default="", help="More options of `python -m eval`."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _config(options: dict[str, Any]) -> JobConfig:
+    preset = get_preset(options["preset"])
+    more = {f"{name}_options": _split(name, options.pop(f"{name}_options")) for name in ("harvest", "train", "eval")}
+    chosen = {
+        "cache": options["cache"] or Path("data") / preset.name,
+        "l1": options["l1"] or preset.l1,
+        "expansion": options["expansion"] or preset.expansion,
+    }
+    return JobConfig(**options | chosen | more)
+
+
+def _split(name: str, text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"--{name}: {error}") from None
+
+
+@main.command("job")
+@_options
+def job_command(**options: Any) -> int:
+    """Everything, window after window; run it again to continue."""
+    return Job(_config(options), Commands()).run()
+
+
+@main.command("plan")
+@_options
+def plan_command(**options: Any) -> None:
+    """Windows, bytes, forward passes and time, before anything is begun."""
+    say(str(Job(_config(options), Commands()).plan()))
+
+
+if __name__ == "__main__":
+    run(main)

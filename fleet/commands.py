@@ -1,0 +1,44 @@
+"""The other packages' commands, as processes of their own: what they take is given back when they end, crashes included."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+
+import click
+
+_PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
+
+
+class Commands:
+    """Runs `python -m …`. SIGTERM and Ctrl-C reach the command once, are waited for, and are raised then."""
+
+    def run(self, *argv: str) -> int:
+        """The exit code, as a shell says it; what the command prints is printed."""
+        return self._finish(argv, None)[0]
+
+    def ask(self, *argv: str) -> str:
+        """What the command prints to stdout. If it fails it has said why, and this command ends with its exit code."""
+        code, said = self._finish(argv, subprocess.PIPE)
+        if code:
+            raise click.exceptions.Exit(code)
+        return said
+
+    def _finish(self, argv: tuple[str, ...], stdout: int | None) -> tuple[int, str]:
+        # In a group of its own, or a terminal's Ctrl-C would reach it twice, and twice means at once.
+        child = subprocess.Popen(
+            [sys.executable, "-m", *argv], stdout=stdout, text=True, process_group=0, preexec_fn=_end_with_parent
+        )
+        try:
+            said, _ = child.communicate()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode, said or ""
+
+
+def _end_with_parent() -> None:
+    """In the child: who starts it again after a kill shall not meet it still at work."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

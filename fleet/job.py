@@ -1,0 +1,244 @@
+"""Windows of layers: as many as fit on a disk are harvested, trained and evaluated; then they make room for the next.
+
+What is done follows from the ledger, the checkpoints and the results. The job itself keeps nothing but a log of how long its
+stages took (job.jsonl beside the runs), so it can be stopped anywhere, and what was begun by hand goes on here.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.evaluate import measured
+from fleet.commands import Commands
+from fleet.plan import Plan
+from fleet.room import Room, Window, room, used_bytes, windows
+from shared.cache import Cache, CacheSpec
+from shared.cli import UserError, format_bytes, format_layers, format_seconds, say
+from shared.files import make_dir, remove_leftovers
+from shared.seal import seal, sealed
+from train.runs import SNAPSHOTS, Run
+
+STAGES = ("harvest", "train", "eval")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class JobConfig:
+    """What is wanted, and what is passed on to the commands."""
+
+    disk: int  # bytes that cache and runs may take together
+    cache: Path
+    runs: Path
+    preset: str
+    l1: str
+    expansion: int
+    layers: str | None = None
+    device: str | None = None
+    harvest_options: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
+    eval_options: tuple[str, ...] = ()
+
+    def command(self, stage: str, layers: Sequence[int] | str | None) -> tuple[str, ...]:
+        """A stage of these layers, as `python -m` takes it."""
+        named = () if layers is None else ("--layers", layers if isinstance(layers, str) else format_layers(layers))
+        where = ("--preset", self.preset, "--cache", str(self.cache))
+        device = ("--device", self.device) if self.device else ()
+        trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
+        return {
+            "plan": ("harvest", "plan", "--json", *where, *named, *self.harvest_options),
+            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest_options),
+            "free": ("harvest", "free", *where, *named, "--yes"),
+            "train": ("train", *where, *named, *device, *trained, *self.train_options),
+            "runs": ("train", *where, *named, *device, *trained, *self.train_options, "--list"),
+            "eval": ("eval", "run", *where, "--runs", str(self.runs), "--numbers-only", *device, *self.eval_options),
+            "report": ("eval", "run", *where, "--runs", str(self.runs), *device, *self.eval_options),
+        }[stage]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class LayerState:
+    """How far a layer is, from what is on the disk."""
+
+    blocks: float  # share of its blocks that are there
+    freed: bool
+    saes: int  # checkpoints that are wanted,
+    made: int  # that are there,
+    measured: int  # and that were evaluated
+
+    @property
+    def done(self) -> bool:
+        return self.measured == self.saes
+
+    def __str__(self) -> str:
+        if self.done:
+            return "done, freed" if self.freed else "done"
+        if not self.made and not self.blocks:
+            return "to come"
+        activations = "freed" if self.freed else f"{self.blocks:.0%} harvested"
+        return f"{activations}, {self.made} of {self.saes} checkpoints, {self.measured} measured"
+
+
+class Job:
+    """Call `run`; again after whatever stopped it."""
+
+    def __init__(self, config: JobConfig, commands: Commands) -> None:
+        self._config, self._commands = config, commands
+        self._log = config.runs / "job.jsonl"
+        self._folders: list[Run] = []
+        wanted = json.loads(commands.ask(*config.command("plan", config.layers)))
+        self._layers, self._spec = tuple(wanted["layers"]), CacheSpec(**wanted["shape"])
+
+    def run(self) -> int:
+        """0, or the exit code of the stage that failed and has said why. Raises UserError if not even one layer fits."""
+        self._windows(self._look())  # refuses before anything is written
+        make_dir(self._config.runs)
+        tried: tuple[int, ...] = ()
+        while True:
+            states = self._look()
+            say(self._table(states))
+            left = _left(states)
+            if stuck := set(tried).intersection(left):
+                raise UserError(f"every stage of layers {format_layers(stuck)} ended well, but not all is there: look above")
+            if not left:
+                return self._commands.run(*self._config.command("report", None))
+            if code := self._make_room([layer for layer, state in states.items() if state.done]):
+                return code
+            tried = self._windows(states)[0].layers
+            harvested = all(states[layer].blocks == 1 for layer in tried)
+            for stage in STAGES[harvested:]:
+                if code := self._stage(stage, tried):
+                    return code
+
+    def _make_room(self, done: list[int]) -> int:
+        """Free these layers' training blocks, those whose checkpoints are all whole as they lie on the disk now."""
+        cache = self._cache()
+        loaded = [layer for layer in done if cache is not None and cache.freeable(layer)]
+        whole = [layer for layer in loaded if not any(run.due(layer) for run in self._runs())]
+        if whole != loaded:
+            raise UserError(
+                "checkpoints are damaged, as said above: remove them and run the same command again to make them anew"
+            )
+        return self._commands.run(*self._config.command("free", whole)) if whole else 0
+
+    def _stage(self, stage: str, layers: tuple[int, ...]) -> int:
+        say(f"\n{stage}: layers {format_layers(layers)}")
+        began, code = time.time(), None
+        try:
+            code = self._commands.run(*self._config.command(stage, None if stage == "eval" else layers))
+            return code
+        finally:
+            record = {"stage": stage, "layers": list(layers), "began": began, "seconds": time.time() - began, "code": code}
+            with self._log.open("a") as file:
+                file.write(json.dumps(seal(record)) + "\n")
+
+    # --- what there is ---
+
+    def _cache(self) -> Cache | None:
+        return Cache.open(self._config.cache) if Cache.exists(self._config.cache) else None
+
+    def _runs(self) -> list[Run]:
+        """The run folders, which the cache's model names. As many as there are settings, in any case."""
+        if not self._folders:
+            if self._cache() is None:
+                return [Run(self._config.runs / f"not begun {i}") for i in range(self._config.l1.count(",") + 1)]
+            named = self._commands.ask(*self._config.command("runs", self._layers))
+            self._folders = [Run(Path(line)) for line in named.splitlines()]
+        return self._folders
+
+    def _look(self) -> dict[int, LayerState]:
+        cache, runs, spec = self._cache(), self._runs(), self._spec
+        if cache is not None:
+            cache.remove_leftovers()
+        for run in runs:
+            remove_leftovers(run.path)
+        there = [measured(run) if run.config_path.exists() else {} for run in runs]
+        states = {}
+        for layer in self._layers:
+            missing = spec.n_blocks if cache is None else sum(map(len, cache.missing((layer,), freed=True).values()))
+            made = sum(1 for run in runs for _ in run.path.glob(f"sae_layer{layer:02d}_*.pt"))
+            states[layer] = LayerState(
+                blocks=1 - missing / spec.n_blocks,
+                freed=cache is not None and layer in cache.freed(),
+                saes=SNAPSHOTS * len(runs),
+                made=made,
+                measured=sum(len(labels.get(layer, ())) for labels in there),
+            )
+        return states
+
+    def _need(self, layers: Sequence[int]) -> Room:
+        features = self._config.expansion * self._spec.d_model
+        return room(self._spec, self._cache(), [run.path for run in self._runs()], layers, features)
+
+    def _windows(self, states: dict[int, LayerState]) -> list[Window]:
+        """How layers that are not done are parted, as if those that are had been freed."""
+        need = self._need(_left(states))
+        used = used_bytes(self._config.cache, self._config.runs) - sum(self._need(tuple(states)).there.values())
+        return windows(used, need, self._config.disk)
+
+    def plan(self) -> Plan:
+        """What is still to be done. Raises UserError where a layer does not fit."""
+        states, features = self._look(), self._config.expansion * self._spec.d_model
+        found = self._windows(states)
+        need = self._need(_left(states))
+        written = need.tokens + sum(need.stays[n] + need.passes[n] - need.there[n] for n in need.stays)
+        return Plan(
+            windows=tuple(found), written=written, spec=self._spec, settings=len(self._runs()), features=features,
+            so_far=self._outlook(states),
+        )  # fmt: skip
+
+    # --- what is said ---
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Of the stages that ended, the whole lines of the log."""
+        records = []
+        for line in self._log.read_text().splitlines() if self._log.exists() else ():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if sealed(record):
+                    records.append(record)
+        return records
+
+    def _table(self, states: dict[int, LayerState]) -> str:
+        """A line for each run of layers that are equally far, what it took, and what is left."""
+        took = {(stage, layer): 0.0 for stage in STAGES for layer in states}
+        for record in self._records():
+            for layer in record["layers"]:
+                if (record["stage"], layer) in took:
+                    took[record["stage"], layer] += record["seconds"] / len(record["layers"])
+        groups: list[list[int]] = []
+        for layer, state in states.items():
+            if groups and str(states[groups[-1][-1]]) == str(state):
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        rows: list[tuple[str, ...]] = [("layers", "", *STAGES)]
+        for group in groups:
+            seconds = [sum(took[stage, layer] for layer in group) for stage in STAGES]
+            times = [format_seconds(s) if s else "" for s in seconds]
+            rows.append((format_layers(group), str(states[group[0]]), *times))
+        rows.append((f"left: {self._outlook(states)}",))
+        sizes = [max(len(row[i]) for row in rows[:-1]) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(f"{cell:<{n}}" for cell, n in zip(row, sizes, strict=False)).rstrip() for row in rows)
+
+    def _outlook(self, states: dict[int, LayerState]) -> str:
+        left = _left(states)
+        if not left:
+            return "nothing"
+        n = len(self._windows(states))
+        text = f"{len(left)} layers in {n} window{'s' * (n > 1)}, up to {format_bytes(self._config.disk)}"
+        ended = [r for r in self._records() if r["code"] == 0]
+        if {r["stage"] for r in ended} >= set(STAGES):
+            harvests = [r["seconds"] for r in ended if r["stage"] == "harvest"]
+            others = [r for r in ended if r["stage"] != "harvest"]
+            layers = sum(len(r["layers"]) for r in others) / (len(STAGES) - 1)
+            seconds = n * sum(harvests) / len(harvests) + len(left) * sum(r["seconds"] for r in others) / layers
+            text += f", about {format_seconds(seconds)} as it went so far"
+        return text
+
+
+def _left(states: dict[int, LayerState]) -> list[int]:
+    """The layers of which something is still to be made."""
+    return [layer for layer, state in states.items() if not state.done]

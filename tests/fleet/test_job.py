@@ -1,0 +1,199 @@
+"""A job on a disk that takes two of its three layers: never more than that, wherever it is stopped, and the same SAEs."""
+
+import contextlib
+import dataclasses
+import io
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fleet.commands import Commands
+from fleet.job import Job, JobConfig
+from fleet.room import Room, Window, used_bytes, windows
+from shared.cache import Cache
+from shared.cli import UserError
+from tests.conftest import TRAIN_ARGS, invoke
+from train.runs import Run
+
+L1 = "3e-3"
+
+
+class Here(Commands):
+    """The commands in this process, for they take seconds to start; only the pictures at the end are left out."""
+
+    def __init__(self, most: int = 1000) -> None:
+        self.ran: list[str] = []
+        self._most = most
+
+    def run(self, *argv: str) -> int:
+        if len(self.ran) == self._most:
+            raise Stopped
+        self.ran.append(" ".join(argv[:2]) if argv[0] != "train" else "train")
+        report = argv[:2] == ("eval", "run") and "--numbers-only" not in argv
+        return 0 if report else invoke(*argv)
+
+    def ask(self, *argv: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert invoke(*argv) == 0
+        return said.getvalue()
+
+
+class Stopped(BaseException):
+    """Stands for a kill between two commands."""
+
+
+@pytest.fixture
+def config(harvest_args: tuple[object, ...], tmp_path: Path) -> JobConfig:
+    return JobConfig(
+        disk=5_200_000,
+        cache=tmp_path / "c",
+        runs=tmp_path / "r",
+        preset="demo",
+        l1=L1,
+        expansion=4,
+        device="cpu",
+        harvest_options=tuple(map(str, harvest_args[2:-2])),
+        train_options=tuple(map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8]))),
+        eval_options=("--eval-tokens", "512", "--ce-tokens", "64"),
+    )
+
+
+@contextlib.contextmanager
+def watched(config: JobConfig) -> Iterator[list[int]]:
+    """What is on the disk, resume states and files half-written included, over and over."""
+    seen, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            states = sum(p.lstat().st_blocks * 512 for p in config.runs.glob("*/state/*/*") if p.exists())
+            seen.append(used_bytes(config.cache, config.runs) + states)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+
+
+def weights(runs: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.name} {key}": tensor
+        for path in sorted(runs.glob(f"*x4-l1-{L1}-fixed/*.pt"))
+        for key, tensor in torch.load(path, weights_only=True)["model_state"].items()
+    }
+
+
+def test_a_job_in_windows_stopped_between_commands(config: JobConfig, runs_path: Path) -> None:
+    """What comes of it are the SAEs of the undivided cache, and the disk has never held more than it was allowed."""
+    ran = []
+    with watched(config) as seen:
+        for most in range(1, 9):
+            commands = Here(most)
+            try:
+                assert Job(config, commands).run() == 0
+                break
+            except Stopped:
+                ran.append(commands.ran)
+    harvest, train, evaluate, free = "harvest run", "train", "eval run", "harvest free"
+    assert ran == [[harvest], [train, evaluate], [free, harvest, train]]
+    assert commands.ran == [train, evaluate, evaluate]  # the last for the report
+    assert 0.5 * config.disk < max(seen) <= config.disk
+    cache = Cache.open(config.cache)
+    assert cache.freed() == (0, 1)
+    assert [len(cache.freeable(layer)) for layer in range(3)] == [0, 0, 40]
+    ours, wanted = weights(config.runs), weights(runs_path)
+    assert len(ours) == 3 * 6 * 5 and ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[k], wanted[k]) for k in ours)
+
+
+@pytest.fixture
+def trained(config: JobConfig, cache_path: Path, runs_path: Path) -> JobConfig:
+    """Everything is made and measured, and nothing freed."""
+    shutil.copytree(cache_path, config.cache)
+    config.runs.mkdir()
+    for folder in runs_path.glob("*-fixed"):
+        shutil.copytree(folder, config.runs / folder.name)
+    both = dataclasses.replace(config, l1="3e-3,8e-4", disk=10_000_000)
+    assert Here().run(*both.command("eval", None)) == 0
+    return both
+
+
+def test_what_was_done_by_hand_goes_on(trained: JobConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left to be made; so there is nobody to make room for, and only the report is missing."""
+    commands = Here()
+    assert Job(trained, commands).run() == 0
+    assert commands.ran == ["eval run"]
+    assert "0-2     done\nleft: nothing" in capfd.readouterr().out
+
+
+def test_a_layer_is_freed_only_when_its_checkpoints_are_whole_and_measured(trained: JobConfig) -> None:
+    runs = [Run(path) for path in sorted(trained.runs.iterdir())]
+    missing, damaged = runs[0].snapshot_path(2, "final"), runs[1].snapshot_path(0, "final")
+    missing.unlink()  # layer 2 is wanted again
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:20_000] + bytes([whole[20_000] ^ 1]) + whole[20_001:])
+    commands = Here()
+    with pytest.raises(UserError, match="checkpoints are damaged, as said above: remove them"):
+        Job(trained, commands).run()
+    assert commands.ran == [] and Cache.open(trained.cache).freed() == ()
+    damaged.write_bytes(whole)
+    (runs[0].path / "results" / "metrics.json").unlink()  # of one setting nothing is measured any more
+    commands = Here(most=2)
+    with pytest.raises(Stopped):
+        Job(trained, commands).run()
+    assert commands.ran == ["train", "eval run"]  # for all blocks are there
+    assert Cache.open(trained.cache).freed() == ()
+
+
+def test_a_stage_that_fails_ends_the_job_with_its_line_and_code(
+    config: JobConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    commands = Here()
+    gone = dataclasses.replace(config, harvest_options=(*config.harvest_options, "--dataset", str(tmp_path / "none.jsonl")))
+    assert Job(gone, commands).run() == 2
+    assert commands.ran == ["harvest run"]
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot load the dataset")
+
+
+def test_a_disk_too_small_for_one_layer_is_refused_at_once(config: JobConfig) -> None:
+    with pytest.raises(UserError, match=r"layer 0 needs .* more than the 2 MB of --disk") as refused:
+        Job(dataclasses.replace(config, disk=2_000_000), Here()).run()
+    assert "\n" not in str(refused.value)
+    assert not config.cache.exists() and not config.runs.exists()
+
+
+def test_a_plan_says_windows_bytes_and_passes(config: JobConfig) -> None:
+    lines = str(Job(config, Here()).plan()).splitlines()
+    assert lines[0].startswith("window 1: layers 0-1, up to 4.") and lines[1].startswith("window 2: layers 2, up to ")
+    assert lines[3] == "forward passes: 2, cut off after 2, 3 of 3 layers: 1.67 whole ones"
+    assert not config.cache.exists() and not config.runs.exists()
+
+
+def test_windows_fit_beside_all_that_stays() -> None:
+    layers = range(6)
+    need = Room(
+        tokens=10,
+        states=5,
+        stays=dict.fromkeys(layers, 4),
+        passes=dict.fromkeys(layers, 20),
+        there=dict.fromkeys(layers, 0),
+    )
+    found = windows(0, need, 70)
+    # 10 + 5 + 2 · 24 = 63; then 18 stays: 18 + 5 + 24 = 47 beside which a second has no room; and so on
+    assert [(w.layers, w.peak) for w in found] == [((0, 1), 63), ((2,), 47), ((3,), 51), ((4,), 55), ((5,), 59)]
+    with pytest.raises(UserError, match="layer 5 needs 59 B"):
+        windows(0, need, 58)
+    # after a kill: what is there of layers 0 and 1 has its place in them, and in the way of none that come later
+    begun = dataclasses.replace(need, there=need.there | {0: 15, 1: 3})
+    assert windows(0, begun, 70) == found
+    assert windows(0, dataclasses.replace(begun, there=begun.there | {5: 8}), 70)[0] == Window(
+        layers=(0,), peak=10 + 5 + 24 + 3 + 8
+    )
