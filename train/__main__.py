@@ -1,5 +1,6 @@
 """`python -m train`: SAEs from an activation cache."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from shared.mirror import Mirror, local
 from shared.presets import get_preset
 from shared.scratch import ScratchConfig, ScratchType
 from shared.store import LOCATION, Bucket, Location
+from train.loader import FOLLOW_POLL
 from train.recipes import PUBLISHED, RECIPES
 from train.settings import parse_settings
 from train.step import StepConfig
@@ -64,6 +66,7 @@ from train.trainer import RunOptions, TrainConfig, run_folders, train
 @click.option(
     "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
 )
+@click.option("--follow", is_flag=True, help="Begin beside the harvest, and wait for what is not there yet.")
 @click.option("--list", "listing", is_flag=True, help="Only say which run folders, one a line, this would train into.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard curves as well.")
 def main(
@@ -74,7 +77,10 @@ def main(
     settings = parse_settings(options["l1"] or p.l1)
     shard: Shard = options["shard"]
     device = pick_device(options["device"])
-    opened = Cache.open(cache or Path("data") / p.name, scratch)
+    where = cache or Path("data") / p.name
+    if options["follow"]:
+        _await_tokens(where)
+    opened = Cache.open(where, scratch)
     layers = parse_layers(options["layers"]) if options["layers"] else _not_freed(opened)
     layers = layers[shard.index :: shard.count]
     if not layers:
@@ -106,6 +112,7 @@ def main(
         save_minutes=options["save_minutes"],
         tensorboard=options["tensorboard"],
         recipe=options["recipe"],
+        follow=options["follow"],
     )
     name = Path(opened.spec.model).name
     if listing:
@@ -113,6 +120,14 @@ def main(
     if not train(opened, name, layers, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
     say(f"trained layers {format_layers(layers)} into {runs}/", err=True)
+
+
+def _await_tokens(path: Location) -> None:
+    """Returns when the cache's harvest has come so far that it is said which layers it is of."""
+    if not Cache.exists(path) or Cache.open(path).missing_token_chunks():
+        say(f"waiting until a harvest has written the tokens of {path}", err=True)
+    while not Cache.exists(path) or Cache.open(path).missing_token_chunks():
+        time.sleep(FOLLOW_POLL)
 
 
 def _not_freed(cache: Cache) -> tuple[int, ...]:

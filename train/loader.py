@@ -16,10 +16,11 @@ handed out only when a reader thread has seen its copies arrive, so that whateve
 
 import contextlib
 import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.cache import BlockStats, Cache
-from shared.cli import UserError
+from shared.cli import UserError, say
 from shared.device import new_event, new_stream
 from shared.files import page_aligned
 from shared.shuffle import epoch_slices, window_rows
+
+FOLLOW_POLL, _LATE = 0.5, 60.0  # seconds between looks for a block that is being harvested, and until it is said
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -92,15 +95,24 @@ class _Load:
 class ActivationLoader:
     """Iterate over batches `first` … `last` − 1, each float16 [batch, d_model] on the device.
 
-    Raises UserError, naming layer and block, if a block is missing or a slice damaged. `waited` counts the seconds for which
-    the consumer found no window ready: not read, not on the device, or its order not drawn.
+    Raises UserError, naming layer and block, if a block is missing or a slice damaged. With `asked` blocks that are not there
+    yet are waited for, until they are harvested or it says to stop, which ends the batches. `waited` counts the seconds for
+    which the consumer found no window ready: not read, not on the device, or its order not drawn.
     """
 
     def __init__(
-        self, cache: Cache, layer: int, config: LoaderConfig, device: torch.device, *, first: int = 0, last: int
+        self,
+        cache: Cache,
+        layer: int,
+        config: LoaderConfig,
+        device: torch.device,
+        *,
+        first: int = 0,
+        last: int,
+        asked: Callable[[], bool] | None = None,
     ) -> None:
         self._cache, self._layer, self._config, self._device = cache, layer, config, device
-        self._first, self._last = first, last
+        self._first, self._last, self._asked, self._ended = first, last, asked, threading.Event()
         spec = cache.spec
         self._known: dict[int, BlockStats] = {}  # an entry of the ledger is wanted once for each slice
         self._window_slices = min(config.window_blocks, spec.train_blocks) * spec.slices
@@ -133,6 +145,7 @@ class ActivationLoader:
                     if at >= end:
                         return
             finally:
+                self._ended.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _new_batch(self) -> Tensor:
@@ -145,13 +158,27 @@ class ActivationLoader:
         while loading:
             load = loading.popleft()
             began = time.perf_counter()
-            for future in load.work:
-                future.result()
+            if not self._arrived(load):
+                return
             self.waited += time.perf_counter() - began
             yield load
             # Its slot is free now, though the window after it may still be on its way: the disk never waits for a window's end.
             if (following := next(wanted, None)) is not None:
                 loading.append(self._load(pool, load.slot, following))
+
+    def _arrived(self, load: _Load) -> bool:
+        """Wait for a window to be whole; False if it was asked to stop meanwhile, which only who follows a harvest heeds."""
+        left, began, said = set(load.work), time.perf_counter(), False
+        while left:
+            done, left = wait(left, None if self._asked is None else FOLLOW_POLL, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if left and self._asked is not None and self._asked():
+                return False
+            if left and not said and time.perf_counter() - began > _LATE:
+                said = True
+                say(f"layer {self._layer}: waiting for blocks that are not harvested yet", err=True)
+        return True
 
     def _windows(self, at: int) -> Iterator[_Window]:
         """Every window from row `at` of the stream to its end. Those of an epoch are equally large, to a slice."""
@@ -212,6 +239,10 @@ class ActivationLoader:
 
     def _read_host(self, block: int, index: int, target: Tensor) -> None:
         data = target.numpy()
+        if self._asked is not None and block not in self._known:
+            while not self._cache.has_block((self._layer,), block):
+                if self._ended.wait(FOLLOW_POLL):
+                    raise CancelledError
         self._cache.read_slice(self._layer, block, index, data)
         if self._config.check:
             self._check(block, index, data)

@@ -17,9 +17,10 @@ from shared.files import free_bytes
 from shared.mirror import Mirror
 from shared.progress import Progress
 from shared.seal import SEAL
+from shared.shuffle import epoch_slices
 from train.kernels import TorchKernels, Workspace
 from train.l1 import ControllerConfig
-from train.loader import ActivationLoader, LoaderConfig
+from train.loader import FOLLOW_POLL, ActivationLoader, LoaderConfig
 from train.look import Look
 from train.recipes import PUBLISHED
 from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
@@ -82,6 +83,7 @@ class RunOptions:
     log_records: int = 300  # points of a training curve
     tensorboard: bool = False
     recipe: str = PUBLISHED  # for the runs' names: what it consists of is in the TrainConfig
+    follow: bool = False  # wait for blocks that are not harvested yet
 
 
 def train(
@@ -132,7 +134,7 @@ def _train_layers(
         for layer in layers:
             if asked():
                 break
-            whole &= _LayerJob(cache, layer, runs, config, options, kernels, saver).run(asked)
+            whole &= _LayerJob(cache, layer, runs, config, options, kernels, saver, asked).run()
     return whole
 
 
@@ -162,7 +164,7 @@ def _require_trainable(
         _summary_writer()
     if freed := set(layers).intersection(cache.freed()):
         raise cache.freed_error(freed)
-    for layer in layers:
+    for layer in () if options.follow else layers:
         missing = sum(map(len, cache.missing((layer,)).values()))
         if missing:
             raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
@@ -225,8 +227,11 @@ class _LayerJob:
         options: RunOptions,
         kernels: TorchKernels,
         saver: Saver,
+        asked: Callable[[], bool],
     ) -> None:
+        """`asked` says whether to stop."""
         self._cache, self._layer, self._config, self._options, self._saver = cache, layer, config, options, saver
+        self._asked = asked
         due = [(run, setting, run.due(layer)) for run, setting in runs]
         for run, _, labels in due:
             if not labels:
@@ -234,14 +239,28 @@ class _LayerJob:
         self._jobs: list[_SaeJob] = []
         if not any(labels for _, _, labels in due):
             return
+        if options.follow and not self._first_window():
+            return
         look = Look.at(cache, layer, config.seed)
         say(f"layer {layer}: {look}", err=True)
         for run, setting, labels in due:
             if labels:
                 self._jobs.append(_SaeJob(run, setting, cache, layer, labels, look, config, options, kernels, saver))
 
-    def run(self, asked: Callable[[], bool]) -> bool:
-        """Train to the end, or until `asked` to stop. Returns whether no SAE stopped by itself."""
+    def _first_window(self) -> bool:
+        """Wait for the blocks with which training begins; False if it was asked to stop meanwhile."""
+        spec, window = self._cache.spec, self._config.window_blocks * self._cache.spec.slices
+        first = epoch_slices(spec.train_blocks, spec.slices, seed=self._config.seed, epoch=0)[:window] // spec.slices
+        say(f"layer {self._layer}: following the harvest", err=True)
+        for block in first.tolist():
+            while not self._cache.has_block((self._layer,), block):
+                if self._asked():
+                    return False
+                time.sleep(FOLLOW_POLL)
+        return True
+
+    def run(self) -> bool:
+        """Train to the end, or until it is asked to stop. Returns whether no SAE stopped by itself."""
         if not self._jobs:
             return True
         config = self._config
@@ -256,13 +275,14 @@ class _LayerJob:
             device,
             first=first,
             last=config.steps,
+            asked=self._asked if self._options.follow else None,
         )
         features = config.expansion * self._cache.spec.d_model
         # On a GPU every setting's forward half is queued before the first one's counts are read. On a CPU nothing is queued.
         slots = len(self._jobs) if device.type == "cuda" else 1
         workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device, slots=slots)
         clock = _Clock(loader)
-        title = f"training layer {self._layer}"
+        title, jobs = f"training layer {self._layer}", list[_SaeJob]()
         with (
             contextlib.ExitStack() as open_,
             Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress,
@@ -280,10 +300,11 @@ class _LayerJob:
                 if all(job.stopped for job in self._jobs):
                     break
                 progress.update((step + 1) * config.batch, self._note(clock))
-                if asked():
-                    for job in jobs:
-                        job.keep()
+                if self._asked():
                     break
+            if self._asked():
+                for job in jobs:
+                    job.keep()
         return not any(job.stopped for job in self._jobs)
 
     def _note(self, clock: "_Clock") -> str:
