@@ -21,7 +21,7 @@ import torch
 
 from eval.floor import ALIVE_ABOVE
 from eval.metrics import DEAD_AT, Features, heldout_blocks, heldout_tokens, load_features, loss_metrics, measure, save_features
-from eval.splice import SplicedModel, constant, through
+from eval.splice import SplicedModel, constant, only, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce, fitting
@@ -29,6 +29,7 @@ from shared.files import remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
+from train.rows import Rows
 from train.runs import Run, Snapshot, alone_in, cache_identity, snapshot_tokens
 from train.sae import Damaged, Sae
 
@@ -156,13 +157,19 @@ def _evaluate_layer(
                 sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs)
                 opened.append((store, snapshot, belongs, sae.to(config.device)))
         progress.advance(len(group) - len(opened))
-        if opened:
-            _measure_group(cache, layer, opened, lm, config, progress)
+        for rows in dict.fromkeys(_rows(sae) for *_, sae in opened):
+            _measure_group(cache, layer, rows, [one for one in opened if _rows(one[-1]) == rows], lm, config, progress)
+
+
+def _rows(sae: Sae) -> Rows:
+    """On which an SAE is measured: such as it was trained on."""
+    return Rows.of(sae.config.get("train", {}), sae.stats.get("activations", {}))
 
 
 def _measure_group(
     cache: Cache,
     layer: int,
+    rows: Rows,
     opened: list[tuple["_Store", Snapshot, dict[str, Any], Sae]],
     lm: SplicedModel,
     config: EvalConfig,
@@ -170,9 +177,10 @@ def _measure_group(
 ) -> None:
     """One reading of the layer for all of these SAEs."""
     saes = [sae for *_, sae in opened]
-    activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens), saes, cache.spec.context)
+    activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens, rows), saes, cache.spec.context)
     ablations = [torch.zeros_like, constant(activations.all.mean)]
-    clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
+    replacements = [only(rows, replace) for replace in (*ablations, *map(through, saes))]
+    clean, (zero, mean, *spliced) = lm.losses(layer, replacements)
     for (store, snapshot, belongs, sae), tally, loss in zip(opened, tallies, spliced, strict=True):
         metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
         path = features_path(store.run, layer, snapshot.label)

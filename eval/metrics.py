@@ -60,6 +60,7 @@ from shared.cache import Cache
 from shared.cli import UserError
 from shared.files import make_dir, publish_file
 from shared.seal import seal, sealed
+from train.rows import ALL, Rows
 from train.sae import Sae
 
 DEAD_AT = 1e-5  # density
@@ -82,18 +83,18 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def heldout_blocks(cache: Cache, layer: int, tokens: int) -> Iterator[Block]:
-    """The held-out activations of a layer, up to `tokens` of them, a block at a time, on the CPU. A block's rows are permuted,
-    so the first of them are a fair sample. Raises UserError for blocks that are not there or damaged."""
+def heldout_blocks(cache: Cache, layer: int, tokens: int, rows: Rows = ALL) -> Iterator[Block]:
+    """The held-out activations of a layer, a block at a time, on the CPU: of the first `tokens` those that are among `rows`. A
+    block's rows are permuted, so its first are a fair sample. Raises UserError for blocks that are not there or damaged."""
     spec = cache.spec
     for block in range(spec.train_blocks, spec.n_blocks):
         n = min(spec.block_rows, tokens - (block - spec.train_blocks) * spec.block_rows)
         if n <= 0:
             return
-        yield (
-            torch.from_numpy(cache.whole_block(layer, block))[:n],
-            torch.from_numpy(cache.block_order(block) % spec.context)[:n],
-        )
+        x = torch.from_numpy(cache.whole_block(layer, block))[:n]
+        positions = torch.from_numpy(cache.block_order(block) % spec.context)[:n]
+        kept = slice(None) if rows.all else rows.kept(x, positions)
+        yield x[kept], positions[kept]
 
 
 def heldout_tokens(cache: Cache, tokens: int) -> Tensor:

@@ -16,6 +16,7 @@ from eval.evaluate import Skipped
 from eval.plots import short_labels
 from shared.cli import format_count, format_layers
 from shared.files import publish_file, remove_leftovers
+from train.rows import left_out
 from train.runs import FINAL, Run, alone_in
 
 Record = dict[str, Any]
@@ -338,6 +339,8 @@ def _of_run(run: Run, records: list[Record], usual: tuple[Any, ...]) -> list[str
     config, shown, lines = run.config(), latest(records), []
     whole, n_layers = format_count(config["train"]["tokens"]), config["cache"]["spec"]["n_layers"]
     lines += [f"layer {r['layer']} is {trained_on(r, whole)}" for r in shown if r["snapshot"] != FINAL]
+    if without := left_out(config["train"]):
+        lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
     if absent := sorted(set(range(n_layers)) - {r["layer"] for r in shown}):
         lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
     if other := [r["layer"] for r in shown if _basis(r) != usual]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.lm import find_blocks, load_model
+from train.rows import Rows
 from train.sae import Sae
 
 Replacement = Callable[[Tensor], Tensor]
@@ -76,6 +77,15 @@ def through(sae: Sae) -> Replacement:
 def constant(value: Tensor) -> Replacement:
     """x → value [d] at every position: mean ablation, where it is the mean."""
     return lambda x: value.to(x).expand_as(x)
+
+
+def only(rows: Rows, replace: Replacement) -> Replacement:
+    """At these rows alone; the others stay as the model has them."""
+
+    def where(x: Tensor) -> Tensor:
+        return torch.where(rows.kept(x, torch.arange(x.shape[1], device=x.device))[..., None], replace(x), x)
+
+    return replace if rows.all else where
 
 
 def _nats(log_p: Tensor, tokens: Tensor) -> float:

@@ -50,6 +50,8 @@ from train.trainer import RunOptions, TrainConfig, run_folders, train
 @click.option("--refit", type=Number(0, 0.5), help="Share of the run, at its end, for the decoder alone, without L1.")
 @click.option("--l1-warmup", type=click.IntRange(0), help="Steps over which λ rises.")
 @click.option("--window-blocks", type=click.IntRange(1), help="Blocks shuffled together.")
+@click.option("--skip-positions", type=click.IntRange(0), default=0, show_default=True, help="Of each context, not trained on.")
+@click.option("--max-norm", type=Number(1), help="Rows longer than this many medians are not trained on [default: all are].")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of the products.")
 @click.option("--sparse-below", type=Number(0, 1), help="Share of active entries under which a step is sparse.")
 @click.option(
@@ -94,6 +96,8 @@ def main(
         lr_decay=chosen["lr_decay"],
         l1_warmup=chosen["l1_warmup"],
         refit=chosen["refit"],
+        skip_positions=options["skip_positions"],
+        max_norm=options["max_norm"],
         seed=options["seed"],
         step=StepConfig(
             l1_reduction=options["l1_reduction"],

@@ -19,9 +19,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from shared.cli import UserError, say
 from shared.device import new_event, new_stream
 from shared.files import page_aligned
 from shared.shuffle import epoch_slices, window_rows
+from train.rows import ALL, Rows, fill
 
 FOLLOW_POLL, _LATE = 0.5, 60.0  # seconds between looks for a block that is being harvested, and until it is said
 
@@ -46,6 +48,7 @@ class LoaderConfig:
     threads: int = 16  # each waits for one call of the disk at a time
     seed: int = 0
     check: bool = True  # compare every slice with its checksum as it is read
+    rows: Rows = ALL  # those left out have others of their window in their places, see `train.rows.fill`
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -89,7 +92,7 @@ class _Load:
 
     window: _Window
     slot: _Slot
-    work: list[Future[None]]
+    work: Sequence[Future[Any]]
 
 
 class ActivationLoader:
@@ -203,12 +206,13 @@ class ActivationLoader:
         if self._cuda:
             free = new_event()
             free.record(torch.cuda.current_stream(self._device))
-        work, first = [pool.submit(self._draw, window, slot, free)], 0
+        drawn, reads, first = pool.submit(self._draw, window, slot, free), [], 0
         for number, end in zip(window.slices.tolist(), window.ends.tolist(), strict=True):
             block, index = divmod(number, self._cache.spec.slices)
-            work.append(pool.submit(self._read, block, index, slot.data[first:end], free))
+            reads.append(pool.submit(self._read, block, index, slot.data[first:end], free))
             first = end
-        return _Load(window=window, slot=slot, work=work)
+        last = [] if self._config.rows.all else [pool.submit(self._leave_out, window, slot, free, drawn, reads)]
+        return _Load(window=window, slot=slot, work=[drawn, *reads, *last])
 
     def _draw(self, window: _Window, slot: _Slot, free: torch.cuda.Event | None) -> None:
         rows = window.rows
@@ -217,14 +221,29 @@ class ActivationLoader:
         if free is not None:
             self._send(slot.drawn[:rows], slot.order[:rows], free)
 
-    def _read(self, block: int, index: int, target: Tensor, free: torch.cuda.Event | None) -> None:
+    def _leave_out(
+        self,
+        window: _Window,
+        slot: _Slot,
+        free: torch.cuda.Event | None,
+        drawn: Future[None],
+        reads: Sequence[Future[NDArray[np.bool_]]],
+    ) -> None:
+        """Waits for work that was begun before it, so that one thread is enough for all."""
+        drawn.result()
+        fill(slot.drawn[: window.rows].numpy(), np.concatenate([read.result() for read in reads]))
+        if free is not None:
+            self._send(slot.drawn[: window.rows], slot.order[: window.rows], free)
+
+    def _read(self, block: int, index: int, target: Tensor, free: torch.cuda.Event | None) -> NDArray[np.bool_]:
+        """Which of its rows count; nothing where all do."""
         if free is None:
-            self._read_host(block, index, target)
-            return
+            return self._read_host(block, index, target)
         staging = self._staging.get()
         try:
-            self._read_host(block, index, staging[: len(target)])
+            kept = self._read_host(block, index, staging[: len(target)])
             self._send(staging[: len(target)], target, free)
+            return kept
         finally:
             self._staging.put(staging)
 
@@ -237,7 +256,7 @@ class ActivationLoader:
             arrived.record(self._stream)
         arrived.synchronize()
 
-    def _read_host(self, block: int, index: int, target: Tensor) -> None:
+    def _read_host(self, block: int, index: int, target: Tensor) -> NDArray[np.bool_]:
         data = target.numpy()
         if self._asked is not None and block not in self._known:
             while not self._cache.has_block((self._layer,), block):
@@ -246,6 +265,11 @@ class ActivationLoader:
         self._cache.read_slice(self._layer, block, index, data)
         if self._config.check:
             self._check(block, index, data)
+        if self._config.rows.all:
+            return np.empty(0, np.bool_)
+        first = index * self._cache.spec.slice_rows
+        places = self._cache.block_order(block)[first : first + len(data)] % self._cache.spec.context
+        return self._config.rows.kept(target, torch.from_numpy(places)).numpy()
 
     def _check(self, block: int, index: int, data: NDArray[np.float16]) -> None:
         if (known := self._known.get(block)) is not None:

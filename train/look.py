@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.cache import Cache
 from shared.shuffle import epoch_slices
+from train.rows import Rows, norms, nothing_left
 
 LONG = 10  # times the median norm
 FLATTERS = 0.5  # share of variance in one direction, in first positions or in long rows, from which FVU says little
@@ -21,7 +22,7 @@ _FLOAT16 = 65_504.0
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Look:
-    """Shares are of Σ‖x − mean‖² over the rows looked at, but for `long_rows`."""
+    """Shares are of Σ‖x − mean‖² over the rows looked at that are trained on, but for `long_rows` and `left_out`."""
 
     mean_over_std: float  # ‖mean‖ / √(mean ‖x − mean‖²)
     top_direction: float
@@ -29,10 +30,13 @@ class Look:
     long_rows: float  # share of rows
     long_rows_variance: float
     float16_used: float  # largest |value| over the largest that float16 holds
+    median_norm: float  # of all rows looked at: what --max-norm is a multiple of
+    left_out: float  # share of all rows looked at that are not trained on
 
     @classmethod
-    def at(cls, cache: Cache, layer: int, seed: int) -> Self:
-        """At as many rows as a block has, from slices with which training begins. Raises UserError for what cannot be read."""
+    def at(cls, cache: Cache, layer: int, seed: int, *, skip_positions: int = 0, max_norm: float | None = None) -> Self:
+        """At as many rows as a block has, from slices with which training begins: a pure function of the cache and these
+        numbers. Raises UserError for what cannot be read, and where no row would be left."""
         spec = cache.spec
         numbers = epoch_slices(spec.train_blocks, spec.slices, seed=seed, epoch=0)[: spec.slices]
         rows, positions = [], []
@@ -43,30 +47,42 @@ class Look:
             cache.check_slice(layer, block, index, data, cache.stats(layer, block))
             rows.append(torch.from_numpy(data))
             positions.append(torch.from_numpy(places % spec.context))
-        return cls.of(torch.cat(rows), torch.cat(positions))
+        return cls.of(torch.cat(rows), torch.cat(positions), skip_positions, max_norm)
 
     @classmethod
-    def of(cls, x: Tensor, positions: Tensor) -> Self:
+    def of(cls, x: Tensor, positions: Tensor, skip_positions: int = 0, max_norm: float | None = None) -> Self:
         """x float16 [n, d], and for each its position in its context [n]."""
-        wide = x.float()
-        norms, mean = wide.norm(dim=1), wide.mean(0)
+        length = norms(x)
+        median = float(length.median())
+        kept = Rows.of({"skip_positions": skip_positions, "max_norm": max_norm}, {"median_norm": median}).kept(x, positions)
+        if not kept.any():
+            raise nothing_left()
+        wide, positions, long = x[kept].float(), positions[kept], length[kept] > LONG * median
+        mean = wide.mean(0)
         centred = wide - mean
         squares = centred.double().square().sum(1)
         total = float(squares.sum()) or 1.0
         largest = float(torch.linalg.eigvalsh(centred.t() @ centred)[-1])
-        long = norms > LONG * norms.median()
         return cls(
-            mean_over_std=float(mean.norm()) / (total / len(x)) ** 0.5,
+            mean_over_std=float(mean.norm()) / (total / len(wide)) ** 0.5,
             top_direction=largest / total,
             first_positions=float(squares[positions == 0].sum()) / total,
             long_rows=float(long.double().mean()),
             long_rows_variance=float(squares[long].sum()) / total,
             float16_used=float(wide.abs().max()) / _FLOAT16,
+            median_norm=median,
+            left_out=1 - len(wide) / len(x),
         )
 
     @property
     def flatters(self) -> bool:
         return max(self.top_direction, self.first_positions, self.long_rows_variance) > FLATTERS
+
+    @property
+    def _advice(self) -> str:
+        options = {"--skip-positions 1": self.first_positions, f"--max-norm {LONG}": self.long_rows_variance}
+        useful = [option for option, share in options.items() if share > FLATTERS]
+        return f", or train without those rows ({' or '.join(useful)})" if useful else ""
 
     def __str__(self) -> str:
         text = (
@@ -74,9 +90,11 @@ class Look:
             f"{self.first_positions:.0%} in first positions, {self.long_rows_variance:.0%} in the {self.long_rows:.2%} of rows "
             f"above {LONG} × the median norm; largest value {self.float16_used:.1%} of float16's"
         )
+        if self.left_out:
+            text = f"{self.left_out:.2%} of rows are not trained on; in the others {text}"
         if self.flatters:
             text += (
                 "; WARNING: a small part of this owns the squared error, so FVU will flatter: judge these SAEs by "
-                "fvu_without_first, fvu_without_top3 and CE recovered"
+                f"fvu_without_first, fvu_without_top3 and CE recovered{self._advice}"
             )
         return text

@@ -39,7 +39,9 @@ SNAPSHOTS = 6
 FINAL = "final"  # the label of the last
 
 # Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
-_ADDED: dict[str, Any] = {"lr_decay": 0.0, "refit": 0.0, "step": {"decoder_norm": "unit"}}
+_ADDED: dict[str, Any] = {
+    "lr_decay": 0.0, "refit": 0.0, "skip_positions": 0, "max_norm": None, "step": {"decoder_norm": "unit"},
+}  # fmt: skip
 
 
 def cache_identity(cache: Cache) -> dict[str, Any]:
@@ -128,7 +130,10 @@ class Run:
         there = self.config()
         if there["digest"] == wanted["digest"]:
             return
-        pairs = [("", there["train"], wanted["train"]), ("the cache's ", there["cache"]["spec"], wanted["cache"]["spec"])]
+        pairs = [
+            ("", _ADDED | there["train"], _ADDED | wanted["train"]),
+            ("the cache's ", there["cache"]["spec"], wanted["cache"]["spec"]),
+        ]
         different = [
             f"{whose}{key} is {a.get(key)!r} there, {b.get(key)!r} here"
             for whose, a, b in pairs

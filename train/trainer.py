@@ -23,6 +23,7 @@ from train.l1 import ControllerConfig
 from train.loader import FOLLOW_POLL, ActivationLoader, LoaderConfig
 from train.look import Look
 from train.recipes import PUBLISHED
+from train.rows import Rows
 from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
 from train.sae import Damaged, Sae
 from train.saver import Saver
@@ -44,6 +45,8 @@ class TrainConfig:
     refit: float = 0.0  # share of the run, at its end, in which the decoder alone is trained, on the squared error alone
     seed: int = 0
     window_blocks: int = 16
+    skip_positions: int = 0  # first positions of each context that are not trained on
+    max_norm: float | None = None  # rows longer than this many medians are not either
     order: str = "slices"  # of the batches, see the loader; a run that was begun in another order is not gone on with
     dead_after: float = 1 / 30  # a feature is alive if it fired within this share of the run
     step: StepConfig = field(default_factory=StepConfig)
@@ -155,6 +158,8 @@ def _require_trainable(
         )
     if config.steps < SNAPSHOTS:
         raise UserError(f"{config.tokens:,} tokens are fewer than {SNAPSHOTS} batches of {config.batch:,}; lower --batch")
+    if config.skip_positions >= spec.context:
+        raise UserError(f"contexts have {spec.context} positions: lower --skip-positions, which leaves none of them")
     features = config.expansion * spec.d_model
     if beyond := [s.target for s in settings if s.target is not None and s.target > features]:
         raise UserError(
@@ -241,7 +246,8 @@ class _LayerJob:
             return
         if options.follow and not self._first_window():
             return
-        look = Look.at(cache, layer, config.seed)
+        look = Look.at(cache, layer, config.seed, skip_positions=config.skip_positions, max_norm=config.max_norm)
+        self._rows = Rows.of(dataclasses.asdict(config), dataclasses.asdict(look))
         say(f"layer {layer}: {look}", err=True)
         for run, setting, labels in due:
             if labels:
@@ -270,7 +276,11 @@ class _LayerJob:
             self._cache,
             self._layer,
             LoaderConfig(
-                batch=config.batch, window_blocks=config.window_blocks, threads=self._options.threads, seed=config.seed
+                batch=config.batch,
+                window_blocks=config.window_blocks,
+                threads=self._options.threads,
+                seed=config.seed,
+                rows=self._rows,
             ),
             device,
             first=first,

@@ -9,8 +9,8 @@ from shared.shuffle import epoch_slices
 from train.look import Look
 
 
-def of(x: np.ndarray, positions: np.ndarray) -> Look:  # type: ignore[type-arg]
-    return Look.of(torch.from_numpy(x.astype(np.float16)), torch.from_numpy(positions))
+def of(x: np.ndarray, positions: np.ndarray, **without: int) -> Look:  # type: ignore[type-arg]
+    return Look.of(torch.from_numpy(x.astype(np.float16)), torch.from_numpy(positions), **without)
 
 
 def test_shares_are_those_of_a_second_way_in_float64() -> None:
@@ -31,6 +31,8 @@ def test_shares_are_those_of_a_second_way_in_float64() -> None:
         long_rows=long.mean(),
         long_rows_variance=energy[long].sum() / energy.sum(),
         float16_used=900 / 65504,
+        median_norm=np.median(norms),
+        left_out=0,
     )
     assert dataclasses.asdict(of(x, positions)) == pytest.approx(dataclasses.asdict(expected), rel=1e-4)
     assert long.sum() == 3
@@ -44,7 +46,12 @@ def test_first_positions_that_own_the_variance_are_warned_of() -> None:
     x[positions == 0, 7] += 500
     loud = of(x, positions)
     assert loud.flatters and loud.first_positions > 0.9 and loud.long_rows == pytest.approx(1 / 256)
-    assert "fvu_without_first" in str(loud)
+    assert "fvu_without_first" in str(loud) and "without those rows (--skip-positions 1 or --max-norm 10)" in str(loud)
+    for without in ({"skip_positions": 1}, {"max_norm": 10}):
+        rest = of(x, positions, **without)
+        assert rest.left_out == pytest.approx(1 / 256) and rest.median_norm == loud.median_norm
+        assert rest.top_direction == pytest.approx(quiet.top_direction, rel=0.05) and not rest.flatters
+        assert str(rest).startswith("0.39% of rows are not trained on; in the others mean over deviation")
     x[:, 7] = 60_000
     assert of(x, positions).float16_used == pytest.approx(0.916, abs=1e-3)
 

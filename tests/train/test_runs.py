@@ -386,3 +386,17 @@ def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) ->
     run.drop_state(1)
     assert list((run.path / "state" / "layer01").iterdir()) == []
     run.drop_state(1)
+
+
+def test_a_run_from_before_an_option_was_there_is_one_without_it(tmp_path: Path) -> None:
+    cache = {"digest": "0" * 64, "spec": {}}
+    before = {"tokens": 600, "lr": 3e-4, "order": "slices"}
+    now = before | {"skip_positions": 0, "max_norm": None}
+    assert run_config(now, cache) == run_config(before, cache)
+    assert run_config(now | {"skip_positions": 1}, cache)["digest"] != run_config(before, cache)["digest"]
+    run = Run(tmp_path / "r")
+    run.path.mkdir()
+    run.create(run_config(before, cache), {})
+    run.require_same(run_config(now, cache))
+    with pytest.raises(UserError, match=r"\(max_norm is None there, 10 here\)"):
+        run.require_same(run_config(now | {"max_norm": 10}, cache))
