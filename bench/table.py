@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import quality
 from bench.clock import Timing
 from bench.goals import goals
 from bench.lab import Row
 from bench.report import RESULTS, Comparison, Entry, Results, parse
 
 ROOT = RESULTS.parent.parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
 DECIDING = (  # comparison, role, key: the lines for README
     ("forward", "ours", ""),
     ("forward", "peer", ""),
@@ -56,17 +57,28 @@ GPU_STREAMS = {  # figure: what it is called, what it stands beside
 def publish(
     results: Path = RESULTS, readme: Path = ROOT / "README.md", details_file: Path = ROOT / "docs" / "bench.md"
 ) -> None:
-    """Write both again from every result there is. README needs the two marker comments."""
+    """Write both again from every result there is. README needs the marker comments."""
     machines, gpus = found(results)
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} needs one {BEGIN} and, after it, one {END}")
-    before, _, rest = text.partition(BEGIN)
     short = [gpu_summary(one) for one in gpus[-1:]] + [summary(one) for one in machines[-1:]]
-    readme.write_text("\n\n".join([f"{before}{BEGIN}", *short, f"{END}{rest.partition(END)[2]}"]))
-    head = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
-    long = [head, *(details(one) for one in reversed(machines)), *(gpu_details(one) for one in reversed(gpus))]
+    text = _between(readme.read_text(), "bench", short)
+    if (results / quality.RESULTS.name).exists():
+        raw = json.loads((results / quality.RESULTS.name).read_text())
+        head, lines = quality.rows(quality.longest(raw["points"]))
+        table = _table(head, "r" * len(head), lines)
+        text = _between(text, "quality", [quality.about(raw), table, "![FVU against L0](docs/quality.png)"])
+    readme.write_text(text)
+    title = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
+    long = [title, *(details(one) for one in reversed(machines)), *(gpu_details(one) for one in reversed(gpus))]
     details_file.write_text("\n\n".join(long) + "\n")
+
+
+def _between(text: str, name: str, parts: list[str]) -> str:
+    """The text with these parts between the two markers of that name. Raises ValueError where they are not."""
+    begin, end = (marker.format(name) for marker in MARKERS)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file needs one {begin} and, after it, one {end}")
+    before, _, rest = text.partition(begin)
+    return "\n\n".join([f"{before}{begin}", *parts, f"{end}{rest.partition(end)[2]}"])
 
 
 def found(folder: Path) -> tuple[list[Results], list[dict[str, Any]]]:

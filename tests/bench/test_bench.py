@@ -159,7 +159,8 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
         "parts": [{"title": "dense", "status": "done", "seconds": 4.0, "rows": [goal | {"name": "a row"}]}],
     }
     (folder / "h1.json").write_text(json.dumps(gpu))
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    begin, end = (marker.format("bench") for marker in table.MARKERS)
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     table.publish(folder, readme, details)
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")

@@ -1,0 +1,236 @@
+"""How good our SAEs are beside other libraries': trained on the very same batches, compared at equal L0 on held-out tokens.
+
+    python -m harvest --preset demo --cache data/quality --layers 2,5 --tokens 2.4M --precision fp32
+    python -m bench quality --cache data/quality
+
+Ours are trained by `python -m train`, theirs by their own trainers in their own environments, from a file with the batches
+that our loader gives (600 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
+before is kept: more --seeds or --layers add to it. Results are in bench/results/quality.json, the picture is docs/quality.png.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment
+from bench.report import RESULTS as FOLDER
+from bench.report import machine, today
+from eval.metrics import heldout_blocks, heldout_tokens, loss_metrics, measure
+from eval.splice import SplicedModel, constant, through
+from shared.cache import Cache
+from shared.cli import parse_count
+from shared.lm import harvested_model
+from shared.presets import get_preset
+from train.loader import ActivationLoader, LoaderConfig
+from train.sae import Sae
+
+RESULTS, PICTURE = FOLDER / "quality.json", ROOT / "docs" / "quality.png"
+SCRATCH = ROOT / "build" / "bench" / "quality"
+CPU = torch.device("cpu")
+Point = dict[str, Any]
+
+# Who takes part. Ours with options of `python -m train`, among which --l1 may take the place of the λs; theirs with their names
+# in bench/workers/quality.py and in bench/peers.py.
+OURS: dict[str, tuple[str, ...]] = {"ours, published recipe": ()}
+THEIRS = {
+    "SAELens standard": ("sae_lens", "sae_lens"),
+    "dictionary_learning Standard": ("standard", "dictionary_learning"),
+    "dictionary_learning AprilUpdate": ("april", "dictionary_learning"),
+}
+LEVELS = (5, 10, 20, 50, 100, 200)  # of L0 in the table
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")  # Okabe & Ito's, for the colour-blind
+
+
+def fvu_at(points: Iterable[Point], l0: float) -> float | None:
+    """FVU where L0 is this, ln FVU by straight lines in ln L0 between points; None beyond them."""
+    known = sorted((math.log(p["l0"]), math.log(p["fvu"])) for p in points)
+    x, y = [a for a, _ in known], [b for _, b in known]
+    return math.exp(float(np.interp(math.log(l0), x, y))) if known and x[0] <= math.log(l0) <= x[-1] else None
+
+
+def over_best_peer(points: Sequence[Point], who: str, layer: int, l0: float) -> list[float]:
+    """For each seed, FVU over that of the best of the other libraries at this L0; none where it is not between points."""
+    found = []
+    for seed in sorted({p["seed"] for p in points}):
+        of = {
+            name: fvu_at([p for p in points if (p["who"], p["layer"], p["seed"]) == (name, layer, seed)], l0)
+            for name in {*THEIRS, who}
+        }
+        best = [fvu for name, fvu in of.items() if name in THEIRS and fvu is not None]
+        if (mine := of[who]) is not None and best:
+            found.append(mine / min(best))
+    return found
+
+
+def longest(points: Sequence[Point]) -> list[Point]:
+    """Those of the longest training: FVU after fewer tokens is another number."""
+    most = max(p["tokens"] for p in points)
+    return [p for p in points if p["tokens"] == most]
+
+
+def names(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(p["who"] for p in sorted(points, key=lambda p: p["who"] not in THEIRS)))
+
+
+def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of the table: the best peer's FVU, and each one's over it, with the seeds' least and most."""
+    who, lines = names(points), []
+    for layer in sorted({p["layer"] for p in points}):
+        for l0 in LEVELS:
+            ratios = {name: over_best_peer(points, name, layer, l0) for name in who}
+            peers = [fvu_at([p for p in points if p["who"] == n and p["layer"] == layer], l0) for n in THEIRS]
+            if any(ratios.values()):
+                best = min((fvu for fvu in peers if fvu is not None), default=math.nan)
+                lines.append((str(layer), str(l0), f"{best:.4f}", *(_spread(ratios[name]) for name in who)))
+    return ("layer", "L0", "best peer's FVU", *who), lines
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    span = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{span}"
+
+
+def about(raw: dict[str, Any]) -> str:
+    points = longest(raw["points"])
+    seeds = {p["seed"] for p in points}
+    tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
+    return (
+        f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,}, lr 3e-3, "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, float32, {raw['date']}: FVU on {heldout:,} held-out tokens over that of "
+        "the best of the other libraries at the same L0 (in brackets the seeds' least and most), between measured points by "
+        "straight lines in ln FVU against ln L0. At most "
+        f"{max(p['dead'] for p in points):.1%} of features are dead. Made by `python -m bench quality`, whose points, with "
+        "cosine and CE recovered, are in [bench/results/quality.json](bench/results/quality.json)."
+    )
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = sorted({p["layer"] for p in points})
+    figure, grid = pyplot.subplots(2, len(layers), figsize=(5 * len(layers), 6.4), sharex=True, squeeze=False)
+    for column, layer in enumerate(layers):
+        above, below = grid[:, column]
+        for name, colour, marker in zip(names(points), COLOURS, "osD^vP", strict=False):
+            mine = sorted((p for p in points if (p["who"], p["layer"]) == (name, layer)), key=lambda p: p["l0"])
+            style = {"color": colour, "marker": marker, "ms": 4, "ls": "--" if name in THEIRS else "-"}
+            above.plot([p["l0"] for p in mine], [p["fvu"] for p in mine], **style | {"ls": ""}, label=name)
+            levels = np.geomspace(4, 250, 40)
+            ratios = [over_best_peer(points, name, layer, float(level)) for level in levels]
+            below.plot(levels, [np.mean(r) if r else math.nan for r in ratios], **style | {"marker": ""})
+        above.set(title=f"layer {layer}: held-out FVU", xscale="log", yscale="log")
+        below.set(title="over the best other library's at the same L0", xlabel="L0")
+        above.grid(alpha=0.3), below.grid(alpha=0.3)
+    grid[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
+    """The batches that `python -m train --preset demo` has, float16 [steps, batch, d]."""
+    p = get_preset("demo")
+    config = LoaderConfig(batch=p.batch, window_blocks=p.window_blocks, threads=2, seed=seed)
+    shape = (steps, p.batch, cache.spec.d_model)
+    out = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    for step, x in enumerate(ActivationLoader(cache, layer, config, CPU, last=steps)):
+        out[step] = x.numpy()
+    out.flush()
+
+
+def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, options: tuple[str, ...]) -> list[Sae]:
+    folder = SCRATCH / "runs"
+    command = [sys.executable, "-m", "train", "--preset", "demo", "--cache", str(cache.path.resolve()), "--runs", str(folder)]
+    command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32", "--device", "cpu"]
+    subprocess.run([*command, "--l1", lambdas, *options], cwd=ROOT, check=True)
+    saes = [Sae.load(path) for path in sorted(folder.glob(f"*/sae_layer{layer:02d}_final.pt"))]
+    shutil.rmtree(folder)
+    return saes
+
+
+def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: int, lambdas: str) -> list[Sae]:
+    p, out = get_preset("demo"), SCRATCH / worker
+    out.mkdir()
+    command = [str(environment(peer)), "-m", "bench.workers.quality", worker, *lambdas.split(",")]
+    command += ["--batches", str(batches), "--features", str(features), "--lr", str(p.lr), "--warmup", str(p.lr_warmup)]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    subprocess.run([*command, "--seed", str(seed), "--out", str(out)], cwd=ROOT, env=variables, check=True)
+    saes = []
+    for path in sorted(out.glob("*.npz")):
+        weights = {name: torch.from_numpy(value).contiguous() for name, value in np.load(path).items()}
+        b_dec = torch.zeros_like(weights["b_pre"])
+        saes.append(Sae(**weights, b_dec=b_dec, config={}, stats={"lambda": float(path.stem)}))
+    return saes
+
+
+def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
+    heldout = cache.spec.holdout_blocks * cache.spec.block_rows
+    activations, tallies = measure(heldout_blocks(cache, layer, heldout), saes, cache.spec.context)
+    ablations = [torch.zeros_like, constant(activations.all.mean)]
+    clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
+    points = []
+    for sae, tally, loss in zip(saes, tallies, spliced, strict=True):
+        metrics = tally.sparsity() | tally.reconstruction(activations) | loss_metrics(clean, zero, mean, loss, "zero")
+        kept = {name: metrics[name] for name in ("l0", "fvu", "cosine", "ce_recovered")}
+        points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": heldout})
+    return points
+
+
+@click.command()
+@click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True)
+@click.option("--layers", default="2,5", show_default=True)
+@click.option("--seeds", default=2, show_default=True)
+@click.option("--lambdas", default="4e-3,8e-3,2e-2,4e-2,8e-2,1.6e-1", show_default=True, help="The same scale for all.")
+@click.option("--tokens", help="To train each SAE on [default: all in the cache, once].")
+def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | None) -> None:
+    """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
+    cache, p = Cache.open(path), get_preset("demo")
+    steps = (parse_count(tokens) if tokens else cache.spec.train_tokens) // p.batch
+    features = p.expansion * cache.spec.d_model
+    points = json.loads(RESULTS.read_text())["points"] if RESULTS.exists() else []
+    lm = SplicedModel(str(harvested_model(cache, None).folder), None, "fp32", CPU, heldout_tokens(cache, p.ce_tokens))
+    peers = {peer.environment: peer for peer in STEPS}
+    for seed, layer in [(seed, layer) for seed in range(seeds) for layer in map(int, layers.split(","))]:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+        SCRATCH.mkdir(parents=True)
+        batches = SCRATCH / "batches.npy"
+        for who in (*OURS, *THEIRS):
+            mine = {"who": who, "layer": layer, "seed": seed, "tokens": steps * p.batch}
+            if any(mine.items() <= q.items() for q in points):
+                continue
+            try:
+                if who in OURS:
+                    saes = train_ours(cache, layer, seed, steps * p.batch, lambdas, OURS[who])
+                else:
+                    if not batches.exists():
+                        dump(cache, layer, seed, steps, batches)
+                    worker, folder = THEIRS[who]
+                    saes = train_theirs(worker, peers[folder], batches, seed, features, lambdas)
+            except (PeerFailed, subprocess.CalledProcessError) as failure:
+                click.echo(f"{who} is left out: {failure}", err=True)
+                continue
+            points += [mine | {"batch": p.batch} | point for point in measured(cache, layer, saes, lm)]
+            content = {"kind": "quality", "date": today(), "machine": asdict(machine()), "features": features, "points": points}
+            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+            click.echo("\n".join(map(json.dumps, points[-len(saes) :])))
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    draw(longest(points), PICTURE)
+    click.echo(f"{PICTURE}\n{RESULTS}\nnow: python -m bench tables")

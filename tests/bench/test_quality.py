@@ -1,0 +1,67 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.quality import THEIRS, dump, fvu_at, longest, over_best_peer, rows
+from shared.cache import Cache
+from tests.conftest import Cli
+from train.step import Begun, TrainingSae
+
+FIRST, SECOND, THIRD = THEIRS
+OURS = "ours"
+
+
+def points(who: str, fvu: dict[float, float], *, layer: int = 2, seed: int = 0, tokens: int = 9) -> list[dict[str, Any]]:
+    more = {"who": who, "layer": layer, "seed": seed, "tokens": tokens}
+    return [more | {"l0": l0, "fvu": value} for l0, value in fvu.items()]
+
+
+def test_between_points_fvu_is_a_power_of_l0() -> None:
+    law = points(OURS, {160.0: 3 * 160**-0.5, 10.0: 3 * 10**-0.5, 40.0: 3 * 40**-0.5})
+    for l0 in (10, 12.5, 40, 77, 160):
+        assert fvu_at(law, l0) == pytest.approx(3 * l0**-0.5)
+    assert fvu_at(law, 9.9) is None and fvu_at(law, 161) is None and fvu_at([], 10) is None
+    kinked = points(OURS, {10.0: 0.4, 20.0: 0.2, 80.0: 0.1})
+    assert fvu_at(kinked, math.sqrt(200)) == pytest.approx(math.sqrt(0.08)) and fvu_at(kinked, 40) == pytest.approx(0.02**0.5)
+
+
+def test_what_counts_is_the_best_peer_at_that_l0_of_the_same_layer_and_seed() -> None:
+    known = points(FIRST, {5.0: 0.5, 50.0: 0.2}) + points(SECOND, {5.0: 0.4, 50.0: 0.3}) + points(THIRD, {50.0: 0.1, 60.0: 0.1})
+    known += points(OURS, {5.0: 0.2, 50.0: 0.15})
+    known += points(FIRST, {5.0: 0.01, 50.0: 0.01}, layer=5) + points(OURS, {5.0: 0.02, 50.0: 0.02}, layer=5)
+    assert over_best_peer(known, OURS, 2, 5) == pytest.approx([0.5])
+    assert over_best_peer(known, OURS, 2, 50) == pytest.approx([1.5])
+    assert over_best_peer(known, SECOND, 2, 5) == [1]
+    assert over_best_peer(known, THIRD, 2, 20) == over_best_peer(known, OURS, 2, 100) == []
+    both = known + points(FIRST, {5.0: 0.5, 50.0: 0.5}, seed=1) + points(OURS, {5.0: 0.55, 50.0: 0.55}, seed=1)
+    assert over_best_peer(both, OURS, 2, 5) == pytest.approx([0.5, 1.1])
+    head, lines = rows(both)
+    assert head == ("layer", "L0", "best peer's FVU", FIRST, SECOND, THIRD, OURS)
+    assert [line[:2] for line in lines] == [(layer, l0) for layer in "25" for l0 in ("5", "10", "20", "50")]
+    assert lines[0][-1] == "0.800 (0.500–1.100)" and lines[0][5] == "–" and lines[4][-1] == "2.000"
+
+
+def test_points_of_shorter_trainings_are_not_mixed_in() -> None:
+    assert longest(points(OURS, {5.0: 0.5}) + points(FIRST, {5.0: 0.4}, tokens=8)) == points(OURS, {5.0: 0.5})
+
+
+def test_the_file_for_the_others_holds_the_batches_that_ours_are_trained_on(
+    cli: Cli, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, begin = [], TrainingSae.begin
+
+    def seen(self: TrainingSae, x: torch.Tensor, *more: Any) -> Begun:
+        ours.append(x.clone())
+        return begin(self, x, *more)
+
+    monkeypatch.setattr(TrainingSae, "begin", seen)
+    where = ("--preset", "demo", "--cache", cache.path, "--runs", tmp_path, "--layers", 1, "--seed", 1, "--device", "cpu")
+    assert cli("train", *where, "--l1", "1e-2", "--expansion", 1).code == 0
+    dump(cache, 1, 1, 20, tmp_path / "batches.npy")
+    theirs = np.load(tmp_path / "batches.npy")
+    assert theirs.shape == (20, 1024, 32)
+    assert torch.equal(torch.from_numpy(theirs).float(), torch.stack(ours))
