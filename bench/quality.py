@@ -158,7 +158,17 @@ def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
 
 def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, options: tuple[str, ...]) -> list[Sae]:
     folder = SCRATCH / "runs"
-    command = [sys.executable, "-m", "train", "--preset", "demo", "--cache", str(cache.path.resolve()), "--runs", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "--preset",
+        "demo",
+        "--cache",
+        str(Path(str(cache.path)).resolve()),
+        "--runs",
+        str(folder),
+    ]
     command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32", "--device", "cpu"]
     subprocess.run([*command, "--l1", lambdas, *options], cwd=ROOT, check=True)
     saes = [Sae.load(path) for path in sorted(folder.glob(f"*/sae_layer{layer:02d}_final.pt"))]
