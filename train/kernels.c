@@ -227,6 +227,26 @@ void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const
     }
 }
 
+void unfold(bf16 *restrict dw_enc, bf16 *restrict dw_dec, float *restrict db_enc, const float *restrict w_enc,
+            const float *restrict w_dec, const float *restrict b_enc, const float *restrict norms, int64_t features, int64_t d) {
+#pragma omp parallel for schedule(static)
+    for (int64_t f = 0; f < features; f++) {
+        bf16 *restrict ge = dw_enc + f * d, *restrict gd = dw_dec + f * d;
+        const float *restrict we = w_enc + f * d, *restrict wd = w_dec + f * d;
+        float n = norms[f], by_norm = b_enc[f] * db_enc[f], along = 0;
+        for (int64_t j = 0; j < d; j++) {
+            by_norm += we[j] * widen(ge[j]);
+            along += wd[j] * widen(gd[j]);
+        }
+        float inverse = 1 / n, add = (by_norm - along * inverse * inverse) * inverse;
+        for (int64_t j = 0; j < d; j++) {
+            ge[j] = narrow(n * widen(ge[j]));
+            gd[j] = narrow(inverse * widen(gd[j]) + add * wd[j]);
+        }
+        db_enc[f] *= n;
+    }
+}
+
 /* A dead feature's moments would decay into subnormal numbers, which cost ten times as much, for good. */
 static unsigned flush_subnormals(void) {
 #if defined(__SSE__)

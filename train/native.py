@@ -131,6 +131,13 @@ class NativeKernels(TorchKernels):
         self._c.weight_grads(*arguments(*lists, _matrix(g), _matrix(xc), *results, features, d))
         return results
 
+    def unfold_(
+        self, dw_enc: Tensor, dw_dec: Tensor, db_enc: Tensor, w_enc: Tensor, w_dec: Tensor, b_enc: Tensor, norms: Tensor
+    ) -> Tensor:
+        gradients = (_matrix(dw_enc), _matrix(dw_dec), db_enc)
+        self._c.unfold(*arguments(*gradients, w_enc, w_dec, b_enc, norms, *w_enc.shape))
+        return db_enc
+
     def square_sum(self, x: Tensor) -> Tensor:
         partial = torch.empty(min(_SUM_PARTS, x.numel()), dtype=torch.float64)
         self._c.squares(*arguments(_matrix(x), partial, x.numel(), partial.numel()))

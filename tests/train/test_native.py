@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from shared.native import cpu_flags
-from train.kernels import Active, AdamStep, TorchKernels, Workspace
+from train.kernels import Active, AdamStep, TorchKernels, Workspace, row_norms
 from train.native import AmxKernels, NativeKernels, load_native
 
 TORCH = TorchKernels()
@@ -89,6 +89,19 @@ def test_keep_largest(native: NativeKernels, b: int, f: int, uneven: bool, share
     assert torch.equal(got.row_count, (theirs > 0).sum(1))
     assert torch.equal(got.feature_count, wanted.feature_count)
     torch.testing.assert_close(got.total.float(), wanted.total)
+
+
+@pytest.mark.parametrize(("b", "d", "f"), SIZES)
+def test_unfold(native: NativeKernels, b: int, d: int, f: int) -> None:
+    torch.manual_seed(b)
+    w_enc, w_dec, b_enc, db_enc = torch.randn(f, d), 3 * torch.rand(f, 1) * torch.randn(f, d), torch.randn(f), torch.randn(f)
+    norms = row_norms(w_dec)
+    ours = [torch.randn(f, d).bfloat16() for _ in range(2)]
+    theirs = [gradient.clone() for gradient in ours]
+    wanted = TORCH.unfold_(*theirs, db_enc.clone(), w_enc, w_dec, b_enc, norms)
+    torch.testing.assert_close(native.unfold_(*ours, db_enc.clone(), w_enc, w_dec, b_enc, norms), wanted)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)
 
 
 def test_keep_largest_lets_a_nan_through(native: NativeKernels) -> None:

@@ -458,7 +458,18 @@ def test_a_recipe_is_defaults_that_options_win_over(cli: Cli, cache_path: Path, 
     torch.testing.assert_close(saved.w_dec.norm(dim=1), torch.ones(len(saved.w_dec)))
 
 
-OTHERS = ("--recipe", "best", "--l1", "3e-3,adaptive:5e-3@12,batchtopk:12", "--layers", 1, "--save-minutes", 0)
+OTHERS = (
+    "--recipe",
+    "best",
+    "--lr-decay",
+    0.2,
+    "--l1",
+    "3e-3,adaptive:5e-3@12,batchtopk:12",
+    "--layers",
+    1,
+    "--save-minutes",
+    0,
+)
 
 
 @pytest.fixture(scope="module")
