@@ -158,17 +158,7 @@ def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
 
 def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, options: tuple[str, ...]) -> list[Sae]:
     folder = SCRATCH / "runs"
-    command = [
-        sys.executable,
-        "-m",
-        "train",
-        "--preset",
-        "demo",
-        "--cache",
-        str(Path(str(cache.path)).resolve()),
-        "--runs",
-        str(folder),
-    ]
+    command = [sys.executable, "-m", "train", "--preset", "demo", "--cache", str(cache.path), "--runs", str(folder)]
     command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32", "--device", "cpu"]
     subprocess.run([*command, "--l1", lambdas, *options], cwd=ROOT, check=True)
     saes = [Sae.load(path) for path in sorted(folder.glob(f"*/sae_layer{layer:02d}_final.pt"))]
@@ -212,7 +202,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--tokens", help="To train each SAE on [default: all in the cache, once].")
 def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | None) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
-    cache, p = Cache.open(path), get_preset("demo")
+    cache, p = Cache.open(path.resolve()), get_preset("demo")
     steps = (parse_count(tokens) if tokens else cache.spec.train_tokens) // p.batch
     features = p.expansion * cache.spec.d_model
     points = json.loads(RESULTS.read_text())["points"] if RESULTS.exists() else []
