@@ -26,9 +26,9 @@ def refused(result: Result, message: str) -> None:
 
 
 TRAIN = [
-    (("--l1", "abc"), "'abc' is not an L1 setting"),
-    (("--l1", "-1"), "'-1' is not an L1 setting"),
-    (("--l1", "adaptive:x"), "'adaptive:x' is not an L1 setting"),
+    (("--l1", "abc"), "'abc' is not a setting"),
+    (("--l1", "-1"), "'-1' is not a setting"),
+    (("--l1", "adaptive:x"), "'adaptive:x' is not a setting"),
     (("--tokens", "1B"), "1,000,000,000 tokens are asked for, the cache has 20,480"),
     (("--tokens", "many"), "'many' is not a count"),
     (("--tokens", "600"), "fewer than 6 batches"),
@@ -49,8 +49,8 @@ TRAIN = [
     (("--threads", "9" * 30), "--threads"),
     (("--tokens", "9" * 400), "is not a count"),
     (("--layers", "0-999999999999"), "names 999999999999"),
-    (("--l1", "nan"), "'nan' is not an L1 setting"),
-    (("--l1", "1e999"), "'1e999' is not an L1 setting"),
+    (("--l1", "nan"), "'nan' is not a setting"),
+    (("--l1", "1e999"), "'1e999' is not a setting"),
     (("--l1", "adaptive:5e-4@129"), "an L0 of 129 is more than the 128 features there are"),
     (("--device", "mps"), "'mps' is not a device for this"),
     (("--device", "meta"), "'meta' is not a device for this"),
