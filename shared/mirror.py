@@ -40,6 +40,10 @@ class Mirror:
         self._store = S3(there)
         self._seen: dict[str, str] = {}  # {key: the e-tag of the object that this process has fetched or sent}
 
+    def prepare(self) -> None:
+        """Find out, before anything is trained, that something can be sent."""
+        self._store.prepare()
+
     def pull(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> None:
         """Fetch what is wanted and lies under a prefix, where it is not here already. What is here alone stays."""
         found = {key: at for key, at in self._store.objects(prefix).items() if wanted(key)}

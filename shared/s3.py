@@ -21,6 +21,7 @@ import queue
 import random
 import re
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -47,7 +48,7 @@ except ImportError:
 T = TypeVar("T")
 
 PATIENCE = 300.0  # seconds for which something that fails in passing is tried again
-FIRST = 4.0  # the same, as long as nothing has been heard from the place at all
+FIRST = 4.0  # the same, as long as nobody has answered at all
 STALL = 30.0  # seconds in which no byte arrives, after which a read is begun again
 _UPLOAD = timedelta(minutes=5)  # for one object; obstore's default of 30 seconds is 2 MB/s at 64 MiB
 _SIGNED_FOR = timedelta(minutes=15)
@@ -91,7 +92,16 @@ class S3:
         self._heard = False
 
     def prepare(self) -> None:
-        self.list("")
+        """Also that the server heeds conditions: with one that does not, two harvests would spoil each other's blocks."""
+        key = f"trial-{uuid.uuid4().hex}"
+        self.write(key, b"")
+        refused = not self.create(key, b"")
+        self.delete(key)
+        if not refused:
+            raise UserError(
+                f"the server of {self.root} ignores conditions (If-None-Match), so that two processes could spoil each other's "
+                "work: use one that knows conditional writes"
+            )
 
     def path(self, key: str) -> Bucket:
         assert isinstance(self.root, Bucket)
@@ -153,7 +163,7 @@ class S3:
     def list(self, prefix: str) -> list[str]:
         found = self._patiently("list", prefix, lambda: obstore.list_with_delimiter(self._store, prefix or None))
         paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
-        return sorted(path.rpartition("/")[2] for path in paths)
+        return sorted({path.rpartition("/")[2] for path in paths} - {""})  # some servers list the place itself
 
     def free(self) -> int:
         return UNKNOWN_FREE
@@ -161,7 +171,8 @@ class S3:
     # --- writing ---
 
     def write(self, key: str, data: bytes | memoryview) -> None:
-        self._put(key, data, "overwrite")
+        if self._put(key, data, "overwrite") is None:
+            raise UserError(f"cannot write {self.path(key)}: the server finds no place for it; put that right and run again")
 
     def create(self, key: str, data: bytes) -> bool:
         return self._put(key, data, "create") is not None
@@ -241,7 +252,7 @@ class S3:
     def _patiently(self, doing: str, key: str, call: Callable[[], T]) -> T:
         """What `call` gives, tried again while it fails in passing. Raises FileNotFoundError, AlreadyExistsError and
         PreconditionError as they are, for they are answers, and UserError for all else."""
-        end, pause = time.monotonic() + (PATIENCE if self._heard else FIRST), 0.0
+        began, pause = time.monotonic(), 0.0
         while True:
             try:
                 result = call()
@@ -253,6 +264,7 @@ class S3:
                 if not why:
                     self._heard = True
                     raise FileNotFoundError(2, "it is not there") from None
+                end = began + (PATIENCE if self._heard else FIRST)
                 if lasting or stopping() or time.monotonic() + pause > end:
                     raise UserError(
                         f"cannot {doing} {self.path(key)}: {why}; put that right and run the same command again"
@@ -269,6 +281,7 @@ class S3:
         code = (re.findall(r"<Code>(\w+)</Code>", text) or [""])[0]
         status = int((re.findall(r"status code: (\d{3})", text) or ["0"])[0])
         said = code or f"status {status}"
+        self._heard |= status > 0
         if code == "NoSuchBucket":
             return f"there is no bucket {self._bucket} at {self._where()}", True
         if status == 404 or (isinstance(error, FileNotFoundError) and not status):

@@ -201,6 +201,7 @@ def test_a_server_that_dies_every_few_seconds(
 ) -> None:  # fmt: skip
     """Several rounds of harvest and training, through as many deaths as come."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(s3, "FIRST", 60.0)  # it may be dead when a command begins
     done, deaths, chance = threading.Event(), [0], random.Random(0)
 
     def torment() -> None:
@@ -353,14 +354,15 @@ BAD = [
 
 @pytest.mark.parametrize(("environment", "place", "message"), BAD)
 def test_what_cannot_be_reached_is_one_line(
-    cli: Cli, s3_server: Server, harvest_args: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str], place: str, message: str,
+    cli: Cli, s3_server: Server, harvest_args: tuple[object, ...], cache_path: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: str, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(s3, "FIRST", 0.3)
     for name, value in environment.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     refused(cli("harvest", *harvest_args, "--cache", place), message)
     refused(cli("train", *TRAIN_ARGS, "--cache", place, "--runs", tmp_path / "runs"), message)
+    refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", place), message)
 
 
 def test_a_bucket_without_a_cache_in_it(cli: Cli, s3_server: Server) -> None:

@@ -100,6 +100,8 @@ def train(
     _require_trainable(cache, layers, settings, config, options)
     identity = cache_identity(cache)
     plans = [(_run(name, setting, config, options), _run_config(setting, config, identity)) for setting in settings]
+    if options.mirror is not None:
+        options.mirror.prepare()
     for run, wanted in plans:
         run.pull_config()
         run.require_same(wanted)

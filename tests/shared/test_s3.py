@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import settings
 
 import shared.s3
 from harvest.writer import BlockWriter, WriterConfig, block_stats
 from shared.cache import Cache, _block_key
 from shared.cli import UserError
+from shared.mirror import Mirror
 from shared.s3 import S3
 from shared.store import Bucket, Folder, Location, Store, open_store
 from tests.bucket import BUCKET, KEY, SECRET, Proxy, Server
@@ -192,6 +194,38 @@ def test_two_that_change_an_entry_at_once_lose_nothing(place: Bucket, monkeypatc
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(again, (0, 1)))
     assert [float(stored(Cache.open(place), layer, 3)[0, 0]) for layer in (0, 1)] == [10.0, 11.0]
+
+
+def test_a_server_that_heeds_no_conditions_is_refused(place: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    S3(place).prepare()
+    assert S3(place).objects("") == {}
+    monkeypatch.setattr(S3, "create", lambda self, key, data: self.write(key, data) is None)
+    with pytest.raises(UserError, match="ignores conditions"):
+        S3(place).prepare()
+    assert S3(place).objects("") == {}
+
+
+def test_zarr_reads_what_lies_in_a_bucket(place: Bucket) -> None:
+    cache, data = Cache.create(place, SPEC, (0, 2)), np.random.default_rng(0).standard_normal((8, 3)).astype(np.float16)
+    stats = {2: block_stats(data, 0, SPEC.slice_rows)}
+    cache.commit(3, stats, {2: cache.stage_block(2, 3, data, replace=False)})
+    group = zarr.open_group(zarr.storage.ObjectStore(S3(place)._store, read_only=True), path="activations.zarr", mode="r")
+    np.testing.assert_array_equal(group["resid_post/02"][3 * 8 : 4 * 8], data)
+    assert group.attrs["digest"] == cache.digest
+
+
+def test_an_upload_whose_answer_is_lost_is_known_for_our_own(
+    through: "Through", place: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    through(lambda n, head: "lose" if head.startswith(b"PUT") and n % 2 == 0 else "")
+    mirror = Mirror(place)
+    path = mirror.here / "a"
+    path.parent.mkdir(parents=True)
+    for text in ("one", "two", "three"):
+        path.write_text(text)
+        mirror.push(path)
+    assert S3(place).get("a") == b"three"
 
 
 # --- a network ---
