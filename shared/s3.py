@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 PATIENCE = 300.0  # seconds for which something that fails in passing is tried again
 FIRST = 4.0  # the same, as long as nobody has answered at all
+LONGEST = 5.0  # seconds between two tries
 STALL = 30.0  # seconds in which no byte arrives, after which a read is begun again
 _UPLOAD = timedelta(minutes=5)  # for one object; obstore's default of 30 seconds is 2 MB/s at 64 MiB
 _SIGNED_FOR = timedelta(minutes=15)
@@ -273,7 +274,7 @@ class S3:
                 self._heard = True
                 return result
             time.sleep(pause * random.uniform(0.5, 1))  # at once first: a connection that was kept may just be too old
-            pause = min(2 * pause or 0.1, 5.0)
+            pause = min(2 * pause or 0.1, LONGEST)
 
     def _why(self, error: Exception) -> tuple[str, bool]:
         """A failure in our words, and whether it lasts; '' for an object that is not there."""

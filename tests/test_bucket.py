@@ -105,8 +105,9 @@ def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
+def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """One that may be killed."""
+    monkeypatch.setattr(s3, "LONGEST", 0.3)
     with serving(tmp_path / "server") as server:
         yield server
 
