@@ -89,7 +89,8 @@ class Server:
             self._process = subprocess.Popen(
                 [
                     binary, "-logtostderr=true", "server", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-                    f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false", "-master.electionTimeout=1s",
+                    f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false",
+                    "-master.electionTimeout=1s",
                     f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=200",
                     "-master.volumeSizeLimitMB=64", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}",
                     "-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", "-s3.port.iceberg=0", "-s3.port.lance=0",
