@@ -288,7 +288,7 @@ class _Store:
     def tabulate(self) -> None:
         """The records as a .csv, which is theirs whatever became of an earlier one."""
         path = self._path.with_suffix(".csv")
-        if not self._records:
+        if not self._path.exists():  # nothing was measured, or could not be written
             return
         with alone_in(path.parent):
             self._records = self._ordered(self._read())

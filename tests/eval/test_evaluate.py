@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -80,6 +81,23 @@ def test_numbers_alone_leave_pictures_cards_and_report_as_they_are(cli: Cli, eva
     result = cli("eval", *args, NUMBERS)
     assert (result.code, result.out) == (0, out[: out.index("\nreport: ")])
     assert [path.read_text() for path in pages] == ["as it is"] * 3
+
+
+def test_records_that_cannot_be_written_are_one_line(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, args, _ = evaluated
+    shutil.rmtree(first(runs) / "results")
+
+    replace = os.replace
+
+    def full(mine: Path, path: Path) -> None:
+        if path.name == "metrics.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(mine, path)
+
+    monkeypatch.setattr("shared.files.os.replace", full)
+    result = cli("eval", *args, NUMBERS)
+    assert result.code == 2
+    assert "No space left on device" in result.err and "Traceback" not in result.err
 
 
 def test_a_second_evaluation_computes_nothing_again(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
