@@ -206,7 +206,7 @@ def test_a_server_that_dies_every_few_seconds(
     done, deaths, chance = threading.Event(), [0], random.Random(0)
 
     def torment() -> None:
-        while not done.wait(chance.uniform(0.5, 3)):
+        while not done.wait(chance.uniform(1, 6)):
             own_server.kill()
             deaths[0] += 1
             time.sleep(chance.uniform(0, 2))
@@ -215,7 +215,7 @@ def test_a_server_that_dies_every_few_seconds(
     thread = threading.Thread(target=torment)
     thread.start()
     try:
-        for number in range(5):
+        for number in range(3):
             place, runs = own_server.place(), own_server.place()
             assert cli("harvest", *harvest_args, "--cache", place, "--forward-sequences", 1).code == 0
             assert cli("train", *TRAIN_ARGS, "--cache", place, "--runs", runs, *RUN, "--save-minutes", 0).code == 0
@@ -224,7 +224,7 @@ def test_a_server_that_dies_every_few_seconds(
     finally:
         done.set()
         thread.join()
-    assert deaths[0] >= 10
+    assert deaths[0] >= 5
 
 
 # --- runs ---
