@@ -1,7 +1,7 @@
 """A store in an S3 bucket: the same keys as in a folder, and readable by any Zarr tool that reads S3.
 
 Uploads, conditional PUT, LIST, DELETE and signing are obstore's. Bytes come back by presigned URL through http.client, straight
-into the reader's memory: 0.77 core-seconds a gigabyte where obstore's own GET takes 1.31 and a bare socket 0.64 (docs/stores.md).
+into the reader's memory: 0.77 core-seconds a gigabyte where obstore's GET takes 1.31 and a bare socket 0.64 (docs/stores.md).
 Whatever fails in passing (no connection, a cut one, 5xx, a stall) is tried again, with growing pauses, for `PATIENCE`.
 
 An object of a block is made where nothing is, and never changed: of two harvests that differ in a last bit one makes it, and
