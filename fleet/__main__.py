@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fleet.cluster import Fleet, RayCommands
 from fleet.commands import Commands
 from fleet.job import Job, JobConfig
 from shared.cli import UserError, parse_bytes, run, say
@@ -21,7 +22,6 @@ def main() -> None:
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
-            click.option("--disk", type=parse_bytes, required=True, help="What cache and runs may take together, such as 4TB."),
             click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from."),
             click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>]."),
             click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True),
@@ -56,14 +56,62 @@ def _split(name: str, text: str) -> tuple[str, ...]:
         raise UserError(f"--{name}: {error}") from None
 
 
+_disk = click.option("--disk", type=parse_bytes, required=True, help="What cache and runs may take together, such as 4TB.")
+
+
+def _ray(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options that say where the work is done."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(
+            (
+                click.option("--ray", default=default, help="Address of a Ray cluster, auto, or local for this machine."),
+                click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Shards of a harvest."),
+                click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Of a task: its threads."),
+                click.option("--gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a task."),
+            )
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _commands(options: dict[str, Any]) -> Commands:
+    address, workers, cpus, gpus = (options.pop(name) for name in ("ray", "workers", "cpus", "gpus"))
+    return Commands() if address is None else RayCommands(Fleet(address=address, workers=workers, cpus=cpus, gpus=gpus))
+
+
 @main.command("job")
+@_disk
 @_options
+@_ray(None)
 def job_command(**options: Any) -> int:
     """Everything, window after window; run it again to continue."""
-    return Job(_config(options), Commands()).run()
+    commands = _commands(options)
+    return Job(_config(options), commands).run()
+
+
+@main.command("harvest")
+@_options
+@_ray("auto")
+def harvest_command(**options: Any) -> int:
+    """A harvest in shards on a Ray cluster."""
+    commands = _commands(options)
+    return Job(_config(options | {"disk": 0}), commands).stage("harvest")
+
+
+@main.command("train")
+@_options
+@_ray("auto")
+def train_command(**options: Any) -> int:
+    """Training on a Ray cluster, a task for each layer."""
+    commands = _commands(options)
+    return Job(_config(options | {"disk": 0}), commands).stage("train")
 
 
 @main.command("plan")
+@_disk
 @_options
 def plan_command(**options: Any) -> None:
     """Windows, bytes, forward passes and time, before anything is begun."""

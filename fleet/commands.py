@@ -4,6 +4,8 @@ import ctypes
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -15,27 +17,30 @@ class Commands:
 
     def run(self, *argv: str) -> int:
         """The exit code, as a shell says it; what the command prints is printed."""
-        return self._finish(argv, None)[0]
+        return start(argv)[0]
 
     def ask(self, *argv: str) -> str:
         """What the command prints to stdout. If it fails it has said why, and this command ends with its exit code."""
-        code, said = self._finish(argv, subprocess.PIPE)
+        code, said, _ = start(argv, stdout=subprocess.PIPE)
         if code:
             raise click.exceptions.Exit(code)
         return said
 
-    def _finish(self, argv: tuple[str, ...], stdout: int | None) -> tuple[int, str]:
-        # In a group of its own, or a terminal's Ctrl-C would reach it twice, and twice means at once.
-        child = subprocess.Popen(
-            [sys.executable, "-m", *argv], stdout=stdout, text=True, process_group=0, preexec_fn=_end_with_parent
-        )
-        try:
-            said, _ = child.communicate()
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGTERM)
-            child.wait()
-            raise
-        return child.returncode if child.returncode >= 0 else 128 - child.returncode, said or ""
+
+def start(argv: Sequence[str], **options: Any) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m …`; the last two where `options` of the process ask for a pipe.
+
+    The process is in a group of its own, or a terminal's Ctrl-C would reach it twice, and twice means at once.
+    """
+    program = [sys.executable, "-m", *argv]
+    child = subprocess.Popen(program, text=True, process_group=0, preexec_fn=_end_with_parent, **options)
+    try:
+        said, complained = child.communicate()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode, said or "", complained or ""
 
 
 def _end_with_parent() -> None:

@@ -91,6 +91,10 @@ class Job:
         wanted = json.loads(commands.ask(*config.command("plan", config.layers)))
         self._layers, self._spec = tuple(wanted["layers"]), CacheSpec(**wanted["shape"])
 
+    def stage(self, stage: str) -> int:
+        """One stage alone, of all layers; its exit code."""
+        return self._commands.run(*self._config.command(stage, self._layers))
+
     def run(self) -> int:
         """0, or the exit code of the stage that failed and has said why. Raises UserError if not even one layer fits."""
         self._windows(self._look())  # refuses before anything is written

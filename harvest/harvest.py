@@ -34,7 +34,8 @@ from shared.store import Location, open_store
 _PROBE_BYTES = 64 << 20
 _CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
 _RECOUNT = 15.0  # seconds between looks at what other harvests have done meanwhile
-_POLL, _LATE = 1.0, 120.0  # seconds between looks for tokens, and after which it is said that none came
+_POLL, _LATE = 1.0, 60.0  # seconds between looks for tokens, and after which it is said that none came
+_PATIENCE = 600.0  # seconds without new tokens, times a shard's number, after which it writes them itself
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -144,33 +145,35 @@ def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, model: Mo
     Model and text are those that the cache was compared with; nothing is loaded from anywhere else. Of several shards the
     first one tokenises. There are no claims: a shard's own blocks come first, and who is done helps the others.
     """
+    if config.shard.index:
+        await_tokens(cache, config.shard)
     if cache.missing_token_chunks():
-        if config.shard.index == 0:
-            write_tokens(cache, source, load_tokenizer(str(model.folder), None))
-        else:
-            await_tokens(cache, config.shard)
+        write_tokens(cache, source, load_tokenizer(str(model.folder), None))
     for group, blocks in cache.missing(layers).items():
         harvest_blocks(cache, load_residual(cache, group, model, config), in_turn(cache.spec, blocks, config.shard), config)
 
 
 def await_tokens(cache: Cache, shard: Shard) -> None:
-    """Returns when another process has written all tokens. Raises UserError where it has taken the cache away instead."""
+    """Returns when another process has written all tokens, or seems to have gone: then they are written here, which is harmless
+    if it has not. Raises UserError where it has taken the cache away."""
+    n, came, patience = cache.spec.token_chunks, time.monotonic(), shard.index * _PATIENCE
+    if (done := n - len(cache.missing_token_chunks())) == n:
+        return
     say(f"shard {shard} waits until shard 0/{shard.count} has written the tokens", err=True)
-    n, came = cache.spec.token_chunks, time.monotonic()
-    done = before = n - len(cache.missing_token_chunks())
     with Progress("waiting for tokens", n, "chunks", start=done) as progress:
-        while done < n:
+        while done < n and time.monotonic() - came < patience:
             if not Cache.exists(cache.path):
                 raise UserError(
                     f"shard 0/{shard.count} has given up {cache.path}: do what it says, then start all shards again"
                 )
-            if done > before:
-                before, came = done, time.monotonic()
-            late = time.monotonic() - came > _LATE
-            progress.update(done, f"nothing came for {format_seconds(time.monotonic() - came)}: is shard 0 running?" * late)
+            quiet = time.monotonic() - came
+            progress.update(done, f"nothing came for {format_seconds(quiet)}: is shard 0 running?" * (quiet > _LATE))
             time.sleep(_POLL)
-            done = n - len(cache.missing_token_chunks())
+            now = n - len(cache.missing_token_chunks())
+            done, came = now, came if now == done else time.monotonic()
         progress.update(done)
+    if done < n:
+        say(f"nothing came for {format_seconds(patience)}: shard {shard} writes the tokens itself", err=True)
 
 
 def in_turn(spec: CacheSpec, blocks: list[int], shard: Shard) -> list[int]:

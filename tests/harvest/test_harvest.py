@@ -227,6 +227,12 @@ def test_shards_wait_for_the_first_to_tokenise(
     await_tokens(copy, Shard(index=3, count=8))
     assert time.monotonic() - began > 0.4
     timer.join()
+    copy.token_entry_path(1).unlink()
+    monkeypatch.setattr("harvest.harvest._PATIENCE", 0.1)
+    alone = cli("harvest", *harvest_args, "--cache", copy.path, "--shard", "3/8")
+    assert alone.code == 0 and "nothing came for 0s: shard 3/8 writes the tokens itself" in alone.err
+    assert copy.token_entry_path(1).read_bytes() == whole
+    monkeypatch.setattr("harvest.harvest._PATIENCE", 600.0)
     (tmp_path / "c" / "cache.json").unlink()
     copy.token_entry_path(1).unlink()
     with pytest.raises(UserError, match="shard 0/8 has given up"):

@@ -1,0 +1,144 @@
+"""A fleet on Ray: the shards of a harvest and the layers of a training as long tasks on the nodes of a cluster.
+
+Ray starts tasks, keeps their GPUs apart, and starts them again elsewhere when a node dies. Nothing else goes through it: a task
+is the command that would be typed on the node; cache and runs lie where all nodes reach them by the same path. How far it is
+comes from the ledger and the checkpoints, as everywhere.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleet.commands import Commands, start
+from shared.cache import Cache
+from shared.cli import UserError, parse_layers, say
+from shared.progress import Progress
+from train.runs import SNAPSHOTS
+
+LOCAL = "local"
+_LOOK = 5.0  # seconds between looks at how far it is
+_TRIES, _PAUSE = 15, 2.0  # for a layer whose owner was on a node that was lost, and lives on there for a moment
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Fleet:
+    address: str  # of a cluster, auto for the one that this machine is in, or "local" for one of this machine alone
+    workers: int  # shards of a harvest
+    cpus: int = 1  # of a task, and its threads: Ray would set them otherwise, and sums depend on them
+    gpus: float = 0.0
+
+
+class RayCommands(Commands):
+    """Harvests and trains on a cluster; all else runs here."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._ray: Any = None
+
+    def run(self, *argv: str) -> int:
+        if argv[:2] == ("harvest", "run"):
+            n = self._fleet.workers
+            return self._all([(*argv, "--shard", f"{i}/{n}") for i in range(n)], _blocks(argv))
+        if argv[0] == "train":
+            at = argv.index("--layers") + 1
+            layers = parse_layers(argv[at])
+            folders = [Path(line) for line in self.ask(*argv, "--list").splitlines()]
+            return self._all([(*argv[:at], str(n), *argv[at + 1 :]) for n in layers], _checkpoints(folders, layers))
+        return super().run(*argv)
+
+    def _all(self, tasks: list[tuple[str, ...]], far: Callable[[], tuple[int, int, str]]) -> int:
+        """Every task on whatever node has room for it; the largest exit code."""
+        ray, fleet, code = self._connect(), self._fleet, 0
+        task = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_retries=-1)(_task)
+        left = [task.remote(argv, fleet.cpus, os.getcwd()) for argv in tasks]
+        done, total, unit = far()
+        try:
+            with Progress(f"{tasks[0][0]} by {len(tasks)} tasks", total, unit, start=done) as progress:
+                while left:
+                    ended, left = ray.wait(left, timeout=_LOOK)
+                    for one in ended:
+                        mine, why = ray.get(one)
+                        code = max(code, mine)
+                        if why:
+                            say(why, err=True)
+                    done, progress.total, unit = far()  # before the cache exists nobody knows how many blocks there are
+                    progress.update(done)
+        except KeyboardInterrupt:
+            for one in left:
+                ray.cancel(one)
+            ray.wait(left, num_returns=len(left), timeout=60)
+            raise
+        return code
+
+    def _connect(self) -> Any:
+        if self._ray is None:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            try:
+                import ray
+            except ImportError:
+                raise UserError("--ray needs the ray package: pip install ray") from None
+            local = {"num_cpus": os.cpu_count(), "include_dashboard": False} if self._fleet.address == LOCAL else {}
+            ours = signal.getsignal(signal.SIGTERM)
+            try:
+                _knock(self._fleet.address)
+                ray.init(self._fleet.address, log_to_driver=False, logging_level="error", **local)
+                signal.signal(signal.SIGTERM, ours)  # Ray's would end this process with its tasks still at work
+            except Exception as error:  # of Ray, gRPC or the system
+                raise UserError(
+                    f"there is no Ray cluster at {self._fleet.address} ({str(error).splitlines()[0]}): start one, name its "
+                    "address, or say --ray local"
+                ) from None
+            self._ray = ray
+            has = ray.cluster_resources()
+            for what, wanted in (("CPU", self._fleet.cpus), ("GPU", self._fleet.gpus)):
+                if wanted > has.get(what, 0):  # tasks would wait for ever
+                    raise UserError(
+                        f"the cluster has {has.get(what, 0):g} {what}s, a task wants {wanted:g}: lower --{what.lower()}s"
+                    )
+        return self._ray
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_LOOK).close()
+
+
+def _task(argv: tuple[str, ...], threads: int, folder: str) -> tuple[int, str]:
+    """On a node: run a command; its exit code, and its last line where it failed."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    for _ in range(_TRIES):
+        code, _, said = start(argv, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        last = said.strip().rpartition("\n")[2]
+        if not (code == 2 and "is being trained by" in last):
+            break
+        time.sleep(_PAUSE)
+    return code, last if code else ""
+
+
+def _blocks(argv: tuple[str, ...]) -> Callable[[], tuple[int, int, str]]:
+    path, layers = Path(argv[argv.index("--cache") + 1]), parse_layers(argv[argv.index("--layers") + 1])
+
+    def far() -> tuple[int, int, str]:
+        if not Cache.exists(path):
+            return 0, 1, "blocks"
+        cache = Cache.open(path)
+        total = cache.spec.n_blocks * len(layers)
+        return total - sum(len(some) * len(blocks) for some, blocks in cache.missing(layers).items()), total, "blocks"
+
+    return far
+
+
+def _checkpoints(folders: list[Path], layers: tuple[int, ...]) -> Callable[[], tuple[int, int, str]]:
+    def far() -> tuple[int, int, str]:
+        there = sum(1 for folder in folders for layer in layers for _ in folder.glob(f"sae_layer{layer:02d}_*.pt"))
+        return there, SNAPSHOTS * len(folders) * len(layers), "checkpoints"
+
+    return far

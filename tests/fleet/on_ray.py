@@ -1,0 +1,54 @@
+"""Run by test_ray.py in a network of its own: a head and three nodes; one is lost while it harvests, another while it trains.
+
+python -m tests.fleet.on_ray FOLDER HARVEST-COMMAND TRAIN-COMMAND      (commands as JSON lists)
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
+
+import ray
+from ray.cluster_utils import Cluster
+
+from fleet.cluster import Fleet, RayCommands
+
+
+def lose(cluster: Cluster, when: Callable[[], bool]) -> threading.Thread:
+    """Kill a node, with all that runs on it, as soon as `when`."""
+
+    def work() -> None:
+        while not when():
+            time.sleep(0.02)
+        mine = ray._private.worker.global_worker.node  # through which this process speaks to the others
+        others = [node for node in cluster.worker_nodes if node._raylet_socket_name != mine._raylet_socket_name]
+        cluster.remove_node(others[0], allow_graceful=False)
+        print("a node is lost", flush=True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def main() -> None:
+    folder, harvest, train = Path(sys.argv[1]), *(tuple(json.loads(text)) for text in sys.argv[2:])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    commands = RayCommands(Fleet(address=cluster.address, workers=3))
+    for argv, begun in ((harvest, "c/ledger/0-2/*.json"), (train, "r/*/metrics/*.jsonl")):
+        lost = lose(cluster, lambda begun=begun: any(folder.glob(begun)))  # type: ignore[misc]
+        code = commands.run(*argv)
+        lost.join()
+        print(argv[0], "ended with", code, flush=True)
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
