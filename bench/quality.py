@@ -61,18 +61,25 @@ def fvu_at(points: Iterable[Point], l0: float) -> float | None:
     return math.exp(float(np.interp(math.log(l0), x, y))) if known and x[0] <= math.log(l0) <= x[-1] else None
 
 
+def best_peer(points: Sequence[Point], layer: int, l0: float) -> dict[int, float]:
+    """{seed: FVU of the best of the other libraries at this L0}, where one of them has points around it."""
+    best: dict[int, float] = {}
+    for name in THEIRS:
+        for seed, fvu in by_seed(points, name, layer, l0).items():
+            best[seed] = min(fvu, best.get(seed, math.inf))
+    return best
+
+
+def by_seed(points: Sequence[Point], who: str, layer: int, l0: float) -> dict[int, float]:
+    mine = [p for p in points if (p["who"], p["layer"]) == (who, layer)]
+    found = {seed: fvu_at([p for p in mine if p["seed"] == seed], l0) for seed in sorted({p["seed"] for p in mine})}
+    return {seed: fvu for seed, fvu in found.items() if fvu is not None}
+
+
 def over_best_peer(points: Sequence[Point], who: str, layer: int, l0: float) -> list[float]:
-    """For each seed, FVU over that of the best of the other libraries at this L0; none where it is not between points."""
-    found = []
-    for seed in sorted({p["seed"] for p in points}):
-        of = {
-            name: fvu_at([p for p in points if (p["who"], p["layer"], p["seed"]) == (name, layer, seed)], l0)
-            for name in {*THEIRS, who}
-        }
-        best = [fvu for name, fvu in of.items() if name in THEIRS and fvu is not None]
-        if (mine := of[who]) is not None and best:
-            found.append(mine / min(best))
-    return found
+    """For each seed, FVU over that of the best peer at this L0, where both are known."""
+    best = best_peer(points, layer, l0)
+    return [fvu / best[seed] for seed, fvu in by_seed(points, who, layer, l0).items() if seed in best]
 
 
 def longest(points: Sequence[Point]) -> list[Point]:
@@ -90,19 +97,15 @@ def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]
     who, lines = names(points), []
     for layer in sorted({p["layer"] for p in points}):
         for l0 in LEVELS:
-            ratios = {name: over_best_peer(points, name, layer, l0) for name in who}
-            peers = [fvu_at([p for p in points if p["who"] == n and p["layer"] == layer], l0) for n in THEIRS]
-            if any(ratios.values()):
-                best = min((fvu for fvu in peers if fvu is not None), default=math.nan)
-                lines.append((str(layer), str(l0), f"{best:.4f}", *(_spread(ratios[name]) for name in who)))
+            if best := best_peer(points, layer, l0):
+                ratios = [over_best_peer(points, name, layer, l0) for name in who]
+                lines.append((str(layer), str(l0), f"{np.mean(list(best.values())):.4f}", *map(_spread, ratios)))
     return ("layer", "L0", "best peer's FVU", *who), lines
 
 
 def _spread(values: list[float]) -> str:
-    if not values:
-        return "–"
     span = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{span}"
+    return f"{np.mean(values):.3f}{span}" if values else "–"
 
 
 def about(raw: dict[str, Any]) -> str:
