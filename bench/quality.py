@@ -1,7 +1,6 @@
 """How good our SAEs are beside other libraries': trained on the very same batches, compared at equal L0 on held-out tokens.
 
-    python -m harvest --preset demo --cache data/quality --layers 2,5 --tokens 2.4M --precision fp32
-    python -m bench quality --cache data/quality
+    python -m bench quality --cache data/demo     # after `make demo`, or a harvest of these layers alone
 
 Ours are trained by `python -m train`, theirs by their own trainers in their own environments, from a file with the batches
 that our loader gives (600 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
@@ -44,7 +43,11 @@ Point = dict[str, Any]
 
 # Who takes part. Ours with options of `python -m train`, among which --l1 may take the place of the λs; theirs with their names
 # in bench/workers/quality.py and in bench/peers.py.
-OURS: dict[str, tuple[str, ...]] = {"ours, published recipe": ()}
+OURS = {
+    "ours, published recipe": (),
+    "ours, best recipe": ("--recipe", "best"),
+    "ours, BatchTopK": ("--l1", "batchtopk:5,batchtopk:12,batchtopk:30,batchtopk:75,batchtopk:200"),
+}
 THEIRS = {
     "SAELens standard": ("sae_lens", "sae_lens"),
     "dictionary_learning Standard": ("standard", "dictionary_learning"),

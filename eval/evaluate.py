@@ -157,13 +157,8 @@ def _evaluate_layer(
                 sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs)
                 opened.append((store, snapshot, belongs, sae.to(config.device)))
         progress.advance(len(group) - len(opened))
-        for rows in dict.fromkeys(_rows(sae) for *_, sae in opened):
-            _measure_group(cache, layer, rows, [one for one in opened if _rows(one[-1]) == rows], lm, config, progress)
-
-
-def _rows(sae: Sae) -> Rows:
-    """On which an SAE is measured: such as it was trained on."""
-    return Rows.of(sae.config.get("train", {}), sae.stats.get("activations", {}))
+        for rows in dict.fromkeys(sae.rows for *_, sae in opened):
+            _measure_group(cache, layer, rows, [one for one in opened if one[-1].rows == rows], lm, config, progress)
 
 
 def _measure_group(

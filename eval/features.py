@@ -311,7 +311,10 @@ class Tally:
 
     def add(self, x: Tensor, first: int, context: int) -> None:
         """Activations float32 [n, d] of whole contexts."""
-        tile = _Tile(self.sae.encode(x), first, context)
+        z = self.sae.encode(x)
+        if not self.sae.rows.all:  # what it was not trained on it fires on at random
+            z *= self.sae.rows.kept(x, torch.arange(len(x), device=x.device) % context)[:, None]
+        tile = _Tile(z, first, context)
         row, feature = tile.z.nonzero().unbind(1)
         value = tile.z[row, feature]
         highest, at = _highest(row, feature, value, tile)

@@ -17,6 +17,7 @@ from torch import Tensor
 from shared.cli import UserError
 from shared.files import replacing
 from shared.seal import SEAL, seal, sealed
+from train.rows import Rows
 
 _SHAPES = {
     "b_pre": ("d",),
@@ -53,6 +54,11 @@ class Sae:
     def decode(self, z: Tensor) -> Tensor:
         """z [..., F] → x̂ [..., d]."""
         return z @ self.w_dec + (self.b_dec + self.b_pre)
+
+    @property
+    def rows(self) -> Rows:
+        """Such as it was trained on, and is measured on."""
+        return Rows.of(self.config.get("train", {}), self.stats.get("activations", {}))
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", _THRESHOLD)

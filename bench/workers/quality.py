@@ -4,7 +4,7 @@
 
 Writes <out>/<lambda>.npz with w_enc [F, d], w_dec [F, d], b_enc [F], b_pre [d] for each. λ goes with an error that is a mean
 over dimensions; their losses have sums over dimensions, so theirs is λ · d. All else is as their trainers have it by default,
-but for the learning rate, its warm-up and the batches.
+but for batches, learning rate and its warm-up, and no warm-up of L1.
 """
 
 from __future__ import annotations

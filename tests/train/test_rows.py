@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.features import look
 from eval.metrics import heldout_blocks
 from eval.splice import only
 from shared.cache import Cache
@@ -121,6 +122,18 @@ def test_a_splice_leaves_them_as_the_model_has_them() -> None:
     assert spliced.sum() == 2 * 2 * 4 + 400
     assert only(Rows(skip_positions=2), torch.zeros_like)(x)[:, 2:].eq(0).all()
     assert only(ALL, torch.zeros_like) is torch.zeros_like
+
+
+def test_pages_do_not_show_them() -> None:
+    """Every feature fires everywhere; on the pages of this one from the third position of each context on."""
+    context, x = 8, torch.rand(4 * 8, 3)
+    sae = Sae(
+        w_enc=torch.ones(5, 3), w_dec=torch.ones(5, 3), b_enc=torch.ones(5), b_pre=torch.zeros(3), b_dec=torch.zeros(3),
+        config={"train": {"skip_positions": 2}}, stats={},
+    )  # fmt: skip
+    (tally,) = look([(0, x.half())], [sae], context, len(x))
+    shown = tally.top.row[tally.top.row >= 0]
+    assert set((shown % context).tolist()) <= set(range(2, 8)) and tally.histograms.counts.sum(1).eq(4 * 6).all()
 
 
 def test_what_a_checkpoint_says_is_what_it_was_trained_on() -> None:
