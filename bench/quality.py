@@ -53,15 +53,22 @@ THEIRS = {
     "dictionary_learning Standard": ("standard", "dictionary_learning"),
     "dictionary_learning AprilUpdate": ("april", "dictionary_learning"),
 }
+APART = 3  # as a factor of L0
 LEVELS = (5, 10, 20, 50, 100, 200)  # of L0 in the table
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")  # Okabe & Ito's, for the colour-blind
 
 
 def fvu_at(points: Iterable[Point], l0: float) -> float | None:
-    """FVU where L0 is this, ln FVU by straight lines in ln L0 between points; None beyond them."""
-    known = sorted((math.log(p["l0"]), math.log(p["fvu"])) for p in points)
-    x, y = [a for a, _ in known], [b for _, b in known]
-    return math.exp(float(np.interp(math.log(l0), x, y))) if known and x[0] <= math.log(l0) <= x[-1] else None
+    """FVU where L0 is this, ln FVU by the parabola in ln L0 through the three nearest points; None beyond all of them, and
+    where those around are too far apart. The curve bends: a straight line between L0s of 43 and 122 is up to 9 % too low.
+    """
+    x = math.log(l0)
+    known = sorted((math.log(p["l0"]) - x, math.log(p["fvu"])) for p in points)
+    below, above = [a for a, _ in known if a <= 0], [a for a, _ in known if a >= 0]
+    if not below or not above or above[0] - below[-1] > math.log(APART):
+        return None
+    near = np.array(sorted(known, key=lambda point: abs(point[0]))[:3])
+    return math.exp(np.polyfit(near[:, 0], near[:, 1], len(near) - 1)[-1])
 
 
 def best_peer(points: Sequence[Point], layer: int, l0: float) -> dict[int, float]:
@@ -113,15 +120,14 @@ def _spread(values: list[float]) -> str:
 
 def about(raw: dict[str, Any]) -> str:
     points = longest(raw["points"])
-    seeds = {p["seed"] for p in points}
+    seeds, lambdas = len({p["seed"] for p in points}), len({p["lambda"] for p in points if p["who"] in THEIRS})
     tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
     return (
-        f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,}, lr 3e-3, "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, float32, {raw['date']}: FVU on {heldout:,} held-out tokens over that of "
-        "the best of the other libraries at the same L0 (in brackets the seeds' least and most), between measured points by "
-        "straight lines in ln FVU against ln L0. At most "
-        f"{max(p['dead'] for p in points):.1%} of features are dead. Made by `python -m bench quality`, whose points, with "
-        "cosine and CE recovered, are in [bench/results/quality.json](bench/results/quality.json)."
+        f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
+        f"({tokens // batch:,} steps), lr 3e-3, {lambdas} λs, {seeds} seed{'s' * (seeds > 1)}, float32, {raw['date']}: FVU on "
+        f"{heldout:,} held-out tokens over that of the best of the other libraries at the same L0 (in brackets the seeds' "
+        "least and most), between measured points by parabolas of ln FVU in ln L0. Made by `python -m bench quality`; "
+        "points, with cosine, dead features and CE recovered, are in [bench/results/quality.json](bench/results/quality.json)."
     )
 
 
