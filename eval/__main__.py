@@ -22,6 +22,7 @@ from shared.cache import Cache
 from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.mirror import fetched, local
+from shared.options import CACHE, DEVICE, MODEL, PRESET, RUNS
 from shared.presets import get_preset
 from shared.store import LOCATION, Location
 from train.runs import Run
@@ -33,12 +34,12 @@ def main() -> None:
 
 
 @main.command("run")
-@click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=LOCATION, help="The cache the runs were trained on [default: data/<preset>].")
-@click.option("--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Run folder, or where they lie.")
+@PRESET
+@CACHE
+@RUNS
 @click.option("--eval-tokens", help="Held-out activations to measure reconstruction on [default: all].")
 @click.option("--ce-tokens", help="Held-out tokens to measure the language model's loss on.")
-@click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+@MODEL
 @click.option("--dead-at", type=click.FloatRange(0, 1), default=DEAD_AT, show_default=True, help="Dead: density up to this.")
 @click.option(
     "--alive-above",
@@ -51,7 +52,7 @@ def main() -> None:
     "--ablation", type=click.Choice(["zero", "mean"]), default="zero", show_default=True, help="CE recovered is against this."
 )
 @click.option("--numbers-only", is_flag=True, help="Measure and say it, but leave pictures, cards and report as they are.")
-@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+@DEVICE
 def run_command(
     preset: str,
     cache: Location | None,
@@ -124,15 +125,15 @@ def export_command(
 
 
 @main.command("pages")
-@click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=LOCATION, help="The cache the runs were trained on [default: data/<preset>].")
-@click.option("--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Run folder, or where they lie.")
+@PRESET
+@CACHE
+@RUNS
 @click.option("--layers", help="Such as 0-5,12 [default: all there are].")
 @click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
 @click.option("--tokens", help="Held-out tokens to look at [default: all].")
 @click.option("--out", type=click.Path(path_type=Path), help="Gets index.html and its data [default: pages/ in --runs].")
-@click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
-@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+@MODEL
+@DEVICE
 def pages_command(
     preset: str,
     cache: Location | None,
@@ -184,9 +185,9 @@ def floor_command(statistics: Path, widths: str) -> None:
 
 
 @main.command("distill")
-@click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=LOCATION, help="Whose model and tokens [default: data/<preset>].")
-@click.option("--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Where the runs lie.")
+@PRESET
+@CACHE
+@RUNS
 @click.option(
     "--widths", help="Of the students [default: an eighth to three quarters of the model's, as for predicted floors]."
 )
@@ -195,9 +196,9 @@ def floor_command(statistics: Path, widths: str) -> None:
 @click.option("--batch", type=click.IntRange(1, 1 << 20), default=32, show_default=True, help="Sequences in a step.")
 @click.option("--lr", type=Number(0, 1, min_open=True), default=2e-3, show_default=True, help="AdamW's peak learning rate.")
 @click.option("--eval-tokens", help="Held-out tokens to measure floors on [default: all].")
-@click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+@MODEL
 @click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
-@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+@DEVICE
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
 def distill_command(preset: str, cache: Location | None, runs: Location, **options: Any) -> None:
     """Train narrower students from the model and hold their loss floors beside the predicted ones; run it again to continue."""
@@ -228,7 +229,7 @@ def distill_command(preset: str, cache: Location | None, runs: Location, **optio
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
-@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+@DEVICE
 def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
     """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""
     mine, picked = open_run(run_folder), pick_device(device)

@@ -11,6 +11,7 @@ from fleet.cluster import Fleet, RayCommands
 from fleet.commands import Commands
 from fleet.job import Job, JobConfig
 from shared.cli import UserError, parse_bytes, run, say
+from shared.options import DEVICE, PRESET, options
 from shared.presets import get_preset
 
 
@@ -19,23 +20,18 @@ def main() -> None:
     """Harvest, train, evaluate and free windows of layers."""
 
 
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(
-        (
-            click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from."),
-            click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>]."),
-            click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True),
-            click.option("--l1", help="Settings, as `python -m train` takes them."),
-            click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
-            click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension."),
-            click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one]."),
-            click.option("--harvest", "harvest_options", default="", help='More options of a command, as "--tokens 100M".'),
-            click.option("--train", "train_options", default="", help="More options of `python -m train`."),
-            click.option("--eval", "eval_options", default="", help="More options of `python -m eval`."),
-        )
-    ):
-        command = option(command)
-    return command
+_job = options(
+    PRESET,
+    click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>]."),
+    click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True),
+    click.option("--l1", help="Settings, as `python -m train` takes them."),
+    click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
+    click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension."),
+    DEVICE,
+    click.option("--harvest", "harvest_options", default="", help='More options of a command, as "--tokens 100M".'),
+    click.option("--train", "train_options", default="", help="More options of `python -m train`."),
+    click.option("--eval", "eval_options", default="", help="More options of `python -m eval`."),
+)
 
 
 def _config(options: dict[str, Any]) -> JobConfig:
@@ -84,7 +80,7 @@ def _commands(options: dict[str, Any]) -> Commands:
 
 @main.command("job")
 @_disk
-@_options
+@_job
 @_ray(None)
 def job_command(**options: Any) -> int:
     """Everything, window after window; run it again to continue."""
@@ -93,7 +89,7 @@ def job_command(**options: Any) -> int:
 
 
 @main.command("harvest")
-@_options
+@_job
 @_ray("auto")
 def harvest_command(**options: Any) -> int:
     """A harvest in shards on a Ray cluster."""
@@ -102,7 +98,7 @@ def harvest_command(**options: Any) -> int:
 
 
 @main.command("train")
-@_options
+@_job
 @_ray("auto")
 def train_command(**options: Any) -> int:
     """Training on a Ray cluster, a task for each layer."""
@@ -112,7 +108,7 @@ def train_command(**options: Any) -> int:
 
 @main.command("plan")
 @_disk
-@_options
+@_job
 def plan_command(**options: Any) -> None:
     """Windows, bytes, forward passes and time, before anything is begun."""
     say(str(Job(_config(options), Commands()).plan()))

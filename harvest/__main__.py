@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +48,9 @@ from shared.lm import (
     tokenizer_hash,
     unpin,
 )
+from shared.options import CACHE, DEVICE, PRESET, options
 from shared.presets import Preset, get_preset
-from shared.store import LOCATION, Location, open_store
+from shared.store import Location, open_store
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -123,21 +122,12 @@ class Opened:
     spec: CacheSpec
 
 
-Command = Callable[..., Any]
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several click options as one decorator, shown in the order given."""
-    return lambda command: reduce(lambda c, option: option(c), reversed(options), command)
-
-
-_common = _options(
-    click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from."),
-    click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>]."),
+_common = options(
+    PRESET,
+    CACHE,
     click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads for the disk."),
 )
-_device = click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
-_settings = _options(
+_settings = options(
     click.option("--model", help="Hub id or local folder of a causal language model."),
     click.option("--revision", help="The model's revision on the hub."),
     click.option("--dataset", help="Hub id, local file or folder (jsonl, parquet, text)."),
@@ -197,7 +187,7 @@ def main() -> None:
 @main.command("run")
 @_common
 @_settings
-@_device
+@DEVICE
 @click.option("--shard", type=parse_shard, default="0/1", help="This process is i of n at work on the same cache, such as 0/8.")
 def run_command(device: str | None, shard: Shard, **options: Any) -> None:
     """Fill the cache (the default command); run it again to continue, or to add layers."""
@@ -263,7 +253,7 @@ def verify_command(preset: str, cache: Location | None, threads: int) -> int:
 
 @main.command("repair")
 @_common
-@_device
+@DEVICE
 @click.option("--blocks", help="Blocks to harvest again, such as 3,7 [default: those that fail verification].")
 @click.option("--model", help="Where the model lies now, if not where it lay.")
 @click.option("--revision", help="The model's revision on the hub.")

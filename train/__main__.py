@@ -10,9 +10,10 @@ from shared.cache import Cache
 from shared.cli import SEED, THREADS, Number, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
 from shared.device import pick_device
 from shared.mirror import Mirror, local
+from shared.options import CACHE, DEVICE, PRESET, RUNS
 from shared.presets import get_preset
 from shared.scratch import ScratchConfig, ScratchType
-from shared.store import LOCATION, Bucket, Location
+from shared.store import Bucket, Location
 from train.loader import FOLLOW_POLL
 from train.recipes import PUBLISHED, RECIPES
 from train.settings import parse_settings
@@ -21,14 +22,12 @@ from train.trainer import RunOptions, TrainConfig, run_folders, train
 
 
 @click.command()
-@click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-@click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>].")
+@PRESET
+@CACHE
 @click.option(
     "--scratch", type=ScratchType(), help="Keep blocks of a cache that is far away on this node's disk, up to a size."
 )
-@click.option(
-    "--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Where run folders go; s3://bucket/prefix, too."
-)
+@RUNS
 @click.option("--l1", help="Settings with commas: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0, batchtopk:K.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
 @click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension.")
@@ -62,7 +61,7 @@ from train.trainer import RunOptions, TrainConfig, run_folders, train
     help="random: its directions stay as drawn, a baseline in a run of its own.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
+@DEVICE
 @click.option("--threads", type=THREADS, default=16, show_default=True, help="Reader threads.")
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
 @click.option(

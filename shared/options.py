@@ -1,0 +1,26 @@
+"""Options that several commands have, in the same words."""
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shared.store import LOCATION
+
+Command = Callable[..., Any]
+
+
+def options(*each: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several click options as one decorator, shown in the order given."""
+    return lambda command: reduce(lambda c, option: option(c), reversed(each), command)
+
+
+PRESET = click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
+CACHE = click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>].")
+RUNS = click.option(
+    "--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Where run folders lie; s3://bucket/prefix, too."
+)
+MODEL = click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+DEVICE = click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")
