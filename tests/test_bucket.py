@@ -45,9 +45,9 @@ def same_saes(runs: Path, wanted: Path) -> None:
         assert all(torch.equal(mine[k], theirs[k]) for k in theirs), name
 
 
-def _command(environment: dict[str, str], args: tuple[object, ...]) -> None:
+def _command(environment: dict[str, str], threads: int, args: tuple[object, ...]) -> None:
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # which the ledger records
     raise SystemExit(invoke(*args))
 
 
@@ -55,7 +55,7 @@ def kill_when(reached: Callable[[], bool], server: Server, *args: object) -> Non
     """Start a command in a process of its own, forked from one that has imported everything, and end it with SIGKILL."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "datasets"])
-    process = context.Process(target=_command, args=(server.environment, args))
+    process = context.Process(target=_command, args=(server.environment, torch.get_num_threads(), args))
     process.start()
     deadline = time.monotonic() + 240
     while not reached():
