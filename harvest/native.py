@@ -45,6 +45,11 @@ def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
     return bad
 
 
+def _bfloat16_is_slow() -> bool:
+    """Whether this processor has no instructions for it: then products of it take two to three times as long as float32's."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class NeoxForward:
     """Runs the decoder blocks of a transformers GPTNeoXModel on a CPU."""
 
@@ -52,6 +57,8 @@ class NeoxForward:
         self._base: Any = base
         self._c = library
         self._rows = 0
+        wide = _bfloat16_is_slow()
+        self._wide = {m: m.weight.float() for m in base.modules() if wide and isinstance(m, nn.Linear)}
 
     def run(self, tokens: Tensor, sink: Sink) -> None:
         """tokens int64 [sequences, context] → sink(layer, bfloat16 [sequences, context, d_model]) in layer order."""
@@ -66,18 +73,25 @@ class NeoxForward:
             first, second, attention, mlp = block.input_layernorm, block.post_attention_layernorm, block.attention, block.mlp
             affine = (first.weight, first.bias, second.weight, second.bias)
             _call(self._c.norms, x, *affine, a, b, first.eps, rows, d)
-            torch.mm(a, attention.query_key_value.weight.t(), out=qkv)
+            self._product(a, attention.query_key_value, qkv)
             _call(self._c.rotate, qkv, attention.query_key_value.bias, cos, sin, turned, *shape)
             query, key, value = turned.view(3, sequences, heads, context, -1)  # a head's rows together: 10 % less attention
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(rows, d)
-            torch.mm(mixed, attention.dense.weight.t(), out=a)
-            torch.mm(b, mlp.dense_h_to_4h.weight.t(), out=hidden)
+            self._product(mixed, attention.dense, a)
+            self._product(b, mlp.dense_h_to_4h, hidden)
             _call(self._c.gelu, hidden, mlp.dense_h_to_4h.bias, *hidden.shape)
-            torch.mm(hidden, mlp.dense_4h_to_h.weight.t(), out=b)
+            self._product(hidden, mlp.dense_4h_to_h, b)
             after = torch.empty_like(x)  # the sink may keep what it is given
             _call(self._c.residual, x, a, attention.dense.bias, b, mlp.dense_4h_to_h.bias, after, rows, d)
             x = after
             sink(layer, x)
+
+    def _product(self, x: Tensor, linear: nn.Linear, out: Tensor) -> None:
+        """x · weightᵀ, all of them bfloat16; the bias is added by whoever reads `out`."""
+        if linear in self._wide:
+            out.copy_(x.float() @ self._wide[linear].t())
+        else:
+            torch.mm(x, linear.weight.t(), out=out)
 
     def _angles(self, context: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [context, half of the rotated values], from the model's own module."""

@@ -55,6 +55,12 @@ def fast(base: nn.Module) -> ResidualModel:
     return model
 
 
+@pytest.fixture(params=[False, True], ids=["bfloat16 products", "float32 products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways on every processor."""
+    monkeypatch.setattr(native, "_bfloat16_is_slow", lambda: request.param)
+
+
 @needs_library
 @pytest.mark.parametrize(
     "make",
@@ -66,7 +72,7 @@ def fast(base: nn.Module) -> ResidualModel:
     ],
     ids=["pythia's options", "rotary_pct 1", "rotary_pct 0.5", "demo"],
 )
-def test_no_further_from_float64_than_transformers(make: Callable[..., nn.Module]) -> None:
+def test_no_further_from_float64_than_transformers(make: Callable[..., nn.Module], products: None) -> None:
     tokens = torch.randint(0, 50, (3, 70), generator=torch.Generator().manual_seed(1))
     exact, theirs, ours = (outputs(m, tokens) for m in (plain(make(torch.float64)), plain(make()), fast(make())))
     for want, their, our in zip(exact, theirs, ours, strict=True):
@@ -87,7 +93,7 @@ def test_wanted_layers_alone_reach_the_sink() -> None:
 
 
 @needs_library
-def test_the_split_into_passes_changes_no_bit() -> None:
+def test_the_split_into_passes_changes_no_bit(products: None) -> None:
     tokens, model = torch.arange(160).reshape(8, 20) % 50, fast(neox())
     whole = outputs(model, tokens)
     for step in (1, 2, 3):
