@@ -24,7 +24,7 @@ from shared.device import pick_device
 from shared.mirror import fetched, local
 from shared.options import CACHE, DEVICE, MODEL, PRESET, RUNS
 from shared.presets import get_preset
-from shared.store import LOCATION, Location
+from shared.store import Location, parse_location
 from train.runs import Run
 
 
@@ -105,7 +105,14 @@ def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Record]],
 
 @main.command("export")
 @click.option("--to", "form", type=click.Choice(list(FORMS)), required=True, help="The tool that is to load them.")
-@click.option("--runs", type=LOCATION, multiple=True, default=[Path("runs")], help="Runs, folders of them, .pt files.")
+@click.option(
+    "--runs",
+    type=parse_location,
+    metavar="PLACE",
+    multiple=True,
+    default=[Path("runs")],
+    help="Runs, folders of them, .pt files.",
+)
 @click.option("--layers", help="Such as 0-5,12 [default: all there are].")
 @click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Gets <run>/layer_<N> for each SAE.")
@@ -161,7 +168,9 @@ def pages_command(
 
 
 @main.command("publish")
-@click.option("--runs", type=LOCATION, multiple=True, default=[Path("runs")], help="Runs, or folders of them.")
+@click.option(
+    "--runs", type=parse_location, metavar="PLACE", multiple=True, default=[Path("runs")], help="Runs, or folders of them."
+)
 @click.option("--to", required=True, help="On the hub: who owns it (repositories are named as the runs), or owner/name.")
 @click.option("--public", is_flag=True, help="For everybody to see, if it is new [default: private].")
 @click.option("--license", default=Publication().license, show_default=True, help="Of the SAEs, as the hub names it.")

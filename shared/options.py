@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shared.store import LOCATION
+from shared.store import parse_location
 
 Command = Callable[..., Any]
 
@@ -18,9 +18,16 @@ def options(*each: Callable[[Command], Command]) -> Callable[[Command], Command]
 
 
 PRESET = click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
-CACHE = click.option("--cache", type=LOCATION, help="Cache folder, or s3://bucket/prefix [default: data/<preset>].")
+CACHE = click.option(
+    "--cache", type=parse_location, metavar="PLACE", help="Cache folder, or s3://bucket/prefix [default: data/<preset>]."
+)
 RUNS = click.option(
-    "--runs", type=LOCATION, default=Path("runs"), show_default=True, help="Where run folders lie; s3://bucket/prefix, too."
+    "--runs",
+    type=parse_location,
+    metavar="PLACE",
+    default=Path("runs"),
+    show_default=True,
+    help="Where run folders lie; s3://bucket/prefix, too.",
 )
 MODEL = click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
 DEVICE = click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")

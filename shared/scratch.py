@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-import click
-
 from shared.cli import UserError, format_bytes, parse_bytes, say
 from shared.files import make_dir, read_file, remove_leftovers, temporary, write_all
 
@@ -38,13 +36,6 @@ class ScratchConfig:
         if not folder:
             raise UserError(f"{text!r} does not say where and how much: write --scratch DIR:SIZE, such as /nvme/scratch:2TB")
         return cls(folder=Path(folder), size=parse_bytes(size))
-
-
-class ScratchType(click.ParamType[ScratchConfig]):
-    name = "DIR:SIZE"
-
-    def convert(self, value: str | ScratchConfig, param: click.Parameter | None, ctx: click.Context | None) -> ScratchConfig:
-        return ScratchConfig.parse(value) if isinstance(value, str) else value
 
 
 class Scratch:

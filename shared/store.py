@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-import click
-
 from shared.cli import UserError
 from shared.files import (
     create_file,
@@ -63,18 +61,11 @@ Location: TypeAlias = Path | Bucket
 Staged: TypeAlias = Path | None  # None: in its place already
 
 
-class LocationType(click.ParamType["Location"]):
-    """A folder, or s3://bucket/prefix, on a command line."""
-
-    name = "folder or s3://bucket/prefix"
-
-    def convert(self, value: str | Location, param: click.Parameter | None, ctx: click.Context | None) -> Location:
-        if not isinstance(value, str):
-            return value
-        return Bucket.parse(value) if value.startswith("s3:") else Path(value)
-
-
-LOCATION = LocationType()
+def parse_location(text: str | Location) -> Location:
+    """What a command line says: a folder, or s3://bucket/prefix. Raises UserError."""
+    if not isinstance(text, str):  # an option's default
+        return text
+    return Bucket.parse(text) if text.startswith("s3:") else Path(text)
 
 
 class Store(Protocol):

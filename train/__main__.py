@@ -12,7 +12,7 @@ from shared.device import pick_device
 from shared.mirror import Mirror, local
 from shared.options import CACHE, DEVICE, PRESET, RUNS
 from shared.presets import get_preset
-from shared.scratch import ScratchConfig, ScratchType
+from shared.scratch import ScratchConfig
 from shared.store import Bucket, Location
 from train.loader import FOLLOW_POLL
 from train.recipes import PUBLISHED, RECIPES
@@ -25,7 +25,10 @@ from train.trainer import RunOptions, TrainConfig, run_folders, train
 @PRESET
 @CACHE
 @click.option(
-    "--scratch", type=ScratchType(), help="Keep blocks of a cache that is far away on this node's disk, up to a size."
+    "--scratch",
+    type=ScratchConfig.parse,
+    metavar="DIR:SIZE",
+    help="Keep blocks of a cache that is far away on this node's disk, up to a size.",
 )
 @RUNS
 @click.option("--l1", help="Settings with commas: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0, batchtopk:K.")
