@@ -57,20 +57,12 @@ _disk = click.option("--disk", type=parse_bytes, required=True, help="What cache
 
 def _ray(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Options that say where the work is done."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(
-            (
-                click.option("--ray", default=default, help="Address of a Ray cluster, auto, or local for this machine."),
-                click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Shards of a harvest."),
-                click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Of a task: its threads."),
-                click.option("--gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a task."),
-            )
-        ):
-            command = option(command)
-        return command
-
-    return add
+    return options(
+        click.option("--ray", default=default, help="Address of a Ray cluster, auto, or local for this machine."),
+        click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Shards of a harvest."),
+        click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Of a task: its threads."),
+        click.option("--gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a task."),
+    )
 
 
 def _commands(options: dict[str, Any]) -> Commands:

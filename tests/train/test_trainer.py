@@ -113,6 +113,23 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it, nothing cleans up after it."""
 
 
+def kill_in_step(monkeypatch: pytest.MonkeyPatch, cli: Cli, step: int, *args: object) -> None:
+    """Train three settings, and end in the middle of the second one's step."""
+    finish, calls = TrainingSae.finish, 0
+
+    def dying(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == 3 * step + 2:
+            raise Killed
+        return finish(self, begun, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingSae, "finish", dying)
+    with pytest.raises(Killed):
+        cli("train", *TRAIN_ARGS, *args)
+    monkeypatch.setattr(TrainingSae, "finish", finish)
+
+
 @pytest.mark.parametrize("save_minutes", [0, 60])
 @pytest.mark.parametrize("kill_at", [1, 23, 41, 79])
 def test_resumes_bit_for_bit(
@@ -126,19 +143,7 @@ def test_resumes_bit_for_bit(
 ) -> None:
     """Killed in the middle of the second setting's step, with states saved as often as they can be, or none at all."""
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", L1, "--layers", 1, "--save-minutes", save_minutes)
-    finish, calls = TrainingSae.finish, 0
-
-    def dying(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
-        nonlocal calls
-        calls += 1
-        if calls == 3 * kill_at + 2:
-            raise Killed
-        return finish(self, begun, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(TrainingSae, "finish", dying)
-    with pytest.raises(Killed):
-        cli("train", *TRAIN_ARGS, *args)
-    monkeypatch.setattr(TrainingSae, "finish", finish)
+    kill_in_step(monkeypatch, cli, kill_at, *args)
     assert bool(list(tmp_path.glob("*/state/*/*"))) == (save_minutes == 0)  # by the clock alone, not at snapshots
     result = cli("train", *TRAIN_ARGS, *args)
     assert result.code == 0, result.err
@@ -485,19 +490,7 @@ def test_other_recipes_and_settings_resume_bit_for_bit(
     cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
     """Killed before the refit, and in it."""
-    finish, calls = TrainingSae.finish, 0
-
-    def dying(self: TrainingSae, begun: Begun, **options: object) -> StepResult:
-        nonlocal calls
-        calls += 1
-        if calls == 3 * kill_at + 2:
-            raise Killed
-        return finish(self, begun, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(TrainingSae, "finish", dying)
-    with pytest.raises(Killed):
-        cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
-    monkeypatch.setattr(TrainingSae, "finish", finish)
+    kill_in_step(monkeypatch, cli, kill_at, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     assert result.code == 0, result.err
     same(finals(tmp_path), finals(others))
