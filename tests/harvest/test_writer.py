@@ -16,6 +16,7 @@ from shared.cache import Cache
 from shared.cli import UserError
 from shared.files import PAGE
 from shared.seal import crc32c
+from shared.store import Location
 from tests.shared.test_cache import SPEC
 
 
@@ -125,14 +126,11 @@ def test_a_block_of_another_harvest_stays_and_is_replaced_on_request(tmp_path: P
     assert [p.parent.name for p in tmp_path.glob("c/ledger/*/*.json")] == ["0,2"]
 
 
-def test_harvests_of_the_same_block_at_once_leave_one_that_is_whole(tmp_path: Path) -> None:
-    """Though their bytes differ, as those of two kinds of device may, the record is of the bytes that stay."""
-    Cache.create(tmp_path / "c", SPEC, (0, 2))
+def write_at_once(place: Location) -> None:
+    """Four writers put all blocks of layers 0 and 2 into a cache, each of a value of its own: 1 to 4."""
 
     def write(value: int) -> None:
-        with BlockWriter(
-            Cache.open(tmp_path / "c"), (0, 2), WriterConfig(threads=2), pinned=False, done=lambda _: None
-        ) as writer:
+        with BlockWriter(Cache.open(place), (0, 2), WriterConfig(threads=2), pinned=False, done=lambda _: None) as writer:
             for block in range(SPEC.n_blocks):
                 buffer = writer.buffer()
                 buffer.data.fill_(float(value))
@@ -140,6 +138,12 @@ def test_harvests_of_the_same_block_at_once_leave_one_that_is_whole(tmp_path: Pa
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(1, 5)))
+
+
+def test_harvests_of_the_same_block_at_once_leave_one_that_is_whole(tmp_path: Path) -> None:
+    """Though their bytes differ, as those of two kinds of device may, the record is of the bytes that stay."""
+    Cache.create(tmp_path / "c", SPEC, (0, 2))
+    write_at_once(tmp_path / "c")
     cache, out = Cache.open(tmp_path / "c"), np.empty((SPEC.block_rows, SPEC.d_model), dtype=np.float16)
     assert cache.missing((0, 2)) == {}
     for block in range(SPEC.n_blocks):

@@ -21,6 +21,7 @@ from shared.mirror import Mirror
 from shared.s3 import S3
 from shared.store import Bucket, Folder, Location, Store, open_store
 from tests.bucket import BUCKET, KEY, SECRET, Proxy, Server
+from tests.harvest.test_writer import write_at_once
 from tests.shared import test_cache
 from tests.shared.test_cache import SPEC, STATS
 
@@ -133,16 +134,7 @@ def test_of_two_harvests_of_a_block_whoever_records_it_speaks_of_what_lies_there
 
 def test_many_harvests_at_once_leave_a_ledger_that_is_true(place: Bucket) -> None:
     Cache.create(place, SPEC, (0, 2))
-
-    def write(value: int) -> None:
-        with BlockWriter(Cache.open(place), (0, 2), WriterConfig(threads=2), pinned=False, done=lambda _: None) as writer:
-            for block in range(SPEC.n_blocks):
-                buffer = writer.buffer()
-                buffer.data.fill_(float(value))
-                writer.submit(block, buffer)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(1, 5)))
+    write_at_once(place)
     cache = Cache.open(place)
     assert cache.missing((0, 2)) == {}
     for block in range(SPEC.n_blocks):
