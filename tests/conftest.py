@@ -36,6 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start backgro
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 hypothesis.settings.load_profile("any machine")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network shall fail at once
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # in processes started from here: tests beside each other share the cores
 
 
 @pytest.fixture(autouse=True)

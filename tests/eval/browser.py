@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -29,7 +30,7 @@ _FLAGS = (
     "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND",  # a page that wants the network shall not get it
 )
-_WAIT = 5.0  # seconds
+_WAIT = 20.0  # seconds: on a busy machine a page takes long
 
 
 def missing() -> str | None:
@@ -76,7 +77,7 @@ class Browser:
         return self.until(lambda: (seen := [e for e in self.all(selector) if e.is_displayed()]) and len(seen) == 1 and seen[0])
 
     def text(self, selector: str) -> str:
-        return str(self.one(selector).text)
+        return self.until(lambda: [str(self.one(selector).text)])[0]
 
     def run(self, script: str, *args: Any) -> Any:
         """JavaScript: the value of its `return`."""
@@ -87,8 +88,9 @@ class Browser:
         self.driver.switch_to.active_element.send_keys(*keys)
 
     def until(self, condition: Callable[[], T | bool]) -> T:
-        """Wait until it holds, and return what it gave."""
-        found: T = WebDriverWait(self.driver, _WAIT, poll_frequency=0.02).until(lambda _: condition())
+        """Wait until it holds, and return what it gave. What a page replaces meanwhile is looked for again."""
+        wait = WebDriverWait(self.driver, _WAIT, 0.02, ignored_exceptions=(StaleElementReferenceException,))
+        found: T = wait.until(lambda _: condition())
         return found
 
     def overflow(self) -> int:

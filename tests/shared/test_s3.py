@@ -13,17 +13,19 @@ import pytest
 import zarr
 from hypothesis import settings
 
-import shared.s3
 from harvest.writer import BlockWriter, WriterConfig, block_stats
 from shared.cache import Cache, _block_key
 from shared.cli import UserError
 from shared.mirror import Mirror
-from shared.s3 import S3
 from shared.store import Bucket, Folder, Location, Store, open_store
 from tests.bucket import BUCKET, KEY, SECRET, Proxy, Server
 from tests.harvest.test_writer import write_at_once
 from tests.shared import test_cache
 from tests.shared.test_cache import SPEC, STATS
+
+pytest.importorskip("obstore", reason="the extra [s3] is not installed")
+import shared.s3
+from shared.s3 import S3
 
 
 @pytest.fixture
