@@ -60,7 +60,7 @@ def test_freeing_asks_first(cli: Cli, copy: Cache, cache: Cache, monkeypatch: py
         monkeypatch.setattr("click.termui.visible_prompt_func", answer)
         refused = cli("harvest", "free", "--cache", copy.path, "--layers", "0")
         assert refused.code == 2
-        assert refused.err.splitlines()[-1] == "error: nothing was removed: answer y, or say --yes"
+        assert refused.err.rstrip().endswith("error: nothing was removed: answer y, or say --yes")
     assert files(copy, 0) == files(cache, 0) and copy.freed() == ()
     monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: "y")
     assert cli("harvest", "free", "--cache", copy.path, "--layers", "0").code == 0
