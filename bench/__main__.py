@@ -7,6 +7,7 @@
     python -m bench gpu            # the GPU path: checked, timed and projected in one call of under six minutes
     python -m bench mixing         # FVU against how far rows are mixed, on the demo's cache
     python -m bench stores         # the S3 client beside bare ones, through a server that stores nothing
+    python -m bench scale          # harvest and training on 1 to 8 simulated GPUs, against stores of given bandwidths
     python -m bench quality        # FVU at equal L0, beside other libraries that are trained on the same batches
     python -m bench tables         # README's table and docs/bench.md again from the results, measuring nothing
 
@@ -25,7 +26,7 @@ from typing import Any
 import click
 import torch
 
-from bench import gpu, growth, limits, mixing, ours, project, quality, report, stores, table
+from bench import gpu, growth, limits, mixing, ours, project, quality, report, scale, stores, table
 from bench.peers import ROOT, STEPS, WRITERS, Load, Peer, PeerFailed, Worker
 from shared.cli import DefaultRun, run
 from shared.device import pick_device
@@ -161,6 +162,7 @@ main.add_command(project.command, "project")
 main.add_command(gpu.command, "gpu")
 main.add_command(mixing.command, "mixing")
 main.add_command(stores.command, "stores")
+main.add_command(scale.command, "scale")
 main.add_command(quality.command, "quality")
 
 

@@ -55,9 +55,12 @@ GPU_STREAMS = {  # figure: what it is called, what it stands beside
 
 
 def publish(
-    results: Path = RESULTS, readme: Path = ROOT / "README.md", details_file: Path = ROOT / "docs" / "bench.md"
+    results: Path = RESULTS,
+    readme: Path = ROOT / "README.md",
+    details_file: Path = ROOT / "docs" / "bench.md",
+    scale_file: Path = ROOT / "docs" / "scale.md",
 ) -> None:
-    """Write both again from every result there is. README needs the marker comments."""
+    """Write all of it again from every result there is. README and the page of scale need the marker comments."""
     machines, gpus = found(results)
     short = [gpu_summary(one) for one in gpus[-1:]] + [summary(one) for one in machines[-1:]]
     text = _between(readme.read_text(), "bench", short)
@@ -67,6 +70,11 @@ def publish(
         table = _table(head, "r" * len(head), lines)
         text = _between(text, "quality", [quality.about(raw), table, "![FVU against L0](docs/quality.png)"])
     readme.write_text(text)
+    from bench import scale  # here, because it needs the harvest, and a plan of a job does not
+
+    if (path := results / scale.RESULTS.name).exists():
+        page = _between(scale_file.read_text(), "scale", scale.tables(json.loads(path.read_text()), scale.read(path)))
+        scale_file.write_text(page)
     title = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
     long = [title, *(details(one) for one in reversed(machines)), *(gpu_details(one) for one in reversed(gpus))]
     details_file.write_text("\n\n".join(long) + "\n")
