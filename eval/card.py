@@ -26,8 +26,8 @@ from eval.report import (
     written,
 )
 from shared.cli import format_count, format_layers, say
-from shared.files import publish_file
-from train.runs import FINAL, Run, alone_in, snapshot_tokens
+from shared.files import locked, publish_file
+from train.runs import FINAL, Run, snapshot_tokens
 from train.settings import restored
 
 Record = dict[str, Any]
@@ -99,7 +99,7 @@ def write_card(
 ) -> None:
     """README.md of a run, unless somebody has written his own there, and the entry for SAELens' registry. Raises UserError."""
     path, publication = run.path / "README.md", publication or Publication()
-    with alone_in(run.path):
+    with locked(run.path):
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             say(f"note: {path} is your own and stays as it is; move it away to have one written", err=True)
         else:

@@ -62,11 +62,11 @@ from eval.students import DistillConfig, Student, Teacher, Texts, student_config
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers
 from shared.device import announce, device_kind
-from shared.files import make_dir, remove_leftovers, replacing, sync_dir
+from shared.files import locked, make_dir, remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model, load_config, load_model
 from shared.progress import Progress
 from shared.seal import canonical, seal, sealed
-from train.runs import Run, Snapshot, alone_in
+from train.runs import Run, Snapshot
 from train.sae import Sae
 
 Record = dict[str, Any]
@@ -269,7 +269,7 @@ class _Store:
 
     def add(self, students: list[Record], predictions: list[Record]) -> None:
         """Add to what is on disk by now: another process may have added its own. This experiment becomes the first."""
-        with alone_in(self._folder):
+        with locked(self._folder):
             there = self._read()
             mine = next((e for e in there if e["digest"] == self.experiment["digest"]), self.experiment)
             measured = {_student(s): s for s in [*students, *mine["students"]]}  # what is there already stays

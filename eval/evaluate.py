@@ -25,12 +25,12 @@ from eval.splice import SplicedModel, constant, only, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
 from shared.device import announce, fitting
-from shared.files import remove_leftovers, replacing, sync_dir
+from shared.files import locked, remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
 from train.rows import Rows
-from train.runs import Run, Snapshot, alone_in, cache_identity, snapshot_tokens
+from train.runs import Run, Snapshot, cache_identity, snapshot_tokens
 from train.sae import Damaged, Sae
 
 Record = dict[str, Any]
@@ -274,7 +274,7 @@ class _Store:
         if not folder.exists():
             folder.mkdir(exist_ok=True)
             sync_dir(folder.parent)
-        with alone_in(folder):
+        with locked(folder):
             known = {_identity(r): r for r in self._read()}
             self._records = self._ordered([*(known | {_identity(record): seal(record)}).values()])
             with replacing(self._path) as temporary:
@@ -285,7 +285,7 @@ class _Store:
         path = self._path.with_suffix(".csv")
         if not self._path.exists():  # nothing was measured, or could not be written
             return
-        with alone_in(path.parent):
+        with locked(path.parent):
             self._records = self._ordered(self._read())
             text = self._csv().encode()
             if not path.exists() or path.read_bytes() != text:

@@ -33,11 +33,11 @@ from eval.evaluate import Skipped
 from shared.cache import Cache
 from shared.cli import UserError, format_layers, say
 from shared.device import announce, fitting
-from shared.files import make_dir, publish_json, remove_leftovers, replacing, sync_dir, write_file
+from shared.files import locked, make_dir, publish_json, remove_leftovers, replacing, sync_dir, write_file
 from shared.lm import harvested_model, load_model, load_tokenizer, tokenizer_hash, unembedding
 from shared.progress import Progress
 from shared.seal import SEAL, canonical, crc32c, seal, sealed
-from train.runs import FINAL, Run, alone_in
+from train.runs import FINAL, Run
 from train.sae import Sae
 
 FORMAT = 1
@@ -345,7 +345,7 @@ def _call(key: str, value: Any) -> bytes:
 
 def _write_index(out: Path, current: set[Path]) -> Path:
     """The page, with a list of everything that is there: of one SAE what is in `current`, else what is of most text."""
-    with alone_in(out):
+    with locked(out):
         chosen: dict[tuple[str, int, str], tuple[Any, Facts]] = {}
         for folder in sorted(out.glob("*/layer*_*.*")):
             facts = _facts(folder)

@@ -38,9 +38,9 @@ from numpy.typing import NDArray
 from eval.evaluate import Skipped, measured_features
 from eval.metrics import Features
 from shared.cli import format_count
-from shared.files import publish_file
+from shared.files import locked, publish_file
 from shared.seal import SEAL, canonical, crc32c
-from train.runs import FINAL, Run, alone_in, snapshot_tokens
+from train.runs import FINAL, Run, snapshot_tokens
 
 matplotlib.rcdefaults()  # the user's own style may not fit
 matplotlib.rcParams["svg.hashsalt"] = "residual-saes"  # else names inside an SVG are drawn by chance
@@ -159,7 +159,7 @@ def _write(runs: list[RunData], pictures: Pictures) -> None:
             continue
         for suffix, content in _rendered(picture.draw(), key).items():
             for folder in folders:
-                with alone_in(folder):
+                with locked(folder):
                     publish_file(folder / f"{name}{suffix}", content)
 
 

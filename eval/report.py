@@ -15,9 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from eval.evaluate import Skipped
 from eval.plots import short_labels
 from shared.cli import format_count, format_layers
-from shared.files import publish_file, remove_leftovers
+from shared.files import locked, publish_file, remove_leftovers
 from train.rows import left_out
-from train.runs import FINAL, Run, alone_in
+from train.runs import FINAL, Run
 
 Record = dict[str, Any]
 
@@ -154,7 +154,7 @@ def write_report(
     )
     path = folder / "report.html"
     remove_leftovers(folder)
-    with alone_in(folder):
+    with locked(folder):
         publish_file(path, page.encode())
     return path
 

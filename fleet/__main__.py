@@ -9,9 +9,9 @@ import click
 
 from fleet.cluster import Fleet, RayCommands
 from fleet.commands import Commands
-from fleet.job import Job, JobConfig
+from fleet.job import Job, JobConfig, wanted
 from shared.cli import UserError, parse_bytes, run, say
-from shared.options import DEVICE, PRESET, options
+from shared.options import CACHE, DEVICE, PRESET, RUNS, options
 from shared.presets import get_preset
 
 
@@ -22,8 +22,8 @@ def main() -> None:
 
 _job = options(
     PRESET,
-    click.option("--cache", type=click.Path(path_type=Path), help="Cache folder [default: data/<preset>]."),
-    click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True),
+    CACHE,
+    RUNS,
     click.option("--l1", help="Settings, as `python -m train` takes them."),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
     click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension."),
@@ -70,6 +70,12 @@ def _commands(options: dict[str, Any]) -> Commands:
     return Commands() if address is None else RayCommands(Fleet(address=address, workers=workers, cpus=cpus, gpus=gpus))
 
 
+def _stage(stage: str, options: dict[str, Any]) -> int:
+    """One stage alone, of all layers."""
+    commands, config = _commands(options), _config(options | {"disk": 0})
+    return commands.run(*config.command(stage, wanted(config, commands)[0]))
+
+
 @main.command("job")
 @_disk
 @_job
@@ -85,8 +91,7 @@ def job_command(**options: Any) -> int:
 @_ray("auto")
 def harvest_command(**options: Any) -> int:
     """A harvest in shards on a Ray cluster."""
-    commands = _commands(options)
-    return Job(_config(options | {"disk": 0}), commands).stage("harvest")
+    return _stage("harvest", options)
 
 
 @main.command("train")
@@ -94,8 +99,7 @@ def harvest_command(**options: Any) -> int:
 @_ray("auto")
 def train_command(**options: Any) -> int:
     """Training on a Ray cluster, a task for each layer."""
-    commands = _commands(options)
-    return Job(_config(options | {"disk": 0}), commands).stage("train")
+    return _stage("train", options)
 
 
 @main.command("plan")

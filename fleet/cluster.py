@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from fleet.commands import Commands, start
 from shared.cache import Cache
 from shared.cli import UserError, parse_layers, say
 from shared.progress import Progress
-from train.runs import SNAPSHOTS
+from shared.store import Location, parse_location
+from train.runs import SNAPSHOTS, made
 
 LOCAL = "local"
 _LOOK = 5.0  # seconds between looks at how far it is
@@ -48,8 +50,10 @@ class RayCommands(Commands):
         if argv[0] == "train":
             at = argv.index("--layers") + 1
             layers = parse_layers(argv[at])
-            folders = [Path(line) for line in self.ask(*argv, "--list").splitlines()]
-            return self._all([(*argv[:at], str(n), *argv[at + 1 :]) for n in layers], _checkpoints(folders, layers))
+            names = [Path(line).name for line in self.ask(*argv, "--list").splitlines()]
+            where = parse_location(argv[argv.index("--runs") + 1])
+            far = partial(_checkpoints, [where / name for name in names], layers)
+            return self._all([(*argv[:at], str(n), *argv[at + 1 :]) for n in layers], far)
         return super().run(*argv)
 
     def _all(self, tasks: list[tuple[str, ...]], far: Callable[[], tuple[int, int, str]]) -> int:
@@ -115,7 +119,13 @@ def _task(argv: tuple[str, ...], threads: int, folder: str) -> tuple[int, str]:
     """On a node: run a command; its exit code, and its last line where it failed."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     for _ in range(_TRIES):
-        code, _, said = start(argv, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            code, _, said = start(argv, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except OSError as error:
+            return (
+                2,
+                f"error: node {socket.gethostname()} cannot run {argv[0]} in {folder}: {error.strerror}; put that right there",
+            )
         last = said.strip().rpartition("\n")[2]
         if not (code == 2 and "is being trained by" in last):
             break
@@ -124,7 +134,7 @@ def _task(argv: tuple[str, ...], threads: int, folder: str) -> tuple[int, str]:
 
 
 def _blocks(argv: tuple[str, ...]) -> Callable[[], tuple[int, int, str]]:
-    path, layers = Path(argv[argv.index("--cache") + 1]), parse_layers(argv[argv.index("--layers") + 1])
+    path, layers = parse_location(argv[argv.index("--cache") + 1]), parse_layers(argv[argv.index("--layers") + 1])
 
     def far() -> tuple[int, int, str]:
         if not Cache.exists(path):
@@ -136,9 +146,5 @@ def _blocks(argv: tuple[str, ...]) -> Callable[[], tuple[int, int, str]]:
     return far
 
 
-def _checkpoints(folders: list[Path], layers: tuple[int, ...]) -> Callable[[], tuple[int, int, str]]:
-    def far() -> tuple[int, int, str]:
-        there = sum(1 for folder in folders for layer in layers for _ in folder.glob(f"sae_layer{layer:02d}_*.pt"))
-        return there, SNAPSHOTS * len(folders) * len(layers), "checkpoints"
-
-    return far
+def _checkpoints(runs: list[Location], layers: tuple[int, ...]) -> tuple[int, int, str]:
+    return sum(made(run, layers) for run in runs), SNAPSHOTS * len(runs) * len(layers), "checkpoints"

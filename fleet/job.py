@@ -18,9 +18,10 @@ from fleet.plan import Plan
 from fleet.room import Room, Window, room, used_bytes, windows
 from shared.cache import Cache, CacheSpec
 from shared.cli import UserError, format_bytes, format_layers, format_seconds, say
-from shared.files import make_dir, remove_leftovers
+from shared.files import make_dir, owned, remove_leftovers
 from shared.seal import seal, sealed
-from train.runs import SNAPSHOTS, Run
+from shared.store import Location
+from train.runs import SNAPSHOTS, Run, made
 
 STAGES = ("harvest", "train", "eval")
 
@@ -30,8 +31,8 @@ class JobConfig:
     """What is wanted, and what is passed on to the commands."""
 
     disk: int  # bytes that cache and runs may take together
-    cache: Path
-    runs: Path
+    cache: Location
+    runs: Location
     preset: str
     l1: str
     expansion: int
@@ -85,20 +86,31 @@ class Job:
     """Call `run`; again after whatever stopped it."""
 
     def __init__(self, config: JobConfig, commands: Commands) -> None:
-        self._config, self._commands = config, commands
+        """Raises UserError for a bucket: nobody says how much it may take, so there is nothing to make windows for."""
+        if not (isinstance(config.cache, Path) and isinstance(config.runs, Path)):
+            raise UserError(
+                "a job makes room on a disk, and a bucket needs none: run harvest, train and eval in turn, which take "
+                "s3://bucket/prefix, or keep --cache and --runs in folders"
+            )
+        self._config, self._commands, self._cache_path, self._runs_path = config, commands, config.cache, config.runs
         self._log = config.runs / "job.jsonl"
         self._folders: list[Run] = []
-        wanted = json.loads(commands.ask(*config.command("plan", config.layers)))
-        self._layers, self._spec = tuple(wanted["layers"]), CacheSpec(**wanted["shape"])
-
-    def stage(self, stage: str) -> int:
-        """One stage alone, of all layers; its exit code."""
-        return self._commands.run(*self._config.command(stage, self._layers))
+        self._layers, shape = wanted(config, commands)
+        self._spec = CacheSpec(**shape)
 
     def run(self) -> int:
-        """0, or the exit code of the stage that failed and has said why. Raises UserError if not even one layer fits."""
+        """0, or the exit code of the stage that failed and has said why. Raises UserError if not even one layer fits, or
+        another job is at work there."""
         self._windows(self._look())  # refuses before anything is written
-        make_dir(self._config.runs)
+        with contextlib.ExitStack() as stack:
+            for folder in (self._cache_path, self._runs_path):
+                make_dir(folder)
+                stack.callback(_remove_empty, folder)
+                if owner := stack.enter_context(owned(folder / "job.owner")):
+                    raise UserError(f"{owner} is at work on a job in {folder}: wait until it ends, or choose another folder")
+            return self._run()
+
+    def _run(self) -> int:
         tried: tuple[int, ...] = ()
         while True:
             states = self._look()
@@ -141,13 +153,13 @@ class Job:
     # --- what there is ---
 
     def _cache(self) -> Cache | None:
-        return Cache.open(self._config.cache) if Cache.exists(self._config.cache) else None
+        return Cache.open(self._cache_path) if Cache.exists(self._cache_path) else None
 
     def _runs(self) -> list[Run]:
         """The run folders, which the cache's model names. As many as there are settings, in any case."""
         if not self._folders:
             if self._cache() is None:
-                return [Run(self._config.runs / f"not begun {i}") for i in range(self._config.l1.count(",") + 1)]
+                return [Run(self._runs_path / f"not begun {i}") for i in range(self._config.l1.count(",") + 1)]
             named = self._commands.ask(*self._config.command("runs", self._layers))
             self._folders = [Run(Path(line)) for line in named.splitlines()]
         return self._folders
@@ -162,12 +174,11 @@ class Job:
         states = {}
         for layer in self._layers:
             missing = spec.n_blocks if cache is None else sum(map(len, cache.missing((layer,), freed=True).values()))
-            made = sum(1 for run in runs for _ in run.path.glob(f"sae_layer{layer:02d}_*.pt"))
             states[layer] = LayerState(
                 blocks=1 - missing / spec.n_blocks,
                 freed=cache is not None and layer in cache.freed(),
                 saes=SNAPSHOTS * len(runs),
-                made=made,
+                made=sum(made(run.path, (layer,)) for run in runs),
                 measured=sum(len(labels.get(layer, ())) for labels in there),
             )
         return states
@@ -179,7 +190,7 @@ class Job:
     def _windows(self, states: dict[int, LayerState]) -> list[Window]:
         """How layers that are not done are parted, as if those that are had been freed."""
         need = self._need(_left(states))
-        used = used_bytes(self._config.cache, self._config.runs) - sum(self._need(tuple(states)).there.values())
+        used = used_bytes(self._cache_path, self._runs_path) - sum(self._need(tuple(states)).there.values())
         return windows(used, need, self._config.disk)
 
     def plan(self) -> Plan:
@@ -241,6 +252,17 @@ class Job:
             seconds = n * sum(harvests) / len(harvests) + len(left) * sum(r["seconds"] for r in others) / layers
             text += f", about {format_seconds(seconds)} as it went so far"
         return text
+
+
+def wanted(config: JobConfig, commands: Commands) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The layers, and the shape of their cache as far as it is known by now."""
+    said = json.loads(commands.ask(*config.command("plan", config.layers)))
+    return tuple(said["layers"]), said["shape"]
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _left(states: dict[int, LayerState]) -> list[int]:

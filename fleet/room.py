@@ -12,7 +12,7 @@ from pathlib import Path
 from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
 from shared.cli import UserError, format_bytes
 from shared.files import PAGE
-from train.runs import SNAPSHOTS
+from train.runs import SNAPSHOTS, made
 
 _HEADER = 8 << 10  # of a checkpoint or a state: its configuration, and what its format adds
 _CURVE = 128 << 10  # a training curve: 300 records
@@ -47,9 +47,9 @@ def room(spec: CacheSpec, cache: Cache | None, runs: Sequence[Path], layers: Seq
         groups = [range(spec.n_blocks)] if cache is None else cache.missing((layer,), freed=True).values()
         missing = [n for blocks in groups for n in blocks]
         held = sum(n >= spec.train_blocks for n in missing)
-        saes = sum(max(0, SNAPSHOTS - sum(1 for _ in folder.glob(f"sae_layer{layer:02d}_*.pt"))) for folder in runs)
-        made = saes * sae + len(runs) * (SNAPSHOTS * results + _CURVE)
-        stays[layer] = held * block + made + len(missing) * (PAGE + LEDGER_BYTES_PER_LAYER)
+        saes = sum(max(0, SNAPSHOTS - made(folder, (layer,))) for folder in runs)
+        trained = saes * sae + len(runs) * (SNAPSHOTS * results + _CURVE)
+        stays[layer] = held * block + trained + len(missing) * (PAGE + LEDGER_BYTES_PER_LAYER)
         there[layer] = 0 if cache is None else len(cache.freeable(layer)) * block
     chunks = spec.token_chunks if cache is None else len(cache.missing_token_chunks())
     return Room(

@@ -53,7 +53,8 @@ def run(command: click.Command) -> NoReturn:
         except click.ClickException as error:
             _fail(error.format_message(), 2)
         except KeyboardInterrupt as error:
-            how, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            asked = _signals.asked or type(error)  # a library in between may have made a plain one of it
+            how, code = ("terminated", 143) if issubclass(asked, Terminated) else ("interrupted", 130)
             _fail(f"{how}; run the same command again to continue", code)
         except BrokenPipeError:
             _mute(sys.stdout)

@@ -242,18 +242,63 @@ def stage_file(path: Path, data: bytes | memoryview) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone among all who lock the same file; the lock goes with the process. Not every file system has such a thing."""
+def locked(path: Path, *, make: bool = False) -> Iterator[None]:
+    """Alone among all who lock the same folder or file (`make` it if need be); the lock goes with the process.
+
+    Not every file system has such a thing: without it, duplicate work may end as damage that is noticed.
+    """
+    fd, more = None, os.O_CREAT if make else 0
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # without it, duplicate work may end as damage that is noticed
+        with contextlib.suppress(OSError):
+            # a network's file system locks files only for those who may write
+            fd = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_RDWR | more), 0o644)
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        if fd is not None:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[str]:
+    """Gives "" to the one process that owns this file, which is made for that, and to others at once who that is.
+
+    An owner removes its file before it lets go: then whoever waited at that file finds another in its place, or none. The
+    system lets go when a process ends anyhow; on a file system without locks nobody is kept out.
+    """
+    if (fd := _own(path)) is None:
+        owner = ""
+        with contextlib.suppress(OSError):
+            owner = path.read_text()
+        yield owner or "another process"
+        return
+    try:
+        yield ""
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _own(path: Path) -> int | None:
+    """The descriptor of the file, locked; None if another process has it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # the folder has just gone with its last owner
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                os.ftruncate(fd, 0)
+                os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return fd
         os.close(fd)
 
 

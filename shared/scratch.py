@@ -11,7 +11,6 @@ read from here is checked as everything is; a copy that is damaged goes, and the
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from zlib import crc32
 
 from shared.cli import UserError, format_bytes, parse_bytes, say
-from shared.files import make_dir, read_file, remove_leftovers, temporary, write_all
+from shared.files import locked, make_dir, read_file, remove_leftovers, temporary, write_all
 
 _LOCKS = 256  # two blocks that share one wait for each other, which costs little
 
@@ -63,7 +62,7 @@ class Scratch:
             return found
         if self._full:
             return False
-        with _alone(self._locks / str(crc32(path.name.encode()) % _LOCKS)):
+        with locked(self._locks / str(crc32(path.name.encode()) % _LOCKS), make=True):
             if (found := _read(path, out, offset)) is not None:
                 return found
             mine = self._reserve(path, size)
@@ -129,21 +128,18 @@ class Scratch:
     @contextlib.contextmanager
     def _account(self) -> "Iterator[Callable[..., bool]]":
         """Alone with the account, a function that changes it: False, and no change, where it would be above the size."""
-        fd = os.open(self._config.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path = self._config.folder / "used"
 
         def change(by: int, *, new: bool = False) -> bool:
-            text = os.pread(fd, 20, 0)
+            text = os.pread(file.fileno(), 20, 0)
             used = 0 if new else int(text) if text.strip().isdigit() else self._count()
             if not new and by > 0 and used + by > self._config.size:
                 return False
-            os.pwrite(fd, f"{max(0, used + by):20d}".encode(), 0)
+            os.pwrite(file.fileno(), f"{max(0, used + by):20d}".encode(), 0)
             return True
 
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with locked(path, make=True), path.open("r+b") as file:
             yield change
-        finally:
-            os.close(fd)
 
     def _count(self) -> int:
         """Bytes of all blocks here, those that are being written included, of whatever cache."""
@@ -159,13 +155,3 @@ def _read(path: Path, out: memoryview, offset: int) -> bool | None:
         return None
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

@@ -175,6 +175,11 @@ def test_a_job_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
     refused(cli("fleet", "job", *args, "--disk", "4TB", "--preset", "gpt-5"), "unknown preset 'gpt-5'")
     refused(cli("fleet", "plan", *args, "--disk", "4TB", "--train", "--lr '1"), "--train: No closing quotation")
     refused(cli("fleet", "job", *args), "Missing option '--disk'")
+    for place in ("--cache", "--runs"):
+        for command in ("job", "plan"):
+            refused(
+                cli("fleet", command, *args, "--disk", "4TB", place, "s3://lab/x"), "a job makes room on a disk, and a bucket"
+            )
     assert not any(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fleet import cluster
 from shared.mirror import Mirror, fetched
 from shared.store import Bucket
 from tests.bucket import KEY, SECRET, Server, serving
@@ -86,6 +87,14 @@ def bucket_cache(s3_server: Server, harvest_args: tuple[object, ...]) -> str:
 
 def test_a_harvest_killed_three_times_is_as_one_on_a_disk(bucket_cache: str, cache_path: Path) -> None:
     assert keys(bucket_cache) == files(cache_path)
+
+
+def test_how_far_a_fleet_is_is_read_in_the_bucket(bucket_cache: str, s3_server: Server) -> None:
+    assert cluster._blocks(("harvest", "run", "--cache", bucket_cache, "--layers", "0-2"))() == (132, 132, "blocks")
+    runs = Bucket.parse(s3_server.place())
+    for name in ("sae_layer01_final.pt", "sae_layer01_3413.pt", "sae_layer02_final.pt", "config.json"):
+        s3.S3(runs / "a").write(name, b"")
+    assert cluster._checkpoints([runs / "a", runs / "b"], (0, 1)) == (2, 24, "checkpoints")
 
 
 def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(

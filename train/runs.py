@@ -14,12 +14,10 @@ A layer is written by one process, which holds a lock on state/layerNN/owner, an
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +27,10 @@ from torch import Tensor
 
 from shared.cache import ADVICE, Cache
 from shared.cli import UserError, format_count, say
-from shared.files import create_file, make_dir, remove_leftovers, replacing, sync_dir
+from shared.files import create_file, make_dir, owned, remove_leftovers, replacing, sync_dir
 from shared.mirror import Mirror
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
+from shared.store import Location, open_store
 from train.sae import Damaged, Sae
 
 FORMAT = 2
@@ -75,6 +74,12 @@ def snapshot_tokens(tokens: int) -> dict[str, int]:
     """{label: tokens after which the snapshot is due}: five at sixths of the run, and 'final'. 300M → 50M … 250M, final."""
     marks = [tokens * k // SNAPSHOTS for k in range(1, SNAPSHOTS)]
     return {format_count(mark): mark for mark in marks} | {FINAL: tokens}
+
+
+def made(run: Location, layers: Iterable[int]) -> int:
+    """How many checkpoints of these layers a run has, by their names: enough for whoever waits for them."""
+    names = open_store(run).list("")
+    return sum(bool(re.fullmatch(rf"sae_layer{layer:02d}_\w+\.pt", name)) for layer in layers for name in names)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -196,17 +201,15 @@ class Run:
     @contextlib.contextmanager
     def _claim(self, layer: int) -> Iterator[None]:
         path = self._owner_path(layer)
-        fd = _lock(path)
-        if fd is None:
-            raise UserError(
-                f"layer {layer} of {self.path} is being trained by {_owner(path)}: wait until it ends, or train other --layers"
-            )
         try:
-            self._sweep(layer)
-            yield
+            with owned(path) as owner:
+                if owner:
+                    raise UserError(
+                        f"layer {layer} of {self.path} is being trained by {owner}: wait until it ends, or train other --layers"
+                    )
+                self._sweep(layer)
+                yield
         finally:
-            path.unlink(missing_ok=True)  # before the lock is gone, see `_lock`
-            os.close(fd)
             with contextlib.suppress(OSError):
                 path.parent.rmdir()  # if there is no state
 
@@ -352,47 +355,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if sealed(record) else None
-
-
-def _lock(path: Path) -> int | None:
-    """Create and lock a file; its descriptor, or None if another process has it. The system drops the lock when we end.
-
-    An owner removes its file before it lets go: then whoever waited at that file finds another in its place, or none.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the folder has just gone with its last owner
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except OSError:
-            pass  # a file system without locks: nobody is kept out
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                os.ftruncate(fd, 0)
-                os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return fd
-        os.close(fd)
-
-
-def _owner(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text() or "another process"
-    return "another process"
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for this folder; for work that adds to a file what others may add to."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

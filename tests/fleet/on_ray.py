@@ -1,15 +1,21 @@
-"""Run by test_ray.py in a network of its own: a head and three nodes; one is lost while it harvests, another while it trains.
+"""Run by test_ray.py in a network of its own: a head and three nodes. One is lost while it harvests, another while it trains,
+after a training that was stopped by SIGTERM.
 
 python -m tests.fleet.on_ray FOLDER HARVEST-COMMAND TRAIN-COMMAND      (commands as JSON lists)
 """
 
 import json
 import os
+import shutil
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import click
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
 
@@ -17,32 +23,55 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fleet.cluster import Fleet, RayCommands
+from shared.cli import run
 
 
-def lose(cluster: Cluster, when: Callable[[], bool]) -> threading.Thread:
-    """Kill a node, with all that runs on it, as soon as `when`."""
-
+def once(when: Callable[[], bool], then: Callable[[], None]) -> threading.Thread:
     def work() -> None:
         while not when():
             time.sleep(0.02)
-        mine = ray._private.worker.global_worker.node  # through which this process speaks to the others
-        others = [node for node in cluster.worker_nodes if node._raylet_socket_name != mine._raylet_socket_name]
-        cluster.remove_node(others[0], allow_graceful=False)
-        print("a node is lost", flush=True)
+        then()
 
     thread = threading.Thread(target=work)
     thread.start()
     return thread
 
 
+def stop(commands: RayCommands, argv: tuple[str, ...], runs: Path, when: Callable[[], bool]) -> None:
+    """As a program is stopped; its tasks have ended then, and in their own time: no layer has an owner."""
+    asked = once(when, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        run(click.Command(argv[0], callback=lambda: commands.run(*argv)))
+    except SystemExit as ended:
+        print("stopped with", ended.code, list(runs.glob("*/state/*/owner")), flush=True)
+    asked.join()
+    shutil.rmtree(runs)  # all may be there by now: then nothing would be left to be lost
+
+
+def lose(cluster: Cluster, when: Callable[[], bool]) -> threading.Thread:
+    """Kill a node, with all that runs on it, as soon as `when`."""
+
+    def work() -> None:
+        mine = ray._private.worker.global_worker.node  # through which this process speaks to the others
+        others = [node for node in cluster.worker_nodes if node._raylet_socket_name != mine._raylet_socket_name]
+        cluster.remove_node(others[0], allow_graceful=False)
+        print("a node is lost", flush=True)
+
+    return once(when, work)
+
+
 def main() -> None:
     folder, harvest, train = Path(sys.argv[1]), *(tuple(json.loads(text)) for text in sys.argv[2:])
+    sys.argv[1:] = []
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
     commands = RayCommands(Fleet(address=cluster.address, workers=3))
-    for argv, begun in ((harvest, "c/ledger/0-2/*.json"), (train, "r/*/metrics/*.jsonl")):
-        lost = lose(cluster, lambda begun=begun: any(folder.glob(begun)))  # type: ignore[misc]
+    for argv, first in ((harvest, "c/ledger/0-2/*.json"), (train, "r/*/metrics/*.jsonl")):
+        begun = partial(lambda first: any(folder.glob(first)), first)
+        if argv == train:
+            stop(commands, argv, folder / "r", begun)
+        lost = lose(cluster, begun)
         code = commands.run(*argv)
         lost.join()
         print(argv[0], "ended with", code, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import shutil
 import threading
 import time
@@ -161,6 +162,26 @@ def test_a_stage_that_fails_ends_the_job_with_its_line_and_code(
     assert Job(gone, commands).run() == 2
     assert commands.ran == ["harvest run"]
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot load the dataset")
+
+
+@pytest.mark.parametrize("shared", ["cache", "runs"])
+def test_a_second_job_in_the_same_folders_is_refused(config: JobConfig, shared: str, tmp_path: Path) -> None:
+    elsewhere = dataclasses.replace(config, **{"runs" if shared == "cache" else "cache": tmp_path / "other"})
+
+    class Begun(Here):
+        """Whoever runs the first command of a job finds that another cannot begin."""
+
+        def run(self, *argv: str) -> int:
+            said = rf"process {os.getpid()} on .* is at work on a job in {tmp_path / shared[0]}: wait until it ends"
+            for second in (config, elsewhere):
+                with pytest.raises(UserError, match=said if second == elsewhere else "is at work on a job"):
+                    Job(second, Here()).run()
+            raise Stopped
+
+    for _ in range(2):  # nothing is left of an owner that ended
+        with pytest.raises(Stopped):
+            Job(config, Begun()).run()
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["job.jsonl", "r"]
 
 
 def test_a_disk_too_small_for_one_layer_is_refused_at_once(config: JobConfig) -> None:

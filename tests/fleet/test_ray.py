@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.cluster import Fleet, RayCommands
+from fleet.cluster import Fleet, RayCommands, _task
 from shared.cli import UserError
 from tests.conftest import ROOT, TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
@@ -24,7 +24,7 @@ L1 = ("--l1", "3e-3")
     shutil.which("unshare") is None or subprocess.run([*ALONE, "true"]).returncode != 0,
     reason="no network of its own to be had",
 )
-def test_nodes_that_are_lost_cost_time_and_nothing_else(
+def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_else(
     cache_path: Path, cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "f").mkdir()
@@ -37,12 +37,20 @@ def test_nodes_that_are_lost_cost_time_and_nothing_else(
     ended = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("a node is lost") == 2
+    assert "stopped with 143 []\n" in ended.stdout
+    line = "error: terminated; run the same command again to continue\n"
+    assert ended.stderr.count("error:") == ended.stderr.count(line) == 1
 
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as a task has it
     for argv in (harvest, train):
         again = [sys.executable, "-m", *(a.replace(str(tmp_path / "f"), str(tmp_path / "one")) for a in argv)]
         subprocess.run(again, cwd=ROOT, env=alone, check=True, capture_output=True)
     assert difference(contents(tmp_path / "f"), contents(tmp_path / "one")) == ""
+
+
+def test_a_node_without_the_folder_says_so() -> None:
+    code, said = _task(("harvest",), 1, "/nowhere")
+    assert code == 2 and said.endswith("cannot run harvest in /nowhere: No such file or directory; put that right there")
 
 
 def test_a_cluster_that_is_not_there() -> None:

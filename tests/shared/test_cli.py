@@ -121,8 +121,14 @@ def test_a_signal_waits_for_the_step_where_work_says_so(
             os.kill(os.getpid(), number)
             done.append("never")
 
+    def through_a_library() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray does, whatever it was
+
     before = signal.getsignal(number)
-    for work in (patient, at_once, twice):
+    for work in (patient, at_once, twice, through_a_library):
         assert program(work, capfd, monkeypatch)[0] == code
         assert signal.getsignal(number) == before
     assert done == ["saved"]
