@@ -355,7 +355,7 @@ def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path) -
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with full_disk(), pytest.raises(UserError, match=r"cannot write .*sae_layer01_final.pt: File too large"):
         sae(64, 64).save(run.snapshot_path(1, "final"))
-    with full_disk(), pytest.raises(UserError, match=r"cannot write [^:]*/state.safetensors: [^:]*: I/O error: File too large"):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write [^:]*/state.safetensors: .*File too large"):
         run.save_state(1, {"a": torch.randn(5000)}, {"step": 8})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
