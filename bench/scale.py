@@ -154,13 +154,12 @@ class Pipe:
 
     def __init__(self, free_at: Any) -> None:
         self._free_at = free_at  # multiprocessing.Value of a double, in monotonic seconds
-        self.rate = 0.0  # bytes a second here; 0: no limit
+        self.rate = 0.0  # bytes a second here
 
     def carry(self, size: int) -> None:
-        if self.rate:
-            with self._free_at.get_lock():
-                self._free_at.value = end = max(time.monotonic(), self._free_at.value) + size / self.rate
-            time.sleep(max(0.0, end - time.monotonic()))
+        with self._free_at.get_lock():
+            self._free_at.value = end = max(time.monotonic(), self._free_at.value) + size / self.rate
+        time.sleep(max(0.0, end - time.monotonic()))
 
 
 class Limited(Folder):
@@ -203,15 +202,6 @@ class Sleeping(ResidualModel):
         time.sleep(max(0.0, end - time.monotonic()))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
-    """What a worker says: when it began and ended, and how many blocks it computed."""
-
-    began: float
-    ended: float
-    blocks: int
-
-
 _pipe: Pipe
 _start: Any  # multiprocessing.Barrier
 
@@ -224,8 +214,8 @@ def _begin(free_at: Any, start: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _work(folder: Path, point: Point, number: int) -> Done:
-    """What one process does: the shards first, then those who train or follow."""
+def _work(folder: Path, point: Point, number: int) -> tuple[float, float, int]:
+    """What one process does, the shards first, then those who train or follow: when it began and ended, and blocks computed."""
     _pipe.rate = point.bandwidth * 1e9 / SMALLER / point.pace
     cache = Cache(Limited(folder, _pipe, point.durable * point.pace), point.spec())
     if number >= point.shards:
@@ -235,19 +225,22 @@ def _work(folder: Path, point: Point, number: int) -> Done:
     began = time.monotonic()
     blocks = in_turn(cache.spec, cache.missing(cache.layers).get(cache.layers, []), shard)
     harvest_blocks(cache, model, blocks, HarvestConfig(device=CPU))
-    return Done(began=began, ended=time.monotonic(), blocks=model.ran)
+    return began, time.monotonic(), model.ran
 
 
-def _trainer(cache: Cache, layer: int, point: Point) -> Done:
-    """A layer, whose one stream feeds three settings."""
+def _trainer(cache: Cache, layer: int, point: Point) -> tuple[float, float, int]:
+    """A layer, whose one stream feeds three settings; a batch is handed to the GPU while it is at work on the one before."""
     config, seconds = LoaderConfig(batch=cache.spec.block_rows, window_blocks=2), point.compute[point.step] * point.pace
     asked = (lambda: False) if point.part == FOLLOW else None
     loader = ActivationLoader(cache, layer, config, CPU, last=point.blocks, asked=asked)
     _start.wait(_PATIENCE)
-    began = time.monotonic()
+    began = free = time.monotonic()
     for _ in loader:
-        time.sleep(seconds)  # SIMULATED: a step at three settings
-    return Done(began=began, ended=time.monotonic(), blocks=0)
+        begins = max(free, time.monotonic())
+        free = begins + seconds  # SIMULATED: a step at three settings
+        time.sleep(max(0.0, begins - time.monotonic()))
+    time.sleep(max(0.0, free - time.monotonic()))
+    return began, time.monotonic(), 0
 
 
 def simulate(point: Point) -> Found:
@@ -258,11 +251,11 @@ def simulate(point: Point) -> Found:
         context.set_forkserver_preload(["bench.__main__"])
         shared = context.Value("d", 0.0), context.Barrier(processes)
         with ProcessPoolExecutor(processes, context, _begin, shared) as pool:
-            done = list(pool.map(partial(_work, Path(name), point), range(processes)))
+            began, ended, computed = zip(*pool.map(partial(_work, Path(name), point), range(processes)), strict=True)
         if cache.missing(cache.layers):
             raise AssertionError("the harvest left something out")
-    seconds = (max(one.ended for one in done) - min(one.began for one in done)) / point.pace
-    twice = sum(one.blocks for one in done) - point.blocks if point.shards else 0
+    twice = sum(computed) - point.blocks if point.shards else 0
+    seconds = (max(ended) - min(began)) / point.pace
     return Found(point=point, seconds=seconds, twice=twice, busy=report.busy_share(), date=report.today())
 
 
@@ -286,11 +279,12 @@ def points(figures: Mapping[str, float]) -> list[Point]:
         raise UserError(f"the GPU results lack {', '.join(missing)}: run `python -m bench gpu` again")
     compute = {HARVEST: TOKENS / figures[FIGURES[HARVEST]]} | {way: figures[FIGURES[way]] for way in (DENSE, SPARSE)}
     grid = [
-        Point(part=part, workers=n, bandwidth=bandwidth, durable=durable, compute=compute, blocks=blocks, tempo=tempo)
-        for part, blocks, tempo in ((HARVEST, 192, 4.0), (DENSE, 128, 30.0), (SPARSE, 128, 30.0))
-        for bandwidth, durable in STORES[part]
-        for n in WORKERS
-    ]
+        Point(
+            part=part, workers=n, bandwidth=bandwidth, durable=durable, compute=compute,
+            blocks=192 if part == HARVEST else 128, tempo=4.0 if part == HARVEST else 5.0 * n,
+        )
+        for part in NAMES for bandwidth, durable in STORES[part] for n in WORKERS
+    ]  # fmt: skip
     return grid + [Point(part=FOLLOW, workers=n, bandwidth=10.0, compute=compute, blocks=128, tempo=1.5) for n in WORKERS]
 
 

@@ -1,5 +1,6 @@
 """The other packages' commands, as processes of their own: what they take is given back when they end, crashes included."""
 
+import contextlib
 import ctypes
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+_LOOK = 0.5  # seconds between looks at whether it is to stop
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 
 
@@ -35,12 +37,19 @@ def start(argv: Sequence[str], **options: Any) -> tuple[int, str, str]:
     program = [sys.executable, "-m", *argv]
     child = subprocess.Popen(program, text=True, process_group=0, preexec_fn=_end_with_parent, **options)
     try:
-        said, complained = child.communicate()
+        said, complained = _outcome(child)
     except KeyboardInterrupt:
         child.send_signal(signal.SIGTERM)
         child.wait()
         raise
     return child.returncode if child.returncode >= 0 else 128 - child.returncode, said or "", complained or ""
+
+
+def _outcome(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it has printed, when it has ended. Looks up now and then: Ray interrupts a task without waking it."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=_LOOK)
 
 
 def _end_with_parent() -> None:

@@ -1,9 +1,11 @@
+import _thread
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -34,10 +36,13 @@ def test_exit_codes_and_what_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().out == "asked\n"  # of the first alone
 
 
-def test_ctrl_c_waits_for_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [lambda: os.kill(os.getpid(), signal.SIGINT), _thread.interrupt_main], ids=["Ctrl-C", "Ray"])
+def test_ctrl_c_waits_for_the_command(tmp_path: Path, by: Callable[[], None]) -> None:
+    """Ray's way to interrupt a task wakes nobody who waits."""
+
     def interrupt() -> None:
         until(tmp_path / "f", "at work")
-        os.kill(os.getpid(), signal.SIGINT)
+        by()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
