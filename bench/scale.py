@@ -304,7 +304,8 @@ def tables(raw: Mapping[str, Any], found: Sequence[Found]) -> list[str]:
     about = (
         f"**Simulated** by `python -m bench scale`, {raw['date']}: compute is a sleep of what one {raw['gpu']} was measured to "
         "take, the store a pipe of the given bandwidth; shards, writer, commits, ledger and loader are real. Tokens a second "
-        "through all workers together and, in brackets, of min(workers × what one computes, bandwidth / bytes of a token)."
+        "through all workers together and, in brackets, of min(workers × what one computes, bandwidth / bytes of a token). "
+        f"Other work held {sum(one.busy for one in found) / len(found):.0%} of the processors meanwhile."
     )
     return [about, *(_grid(found, part) for part in (HARVEST, DENSE, SPARSE)), _follow(latest(found, FOLLOW))]
 
@@ -321,12 +322,11 @@ def _grid(found: Sequence[Found], part: str) -> str:
 def _follow(found: Mapping[str, Sequence[Found]]) -> str:
     rows = []
     for one in (one for mine in found.values() for one in mine):
-        after = sum(replace(one.point, part=part).shortest for part in (HARVEST, DENSE))
-        shares = f"{one.point.shortest / after:.3f}", f"{one.seconds / after:.3f}"
-        rows.append((f"{one.point.workers} and {one.point.workers}, {one.point.store}", *shares, str(one.twice)))
-    return _table(
-        ("shards, and trainers that follow", "bound, of one after the other's", "simulated", "blocks done twice"), rows
-    )
+        harvest, training = (replace(one.point, part=part).shortest for part in (HARVEST, DENSE))
+        less = one.seconds - harvest * one.twice / one.point.blocks
+        shares = [f"{seconds / (harvest + training):.2f}" for seconds in (one.point.shortest, one.seconds, less)]
+        rows.append((f"{one.point.workers} + {one.point.workers}, {one.point.store}", *shares, str(one.twice)))
+    return _table(("shards + trainers beside them", "bound", "simulated", "less blocks done twice", "these blocks"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -340,18 +340,20 @@ def draw(found: Sequence[Found], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
-    figure, grid = pyplot.subplots(1, 3, figsize=(12, 3.8))
+    figure, grid = pyplot.subplots(1, 3, figsize=(12, 4.2))
     for axes, part in zip(grid, (HARVEST, DENSE, SPARSE), strict=True):
         for store, mine in latest(found, part).items():
             (line,) = axes.plot(WORKERS, [one.rate for one in mine], "o-", ms=4, label=store)
             axes.plot(WORKERS, [one.bound for one in mine], "--", color=line.get_color(), lw=1)
         axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="tokens/s, all together", title=NAMES[part])
         axes.set_xticks(WORKERS, [str(n) for n in WORKERS])
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8, title="store (bound dashed)", title_fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    figure.legend(*grid[0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=5, title="store (bound dashed)")
     figure.suptitle("SIMULATED: compute sleeps as long as measured on one GPU, the store is a pipe", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

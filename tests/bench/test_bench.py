@@ -176,11 +176,11 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
 
 
 def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
-    readme, details = tmp_path / "README.md", tmp_path / "bench.md"
-    readme.write_text((table.ROOT / "README.md").read_text())
-    table.publish(readme=readme, details_file=details)
-    assert readme.read_text() == (table.ROOT / "README.md").read_text()
-    assert details.read_text() == (table.ROOT / "docs" / "bench.md").read_text()
+    pages = {name: tmp_path / Path(name).name for name in ("README.md", "docs/bench.md", "docs/scale.md")}
+    for name, page in pages.items():
+        page.write_text((table.ROOT / name).read_text())
+    table.publish(report.RESULTS, *pages.values())
+    assert all(page.read_text() == (table.ROOT / name).read_text() for name, page in pages.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- rounds
