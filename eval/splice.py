@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shared.lm import find_blocks, load_model
+from shared.lm import find_blocks, load_model, widen
 from train.rows import Rows
 from train.sae import Sae
 
@@ -37,6 +37,7 @@ class SplicedModel:
     def __init__(self, model: str, revision: str | None, precision: str, device: torch.device, tokens: Tensor) -> None:
         """tokens int64 [sequences, context] are the text on which everything is measured."""
         self._lm = load_model(model, revision, precision, head=True).to(device)
+        widen(self._lm)
         self._tokens = tokens.to(device)
         base = cast(nn.Module, self._lm.base_model)
         self._blocks = find_blocks(base)[1]

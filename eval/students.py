@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from shared.cache import Cache
 from shared.cli import UserError, say
 from shared.files import make_dir
+from shared.lm import widen
 from shared.seal import load_sealed, save_sealed
 from shared.shuffle import text_order
 
@@ -159,6 +160,7 @@ class Teacher:
     def __init__(self, model: nn.Module, device: torch.device, precision: str, temperature: float) -> None:
         self.config = cast(PretrainedConfig, model.config)
         self.device, self._temperature, self._model = device, temperature, model.to(device)
+        widen(self._model)
         self._narrow = device.type == "cuda" and precision == "bf16"
 
     def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from harvest.native import Sink, neox_forward
 from shared.cli import UserError
 from shared.device import send
-from shared.lm import find_blocks
+from shared.lm import find_blocks, widen
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 
@@ -42,6 +42,8 @@ class ResidualModel:
             kept[layer].register_forward_hook(self._hook(layer))
         self.model = base.to(device).eval().requires_grad_(False)
         self.fast = neox_forward(self.model)
+        if self.fast is None:
+            widen(self.model)
 
     def _hook(self, layer: int) -> Callable[..., None]:
         def take(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harvest.writer import to_float16
+from shared.lm import wide_weights
 from shared.native import arguments, load
 
 Sink = Callable[[int, Tensor], None]
@@ -45,12 +46,6 @@ def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
     return bad
 
 
-def _bfloat16_is_slow() -> bool:
-    """Whether this processor has no instructions for it: then products of it are emulated, and the
-    demo's model runs 5.6 times as fast with those of float32 (two cores of an AMD EPYC)."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 class NeoxForward:
     """Runs the decoder blocks of a transformers GPTNeoXModel on a CPU."""
 
@@ -58,8 +53,7 @@ class NeoxForward:
         self._base: Any = base
         self._c = library
         self._rows = 0
-        wide = _bfloat16_is_slow()
-        self._wide = {m: m.weight.float() for m in base.modules() if wide and isinstance(m, nn.Linear)}
+        self._wide = wide_weights(base)
 
     def run(self, tokens: Tensor, sink: Sink) -> None:
         """tokens int64 [sequences, context] → sink(layer, bfloat16 [sequences, context, d_model]) in layer order."""

@@ -5,16 +5,19 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from shared.cache import Cache
 from shared.cli import UserError
+from shared.device import bfloat16_is_slow
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
@@ -258,6 +261,23 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     raise UserError(
         f"{type(base).__name__} is not of the NeoX, GPT-2 or Llama families (its decoder blocks were not found); use another"
     )
+
+
+def wide_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:
+    """{linear layer: its weight as float32, four bytes each} of a bfloat16 model on a CPU that emulates it; else empty."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.bfloat16]
+    return {m: m.weight.float() for m in linear if m.weight.device.type == "cpu" and bfloat16_is_slow()}
+
+
+def widen(model: nn.Module) -> None:
+    """Products in float32 where bfloat16 is emulated. What goes into each and what comes out is rounded to bfloat16 as before,
+    and bfloat16 instructions add up in float32 too: it is the same model."""
+    for linear, weight in wide_weights(model).items():
+        linear.__dict__["forward"] = partial(_wide_product, weight, linear.bias)  # found before the class's own
+
+
+def _wide_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 def unembedding(lm: nn.Module) -> nn.Sequential:

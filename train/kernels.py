@@ -7,13 +7,14 @@ gradients are [F, d], a row is a feature. The hidden layer is a [B, F] view of m
 feature-major: then a feature's tokens are a row, for the products, for the bias, and for the lists of active entries.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from shared.device import bfloat16_is_slow
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -286,15 +287,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """torch.mm, and on processors that have no bfloat16 the same by way of float32: there torch's own is 30 times as slow."""
-    if a.dtype == torch.bfloat16 and a.device.type == "cpu" and not _has_bf16():
+    if a.dtype == torch.bfloat16 and a.device.type == "cpu" and bfloat16_is_slow():
         wide = torch.mm(a.float(), b.float())
         return wide.to(a.dtype) if out is None else out.copy_(wide)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-
-
-@functools.cache
-def _has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:

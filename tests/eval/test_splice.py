@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import shared.lm
 from eval.metrics import heldout_blocks, heldout_tokens, loss_metrics, measure
 from eval.splice import Loss, Replacement, SplicedModel, constant, through
 from shared.cache import Cache
@@ -155,3 +156,20 @@ def test_scores_of_losses() -> None:
     }
     broken = loss_metrics(3.0, Loss(ce=3, kl=0), mean, Loss(ce=math.nan, kl=math.nan), "zero")
     assert broken["ce_recovered"] is broken["kl_div_score"] is broken["ce_spliced"] is broken["kl_div_with_sae"] is None
+
+
+def test_products_in_float32_are_no_further_from_float64(lm: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bfloat16 weights in three ways: in float64, in bfloat16, and with products in float32."""
+    exact = SplicedModel(str(lm), None, "bf16", CPU, tokens)
+    exact._lm.double()
+    torch.manual_seed(0)
+    shift = torch.randn(32)
+    replacements: list[Replacement] = [lambda x: x + shift.to(x), torch.zeros_like]
+    found = []
+    for slow in (False, True):
+        monkeypatch.setattr(shared.lm, "bfloat16_is_slow", lambda slow=slow: slow)
+        found.append(SplicedModel(str(lm), None, "bf16", CPU, tokens).losses(1, replacements))
+    _, wanted = exact.losses(1, replacements)
+    assert found[0] != found[1]
+    apart = [max(abs(loss.kl / want.kl - 1) for loss, want in zip(losses, wanted, strict=True)) for _, losses in found]
+    assert apart[1] < 1.5 * apart[0], apart

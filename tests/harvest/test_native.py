@@ -12,6 +12,7 @@ from harvest import native
 from harvest.model import ResidualModel
 from harvest.native import put_rows
 from harvest.writer import to_float16
+from shared import lm
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "neox-2m"
@@ -58,7 +59,7 @@ def fast(base: nn.Module) -> ResidualModel:
 @pytest.fixture(params=[False, True], ids=["bfloat16 products", "float32 products"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways on every processor."""
-    monkeypatch.setattr(native, "_bfloat16_is_slow", lambda: request.param)
+    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda: request.param)
 
 
 @needs_library
