@@ -32,7 +32,20 @@ from tests.conftest import ROOT, documents, make_lm
 from tests.crash.disk import NEEDS_ROOM, WRITES, Disk, Operation, read_log, read_tree, write_tree
 
 FAULTS = ("kill", "tear", "enospc", "eio", "power-kept", "power-lost")
-SCENARIOS = ("harvest", "layers", "repair", "free", "train", "resume", "eval", "pictures")
+SCENARIOS = (
+    "harvest",
+    "layers",
+    "repair",
+    "free",
+    "train",
+    "resume",
+    "eval",
+    "pictures",
+    "pages",
+    "distill",
+    "distill-on",
+    "export",
+)
 _BLOCK = 256  # rows
 _ENV = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
@@ -259,6 +272,7 @@ class Sweep:
             make: dict[str, Callable[[Worker], tuple[str, ...]]] = {
                 "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "train": self._train,
                 "free": self._freeing, "resume": self._resume, "eval": self._eval, "pictures": self._pictures,
+                "pages": self._pages, "distill": self._distill, "distill-on": self._distill_on, "export": self._export,
             }  # fmt: skip
             worker, start = self._workers[0], self.folder / name
             shutil.rmtree(worker.folder, ignore_errors=True)
@@ -327,6 +341,37 @@ class Sweep:
         worker.restore(evaluation.start)
         self._do(worker, evaluation.argv)
         return evaluation.argv[:-1]
+
+    def _pages(self, worker: Worker) -> tuple[str, ...]:
+        """What features look like: a folder an SAE, one of the text, and the page."""
+        worker.restore(self.scenario("eval").start)
+        return ("eval", "pages", *self._PLACES, "--device", "cpu", "--layers", "0", "--tokens", str(_BLOCK))
+
+    def _distill(self, worker: Worker) -> tuple[str, ...]:
+        """Two students, in two steps each."""
+        evaluation = self.scenario("eval")
+        worker.restore(evaluation.start)
+        self._do(worker, evaluation.argv)
+        sizes = ("--widths", "8,16", "--seeds", "1", "--tokens", "512", "--batch", "8", "--eval-tokens", str(_BLOCK))
+        return ("eval", "distill", *self._PLACES, "--device", "cpu", "--save-minutes", "0", *sizes)
+
+    def _distill_on(self, worker: Worker) -> tuple[str, ...]:
+        """Students that were killed when they had a state."""
+        distill = self.scenario("distill")
+        for at in range(len(distill.log) // 4, len(distill.log)):
+            worker.restore(distill.start)
+            worker.run(distill.argv, FAULT="kill", AT=at)
+            if any(p.stat().st_size for p in worker.folder.glob("runs/distilling/*/width*.safetensors")):
+                return distill.argv
+        raise AssertionError("distilling keeps no state")
+
+    def _export(self, worker: Worker) -> tuple[str, ...]:
+        evaluation = self.scenario("eval")
+        worker.restore(evaluation.start)
+        self._do(worker, evaluation.argv)
+        return ("eval", "export", "--to", "saelens", "--runs", "runs", "--out", "exports", "--model", "a-model")
+
+    _PLACES = ("--preset", "demo", "--cache", "cache", "--runs", "runs")
 
     # --- trials ---
 
