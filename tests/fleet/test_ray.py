@@ -34,7 +34,7 @@ def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_e
     inside = [sys.executable, "-m", "tests.fleet.on_ray", str(tmp_path / "f"), json.dumps(harvest), json.dumps(train)]
     env = os.environ | {"OMP_NUM_THREADS": "7", "RAY_TMPDIR": "/tmp"}
     program = [*ALONE, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *inside]
-    ended = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("a node is lost") == 2
     assert "stopped with 143 []\n" in ended.stdout
