@@ -6,6 +6,8 @@ of tensors adds name, type, shape and CRC-32C of each.
 
 import ctypes
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.files import replacing
+from shared.files import replacing, temporary
 from shared.native import load
 
 SEAL = "checksum"
@@ -72,12 +74,17 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Replace a safetensors file by these tensors, on the CPU, and facts that JSON can say, in one move. Raises UserError where
     the disk does not take it."""
-    said = seal(facts, tensors)
-    with replacing(path) as temporary:
+    said, folder = seal(facts, tensors), temporary(path)
+    with replacing(path) as mine:
         try:
-            save_file(tensors, temporary, metadata={"facts": json.dumps(said)})
+            # safetensors begins with a name of its own beside the file; after a kill nobody would know it for a leftover
+            folder.mkdir()
+            save_file(tensors, folder / path.name, metadata={"facts": json.dumps(said)})
+            os.replace(folder / path.name, mine)
         except SafetensorError as error:
             raise OSError(str(error)) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,27 @@
+"""Sealed files of tensors. What reads them is tested where they are used."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared import seal
+from shared.files import remove_leftovers
+
+
+def test_what_a_kill_leaves_of_a_file_of_tensors_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors writes to a name of its own before it moves the file to the one that it was given."""
+
+    def killed(tensors: Any, path: Path, metadata: Any) -> None:
+        (Path(path).parent / ".tmpmegwmD").write_bytes(b"half")
+        os._exit(9)
+
+    monkeypatch.setattr(seal, "save_file", killed)
+    if (pid := os.fork()) == 0:
+        seal.save_sealed(tmp_path / "state.safetensors", {}, {"x": torch.zeros(3)})
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert list(tmp_path.rglob(".tmpmegwmD"))
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
