@@ -11,7 +11,7 @@ from tests.crash.disk import Disk, read_log, read_tree
 from tests.crash.sweep import FAULTS, SCENARIOS, Sweep, Trial, build_library, difference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the preloaded library is glibc's")
-QUICK = [name for name in SCENARIOS if name != "pictures"]
+QUICK = [name for name in SCENARIOS if name not in ("pictures", "pages", "distill-on")]  # these take a second a trial
 POINTS = 2  # of each scenario and fault: one in the first half of the operations, one in the second
 
 
