@@ -27,8 +27,9 @@ import torch
 from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment
 from bench.report import RESULTS as FOLDER
 from bench.report import machine, today
-from eval.metrics import heldout_blocks, heldout_tokens, loss_metrics, measure
-from eval.splice import SplicedModel, constant, through
+from eval.evaluate import heldout
+from eval.metrics import heldout_tokens
+from eval.splice import SplicedModel
 from shared.cache import Cache
 from shared.cli import parse_count
 from shared.lm import harvested_model
@@ -43,10 +44,11 @@ Point = dict[str, Any]
 
 # Who takes part. Ours with options of `python -m train`, among which --l1 may take the place of the λs; theirs with their names
 # in bench/workers/quality.py and in bench/peers.py.
+OUR_LEVELS = (4, 10, 25, 70, 200)
 OURS = {
     "ours, published recipe": (),
-    "ours, best recipe": ("--recipe", "best"),
-    "ours, BatchTopK": ("--l1", "batchtopk:5,batchtopk:12,batchtopk:30,batchtopk:75,batchtopk:200"),
+    "ours, best recipe": ("--recipe", "best", "--l1", ",".join(f"adaptive:5e-2@{l0}" for l0 in OUR_LEVELS)),
+    "ours, BatchTopK": ("--l1", ",".join(f"batchtopk:{l0}" for l0 in OUR_LEVELS)),
 }
 THEIRS = {
     "SAELens standard": ("sae_lens", "sae_lens"),
@@ -194,15 +196,13 @@ def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: in
 
 
 def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
-    heldout = cache.spec.holdout_blocks * cache.spec.block_rows
-    activations, tallies = measure(heldout_blocks(cache, layer, heldout), saes, cache.spec.context)
-    ablations = [torch.zeros_like, constant(activations.all.mean)]
-    clean, (zero, mean, *spliced) = lm.losses(layer, [*ablations, *map(through, saes)])
+    tokens = cache.spec.holdout_blocks * cache.spec.block_rows
+    activations, found = heldout(cache, layer, saes, lm, tokens)
     points = []
-    for sae, tally, loss in zip(saes, tallies, spliced, strict=True):
-        metrics = tally.sparsity() | tally.reconstruction(activations) | loss_metrics(clean, zero, mean, loss, "zero")
+    for sae, (tally, losses) in zip(saes, found, strict=True):
+        metrics = tally.sparsity() | tally.reconstruction(activations) | losses
         kept = {name: metrics[name] for name in ("l0", "fvu", "cosine", "ce_recovered")}
-        points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": heldout})
+        points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": tokens})
     return points
 
 
@@ -224,7 +224,7 @@ def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | Non
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
         batches = SCRATCH / "batches.npy"
-        for who in (*OURS, *THEIRS):
+        for who in (*THEIRS, *OURS):
             mine = {"who": who, "layer": layer, "seed": seed, "tokens": steps * p.batch}
             if any(mine.items() <= q.items() for q in points):
                 continue

@@ -134,7 +134,7 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
         tokens=train["tokens"],
         layers=format_layers({s.layer for s in run.snapshots()}) or "none yet",
         setting=setting.words,
-        threshold=setting.thresholds,
+        threshold=setting.thresholds or train.get("refit_kind") == "topk",
         bos=spec["bos"],
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
         example=done[len(done) // 2]["layer"] if done else 0,

@@ -20,7 +20,19 @@ from typing import Any
 import torch
 
 from eval.floor import ALIVE_ABOVE
-from eval.metrics import DEAD_AT, Features, heldout_blocks, heldout_tokens, load_features, loss_metrics, measure, save_features
+from eval.metrics import (
+    DEAD_AT,
+    Activations,
+    Features,
+    Number,
+    Tally,
+    heldout_blocks,
+    heldout_tokens,
+    load_features,
+    loss_metrics,
+    measure,
+    save_features,
+)
 from eval.splice import SplicedModel, constant, only, through
 from shared.cache import Cache
 from shared.cli import UserError, finishing, format_layers, say
@@ -29,7 +41,7 @@ from shared.files import locked, remove_leftovers, replacing, sync_dir
 from shared.lm import harvested_model
 from shared.progress import Progress
 from shared.seal import SEAL, seal, sealed
-from train.rows import Rows
+from train.rows import ALL, Rows
 from train.runs import Run, Snapshot, cache_identity, snapshot_tokens
 from train.sae import Damaged, Sae
 
@@ -170,13 +182,9 @@ def _measure_group(
     config: EvalConfig,
     progress: Progress,
 ) -> None:
-    """One reading of the layer for all of these SAEs."""
     saes = [sae for *_, sae in opened]
-    activations, tallies = measure(heldout_blocks(cache, layer, config.eval_tokens, rows), saes, cache.spec.context)
-    ablations = [torch.zeros_like, constant(activations.all.mean)]
-    replacements = [only(rows, replace) for replace in (*ablations, *map(through, saes))]
-    clean, (zero, mean, *spliced) = lm.losses(layer, replacements)
-    for (store, snapshot, belongs, sae), tally, loss in zip(opened, tallies, spliced, strict=True):
+    activations, found = heldout(cache, layer, saes, lm, config.eval_tokens, rows, config.ablation)
+    for (store, snapshot, belongs, sae), (tally, losses) in zip(opened, found, strict=True):
         metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
         path = features_path(store.run, layer, snapshot.label)
         save_features(path, features, tokens=tally.tokens, file=sae.stats[SEAL])
@@ -187,12 +195,24 @@ def _measure_group(
             "trained_tokens": sae.stats["tokens"],
             "lambda": sae.stats["lambda"],
             **metrics,
-            **loss_metrics(clean, zero, mean, loss, config.ablation),
+            **losses,
             **config.basis(),
             "file": sae.stats[SEAL],
         }
         store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
         progress.advance(1, f"layer {layer} {snapshot.label}")
+
+
+def heldout(
+    cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel, tokens: int, rows: Rows = ALL, ablation: str = "zero"
+) -> tuple[Activations, list[tuple[Tally, dict[str, Number]]]]:
+    """One reading of a layer's held-out activations for all of these SAEs: each one's sums over tokens, and its losses in the
+    language model."""
+    activations, tallies = measure(heldout_blocks(cache, layer, tokens, rows), saes, cache.spec.context)
+    ablations = [torch.zeros_like, constant(activations.all.mean)]
+    clean, (zero, mean, *spliced) = lm.losses(layer, [only(rows, replace) for replace in (*ablations, *map(through, saes))])
+    losses = [loss_metrics(clean, zero, mean, loss, ablation) for loss in spliced]
+    return activations, list(zip(tallies, losses, strict=True))
 
 
 def features_path(run: Run, layer: int, label: str) -> Path:

@@ -172,7 +172,7 @@ def dictionary_learning(sae: Sae, origin: Origin) -> Files:
             "decoder.weight": (sae.w_dec / scale).t(),
             "threshold": common,
         }
-        k = int(sae.config["train"]["l1"]["k"])
+        k = sae.config["train"]["l1"].get("k") or round(sae.stats["l0"])  # of a batch, or what an L1 run kept at its end
         trainer |= {"dict_class": "BatchTopKSAE", "k": k}
         more["k"] = torch.tensor(k, dtype=torch.int32)
     config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": origin.source}

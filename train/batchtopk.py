@@ -39,7 +39,7 @@ class BatchTopK:
         match = re.fullmatch(r"batchtopk:([1-9][0-9]{0,8})", text, re.IGNORECASE)
         return cls(k=int(match[1])) if match else None
 
-    def control(self, steps: int, config: ControllerConfig) -> "BatchTopKControl":
+    def control(self, steps: int, config: ControllerConfig, hold: bool = False) -> "BatchTopKControl":
         return BatchTopKControl(self.k, steps)
 
 
@@ -52,13 +52,15 @@ class BatchTopKControl:
     value = 0.0
 
     def __init__(self, k: int, steps: int) -> None:
-        self.keep: int | None = k
-        self._span = max(1.0, SPAN * steps)
+        self._k, self._span = k, max(1.0, SPAN * steps)
         self.state = BatchTopKState()
 
     @property
     def threshold(self) -> float:
         return self.state.threshold
+
+    def keep_at(self, step: int) -> float:
+        return self._k
 
     def update(self, step: int, l0: float, least: float) -> None:
         self.state.threshold += (least - self.state.threshold) / min(step + 1, self._span)

@@ -46,8 +46,8 @@ class L1Setting:
             return None
         return cls(init=values[0], target=values[1] if len(values) == 2 else None)
 
-    def control(self, steps: int, config: "ControllerConfig") -> "L1Controller":
-        return L1Controller(self, steps, config)
+    def control(self, steps: int, config: "ControllerConfig", hold: bool = False) -> "L1Controller":
+        return L1Controller(self, steps, config, hold)
 
 
 def format_l1(value: float) -> str:
@@ -78,6 +78,7 @@ class ControllerState:
     mean: float = 0.0  # of L0
     slow: float = 0.0  # mean of ln(mean / target)
     slope: float = 0.0  # of ln λ, a step
+    threshold: float = 0.0  # mean of the least activation that was kept
 
 
 class L1Controller:
@@ -87,26 +88,34 @@ class L1Controller:
 
     At one λ L0 goes on falling as long as an SAE learns, so that the right λ is a ramp. The first integrator alone would
     follow a ramp at a distance; s learns its slope. The prediction, by the difference of L0's mean and a slower one, keeps λ
-    from overshooting, which kills features.
+    from overshooting, which kills features. After that λ has no say; with `hold` L0 stays at the target, or as it is
+    where there is none, by keeping so many of each batch's largest activations, as BatchTopK does all along.
     """
 
-    threshold = None
-
-    def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig) -> None:
-        self.keep: int | None = None
-        self._setting, self._steps, self._config = setting, steps, config
+    def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig, hold: bool = False) -> None:
+        self._setting, self._steps, self._config, self._hold = setting, steps, config, hold
         self.state = ControllerState(value=setting.init)
 
     @property
     def value(self) -> float:
         return self.state.value
 
+    @property
+    def threshold(self) -> float | None:
+        return self.state.threshold or None
+
+    def keep_at(self, step: int) -> float | None:
+        return (self._setting.target or self.state.mean) if self._hold and step >= self._steps else None
+
     def update(self, step: int, l0: float, least: float = 0.0) -> None:
-        """Take the L0 of step `step` (from 0) into account for the next. λ has no say after `steps`."""
-        if self._setting.target is None or step >= self._steps:
-            return
+        """Take the L0 of step `step` (from 0) into account for the next, and the least activation if some were left out."""
         c, now, span = self._config, self.state, max(self._steps, self._config.shortest)
+        if step >= self._steps:
+            now.threshold += (least - now.threshold) / min(step + 1 - self._steps, c.smoothing * span)
+            return
         now.mean += (l0 - now.mean) / min(step + 1, c.smoothing * span)
+        if self._setting.target is None:
+            return
         level = math.log(max(now.mean, 1e-3) / self._setting.target)
         now.slow += (level - now.slow) / min(step + 1, c.lead * span)
         if step < c.begin * self._steps:

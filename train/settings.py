@@ -15,7 +15,6 @@ from train.l1 import ControllerConfig, L1Setting
 class Control(Protocol):
     """What a setting asks of each step, and what it learns from it."""
 
-    keep: int | None  # active entries a token, on average over a batch, that are left; None leaves all
     state: Any  # a dataclass of numbers: what a resumed run needs to go on as if it had not stopped
 
     @property
@@ -25,6 +24,9 @@ class Control(Protocol):
     @property
     def threshold(self) -> float | None:
         """Activations up to this one are left out where there is no batch to choose from; None: none are."""
+
+    def keep_at(self, step: int) -> float | None:
+        """Active entries a token, on average over a batch, that are left at step `step` (from 0); None leaves all."""
 
     def update(self, step: int, l0: float, least: float) -> None:
         """Take step `step` (from 0) into account: its L0, and the least activation that was kept."""
@@ -51,8 +53,8 @@ class Setting(Protocol):
     def parse(cls, text: str) -> Self | None:
         """None for what is not of this kind."""
 
-    def control(self, steps: int, config: ControllerConfig) -> Control:
-        """For an SAE that is to be right after so many steps."""
+    def control(self, steps: int, config: ControllerConfig, hold: bool = False) -> Control:
+        """For an SAE that is to be right after so many steps. `hold` keeps L0 from there on by what it leaves of a batch."""
 
 
 KINDS: tuple[type[Setting], ...] = (L1Setting, BatchTopK)

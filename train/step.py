@@ -158,7 +158,7 @@ class TrainingSae:
         self.b_pre.copy_(x.double().mean(0))
 
     def step(
-        self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, keep: int | None = None, refit: bool = False
+        self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, keep: float | None = None, refit: bool = False
     ) -> StepResult:
         """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite.
 
@@ -166,7 +166,7 @@ class TrainingSae:
         and its bias alone, with rows of any norm: L0 stays, and at l1 = 0 what L1 took from the activations comes back."""
         return self.finish(self.begin(x, workspace, keep), lr=lr, l1=l1, workspace=workspace, refit=refit)
 
-    def begin(self, x: Tensor, workspace: Workspace, keep: int | None = None) -> Begun:
+    def begin(self, x: Tensor, workspace: Workspace, keep: float | None = None) -> Begun:
         """Encode a batch. As many steps as the workspace has slots may be begun before the first of them is finished: then the
         device has work while the host reads the counts."""
         centred = self.kernels.centre(x, self.b_pre, self._compute)
@@ -175,7 +175,7 @@ class TrainingSae:
         if keep is None:
             counts = Late(self.kernels.counts(activation))
         else:
-            activation, least = self.kernels.keep_largest_(z, keep * len(x))
+            activation, least = self.kernels.keep_largest_(z, max(1, round(keep * len(x))))
             counts = Late(torch.cat([self.kernels.counts(activation), least.double()[None]]))
         return Begun(x=x, centred=centred, z=z, activation=activation, counts=counts)
 

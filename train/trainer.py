@@ -42,7 +42,8 @@ class TrainConfig:
     lr_warmup: int = 0  # steps
     lr_decay: float = 0.0  # share of the run, at its end or before the refit, over which lr falls to zero
     l1_warmup: int = 0  # steps
-    refit: float = 0.0  # share of the run, at its end, in which the decoder alone is trained, on the squared error alone
+    refit: float = 0.0  # share of the run, at its end, in which the squared error alone counts
+    refit_kind: str = "decoder"  # or "topk": all of it, and L0 is held by keeping the largest activations of each batch
     seed: int = 0
     window_blocks: int = 16
     skip_positions: int = 0  # first positions of each context that are not trained on
@@ -67,6 +68,9 @@ class TrainConfig:
         if left <= 0:
             return lr * (self.steps - step) / (self.steps - self.refit_from)
         return lr * min(1.0, left / max(1.0, self.lr_decay * self.steps))
+
+    def decoder_alone_at(self, step: int) -> bool:
+        return step >= self.refit_from and self.refit_kind == "decoder"
 
     def l1_share_at(self, step: int) -> float:
         """Of λ, in force at this step."""
@@ -367,7 +371,7 @@ class _SaeJob:
         self._look = look
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
-        self._control = setting.control(config.refit_from, config.controller)
+        self._control = setting.control(config.refit_from, config.controller, hold=config.refit_kind == "topk")
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
         self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}
@@ -412,11 +416,11 @@ class _SaeJob:
     def begin(self, step: int, x: torch.Tensor, workspace: Workspace) -> Begun:
         if step == 0:
             self.sae.init_centre(x)
-        return self.sae.begin(x, workspace, self._control.keep)
+        return self.sae.begin(x, workspace, self._control.keep_at(step))
 
     def finish(self, step: int, begun: Begun, workspace: Workspace, clock: _Clock) -> None:
         config, facts, l1 = self._config, self._facts(), self._control.value
-        refit, l1_now = step >= config.refit_from, l1 * config.l1_share_at(step)
+        refit, l1_now = config.decoder_alone_at(step), l1 * config.l1_share_at(step)
         result = self.sae.finish(begun, lr=config.lr_at(step), l1=l1_now, workspace=workspace, refit=refit)
         self._control.update(step, result.l0, result.least)
         done = step + 1

@@ -32,6 +32,19 @@ def test_l1_has_no_say_after_its_steps() -> None:
     assert dataclasses.asdict(controller.state) == before and before["value"] > 3e-4
 
 
+def test_held_l0_is_the_target_or_what_it_was() -> None:
+    for target, l0 in ((64, 64), (None, 100)):
+        controller = L1Controller(L1Setting(init=3e-4, target=target), 400, ControllerConfig(), hold=True)
+        for step in range(400):
+            assert controller.keep_at(step) is controller.threshold is None
+            controller.update(step, 100)
+        assert controller.keep_at(400) == pytest.approx(l0)
+        for step, least in ((400, 2.0), (401, 4.0)):
+            controller.update(step, 64, least)
+        assert controller.threshold == 3
+        assert controller.keep_at(402) == pytest.approx(l0)
+
+
 def simulate(controller: L1Controller, *, steps: int, target: float, lag: float, noise: float = 0.0) -> list[float]:
     """L0 answers to λ as (λ/λ*)^-0.7 with a lag of so many steps, where λ* falls by a factor e over the run: L0 falls at one λ
     as long as an SAE learns. It begins at four times the target. Returns L0 without the noise that the controller meets."""

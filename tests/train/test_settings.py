@@ -60,4 +60,4 @@ def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_fro
         half.update(step, 8.0, least[step])
     assert half.state == whole.state
     assert whole.threshold == pytest.approx(3, rel=0.02)
-    assert (whole.value, whole.keep) == (0.0, 8)
+    assert (whole.value, whole.keep_at(0), whole.keep_at(999)) == (0.0, 8, 8)

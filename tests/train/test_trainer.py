@@ -456,9 +456,7 @@ def test_a_recipe_is_defaults_that_options_win_over(cli: Cli, cache_path: Path, 
     assert folder.name.endswith("-l1-1e-2-fixed-best")
     train = Run(folder).config()["train"]
     best = RECIPES["best"] | {"lr_decay": 0.5}
-    assert {"lr_decay": train["lr_decay"], "refit": train["refit"], "l1_warmup": train["l1_warmup"]} | {
-        "decoder_norm": train["step"]["decoder_norm"]
-    } == best
+    assert {name: (train | train["step"])[name] for name in best} == best
     saved = Sae.load(next(folder.glob("*final.pt")))
     torch.testing.assert_close(saved.w_dec.norm(dim=1), torch.ones(len(saved.w_dec)))
 
@@ -496,22 +494,39 @@ def test_other_recipes_and_settings_resume_bit_for_bit(
     same(finals(tmp_path), finals(others))
 
 
-def test_a_refit_leaves_l0_and_lowers_the_error(others: Path) -> None:
-    run = Run(next(others.glob("*3e-3-fixed-best")))
+@pytest.mark.parametrize("kind", ["decoder", "topk"])
+def test_a_refit_leaves_l0_and_lowers_the_error(cli: Cli, others: Path, cache_path: Path, tmp_path: Path, kind: str) -> None:
+    args = ("--cache", cache_path, "--runs", tmp_path, *OTHERS, "--l1", "3e-3", "--refit-kind", kind)
+    assert cli("train", *TRAIN_ARGS, *args).code == 0
+    (run,) = map(Run, tmp_path.iterdir())
     curve = run.metrics(1)
-    assert curve[-1]["lambda"] == 0.0 < curve[-9]["lambda"]
-    assert curve[-1]["l0"] == pytest.approx(curve[-9]["l0"], rel=0.1)
-    assert curve[-1]["mse"] < curve[-9]["mse"]
+    before, after = (next(record for record in reversed(curve) if bool(record["lambda"]) is refit) for refit in (True, False))
+    assert after["lambda"] == 0.0
+    assert after["l0"] == pytest.approx(before["l0"], rel=0.1)
+    assert after["mse"] < before["mse"]
+    thresholds = [Sae.load(s.path).threshold is not None for s in run.snapshots()]
+    assert thresholds[0] is False and thresholds[-1] is (kind == "topk")
+
+
+def test_l0_is_held_at_the_target_in_the_refit_and_through_the_threshold(others: Path, cache: Cache) -> None:
+    run = Run(next(others.glob("*adaptive-5e-3-l0-12-best")))
+    assert [record["l0"] for record in run.metrics(1)][-9:] == [12.0] * 9
+    assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)
 
 
 def test_batchtopk_keeps_as_many_of_other_text_through_its_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*x4-batchtopk-12-best")))
     assert {record["l0"] for record in run.metrics(1)} == {12.0}
+    assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)
+
+
+def l0_held_out(run: Run, cache: Cache) -> float:
+    """Of the last snapshot of layer 1, which must have thresholds."""
     saved = Sae.load(run.snapshot_path(1, "final"))
     held_out = torch.empty(cache.spec.block_rows, cache.spec.d_model, dtype=torch.float16)
     cache.read_block(1, cache.spec.train_blocks, held_out.numpy())
     assert saved.threshold is not None and float(saved.threshold.min()) > 0
-    assert float((saved.encode(held_out.float()) > 0).sum(1).double().mean()) == pytest.approx(12, rel=0.15)
+    return float((saved.encode(held_out.float()) > 0).sum(1).double().mean())
 
 
 def test_epochs_go_over_the_cache_again(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
