@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,7 @@ Point = dict[str, Any]
 
 # Who takes part. Ours with options of `python -m train`, among which --l1 may take the place of the λs; theirs with their names
 # in bench/workers/quality.py and in bench/peers.py.
-OUR_LEVELS = (4, 10, 25, 70, 200)
+OUR_LEVELS = (4, 10, 27, 75, 210)  # no further apart than APART
 OURS = {
     "ours, published recipe": (),
     "ours, best recipe": ("--recipe", "best", "--l1", ",".join(f"adaptive:5e-2@{l0}" for l0 in OUR_LEVELS)),
@@ -122,14 +123,16 @@ def _spread(values: list[float]) -> str:
 
 def about(raw: dict[str, Any]) -> str:
     points = longest(raw["points"])
-    seeds, lambdas = len({p["seed"] for p in points}), len({p["lambda"] for p in points if p["who"] in THEIRS})
+    seeds = len({p["seed"] for p in points})
+    most = max(Counter((p["who"], p["layer"], p["seed"]) for p in points if p["who"] in THEIRS).values())
     tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
     return (
         f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
-        f"({tokens // batch:,} steps), lr 3e-3, {lambdas} λs, {seeds} seed{'s' * (seeds > 1)}, float32, {raw['date']}: FVU on "
-        f"{heldout:,} held-out tokens over that of the best of the other libraries at the same L0 (in brackets the seeds' "
-        "least and most), between measured points by parabolas of ln FVU in ln L0. Made by `python -m bench quality`; "
-        "points, with cosine, dead features and CE recovered, are in [bench/results/quality.json](bench/results/quality.json)."
+        f"({tokens // batch:,} steps), lr 3e-3, up to {most} λs for the others, {seeds} seed{'s' * (seeds > 1)}, float32, "
+        f"{raw['date']}: FVU on {heldout:,} held-out tokens over that of the best of the other libraries at the same L0 (in "
+        "brackets the seeds' least and most), between measured points by parabolas of ln FVU in ln L0. Made by "
+        "`python -m bench quality`; points, with cosine, dead features and CE recovered, are in "
+        "[bench/results/quality.json](bench/results/quality.json)."
     )
 
 
@@ -210,7 +213,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True)
 @click.option("--layers", default="2,5", show_default=True)
 @click.option("--seeds", default=2, show_default=True)
-@click.option("--lambdas", default="4e-3,8e-3,2e-2,4e-2,8e-2,1.6e-1", show_default=True, help="The same scale for all.")
+@click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,1e-1,1.5e-1,2.5e-1", show_default=True, help="The same scale for all.")
 @click.option("--tokens", help="To train each SAE on [default: all in the cache, once].")
 def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | None) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""

@@ -126,7 +126,8 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
     """EleutherAI's sparsify: `SparseCoder.load_from_disk(folder)`."""
     if sae.threshold is not None:
         raise UserError(
-            "sparsify has no SAEs with thresholds, as BatchTopK leaves them: export to saelens or dictionary_learning"
+            "sparsify has no SAEs with thresholds, as BatchTopK and --refit-kind topk leave: "
+            "export to saelens or dictionary_learning"
         )
     n_features, d = sae.w_enc.shape
     b_enc, b_dec = fold(sae)
@@ -172,7 +173,7 @@ def dictionary_learning(sae: Sae, origin: Origin) -> Files:
             "decoder.weight": (sae.w_dec / scale).t(),
             "threshold": common,
         }
-        k = sae.config["train"]["l1"].get("k") or round(sae.stats["l0"])  # of a batch, or what an L1 run kept at its end
+        k = round(sae.stats["l0"])  # as many of its last batch were kept
         trainer |= {"dict_class": "BatchTopKSAE", "k": k}
         more["k"] = torch.tensor(k, dtype=torch.int32)
     config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": origin.source}

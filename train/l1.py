@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
+ABOVE = 2.0  # times the target: where L1 is to come if the rest of the run holds L0 at it. All the way, λ kills features
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -78,7 +79,7 @@ class ControllerState:
     mean: float = 0.0  # of L0
     slow: float = 0.0  # mean of ln(mean / target)
     slope: float = 0.0  # of ln λ, a step
-    threshold: float = 0.0  # mean of the least activation that was kept
+    threshold: float | None = None  # mean of the least activation that was kept, once some were chosen
 
 
 class L1Controller:
@@ -94,6 +95,7 @@ class L1Controller:
 
     def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig, hold: bool = False) -> None:
         self._setting, self._steps, self._config, self._hold = setting, steps, config, hold
+        self._aim = None if setting.target is None else setting.target * (ABOVE if hold else 1)
         self.state = ControllerState(value=setting.init)
 
     @property
@@ -102,7 +104,7 @@ class L1Controller:
 
     @property
     def threshold(self) -> float | None:
-        return self.state.threshold or None
+        return self.state.threshold
 
     def keep_at(self, step: int) -> float | None:
         return (self._setting.target or self.state.mean) if self._hold and step >= self._steps else None
@@ -111,12 +113,14 @@ class L1Controller:
         """Take the L0 of step `step` (from 0) into account for the next, and the least activation if some were left out."""
         c, now, span = self._config, self.state, max(self._steps, self._config.shortest)
         if step >= self._steps:
-            now.threshold += (least - now.threshold) / min(step + 1 - self._steps, c.smoothing * span)
+            if self._hold:
+                mean = now.threshold or 0.0
+                now.threshold = mean + (least - mean) / min(step + 1 - self._steps, c.smoothing * span)
             return
         now.mean += (l0 - now.mean) / min(step + 1, c.smoothing * span)
-        if self._setting.target is None:
+        if self._aim is None:
             return
-        level = math.log(max(now.mean, 1e-3) / self._setting.target)
+        level = math.log(max(now.mean, 1e-3) / self._aim)
         now.slow += (level - now.slow) / min(step + 1, c.lead * span)
         if step < c.begin * self._steps:
             return

@@ -34,8 +34,8 @@ def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, thresholds:
         b_enc=torch.randn(n_features, generator=rng) - 1,
         b_pre=20 * scale * torch.randn(d, generator=rng),
         b_dec=scale * torch.randn(d, generator=rng),
-        config={"train": {"l1": {"k": 20}}} if thresholds else {},
-        stats={},
+        config={},
+        stats={"l0": 20.2},
         threshold=0.5 + torch.rand(n_features, generator=rng) if thresholds else None,
     )
 
