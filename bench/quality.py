@@ -213,7 +213,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True)
 @click.option("--layers", default="2,5", show_default=True)
 @click.option("--seeds", default=2, show_default=True)
-@click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,1e-1,1.5e-1,2.5e-1", show_default=True, help="The same scale for all.")
+@click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,0.1,0.15,0.25", show_default=True, help="The same scale for all.")
 @click.option("--tokens", help="To train each SAE on [default: all in the cache, once].")
 def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | None) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
