@@ -194,7 +194,12 @@ def remove_leftovers(folder: Path) -> None:
         match = _TEMPORARY.fullmatch(name) if name.endswith(".tmp") else None
         if match and match[1] == _HOST and _started(int(match[2])) != int(match[3]):
             with contextlib.suppress(OSError):
-                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+                remove(folder / name)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from shared.cache import ADVICE, Cache
 from shared.cli import UserError, format_count, say
-from shared.files import create_file, make_dir, owned, remove_leftovers, replacing, sync_dir
+from shared.files import create_file, make_dir, owned, remove, remove_leftovers, replacing, sync_dir
 from shared.mirror import Mirror
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
 from shared.store import Location, open_store
@@ -222,7 +222,7 @@ class Run:
         places = ((self.path, f"*sae_layer{layer:02d}_*"), (self.path / "metrics", f"*layer{layer:02d}*"))
         for folder, name in (*places, (self._owner_path(layer).parent, "*")):
             for path in folder.glob(f"{name}.tmp"):
-                path.unlink(missing_ok=True)
+                remove(path)
 
     # --- snapshots ---
 
@@ -345,7 +345,7 @@ class Run:
         folder = self.state_path(layer).parent
         for path in folder.iterdir() if folder.exists() else ():
             if path.name != "owner":
-                path.unlink()
+                remove(path)
         self.push(self.state_path(layer))
 
 

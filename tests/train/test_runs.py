@@ -370,7 +370,7 @@ def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: (b.suffix != ".tmp" and calls.append("replace")) or replace(a, b))
     sae().save(run.snapshot_path(1, "final"))
     assert calls == ["sae_layer01_final.pt.tmp", "replace", "r"]
     run.append_metrics(1, {"step": 7})
@@ -383,6 +383,7 @@ def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) ->
     run = new_run(tmp_path / "r")
     run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
     run.state_path(1).with_suffix(".tmp").write_bytes(b"half")
+    (run.state_path(1).parent / ".state.safetensors.1.tmp").mkdir()
     run.drop_state(1)
     assert list((run.path / "state" / "layer01").iterdir()) == []
     run.drop_state(1)
