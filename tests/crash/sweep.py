@@ -321,13 +321,17 @@ class Sweep:
 
     def _resume(self, worker: Worker) -> tuple[str, ...]:
         """A run that was killed when it had a resume state."""
-        train = self.scenario("train")
-        for at in range(len(train.log) // 4, len(train.log)):
-            worker.restore(train.start)
-            worker.run(self.TRAIN, FAULT="kill", AT=at)
-            if any(p.stat().st_size for p in worker.folder.glob("runs/*/state/*/*.safetensors")):
-                return self.TRAIN
-        raise AssertionError("training keeps no resume state")
+        return self._killed_with(worker, "train", "runs/*/state/*/*.safetensors")
+
+    def _killed_with(self, worker: Worker, name: str, states: str) -> tuple[str, ...]:
+        """Leave the folder of a scenario as a kill does that comes when there is a state."""
+        scenario = self.scenario(name)
+        for at in range(len(scenario.log) // 4, len(scenario.log)):
+            worker.restore(scenario.start)
+            worker.run(scenario.argv, FAULT="kill", AT=at)
+            if any(p.stat().st_size for p in worker.folder.glob(states)):
+                return scenario.argv
+        raise AssertionError(f"{name} keeps no state")
 
     def _eval(self, worker: Worker) -> tuple[str, ...]:
         worker.restore(self.scenario("train").start)
@@ -335,12 +339,16 @@ class Sweep:
         sizes = ("--eval-tokens", str(_BLOCK), "--ce-tokens", str(_BLOCK))
         return ("eval", "--preset", "demo", "--cache", "cache", "--runs", "runs", "--device", "cpu", *sizes, "--numbers-only")
 
-    def _pictures(self, worker: Worker) -> tuple[str, ...]:
-        """Pictures, cards and a report of what is measured already; drawing takes seconds each time."""
+    def _evaluated(self, worker: Worker) -> tuple[str, ...]:
+        """What the scenario eval ends with, and its command."""
         evaluation = self.scenario("eval")
         worker.restore(evaluation.start)
         self._do(worker, evaluation.argv)
-        return evaluation.argv[:-1]
+        return evaluation.argv
+
+    def _pictures(self, worker: Worker) -> tuple[str, ...]:
+        """Pictures, cards and a report of what is measured already; drawing takes seconds each time."""
+        return self._evaluated(worker)[:-1]
 
     def _pages(self, worker: Worker) -> tuple[str, ...]:
         """What features look like: a folder an SAE, one of the text, and the page."""
@@ -349,26 +357,16 @@ class Sweep:
 
     def _distill(self, worker: Worker) -> tuple[str, ...]:
         """Two students, in two steps each."""
-        evaluation = self.scenario("eval")
-        worker.restore(evaluation.start)
-        self._do(worker, evaluation.argv)
+        self._evaluated(worker)
         sizes = ("--widths", "8,16", "--seeds", "1", "--tokens", "512", "--batch", "8", "--eval-tokens", str(_BLOCK))
         return ("eval", "distill", *self._PLACES, "--device", "cpu", "--save-minutes", "0", *sizes)
 
     def _distill_on(self, worker: Worker) -> tuple[str, ...]:
         """Students that were killed when they had a state."""
-        distill = self.scenario("distill")
-        for at in range(len(distill.log) // 4, len(distill.log)):
-            worker.restore(distill.start)
-            worker.run(distill.argv, FAULT="kill", AT=at)
-            if any(p.stat().st_size for p in worker.folder.glob("runs/distilling/*/width*.safetensors")):
-                return distill.argv
-        raise AssertionError("distilling keeps no state")
+        return self._killed_with(worker, "distill", "runs/distilling/*/width*.safetensors")
 
     def _export(self, worker: Worker) -> tuple[str, ...]:
-        evaluation = self.scenario("eval")
-        worker.restore(evaluation.start)
-        self._do(worker, evaluation.argv)
+        self._evaluated(worker)
         return ("eval", "export", "--to", "saelens", "--runs", "runs", "--out", "exports", "--model", "a-model")
 
     _PLACES = ("--preset", "demo", "--cache", "cache", "--runs", "runs")
