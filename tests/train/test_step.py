@@ -13,8 +13,9 @@ D, F, B = ODD = 24, 100, 37
 EVEN = 32, 128, 64  # multiples of 32: the sizes for which AMX has products of its own
 WEIGHTS = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
 # bfloat16 keeps 8 bits: an entry is off by 0.4 %, and an activation near zero can fall on the other side of it, which alone
-# makes an error of up to 5 % of the worst gradient in some batches, in plain torch as well
-PRECISIONS = [("fp32", False, ODD, 1e-5), ("bf16", False, ODD, 0.03), ("bf16", True, ODD, 0.03), ("bf16", True, EVEN, 0.06)]
+# makes an error of up to 8 % of the worst gradient in one of 30 draws, in plain torch as well; and up to 18 % where it moves
+# entries over the edge of a choice. Draws are other ones on processors with other vectors.
+PRECISIONS = [("fp32", False, ODD, 1e-5), ("bf16", False, ODD, 0.1), ("bf16", True, ODD, 0.1), ("bf16", True, EVEN, 0.1)]
 
 
 def problem(
@@ -115,8 +116,8 @@ def test_free_rows_in_other_precisions_are_near_float64(
     sae, x = problem(2, precision, sparse_below, native=native, size=size, norm="free")
     wanted_loss, wanted = autograd(sae, x, 0.05, "sum", keep)
     loss, _, got = gradients(sae, x, 0.05, keep)
-    assert loss == pytest.approx(wanted_loss, rel=bound)
-    assert worst(got, wanted) < bound * (1 if keep is None else 4)  # rounding also moves entries over the edge of the choice
+    assert loss == pytest.approx(wanted_loss, rel=bound / 5)
+    assert worst(got, wanted) < bound * (1 if keep is None else 3)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
@@ -128,7 +129,7 @@ def test_other_precisions_are_near_float64(
     sae, x = problem(seed, precision, sparse_below, native=native, size=size)
     wanted_loss, wanted = autograd(sae, x, 0.05, "sum")
     loss, _, got = gradients(sae, x, 0.05)
-    assert loss == pytest.approx(wanted_loss, rel=bound)
+    assert loss == pytest.approx(wanted_loss, rel=bound / 5)
     assert worst(got, wanted) < bound
 
 
