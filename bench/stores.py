@@ -98,6 +98,7 @@ def rate(work: Callable[[memoryview, int], None], size: int, total: int, threads
 @click.option("--gigabytes", default=2.0, show_default=True, help="of each contender and round")
 def command(threads: int, rounds: int, gigabytes: float) -> None:
     """Our S3 client beside bare ones, through a server that stores nothing."""
+    busy = report.busy_share()
     with null_server() as port:
         os.environ |= {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true",
@@ -124,7 +125,6 @@ def command(threads: int, rounds: int, gigabytes: float) -> None:
             "write blocks, ours, created": (_OBJECT, lambda data, _: _made(store.stage("x", data, "digest", replace=False))),
         }
         total = max(_OBJECT * threads, int(gigabytes * 1e9) // _OBJECT * _OBJECT)
-        busy = report.busy_share()
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, (size, work) in contenders.items():
