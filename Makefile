@@ -47,7 +47,7 @@ test: setup
 crash: setup
 	$(PY) -m tests.crash $(ARGS)
 
-# minutes of servers that die, on top of what `make test` has of it
+# minutes of servers that die, and shards under torchrun, on top of what `make test` has of it
 soak: setup
 	$(PY) -m pytest -m soak $(ARGS)
 

@@ -4,7 +4,8 @@ Exit codes: 0 done, 1 a check failed (verify found damage), 2 bad input, a refus
 stopped by Ctrl-C and SIGTERM. A traceback is a bug.
 
 A signal to stop waits for the step in hand where work says so (`finishing`), and acts at once everywhere else; what is
-interrupted there leaves nothing half-written, for every file is put in its place whole.
+interrupted there leaves nothing half-written, for every file is put in its place whole. A second one acts at once everywhere;
+but Slurm says SIGTERM twice to what it preempts or cancels, so those that come within seconds are one.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -83,6 +85,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 # --- stopping ---
 
+_ONE_REQUEST = 10.0  # seconds: seen were up to one between the two of Slurm 22.05, to a step and then to its job
+
 
 class _Signals:
     """SIGTERM and Ctrl-C of this process, which has one of each."""
@@ -90,6 +94,7 @@ class _Signals:
     def __init__(self) -> None:
         self.asked: type[KeyboardInterrupt] | None = None
         self.patient = False
+        self.since = 0.0  # when it was asked
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -107,7 +112,10 @@ class _Signals:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        second, self.asked = self.asked is not None, error
+        second, now = self.asked is not None, time.monotonic()
+        if second and number == signal.SIGTERM and now - self.since < _ONE_REQUEST:
+            return
+        self.asked, self.since = error, now
         if not self.patient or second:  # a second one means now
             raise error
 
@@ -123,7 +131,8 @@ def stopping() -> bool:
 @contextlib.contextmanager
 def finishing() -> Iterator[Callable[[], bool]]:
     """Within, the first SIGTERM or Ctrl-C only makes the function this gives return True: finish the step in hand, save, and
-    leave; it is raised on leaving. A second one is raised where it comes. For the main thread, and not nested."""
+    leave; it is raised on leaving. A second one (SIGTERM: after ten seconds) is raised where it comes. For the main thread, and
+    not nested."""
     _signals.patient = True
     try:
         yield lambda: _signals.asked is not None

@@ -43,7 +43,7 @@ try:
     from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
     from obstore.store import S3Store
 except ImportError:
-    raise UserError("s3:// needs the package obstore, which is the extra [s3]: pip install 'residual-saes[s3]'") from None
+    raise UserError("s3:// needs the obstore package: pip install obstore") from None
 
 T = TypeVar("T")
 

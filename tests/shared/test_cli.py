@@ -127,11 +127,41 @@ def test_a_signal_waits_for_the_step_where_work_says_so(
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # as Ray does, whatever it was
 
+    monkeypatch.setattr("shared.cli._ONE_REQUEST", 0.0)
     before = signal.getsignal(number)
     for work in (patient, at_once, twice, through_a_library):
         assert program(work, capfd, monkeypatch)[0] == code
         assert signal.getsignal(number) == before
     assert done == ["saved"]
+
+
+def test_sigterms_within_seconds_are_one(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm sends them; to what is on its way out as well."""
+    done: list[str] = []
+
+    def patient() -> None:
+        with finishing() as asked:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert asked()
+            done.append("saved")
+
+    def at_once() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("left")
+
+    def impatient() -> None:
+        with finishing():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("never")
+
+    for work, code in ((patient, 143), (at_once, 143), (impatient, 130)):
+        assert program(work, capfd, monkeypatch)[0] == code
+    assert done == ["saved", "left"]
     assert issubclass(Terminated, KeyboardInterrupt)  # whoever handles Ctrl-C handles it
 
 

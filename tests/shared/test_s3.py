@@ -300,8 +300,8 @@ def test_credentials_may_lie_in_files(place: Bucket, tmp_path: Path, monkeypatch
         S3(place).get("a")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     monkeypatch.delitem(sys.modules, "shared.s3")
-    with pytest.raises(UserError, match=r"needs the package obstore, which is the extra \[s3\]: pip install"):
+    with pytest.raises(UserError, match="needs the obstore package: pip install obstore"):
         open_store(Bucket(BUCKET))
