@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
-ABOVE = 2.0  # times the target: where L1 is to come if the rest of the run holds L0 at it. All the way, λ kills features
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -69,6 +68,7 @@ class ControllerConfig:
     slope: float = 0.3  # of the second integrator, over the square of the first's
     near: float = 0.2  # |ln(L0 / target)| from which on the second integrator is at work
     begin: float = 0.2  # λ stays at its start until then: L0 of a fresh SAE falls by itself
+    above: float = 4.0  # times the target, if the rest of the run holds L0 at that: further down, λ kills features
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class L1Controller:
 
     def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig, hold: bool = False) -> None:
         self._setting, self._steps, self._config, self._hold = setting, steps, config, hold
-        self._aim = None if setting.target is None else setting.target * (ABOVE if hold else 1)
+        self._aim = None if setting.target is None else setting.target * (config.above if hold else 1)
         self.state = ControllerState(value=setting.init)
 
     @property

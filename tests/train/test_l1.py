@@ -67,6 +67,12 @@ def test_l0_ends_at_its_target_though_the_right_l1_is_a_ramp(steps: int, target:
     assert l0[-1] == pytest.approx(target, rel=0.01)
 
 
+def test_l1_stops_above_the_target_where_the_rest_of_the_run_holds_it() -> None:
+    controller = L1Controller(L1Setting(init=1e-3, target=20), 937, ControllerConfig(above=3.0), hold=True)
+    assert simulate(controller, steps=937, target=60, lag=30)[-1] == pytest.approx(60, rel=0.01)
+    assert controller.keep_at(937) == 20
+
+
 def test_l1_hardly_overshoots() -> None:
     """Where it begins at a third of what is right, and L0 answers after a twentieth of the run."""
     controller = L1Controller(L1Setting(init=3e-4, target=64), 1000, ControllerConfig())
