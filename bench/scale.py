@@ -316,7 +316,8 @@ def _grid(found: Sequence[Found], part: str) -> str:
         cells = [f"{one.rate:,.0f} ({one.rate / one.bound:.0%})" for one in mine]
         twice = [", ".join(str(one.twice) for one in mine)] * (part == HARVEST)
         rows.append((store, *cells, f"{mine[0].hours:.2g} → {mine[-1].hours:.2g} h", *twice))
-    return _table(head + ("blocks done twice",) * (part == HARVEST), rows)
+    head += ("blocks done twice",) * (part == HARVEST)
+    return table.markdown(head, "-" + "r" * (len(head) - 1), rows)
 
 
 def _follow(found: Mapping[str, Sequence[Found]]) -> str:
@@ -326,12 +327,8 @@ def _follow(found: Mapping[str, Sequence[Found]]) -> str:
         less = one.seconds - harvest * one.twice / one.point.blocks
         shares = [f"{seconds / (harvest + training):.2f}" for seconds in (one.point.shortest, one.seconds, less)]
         rows.append((f"{one.point.workers} + {one.point.workers}, {one.point.store}", *shares, str(one.twice)))
-    return _table(("shards + trainers beside them", "bound", "simulated", "less blocks done twice", "these blocks"), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head = ("shards + trainers beside them", "bound", "simulated", "less blocks done twice", "these blocks")
+    return table.markdown(head, "-rrrr", rows)
 
 
 def draw(found: Sequence[Found], path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def publish(
     if (results / quality.RESULTS.name).exists():
         raw = json.loads((results / quality.RESULTS.name).read_text())
         head, lines = quality.rows(quality.longest(raw["points"]))
-        table = _table(head, "r" * len(head), lines)
+        table = markdown(head, "r" * len(head), lines)
         text = _between(text, "quality", [quality.about(raw), table, "![FVU against L0](docs/quality.png)"])
     readme.write_text(text)
     from bench import scale  # here, because it needs the harvest, and a plan of a job does not
@@ -119,7 +119,7 @@ def summary(results: Results) -> str:
         if comparison is not None and entry is not None:
             name, rate, beside, _ = _cells(comparison, entry)
             lines.append((f"{comparison.name.partition(',')[0]}: {name}", rate, beside))
-    shown = _table(("", "rate", "ours beside it"), "-rr", lines)
+    shown = markdown(("", "rate", "ours beside it"), "-rr", lines)
     return "\n\n".join([about(results), shown, _goals(results), "Every line, with notes: [docs/bench.md](docs/bench.md)."])
 
 
@@ -131,13 +131,13 @@ def details(results: Results) -> str:
         lines += [_cells(comparison, entry) for entry in comparison.entries]
     notes = "\n".join(note for comparison in results.comparisons for note in _notes(comparison))
     title = f"## {results.machine.gpu or results.machine.cpu}"
-    shown = _table(("", "rate", "ours beside it", "spread"), "-rrr", lines)
+    shown = markdown(("", "rate", "ours beside it", "spread"), "-rrr", lines)
     return "\n\n".join(part for part in (title, about(results), shown, _goals(results), notes) if part)
 
 
 def _goals(results: Results) -> str:
     rows = ((f"{goal.name} {goal.wanted}", goal.measured, goal.verdict) for goal in goals(results))
-    return _table(("goal", "measured", ""), "-r-", rows)
+    return markdown(("goal", "measured", ""), "-r-", rows)
 
 
 def _cells(comparison: Comparison, entry: Entry) -> tuple[str, str, str, str]:
@@ -207,8 +207,8 @@ def gpu_summary(raw: Mapping[str, Any]) -> str:
             rows.append((name, _rate(rate, unit), note.format(_rate(found[beside], unit)) if beside in found else ""))
     if peak := found.get("peak GPU bytes"):
         rows.append(("memory at its peak, three dense settings", f"{peak / 1e9:.1f} GB", "the loader's windows included"))
-    goals = _table(("goal", "", "measured", ""), "-lr-", ((g["name"], *_goal(g)) for g in raw["goals"]))
-    return "\n\n".join([gpu_about(raw), _table(("", "rate", ""), "-r-", rows), goals])
+    goals = markdown(("goal", "", "measured", ""), "-lr-", ((g["name"], *_goal(g)) for g in raw["goals"]))
+    return "\n\n".join([gpu_about(raw), markdown(("", "rate", ""), "-r-", rows), goals])
 
 
 def _goal(raw: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -225,9 +225,10 @@ def gpu_details(raw: Mapping[str, Any]) -> str:
 
 def _rows(raws: Iterable[Mapping[str, Any]]) -> str:
     rows = [Row(**raw) for raw in raws]
-    return _table(("", "", "", ""), "-r--", ((row.name, row.figure, row.verdict, row.note) for row in rows)) if rows else ""
+    return markdown(("", "", "", ""), "-r--", ((row.name, row.figure, row.verdict, row.note) for row in rows)) if rows else ""
 
 
-def _table(head: tuple[str, ...], sides: str, rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---:" if side == "r" else "---" for side in sides), *rows]
+def markdown(head: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; `sides` has an r for each column that stands to the right."""
+    lines = [head, ["---:" if side == "r" else "---" for side in sides], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -22,9 +22,9 @@ from shared.cache import Cache
 from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
 from shared.device import pick_device
 from shared.mirror import fetched, local
-from shared.options import CACHE, DEVICE, MODEL, PRESET, RUNS
+from shared.options import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS
 from shared.presets import get_preset
-from shared.store import Location, parse_location
+from shared.store import Location
 from train.runs import Run
 
 
@@ -105,14 +105,7 @@ def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Record]],
 
 @main.command("export")
 @click.option("--to", "form", type=click.Choice(list(FORMS)), required=True, help="The tool that is to load them.")
-@click.option(
-    "--runs",
-    type=parse_location,
-    metavar="PLACE",
-    multiple=True,
-    default=[Path("runs")],
-    help="Runs, folders of them, .pt files.",
-)
+@SEVERAL_RUNS
 @click.option("--layers", help="Such as 0-5,12 [default: all there are].")
 @click.option("--snapshot", default="final", show_default=True, help="Which of each layer's snapshots.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Gets <run>/layer_<N> for each SAE.")
@@ -120,7 +113,7 @@ def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Record]],
 def export_command(
     form: str, runs: tuple[Location, ...], layers: str | None, snapshot: str, out: Path, model: str | None
 ) -> None:
-    """Write SAEs in the form that another tool loads."""
+    """Write SAEs in the form that another tool loads; --runs may name .pt files and folders of them, too."""
     config = ExportConfig(
         form=form,
         out=out,
@@ -168,9 +161,7 @@ def pages_command(
 
 
 @main.command("publish")
-@click.option(
-    "--runs", type=parse_location, metavar="PLACE", multiple=True, default=[Path("runs")], help="Runs, or folders of them."
-)
+@SEVERAL_RUNS
 @click.option("--to", required=True, help="On the hub: who owns it (repositories are named as the runs), or owner/name.")
 @click.option("--public", is_flag=True, help="For everybody to see, if it is new [default: private].")
 @click.option("--license", default=Publication().license, show_default=True, help="Of the SAEs, as the hub names it.")

@@ -28,7 +28,7 @@ from eval.report import (
 from shared.cli import format_count, format_layers, say
 from shared.files import locked, publish_file
 from train.runs import FINAL, Run, snapshot_tokens
-from train.settings import restored
+from train.settings import has_thresholds, restored
 
 Record = dict[str, Any]
 
@@ -118,7 +118,7 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
     environment = templates(autoescape=False)
     environment.finalize = markdown
     environment.filters |= {"yaml": _literal, "python": _literal}
-    setting, heads = restored(train["l1"]), [title for title, _, _ in _COLUMNS]
+    heads = [title for title, _, _ in _COLUMNS]
     return environment.get_template("card.md.j2").render(
         license=publication.license,
         marker=Safe(MARKER),
@@ -133,8 +133,8 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
         features=train["expansion"] * spec["d_model"],
         tokens=train["tokens"],
         layers=format_layers({s.layer for s in run.snapshots()}) or "none yet",
-        setting=setting.words,
-        threshold=setting.thresholds or train.get("refit_kind") == "topk",
+        setting=restored(train["l1"]).words,
+        threshold=has_thresholds(train),
         bos=spec["bos"],
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
         example=done[len(done) // 2]["layer"] if done else 0,

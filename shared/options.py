@@ -29,5 +29,13 @@ RUNS = click.option(
     show_default=True,
     help="Where run folders lie; s3://bucket/prefix, too.",
 )
+SEVERAL_RUNS = click.option(
+    "--runs",
+    type=parse_location,
+    metavar="PLACE",
+    multiple=True,
+    default=[Path("runs")],
+    help="Runs, or folders of them; may be given more than once [default: runs].",
+)
 MODEL = click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
 DEVICE = click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")

@@ -5,6 +5,7 @@ Fields go into config.json, by which `restored` knows the kind again; a control'
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 from shared.cli import UserError
@@ -81,3 +82,14 @@ def restored(fields: dict[str, Any]) -> Setting:
         if {field.name for field in dataclasses.fields(kind)} == set(fields):
             return kind(**fields)
     raise UserError(f"a setting of {', '.join(fields)} is not known here: use the version that trained it")
+
+
+def holds_l0(train: Mapping[str, Any]) -> bool:
+    """Whether training by a run's `config["train"]` ends with steps that hold L0 by a choice among each batch."""
+    steps = train["tokens"] // train["batch"]
+    return train.get("refit_kind") == "topk" and round(train.get("refit", 0.0) * steps) > 0
+
+
+def has_thresholds(train: Mapping[str, Any]) -> bool:
+    """Whether it leaves SAEs with thresholds: those that a batch was chosen from at the end."""
+    return restored(train["l1"]).thresholds or holds_l0(train)

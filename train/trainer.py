@@ -27,7 +27,7 @@ from train.rows import Rows
 from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
 from train.sae import Damaged, Sae
 from train.saver import Saver
-from train.settings import Setting
+from train.settings import Setting, holds_l0
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 
@@ -103,13 +103,13 @@ def train(
     """
     _require_trainable(cache, layers, settings, config, options)
     identity = cache_identity(cache)
-    plans = [(_run(name, setting, config, options), _run_config(setting, config, identity)) for setting in settings]
+    runs = run_folders(name, settings, config, options)
+    plans = list(zip(runs, [_run_config(setting, config, identity) for setting in settings], strict=True))
     if options.mirror is not None:
         options.mirror.prepare()
     for run, wanted in plans:
         run.pull_config()
         run.require_same(wanted)
-    runs = [run for run, _ in plans]
     _require_space(cache, runs, layers, config, options.runs)
     machine = _machine(options.device)
     try:
@@ -181,15 +181,12 @@ def _require_trainable(
             raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
 
-def _run(name: str, setting: Setting, config: TrainConfig, options: RunOptions) -> Run:
-    baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
-    recipe = "" if options.recipe == PUBLISHED else f"-{options.recipe}"
-    return Run(options.runs / f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}", options.mirror)
-
-
 def run_folders(name: str, settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions) -> list[Run]:
     """Where the SAEs of these settings go; the folders need not be there."""
-    return [_run(name, setting, config, options) for setting in settings]
+    baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
+    recipe = "" if options.recipe == PUBLISHED else f"-{options.recipe}"
+    names = [f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}" for setting in settings]
+    return [Run(options.runs / each, options.mirror) for each in names]
 
 
 def _run_config(setting: Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
@@ -371,7 +368,7 @@ class _SaeJob:
         self._look = look
         d = cache.spec.d_model
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
-        self._control = setting.control(config.refit_from, config.controller, hold=config.refit_kind == "topk")
+        self._control = setting.control(config.refit_from, config.controller, hold=holds_l0(dataclasses.asdict(config)))
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
         self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}

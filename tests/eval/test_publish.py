@@ -243,26 +243,43 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     assert [s["l0"] for s in entry["saes"]] == pytest.approx([r["l0"] for r in final], rel=1e-4)
 
 
-def test_the_card_of_saes_with_thresholds_applies_them(tmp_path: Path) -> None:
+HELD = {"refit": 0.2, "refit_kind": "topk"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"l1": {"k": 12}}, "BatchTopK, the 12 largest activations a token"),
+        (HELD, "λ = 0.0003"),
+        (HELD | {"refit": 0.0}, "λ = 0.0003"),
+    ],
+    ids=["batchtopk", "refit that holds L0", "no refit"],
+)
+def test_the_card_applies_the_thresholds_that_saes_have(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    """Of a run whose refit holds L0, earlier snapshots have none."""
     results = make_runs(tmp_path, layers=1)
     made_up = Run(tmp_path / "pythia-410m-saes-x32-l1-3e-4-fixed")
-    config, run = made_up.config(), Run(tmp_path / "pythia-410m-saes-x32-batchtopk-12")
+    config, run = made_up.config(), Run(tmp_path / "another")
     run.path.mkdir()
-    run.create(run_config(config["train"] | {"l1": {"k": 12}}, config["cache"]), config["machine"])
+    run.create(run_config(config["train"] | changed, config["cache"]), config["machine"])
     text = card(run, results[made_up.name], None, [], Publication(owner="org"))
-    assert "setting: BatchTopK, the 12 largest activations a token" in text
+    assert f"setting: {words}" in text
+    has = changed.get("refit") != 0.0
+    assert ("0 where it is not above θ" in text) is has
     (encode,) = re.findall(r"def encode.*?\n\n", blocks(text)[0], re.DOTALL)
     d, features = 6, 10
     shapes = ((features, d), (features, d), (features,), (d,), (d,), (features,))
     w_enc, w_dec, b_enc, b_pre, b_dec, threshold = (torch.randn(*shape).abs() for shape in shapes)
-    sae = Sae(w_enc=w_enc, w_dec=w_dec, b_enc=b_enc, b_pre=b_pre, b_dec=b_dec, config={}, stats={}, threshold=threshold)
-    sae.save(tmp_path / "a.pt")
-    names: dict[str, Any] = {"torch": torch, "w": torch.load(tmp_path / "a.pt", weights_only=True)["model_state"]}
-    exec(encode, names)
     x = torch.randn(50, d)
-    z = names["encode"](x)
-    torch.testing.assert_close(z, Sae.load(tmp_path / "a.pt").encode(x))
-    assert 0 < int((z > 0).sum()) < int(((x - b_pre) @ w_enc.T + b_enc > 0).sum())
+    for each in [threshold, None] if has else [None]:
+        sae = Sae(w_enc=w_enc, w_dec=w_dec, b_enc=b_enc, b_pre=b_pre, b_dec=b_dec, config={}, stats={}, threshold=each)
+        sae.save(tmp_path / "a.pt")
+        names: dict[str, Any] = {"torch": torch, "w": torch.load(tmp_path / "a.pt", weights_only=True)["model_state"]}
+        exec(encode, names)
+        z = names["encode"](x)
+        torch.testing.assert_close(z, Sae.load(tmp_path / "a.pt").encode(x))
+        cut = int(((x - b_pre) @ w_enc.T + b_enc > 0).sum()) - int((z > 0).sum())
+        assert cut > 0 if each is not None else cut == 0
 
 
 HOSTILE = [

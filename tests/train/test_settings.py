@@ -7,7 +7,8 @@ import pytest
 from shared.cli import UserError
 from train.batchtopk import BatchTopK
 from train.l1 import ControllerConfig, L1Setting
-from train.settings import KINDS, Setting, parse_settings, restored
+from train.settings import KINDS, Setting, has_thresholds, holds_l0, parse_settings, restored
+from train.trainer import TrainConfig
 
 ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64"
 
@@ -61,3 +62,16 @@ def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_fro
     assert half.state == whole.state
     assert whole.threshold == pytest.approx(3, rel=0.02)
     assert (whole.value, whole.keep_at(0), whole.keep_at(999)) == (0.0, 8, 8)
+
+
+@pytest.mark.parametrize("refit", [0.0, 0.001, 0.2])
+@pytest.mark.parametrize("kind", ["decoder", "topk"])
+def test_a_config_says_whether_l0_is_held_and_saes_have_thresholds(refit: float, kind: str) -> None:
+    """A thousandth of a hundred steps is none."""
+    config = TrainConfig(tokens=100, batch=1, refit=refit, refit_kind=kind)
+    held = kind == "topk" and config.refit_from < config.steps
+    train = dataclasses.asdict(config)
+    assert holds_l0(train) is held is (kind == "topk" and refit == 0.2)
+    assert has_thresholds(train | {"l1": dataclasses.asdict(L1Setting(init=1e-3))}) is held
+    assert has_thresholds(train | {"l1": dataclasses.asdict(BatchTopK(k=64))}) is True
+    assert has_thresholds({"tokens": 100, "batch": 1, "l1": {"init": 1e-3, "target": None}}) is False  # of an earlier version

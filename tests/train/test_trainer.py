@@ -508,6 +508,14 @@ def test_a_refit_leaves_l0_and_lowers_the_error(cli: Cli, others: Path, cache_pa
     assert thresholds[0] is False and thresholds[-1] is (kind == "topk")
 
 
+def test_without_a_refit_its_kind_changes_nothing(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    """λ is steered to twice the target where a refit is to hold L0 at it."""
+    args = (*TRAIN_ARGS, "--cache", cache_path, "--l1", "adaptive:5e-3@100", "--layers", 0, "--tokens", "5k")
+    for kind in ("decoder", "topk"):
+        assert cli("train", *args, "--runs", tmp_path / kind, "--refit", 0, "--refit-kind", kind).code == 0
+    same(finals(tmp_path / "decoder"), finals(tmp_path / "topk"))
+
+
 def test_l0_is_held_at_the_target_in_the_refit_and_through_the_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*adaptive-5e-3-l0-12-best")))
     assert [record["l0"] for record in run.metrics(1)][-9:] == [12.0] * 9
