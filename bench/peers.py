@@ -1,5 +1,5 @@
 """The tools we measure ourselves against, each in an environment of its own, each in a process that runs on
-demand.
+demand. `python -m bench.peers` sets all of them up and does nothing else.
 
 An environment per peer, because their requirements contradict one another and ours. torch goes in first,
 in the version that runs here: left to choose, pip would fetch another one and gigabytes of CUDA with it.
@@ -183,3 +183,19 @@ def _run(command: Sequence[str], peer: Peer) -> None:
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise PeerFailed(f"{peer.name}: environment: {said}")
+
+
+def set_up() -> int:
+    """Every peer's environment, a line each; the exit status."""
+    failed = 0
+    for peer in STEPS:
+        try:
+            print(f"{peer.label}: {environment(peer)}", flush=True)
+        except PeerFailed as error:
+            failed = 2
+            print(f"error: {error}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(set_up())

@@ -183,7 +183,10 @@ def _measure_group(
     progress: Progress,
 ) -> None:
     saes = [sae for *_, sae in opened]
-    activations, found = heldout(cache, layer, saes, lm, config.eval_tokens, rows, config.ablation)
+    whole = -(-config.eval_tokens // cache.spec.block_rows) + 1  # blocks, and what comes after them
+    activations, found = heldout(
+        cache, layer, saes, lm, config.eval_tokens, rows, config.ablation, lambda: progress.advance(len(saes) / whole)
+    )
     for (store, snapshot, belongs, sae), (tally, losses) in zip(opened, found, strict=True):
         metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
         path = features_path(store.run, layer, snapshot.label)
@@ -200,15 +203,22 @@ def _measure_group(
             "file": sae.stats[SEAL],
         }
         store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
-        progress.advance(1, f"layer {layer} {snapshot.label}")
+        progress.advance(1 / whole, f"layer {layer} {snapshot.label}")
 
 
 def heldout(
-    cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel, tokens: int, rows: Rows = ALL, ablation: str = "zero"
+    cache: Cache,
+    layer: int,
+    saes: list[Sae],
+    lm: SplicedModel,
+    tokens: int,
+    rows: Rows = ALL,
+    ablation: str = "zero",
+    after: Callable[[], object] = lambda: None,
 ) -> tuple[Activations, list[tuple[Tally, dict[str, Number]]]]:
     """One reading of a layer's held-out activations for all of these SAEs: each one's sums over tokens, and its losses in the
-    language model."""
-    activations, tallies = measure(heldout_blocks(cache, layer, tokens, rows), saes, cache.spec.context)
+    language model. `after` is called after every block."""
+    activations, tallies = measure(heldout_blocks(cache, layer, tokens, rows), saes, cache.spec.context, after)
     ablations = [torch.zeros_like, constant(activations.all.mean)]
     clean, (zero, mean, *spliced) = lm.losses(layer, [only(rows, replace) for replace in (*ablations, *map(through, saes))])
     losses = [loss_metrics(clean, zero, mean, loss, ablation) for loss in spliced]

@@ -44,7 +44,7 @@ of the harvest; sums over tokens are float64. What is no number (0/0, or not fin
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -340,8 +340,11 @@ class Tally:
 
 
 @torch.inference_mode()
-def measure(blocks: Iterable[Block], saes: Sequence[Sae], context: int) -> tuple[Activations, list[Tally]]:
-    """One pass over held-out activations for all SAEs, which are over the same layer and on one device."""
+def measure(
+    blocks: Iterable[Block], saes: Sequence[Sae], context: int, after: Callable[[], object] = lambda: None
+) -> tuple[Activations, list[Tally]]:
+    """One pass over held-out activations for all SAEs, which are over the same layer and on one device. `after` is called after
+    every block."""
     device, d_model = saes[0].b_enc.device, len(saes[0].b_pre)
     activations, tallies = Activations(d_model, device), [Tally(sae, context) for sae in saes]
     rows = max(_CHUNK_ROWS, _CHUNK_VALUES[device.type] // max(len(sae.b_enc) for sae in saes))
@@ -352,6 +355,7 @@ def measure(blocks: Iterable[Block], saes: Sequence[Sae], context: int) -> tuple
             batch = _Batch.of(part, part_at, mean)
             for tally in tallies:
                 tally.add(batch)
+        after()
     return activations, tallies
 
 

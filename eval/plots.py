@@ -296,6 +296,7 @@ def _training_curves(data: RunData, curves: dict[int, list[Record]]) -> Figure:
         axis.grid(alpha=0.25)
         if logarithmic:
             _logarithmic(axis)
+    axes[3].set_ylim(bottom=0)  # that all are alive is a line at the top, not one among numbers that cannot be
     axes[2].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     for axis in axes[2:]:
         _token_axis(axis)

@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, *, start: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._first, self._done = start, start
+        self._first, self._done = float(start), float(start)
         self._began = time.monotonic()
         self._shown = float("-inf")
         self._tty = sys.stderr is not None and sys.stderr.isatty()
@@ -34,14 +34,14 @@ class Progress:
         if self._tty:
             say("", err=True)
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: float, note: str = "") -> None:
         self._done = done
         now = time.monotonic()
         if now - self._shown >= self._interval and now - self._began >= min(self._interval, 5.0):
             self._shown = now
             self._show(self._line(note))
 
-    def advance(self, by: int, note: str = "") -> None:
+    def advance(self, by: float, note: str = "") -> None:
         self.update(self._done + by, note)
 
     @property

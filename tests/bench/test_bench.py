@@ -242,6 +242,24 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
     assert line[1] == "no figure: far: environment: ERROR: no matching distribution"
 
 
+def test_environments_are_set_up_one_by_one_whatever_becomes_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_sparsify(command: list[str], **options: Any) -> SimpleNamespace:
+        (tmp_path / "sae_lens").mkdir(exist_ok=True)
+        (tmp_path / "dictionary_learning").mkdir(exist_ok=True)
+        return SimpleNamespace(returncode="eai-sparsify==1.3.3" in command, stderr="ERROR: not today\n")
+
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(peers.subprocess, "run", no_sparsify)
+    assert peers.set_up() == 2
+    said = capsys.readouterr()
+    assert said.err == "error: sparsify: environment: ERROR: not today\n"
+    assert [line.rpartition("/peers/")[2] or line for line in said.out.splitlines()][1:] == [
+        f"{peer.label}: {tmp_path / str(peer.environment) / 'bin' / 'python'}" for peer in STEPS[2:]
+    ]
+
+
 def test_the_plain_step_trains_in_a_process_of_its_own() -> None:
     with closing(Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1))) as worker:
         assert worker.seconds() > 0

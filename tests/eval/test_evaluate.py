@@ -13,6 +13,7 @@ import pytest
 
 from eval import evaluate
 from eval.report import CAPTIONS
+from shared.progress import Progress
 from shared.seal import seal
 from tests.conftest import Cli, invoke
 
@@ -71,6 +72,23 @@ def test_what_is_made_of_the_records_is_made_again(cli: Cli, evaluated: Evaluate
     tables[1].write_bytes(whole[1].rpartition(b"\n")[0])
     assert cli("eval", *args, NUMBERS).code == 0
     assert [path.read_bytes() for path in tables] == whole
+
+
+def test_progress_is_shown_within_a_layer(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size a layer takes minutes, and all of its SAEs are done at once."""
+    runs, args, _ = evaluated
+    shutil.rmtree(first(runs) / "results")
+    done: list[float] = []
+
+    class Noted(Progress):
+        def update(self, now: float, note: str = "") -> None:
+            done.append(now)
+            super().update(now, note)
+
+    monkeypatch.setattr(evaluate, "Progress", Noted)
+    assert cli("eval", *args, NUMBERS).code == 0
+    assert done == sorted(done) and done[-1] == pytest.approx(18)
+    assert 0 < next(filter(None, done)) < 6  # SAEs that a layer has
 
 
 def test_numbers_alone_leave_pictures_cards_and_report_as_they_are(cli: Cli, evaluated: Evaluated) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.floor import Statistics, capacity, critical_width, floors, student_widths
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 from tests.test_bad_input import refused
 
 
@@ -142,6 +143,17 @@ def test_bad_statistics_are_one_line(cli: Cli, tmp_path: Path, content: str, mes
     path = tmp_path / "s.json"
     path.write_bytes(content.encode("latin1") if "\xff" in content else content.encode())
     refused(cli("eval", "floor", "--statistics", path), message)
+
+
+def test_the_example_in_the_docs_is_so(cli: Cli, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "eval.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"\$ python -m (eval floor) --statistics file.json (--widths \S+)\n(.*?)\n\nwhere the file is `(.*?)`", text, re.DOTALL
+    )
+    assert found
+    (tmp_path / "file.json").write_text(found[4])
+    result = cli(*found[1].split(), "--statistics", tmp_path / "file.json", *found[2].split())
+    assert result.out.split() == found[3].split()
 
 
 def test_bad_options_are_one_line(cli: Cli, tmp_path: Path) -> None:
