@@ -37,7 +37,7 @@ REGISTRY = "pretrained_saes.yaml"
 _LICENSE = "apache-2.0"
 _COLUMNS = (
     ("layer", "layer", "{:d}"),
-    ("λ", "lambda", "{:.2e}"),
+    ("λ", "lambda", "{:.3g}"),
     ("L0", "l0", "{:.1f}"),
     ("FVU", "fvu", "{:.4f}"),
     ("no first positions", "fvu_without_first", "{:.4f}"),

@@ -126,8 +126,8 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
     """EleutherAI's sparsify: `SparseCoder.load_from_disk(folder)`."""
     if sae.threshold is not None:
         raise UserError(
-            "sparsify has no SAEs with thresholds, as BatchTopK and --refit-kind topk leave: "
-            "export to saelens or dictionary_learning"
+            f"{origin.source['run']}/{origin.source['file']} has thresholds, as BatchTopK and --refit-kind topk leave, "
+            "and sparsify has no such SAEs: export it to saelens or dictionary_learning"
         )
     n_features, d = sae.w_enc.shape
     b_enc, b_dec = fold(sae)

@@ -64,12 +64,13 @@ class RunData:
     records: list[Record]  # by layer and age
     whole: int  # tokens of training
     d_model: int
+    kind: str  # the same for runs that differ in nothing but how sparse they are asked to be
 
     @property
     def inputs(self) -> list[Any]:
         """All that pictures of records show; checksums differ between equal runs."""
         records = [{k: v for k, v in r.items() if k not in ("file", SEAL)} for r in self.records]
-        return [self.run.name, self.label, self.whole, self.d_model, records]
+        return [self.run.name, self.label, self.whole, self.d_model, self.kind, records]
 
     @property
     def latest(self) -> list[Record]:
@@ -102,11 +103,17 @@ def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Recor
     for run, label in zip(runs, labels, strict=True):
         config = run.config()
         whole, d_model = config["train"]["tokens"], config["cache"]["spec"]["d_model"]
-        found.append(RunData(run=run, label=label, records=results[run.name], whole=whole, d_model=d_model))
+        kind = _kind(config["train"])
+        found.append(RunData(run=run, label=label, records=results[run.name], whole=whole, d_model=d_model, kind=kind))
         (run.path / "plots").mkdir(exist_ok=True)
     for data in found:
         _write([data], _of_one_run(data, skipped))
     _write([data for data in found if data.records], _of_all_runs([data for data in found if data.records], measured))
+
+
+def _kind(train: dict[str, Any]) -> str:
+    """How a run was trained but for the numbers in its setting."""
+    return canonical(train | {"l1": sorted(train["l1"])}).decode()
 
 
 def _of_one_run(data: RunData, skipped: Skipped) -> Pictures:
@@ -235,6 +242,11 @@ def _layer_bar(figure: Figure, norm: Normalize) -> None:
     bar.update_ticks()
 
 
+def _say(axis: Axes, words: str) -> None:
+    """In the middle of a panel that has nothing to show."""
+    axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes, fontsize=14, color="0.35")
+
+
 def _token_axis(axis: Axes, label: str = "training tokens") -> None:
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_count(round(v))))
@@ -273,7 +285,7 @@ def _logarithmic(axis: Axes, which: str = "y") -> None:
         getattr(axis, f"set_{which}scale")("log")
         side = axis.yaxis if which == "y" else axis.xaxis
         side.set_major_formatter(_Plain())
-        side.set_minor_formatter(_Plain(labelOnlyBase=False))
+        side.set_minor_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
 
 
 # --- of one run ---
@@ -296,7 +308,11 @@ def _training_curves(data: RunData, curves: dict[int, list[Record]]) -> Figure:
         axis.grid(alpha=0.25)
         if logarithmic:
             _logarithmic(axis)
-    axes[3].set_ylim(bottom=0)  # that all are alive is a line at the top, not one among numbers that cannot be
+    for axis in axes[2:]:  # a line that does not move is where it belongs, not among numbers that cannot be
+        highest = axis.dataLim.y1
+        axis.set_ylim(0, 1.05 * highest if 0 < highest < math.inf else 1)
+    if axes[2].dataLim.y1 == 0:
+        _say(axes[2], "no L1")
     axes[2].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     for axis in axes[2:]:
         _token_axis(axis)
@@ -307,7 +323,7 @@ def _training_curves(data: RunData, curves: dict[int, list[Record]]) -> Figure:
 
 # (key, title, how it is written, whether it is a share and coloured from 0 to 1)
 _MAP = (
-    ("lambda", "λ", "{:.1e}", False),
+    ("lambda", "λ", "{:.2g}", False),
     ("l0", "L0", "{:.0f}", False),
     ("mse", "MSE", "{:.2g}", False),
     ("fvu", "FVU", "{:.3f}", True),
@@ -483,12 +499,15 @@ _FIDELITY = (
 
 
 def _sparsity_fidelity(runs: list[RunData]) -> Figure:
-    """Colours are layers, markers are runs; a grey line joins a layer's SAEs."""
+    """Colours are layers, markers are runs; a grey line joins those of a layer's SAEs that were trained alike."""
     figure, axes = _grid(2, 2, (5.0, 3.8), _Margins(bottom=0.95), sharex=True)
     norm = _layer_norm(r["layer"] for data in runs for r in data.records)
     for axis, (key, title, logarithmic) in zip(axes, _FIDELITY, strict=True):
-        for layer in sorted({r["layer"] for data in runs for r in data.latest}):
-            same = [r for data in runs for r in data.latest if r["layer"] == layer and r["snapshot"] == FINAL]
+        alike: dict[tuple[str, int], list[Record]] = {}
+        for data in runs:
+            for r in data.latest:
+                alike.setdefault((data.kind, r["layer"]), []).extend([r] * (r["snapshot"] == FINAL))
+        for same in alike.values():
             x, y = _points(sorted(same, key=lambda r: r["l0"] or 0), "l0", key)
             axis.plot(x, y, color="0.8", linewidth=0.7, zorder=1)
         for number, data in enumerate(runs):
@@ -562,7 +581,7 @@ def _floors(runs: list[RunData], measured: Record | None) -> Figure:
     panels = len(runs) + (2 if measured else 1)
     columns = min(3 if panels > 4 else 4, panels)
     rows = math.ceil(panels / columns)
-    figure, axes = _grid(rows, columns, (3.0, 3.2), _Margins(top=0.65, bottom=0.75, between=(0.8, 1.1)))
+    figure, axes = _grid(rows, columns, (3.0, 3.2), _Margins(top=0.65, bottom=0.75, between=(0.95, 1.1)))
     norm = _layer_norm(r["layer"] for data in runs for r in data.records)
     for axis, data in zip(axes, runs, strict=False):
         _predicted_panel(axis, data, norm)
@@ -586,10 +605,21 @@ def _predicted_panel(axis: Axes, data: RunData, norm: Normalize) -> None:
         axis.plot(x, y, color=_LAYERS(norm(r["layer"])), linestyle=dashes, linewidth=1.0, marker="o", markersize=3)
     if least:
         axis.set_yscale("symlog", linthresh=min(least))  # 0 from d* on
+        axis.set_yticks(_ticks(min(least), max(least)))
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_ylim(bottom=0)
     axis.set_title(f"predicted, {data.label}", fontsize=10)
     axis.set_ylabel("L*(d_S), squared activation units")
     _width_axis(axis, widths)
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """0, and round numbers of a logarithmic axis from `least` to `most`: a power of ten each, or three where those are few."""
+    first, last = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    mantissas = (1, 2, 5) if last - first < 3 else (1,)
+    step = 1 + (last - first) // 8
+    return [0, *(m * 10.0**e for e in range(first, last + 1, step) for m in mantissas if least <= m * 10.0**e <= most)]
 
 
 def _widths(records: list[Record]) -> list[int]:
@@ -608,8 +638,7 @@ def _measured_panel(axis: Axes, measured: Record | None, widths: list[int]) -> N
     if measured is None:
         _width_axis(axis, widths)
         axis.set_yticks([])
-        axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, fontsize=14, color="0.35")
-        return
+        return _say(axis, "not measured")
     floors = measured["floors"]
     axis.plot([f["width"] for f in floors], [f["floor"] for f in floors], color=_COLOURS[0], marker="o")
     seeds = measured["students"]

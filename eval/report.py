@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 _COLUMNS = (
     ("layer", "layer", "{:d}"),
-    ("λ", "lambda", "{:.2e}"),
+    ("λ", "lambda", "{:.3g}"),
     ("L0", "l0", "{:.1f}"),
     ("MSE", "mse", "{:.3g}"),
     ("FVU", "fvu", "{:.4f}"),

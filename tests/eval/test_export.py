@@ -102,7 +102,7 @@ FORWARD: dict[str, Forward] = {
 
 def written(form: str, sae: Sae, folder: Path, **known: Any) -> Path:
     folder.mkdir()
-    for name, content in FORMS[form](sae, Origin(layer=1, source={"file": "a.pt"}, **known)).items():
+    for name, content in FORMS[form](sae, Origin(layer=1, source={"run": "r", "file": "a.pt"}, **known)).items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -125,7 +125,7 @@ def test_the_exported_function_is_ours(form: str, thresholds: bool, tmp_path: Pa
 
 
 def test_thresholds_are_refused_where_a_tool_has_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="export to saelens or dictionary_learning"):
+    with pytest.raises(UserError, match=r"^r/a.pt has thresholds, .* export it to saelens or dictionary_learning$"):
         written("sparsify", a_sae(thresholds=True), tmp_path / "a")
 
 
@@ -358,7 +358,7 @@ TOOLS = {"saelens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "
 def test_the_tool_itself_loads_it_and_computes_the_same(form: str, thresholds: bool, tmp_path: Path) -> None:
     environment = ENVIRONMENTS / TOOLS[form]
     if not (environment / "stamp.json").exists():  # which bench.peers puts into one that is complete
-        pytest.skip(f"{TOOLS[form]} is not installed in {environment}; `python -m bench` does it")
+        pytest.skip(f"{TOOLS[form]} is not installed in {environment}; `python -m bench.peers` does it")
     sae = a_sae(thresholds=thresholds)
     x = some_x(sae)
     known: dict[str, Any] = {"model": "EleutherAI/pythia-410m", "context": 1024, "log10_density": torch.linspace(-10, 0, 256)}

@@ -1,5 +1,6 @@
 """Pictures and report of runs as large as the published job's: 24 layers, three settings, one layer unfinished."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -103,7 +104,8 @@ def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, mo
 
 
 def data_of(run: Run, results: Results) -> plots.RunData:
-    return plots.RunData(run=run, label=run.name[-8:], records=results[run.name], whole=300_000_000, d_model=1024)
+    label, kind = run.name[-8:], plots._kind(run.config()["train"])
+    return plots.RunData(run=run, label=label, records=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
 
 
 @pytest.mark.parametrize("layers", [24, 1])
@@ -143,6 +145,46 @@ def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published) ->
     shades = np.asarray(plots._heatmap(of).axes[0].images[0].get_array())
     assert shades[:, [key for key, *_ in plots._MAP].index("dead_share")].max() < 1e-6
     assert shades[:, [key for key, *_ in plots._MAP].index("l0")].max() == 1
+
+
+def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Published) -> None:
+    """One through a random decoder and a trained one would be no curve of anything."""
+    datas = [data_of(run, published[2]) for run in published[1]]
+    assert len({data.kind for data in datas}) == 1
+    train = published[1][0].config()["train"]
+    others = (train | {"l1": {"k": 64}}, train | {"step": train["step"] | {"decoder": "random"}}, train | {"refit": 0.2})
+    assert len({datas[0].kind, *map(plots._kind, others)}) == 4
+
+    def points(of: list[plots.RunData]) -> set[int]:
+        return {len(line.get_xydata()) for line in plots._sparsity_fidelity(of).axes[0].lines if line.get_color() == "0.8"}
+
+    assert points(datas) == {3, 2}  # one run's last layer is not finished
+    assert points([*datas[:2], dataclasses.replace(datas[2], kind="another")]) == {2, 1, 0}
+
+
+def test_training_without_l1_says_so_and_counts_begin_at_nothing(
+    published: Published,
+) -> None:
+    data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(0)
+    flat = [r | {"lambda": 0.0, "alive": 1024} for r in curve]
+    axes = plots._training_curves(data, {0: flat}).axes
+    assert [text.get_text() for text in axes[2].texts] == ["no L1"]
+    assert axes[3].get_ylim() == pytest.approx((0, 1.05 * 1024))
+    assert not plots._training_curves(data, {0: curve}).axes[2].texts
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "ticks"),
+    [
+        (31.0, 220.0, [0, 50, 100, 200]),
+        (0.02, 150.0, [0, 0.1, 1, 10, 100]),
+        (1e-17, 20.0, [0, 1e-17, 1e-14, 1e-11, 1e-8, 1e-5, 1e-2, 10]),
+        (3.0, 3.0, [0]),
+    ],
+)
+def test_floors_have_round_numbers_on_their_axis(least: float, most: float, ticks: list[float]) -> None:
+    """None between 0 and the least of them, where the axis is linear and there is no room."""
+    assert plots._ticks(least, most) == pytest.approx(ticks, rel=1e-12)
 
 
 # --- the report ---
