@@ -28,7 +28,7 @@ from eval.report import (
 from shared.cli import format_count, format_layers, say
 from shared.files import locked, publish_file
 from train.runs import FINAL, Run, snapshot_tokens
-from train.settings import has_thresholds, restored
+from train.settings import has_thresholds, holds_l0, restored
 
 Record = dict[str, Any]
 
@@ -133,13 +133,14 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
         features=train["expansion"] * spec["d_model"],
         tokens=train["tokens"],
         layers=format_layers({s.layer for s in run.snapshots()}) or "none yet",
-        setting=restored(train["l1"]).words,
+        setting=_setting(train),
         threshold=has_thresholds(train),
         bos=spec["bos"],
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
         example=done[len(done) // 2]["layer"] if done else 0,
         snapshots=[Safe(label) for label in snapshot_tokens(train["tokens"]) if label != FINAL],
-        measured_on=" or ".join(f"{n:,}" for n in sorted({r["tokens"] for r in latest(records)})) or "no",
+        measured_on=_counts(records, "tokens"),
+        ce_on=_counts(records, "ce_tokens"),
         metrics=Table(heads=heads, rows=[_row(r) for r in done]),
         unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r), trained_on(r, whole)] for r in others]),
         pictures=[(Safe(f"plots/{name}.png"), caption) for name, caption in CAPTIONS.items() if _has_picture(run, name)],
@@ -156,6 +157,15 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
         provenance=provenance(config),
         sisters=_sisters(sisters, publication),
     )
+
+
+def _setting(train: Record) -> str:
+    held = f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
+    return restored(train["l1"]).words + (held if holds_l0(train) else "")
+
+
+def _counts(records: list[Record], key: str) -> str:
+    return " or ".join(f"{n:,}" for n in sorted({r[key] for r in latest(records)})) or "no"
 
 
 def _row(record: Record) -> list[str]:

@@ -143,11 +143,14 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
         groups = (fitting(jobs, lambda job: _size(job, spec.d_model), config.device) for _, jobs in layers)
         for group in itertools.chain.from_iterable(groups):
             with skipped.leaving_out():
-                for job, tally in _look(cache, group, sequences, config.device, skipped):
-                    columns, together = tally.columns(to_logits, vocabulary)
-                    _write_sae(cache, job, tally, columns, {"together_tokens": together, "text": text}, config.out)
-                    current.add(job.folder(config.out))
-                    _write_index(config.out, current)
+                looked = _look(cache, group, sequences, config.device, skipped)
+                with Progress(f"layer {group[0].layer}, neighbours and words", len(looked), "SAEs") as progress:
+                    for job, tally in looked:
+                        columns, together = tally.columns(to_logits, vocabulary)
+                        _write_sae(cache, job, tally, columns, {"together_tokens": together, "text": text}, config.out)
+                        current.add(job.folder(config.out))
+                        _write_index(config.out, current)
+                        progress.advance(1, job.run.name)
     page = _write_index(config.out, current)
     for folder in current:
         for old in _siblings(folder):

@@ -89,6 +89,7 @@ _PAGE_COLUMNS = (
     ("g", "capacity", "{:.2f}"),
     ("d*", "critical_width", "{:.1f}"),
     ("measured on", "tokens", "{:,}"),
+    ("CE and KL on", "ce_tokens", "{:,}"),
 )
 _MEANS = (
     ("L0", "l0", "{:.1f}"),
@@ -339,6 +340,8 @@ def _of_run(run: Run, records: list[Record], usual: tuple[Any, ...]) -> list[str
     config, shown, lines = run.config(), latest(records), []
     whole, n_layers = format_count(config["train"]["tokens"]), config["cache"]["spec"]["n_layers"]
     lines += [f"layer {r['layer']} is {trained_on(r, whole)}" for r in shown if r["snapshot"] != FINAL]
+    if config["train"]["step"]["decoder"] == "random":
+        lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")
     if without := left_out(config["train"]):
         lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
     if absent := sorted(set(range(n_layers)) - {r["layer"] for r in shown}):

@@ -230,6 +230,8 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     ]
     assert "| 150M of 300M, unfinished |" in unfinished
     assert "Measured floors: not measured." in text
+    assert "; `_50M`, `_100M`, `_150M`, `_200M`, `_250M` are snapshots of its training |" in text
+    assert f"it and KL on {results[run.name][0]['ce_tokens']:,} tokens" in text
     assert "[pythia-410m-saes-x32-l1-8e-5-fixed](https://huggingface.co/org/pythia-410m-saes-x32-l1-8e-5-fixed)" in text
     assert "huggingface.co" not in card(run, results[run.name], None, sister_runs(run), Publication(owner="a", name="b"))
 
@@ -250,8 +252,8 @@ HELD = {"refit": 0.2, "refit_kind": "topk"}
     ("changed", "words"),
     [
         ({"l1": {"k": 12}}, "BatchTopK, the 12 largest activations a token"),
-        (HELD, "λ = 0.0003"),
-        (HELD | {"refit": 0.0}, "λ = 0.0003"),
+        (HELD, r"λ = 0.0003, then L0 held by keeping the largest activations of each batch (last 20% of training)."),
+        (HELD | {"refit": 0.0}, "λ = 0.0003."),
     ],
     ids=["batchtopk", "refit that holds L0", "no refit"],
 )

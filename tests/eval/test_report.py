@@ -21,7 +21,7 @@ from eval.report import CAPTIONS, text_table, warnings, write_report
 from shared.cli import UserError
 from tests.eval.browser import PHONE, Browser
 from tests.eval.synthetic import make_distilled, make_runs
-from train.runs import Run
+from train.runs import Run, run_config
 
 Results = dict[str, list[dict[str, Any]]]
 Published = tuple[Path, list[Run], Results, Path]
@@ -299,6 +299,15 @@ def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
         "no SAE of layers 5 has been evaluated; the model has 24",
     ):
         assert f"{name}: {part}" in lines or f"{name}: more than half of the {part}" in lines, lines
+
+
+def test_a_random_decoder_is_said_to_be_one(published: Published, tmp_path: Path) -> None:
+    config, run = published[1][0].config(), Run(tmp_path / "baseline")
+    run.path.mkdir()
+    train = config["train"] | {"step": config["train"]["step"] | {"decoder": "random"}}
+    run.create(run_config(train, config["cache"]), config["machine"])
+    lines = warnings([run, published[1][0]], {run.name: [], published[1][0].name: []}, None)
+    assert [line.partition(": ")[0] for line in lines if "a baseline for other runs" in line] == ["baseline"]
 
 
 def test_the_table_of_a_terminal_marks_what_is_unfinished(published: Published) -> None:
