@@ -160,8 +160,10 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
 
 
 def _setting(train: Record) -> str:
-    held = f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
-    return restored(train["l1"]).words + (held if holds_l0(train) else "")
+    words = restored(train["l1"]).words
+    if holds_l0(train):
+        words += f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
+    return words
 
 
 def _counts(records: list[Record], key: str) -> str:

@@ -164,7 +164,8 @@ def _upload(repository: str, files: dict[str, Path], config: PublishConfig) -> N
                 progress.update(kept + done, f"{len(part)} files")
     except Exception as error:  # a machine far away fails in too many ways to name them
         raise UserError(f"cannot publish {repository}: {_reason(error)}; run the same command again to continue") from None
-    say(f"{url}: {len(missing)} of {len(files)} files sent, the others were there")
+    others = ", the others were there" if len(missing) < len(files) else ""
+    say(f"{url}: {len(missing)} of {len(files)} files sent{others}")
 
 
 def _same(there: RepoFile | None, path: Path) -> bool:

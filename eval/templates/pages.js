@@ -124,7 +124,7 @@ function choose() {
   const layers = catalogue.saes.filter((s) => runOf(s) === runOf(facts));
   by("layer").replaceChildren(...layers.map((s) => el("option", {value: s.layer, selected: s === facts}, String(s.layer))));
   by("about").textContent = `${whole(facts.features)} features on ${whole(facts.tokens)} held-out tokens · ` +
-    `trained on ${whole(facts.trained_tokens)} tokens, λ ${lambda(facts.lambda)}`;
+    `trained on ${whole(facts.trained_tokens)} tokens` + (facts.lambda ? `, λ ${lambda(facts.lambda)}` : "");
 }
 
 // The same feature number is another feature elsewhere, so a jump leads to the list.
@@ -368,7 +368,10 @@ const KEYS = {
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !sae) return;
   if (event.target.closest("input, select")) {
-    if (event.key === "Escape") event.target.blur();
+    if (event.key === "Escape") {
+      event.preventDefault();  // a field for searching would empty itself without saying so
+      event.target.blur();
+    }
     return;
   }
   if (Object.hasOwn(KEYS, event.key)) {

@@ -254,6 +254,7 @@ def test_the_list_is_searched_sorted_and_filtered(browser: Browser, made_once: M
     browser.until(lambda: browser.text("#found") == f"{len(hits)} of 128 features")
     assert listed(browser) == hits[: len(listed(browser))]
     browser.press(Keys.ESCAPE)
+    assert browser.run("return document.getElementById('search').value") == " THE"  # as the list is
     choose = "const [id, value] = arguments, e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event('%s'))"
     browser.run(choose % "input", "search", "#5")
     assert browser.text("#found") == f"{sum(5 in tokens for tokens in peaks)} of 128 features"
