@@ -6,6 +6,7 @@ core evaluation (Karvonen et al., arXiv:2503.09532; code at version 0.6.0), whos
     l0, l1                       ⟨number of z_i > 0⟩, ⟨Σ z_i⟩; SAEBench
     mse                          ⟨‖r‖²⟩ / d. SAEBench's own is ⟨‖r‖²⟩ over the number of tokens in a batch
     fvu, explained_variance      Σ‖r‖² / Σ‖x − ⟨x⟩‖², and 1 − fvu. SAEBench's means this, and takes ⟨x²⟩ where ⟨x⟩ belongs
+    fvu_uncentred                Σ‖r‖² / Σ‖x‖², about zero, as some write it: smaller where x has a mean
     explained_variance_legacy    ⟨1 − ‖r‖² / ‖x − m‖²⟩ with m the mean of a batch, here a block; SAEBench's earlier definition
     fvu_without_first            fvu over all positions of a context but the first, about their own mean
     fvu_without_top3             Σ‖Pr‖² / Σ‖P(x − ⟨x⟩)‖², P the projection away from the three largest principal directions
@@ -130,6 +131,11 @@ class Moments:
     def variance(self) -> float:
         """Σ ‖x − mean‖² over everything."""
         return float(self.scatter.trace())
+
+    @property
+    def square(self) -> float:
+        """Σ ‖x‖² over everything."""
+        return self.variance + self.n * float(self.mean.square().sum())
 
 
 class Activations:
@@ -265,6 +271,7 @@ class Tally:
         return {
             "mse": finite(sums["error"] / n / d_model),
             "fvu": fvu,
+            "fvu_uncentred": ratio(sums["error"], activations.all.square),
             "fvu_without_first": ratio(sums["error_later"], activations.without_first.variance),
             "fvu_without_top3": ratio(error_lesser, float(lesser.sum())),
             "top3_variance": _complement(ratio(float(lesser.sum()), total)),

@@ -142,6 +142,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
         "normalized_freq_over_10_percent": float(density[density > 0.1].sum() / density.sum()),
         "mse": fvu * (1 + 3 * depth),
         "fvu": fvu,
+        "fvu_uncentred": fvu * 0.8,
         "fvu_without_first": min(1.2, fvu * 2.5),
         "fvu_without_top3": min(1.2, fvu * 3.5),
         "top3_variance": 0.7 + 0.2 * depth,

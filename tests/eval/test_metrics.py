@@ -94,6 +94,7 @@ def test_metrics_are_their_formulas_in_float64() -> None:
     assert got["tokens"] == 630
     assert got["mse"] == pytest.approx((want.r**2).mean(), rel=1e-5)
     assert got["fvu"] == pytest.approx(want.fvu(everything), rel=1e-5)
+    assert got["fvu_uncentred"] == pytest.approx((want.r**2).sum() / (want.x**2).sum(), rel=1e-5) != got["fvu"]
     assert got["fvu_without_first"] == pytest.approx(want.fvu(want.position != 0), rel=1e-5)
     _, values, directions = np.linalg.svd(want.x - want.x.mean(0), full_matrices=False)
     away = np.eye(D) - directions[:3].T @ directions[:3]
