@@ -13,7 +13,9 @@ from urllib.parse import quote
 
 from eval.report import (
     CAPTIONS,
+    FIT_HEADS,
     finished,
+    fit_rows,
     floor_widths,
     latest,
     measured_words,
@@ -152,7 +154,7 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
                 for r in done
             ],
         ),
-        measured=measured and _measured(measured),
+        measured=measured and _measured(measured, run),
         settings=settings(config),
         provenance=provenance(config),
         sisters=_sisters(sisters, publication),
@@ -185,13 +187,18 @@ def _on_hub(config: Record) -> tuple[str | None, str | None]:
     return spec["model"] if spec["model_commit"] else None, spec["dataset"] if dataset_on_hub else None
 
 
-def _measured(experiment: Record) -> dict[str, Any]:
+def _measured(experiment: Record, run: Run) -> dict[str, Any]:
+    """Floors of students, and how well this run's SAEs predict them."""
     words = measured_words(experiment)
+    fits = [[cell.text for cell in cells] for name, *cells in fit_rows(experiment) if name.text == run.name]
     floors = [
         [str(f["width"]), str(f["seeds"]), *(written(f[key], "{:.4f}") for key in ("floor", "spread", "kl", "ce"))]
         for f in experiment["floors"]
     ]
-    return words | {"floors": Table(heads=["width", "seeds", "floor, nats a token", "± seeds", "KL", "CE"], rows=floors)}
+    return words | {
+        "floors": Table(heads=["width", "seeds", "floor, nats a token", "± seeds", "KL", "CE"], rows=floors),
+        "fits": Table(heads=FIT_HEADS[1:], rows=fits),
+    }
 
 
 def _sisters(sisters: list[Run], publication: Publication) -> list[dict[str, Any]]:

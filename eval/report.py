@@ -255,7 +255,18 @@ def _measured(experiment: Record) -> dict[str, Any]:
         [_cell(f[key], form) for key, form in (("width", "{:d}"), ("seeds", "{:d}"), *((k, "{:.4f}") for k in _NATS))]
         for f in experiment["floors"]
     ]
-    fits = [
+    return measured_words(experiment) | {
+        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
+        "fits": Table(heads=FIT_HEADS, rows=fit_rows(experiment), unfinished=[]),
+    }
+
+
+FIT_HEADS = ["run", "layer", "d*", "C", "± C", "B", "± B", "R²", "R² left out", "R² naive", "R² ln width", "error near d*"]
+
+
+def fit_rows(experiment: Record) -> list[list[Cell]]:
+    """How well each SAE's predicted floors explain the measured ones: a row of cells under FIT_HEADS for each."""
+    return [
         [
             _word(p["run"]),
             _cell(p["layer"], "{:d}"),
@@ -268,11 +279,6 @@ def _measured(experiment: Record) -> dict[str, Any]:
         for p in experiment["predictions"]
         if (fit := p["fits"]["predicted"])
     ]
-    heads = ["run", "layer", "d*", "C", "± C", "B", "± B", "R²", "R² left out", "R² naive", "R² ln width", "error near d*"]
-    return measured_words(experiment) | {
-        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
-        "fits": Table(heads=heads, rows=fits, unfinished=[]),
-    }
 
 
 def measured_words(experiment: Record) -> dict[str, Any]:

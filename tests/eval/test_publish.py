@@ -18,12 +18,13 @@ import yaml
 from bench.peers import ENVIRONMENTS
 from eval.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from eval.evaluate import stored_records
+from eval.measured import measured_floors
 from eval.publish import published_files
 from shared.files import temporary
 from shared.seal import SEAL
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.hub import TOKEN, Hub
-from tests.eval.synthetic import make_runs
+from tests.eval.synthetic import make_distilled, make_runs
 from train.runs import Run, run_config
 from train.sae import Sae
 
@@ -233,6 +234,11 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     assert "; `_50M`, `_100M`, `_150M`, `_200M`, `_250M` are snapshots of its training |" in text
     assert f"it and KL on {results[run.name][0]['ce_tokens']:,} tokens" in text
     assert "[pythia-410m-saes-x32-l1-8e-5-fixed](https://huggingface.co/org/pythia-410m-saes-x32-l1-8e-5-fixed)" in text
+    make_distilled(tmp_path, results)
+    measured = card(run, results[run.name], measured_floors(tmp_path, run.config()["cache"]["digest"]), [], Publication())
+    assert "not measured" not in measured and measured.index("Measured, by distilling") < measured.index("R² left out")
+    fits = [line.split(" | ")[0] for line in measured.partition("R² left out")[2].partition("## Training")[0].splitlines()[2:]]
+    assert [fit for fit in fits if fit] == ["| 0", "| 1", "| 2"]  # of this run alone
     assert "huggingface.co" not in card(run, results[run.name], None, sister_runs(run), Publication(owner="a", name="b"))
 
     entry = yaml.safe_load(registry_entry(run, results[run.name], Publication(owner="org")))[run.name]
