@@ -157,7 +157,7 @@ def test_what_saelens_is_told(tmp_path: Path) -> None:
         "prepend_bos": False,
         "context_size": 1024,
         "dataset_path": "the/pile",
-        "source": {"file": "a.pt"},
+        "source": {"run": "r", "file": "a.pt"},
     }
     weights = load_file(folder / "sae_weights.safetensors")
     assert {name: tuple(w.shape) for name, w in weights.items()} == SAELENS_KEYS
