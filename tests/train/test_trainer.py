@@ -509,7 +509,7 @@ def test_a_refit_leaves_l0_and_lowers_the_error(cli: Cli, others: Path, cache_pa
 
 
 def test_without_a_refit_its_kind_changes_nothing(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
-    """λ is steered to twice the target where a refit is to hold L0 at it."""
+    """λ is steered to a multiple of the target where a refit is to hold L0 at it."""
     args = (*TRAIN_ARGS, "--cache", cache_path, "--l1", "adaptive:5e-3@100", "--layers", 0, "--tokens", "5k")
     for kind in ("decoder", "topk"):
         assert cli("train", *args, "--runs", tmp_path / kind, "--refit", 0, "--refit-kind", kind).code == 0
