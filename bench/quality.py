@@ -56,9 +56,11 @@ THEIRS = {
     "dictionary_learning Standard": ("standard", "dictionary_learning"),
     "dictionary_learning AprilUpdate": ("april", "dictionary_learning"),
 }
+# The published recipe written a second time, in our environment: what ours is to give at every L0.
+AUTOGRAD = {"published recipe in plain autograd": ("autograd", None)}
 APART = 3  # as a factor of L0
 LEVELS = (5, 10, 20, 50, 100, 200)  # of L0 in the table
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")  # Okabe & Ito's, for the colour-blind
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")  # Okabe & Ito's, for the colour-blind
 
 
 def fvu_at(points: Iterable[Point], l0: float) -> float | None:
@@ -222,12 +224,12 @@ def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | Non
     features = p.expansion * cache.spec.d_model
     points = json.loads(RESULTS.read_text())["points"] if RESULTS.exists() else []
     lm = SplicedModel(str(harvested_model(cache, None).folder), None, "fp32", CPU, heldout_tokens(cache, p.ce_tokens))
-    peers = {peer.environment: peer for peer in STEPS}
+    peers = {peer.environment: peer for peer in STEPS}  # one of several whose environment is ours
     for seed, layer in [(seed, layer) for seed in range(seeds) for layer in map(int, layers.split(","))]:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
         batches = SCRATCH / "batches.npy"
-        for who in (*THEIRS, *OURS):
+        for who in (*THEIRS, *AUTOGRAD, *OURS):
             mine = {"who": who, "layer": layer, "seed": seed, "tokens": steps * p.batch}
             if any(mine.items() <= q.items() for q in points):
                 continue
@@ -237,7 +239,7 @@ def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | Non
                 else:
                     if not batches.exists():
                         dump(cache, layer, seed, steps, batches)
-                    worker, folder = THEIRS[who]
+                    worker, folder = (THEIRS | AUTOGRAD)[who]
                     saes = train_theirs(worker, peers[folder], batches, seed, features, lambdas)
             except (PeerFailed, subprocess.CalledProcessError) as failure:
                 click.echo(f"{who} is left out: {failure}", err=True)

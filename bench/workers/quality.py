@@ -57,7 +57,34 @@ def dictionary_learning(name: str) -> Callable[[argparse.Namespace, tuple[int, .
     return train
 
 
+def autograd(args: argparse.Namespace, shape: tuple[int, ...], l1: float) -> Weights:
+    """The published recipe of docs/train.md written once more from its formulas, in plain torch: nothing of ours is imported.
+    It starts from the same directions, so that what differs is how a step is computed."""
+    d = shape[2]
+    w_dec = torch.randn(args.features, d, generator=torch.Generator().manual_seed(args.seed))
+    w_dec /= w_dec.norm(dim=1, keepdim=True)
+    w_enc, b_enc, b_pre, b_dec = w_dec * (2 * d / args.features), torch.zeros(args.features), torch.zeros(d), torch.zeros(d)
+    b_pre.copy_(next(rows(args.batches)).mean(0))
+    parameters = [p.requires_grad_() for p in (w_enc, b_enc, w_dec, b_dec, b_pre)]
+    adam = torch.optim.Adam(parameters, lr=args.lr)
+    rise = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / args.warmup))
+    for x in rows(args.batches):
+        z = torch.relu((x - b_pre) @ w_enc.t() + b_enc)
+        loss: Any = (z @ w_dec + b_dec + b_pre - x).square().mean() + l1 / d * z.sum(1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        adam.zero_grad()
+        rise.step()
+        with torch.no_grad():
+            w_dec /= w_dec.norm(dim=1, keepdim=True)
+    # Its x̂ is that of an SAE with one bias, whose encoder's bias takes up the difference.
+    one = b_pre + b_dec
+    return {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc + w_enc @ b_dec, "b_pre": one}
+
+
 PEERS = {
+    "autograd": autograd,
     "sae_lens": sae_lens,
     "standard": dictionary_learning("StandardTrainer"),
     "april": dictionary_learning("StandardTrainerAprilUpdate"),
