@@ -240,7 +240,8 @@ def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | Non
                     if not batches.exists():
                         dump(cache, layer, seed, steps, batches)
                     worker, folder = (THEIRS | AUTOGRAD)[who]
-                    saes = train_theirs(worker, peers[folder], batches, seed, features, lambdas)
+                    start = seed * 1000 + layer if who in AUTOGRAD else seed  # as ours is drawn
+                    saes = train_theirs(worker, peers[folder], batches, start, features, lambdas)
             except (PeerFailed, subprocess.CalledProcessError) as failure:
                 click.echo(f"{who} is left out: {failure}", err=True)
                 continue
