@@ -3,7 +3,7 @@
     python -m bench quality --cache data/demo     # after `make demo`, or a harvest of these layers alone
 
 Ours are trained by `python -m train`, theirs by their own trainers in their own environments, from a file with the batches
-that our loader gives (600 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
+that our loader gives (100 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
 before is kept: more --seeds or --layers add to it. Results are in bench/results/quality.json, the picture is docs/quality.png.
 """
 
@@ -216,11 +216,11 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--layers", default="2,5", show_default=True)
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,0.1,0.15,0.25", show_default=True, help="The same scale for all.")
-@click.option("--tokens", help="To train each SAE on [default: all in the cache, once].")
-def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str | None) -> None:
+@click.option("--tokens", default="400K", show_default=True, help="To train each SAE on.")
+def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), get_preset("demo")
-    steps = (parse_count(tokens) if tokens else cache.spec.train_tokens) // p.batch
+    steps = parse_count(tokens) // p.batch
     features = p.expansion * cache.spec.d_model
     points = json.loads(RESULTS.read_text())["points"] if RESULTS.exists() else []
     lm = SplicedModel(str(harvested_model(cache, None).folder), None, "fp32", CPU, heldout_tokens(cache, p.ce_tokens))
