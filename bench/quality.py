@@ -60,6 +60,7 @@ THEIRS = {
 AUTOGRAD = {"published recipe in plain autograd": ("autograd", None)}
 APART = 3  # as a factor of L0
 LEVELS = (5, 10, 20, 50, 100, 200)  # of L0 in the table
+MARKERS = "osDX^vP"
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")  # Okabe & Ito's, for the colour-blind
 
 
@@ -104,7 +105,9 @@ def longest(points: Sequence[Point]) -> list[Point]:
 
 
 def names(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(p["who"] for p in sorted(points, key=lambda p: p["who"] not in THEIRS)))
+    order = [*THEIRS, *AUTOGRAD, *OURS]
+    found = dict.fromkeys(p["who"] for p in points)
+    return [name for name in order if name in found] + [name for name in found if name not in order]
 
 
 def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -148,7 +151,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
     figure, grid = pyplot.subplots(2, len(layers), figsize=(5 * len(layers), 6.4), sharex=True, squeeze=False)
     for column, layer in enumerate(layers):
         above, below = grid[:, column]
-        for name, colour, marker in zip(names(points), COLOURS, "osD^vP", strict=False):
+        for number, name in enumerate(names(points)):
+            colour, marker = COLOURS[number], MARKERS[number]
             mine = sorted((p for p in points if (p["who"], p["layer"]) == (name, layer)), key=lambda p: p["l0"])
             style = {"color": colour, "marker": marker, "ms": 4, "ls": "--" if name in THEIRS else "-"}
             above.plot([p["l0"] for p in mine], [p["fvu"] for p in mine], **style | {"ls": ""}, label=name)
