@@ -65,7 +65,7 @@ class ControllerConfig:
     most: float = 0.5  # of |e|: how fast λ may run towards a target that is far
     lead: float = 0.06  # how far ahead L0 is predicted: it answers late to λ, in short runs by a twentieth of the run
     smoothing: float = 0.01  # horizon of the mean of L0, as a share like `lead`
-    slope: float = 0.3  # of the second integrator, over the square of the first's
+    slope: float = 0.45  # of the second integrator, over the square of the first's
     near: float = 0.2  # |ln(L0 / target)| from which on the second integrator is at work
     begin: float = 0.2  # λ stays at its start until then: L0 of a fresh SAE falls by itself
     above: float = 4.0  # times the target, if the rest of the run holds L0 at that: further down, λ kills features
