@@ -502,13 +502,14 @@ def _sparsity_fidelity(runs: list[RunData]) -> Figure:
     """Colours are layers, markers are runs; a grey line joins those of a layer's SAEs that were trained alike."""
     figure, axes = _grid(2, 2, (5.0, 3.8), _Margins(bottom=0.95), sharex=True)
     norm = _layer_norm(r["layer"] for data in runs for r in data.records)
+    alike: dict[tuple[str, int], list[Record]] = {}
+    for kind, r in sorted(((data.kind, r) for data in runs for r in data.latest), key=lambda one: one[1]["l0"] or 0):
+        same = alike.setdefault((kind, r["layer"]), [])
+        if r["snapshot"] == FINAL:
+            same.append(r)
     for axis, (key, title, logarithmic) in zip(axes, _FIDELITY, strict=True):
-        alike: dict[tuple[str, int], list[Record]] = {}
-        for data in runs:
-            for r in data.latest:
-                alike.setdefault((data.kind, r["layer"]), []).extend([r] * (r["snapshot"] == FINAL))
         for same in alike.values():
-            x, y = _points(sorted(same, key=lambda r: r["l0"] or 0), "l0", key)
+            x, y = _points(same, "l0", key)
             axis.plot(x, y, color="0.8", linewidth=0.7, zorder=1)
         for number, data in enumerate(runs):
             for finished in (True, False):
