@@ -223,6 +223,11 @@ def _require_space(cache: Cache, runs: list[Run], layers: tuple[int, ...], confi
         )
 
 
+def queues(device: torch.device) -> bool:
+    """Whether the host goes on while the device works."""
+    return device.type == "cuda"
+
+
 class _LayerJob:
     """One layer at several settings, from wherever the last run of it stopped."""
 
@@ -291,11 +296,13 @@ class _LayerJob:
             asked=self._asked if self._options.follow else None,
         )
         features = config.expansion * self._cache.spec.d_model
-        # On a GPU every setting's forward half is queued before the first one's counts are read. On a CPU nothing is queued.
-        slots = len(self._jobs) if device.type == "cuda" else 1
+        # Where work is queued, an SAE's forward half is so a batch ahead: while the host reads what it has counted, the device
+        # has the other SAEs' steps to do, which hides whatever holds the host up.
+        ahead = queues(device)
+        slots = len(self._jobs) if ahead else 1
         workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device, slots=slots)
         clock = _Clock(loader)
-        title, jobs = f"training layer {self._layer}", list[_SaeJob]()
+        title = f"training layer {self._layer}"
         with (
             contextlib.ExitStack() as open_,
             Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress,
@@ -306,17 +313,19 @@ class _LayerJob:
                 self._saver.check()
                 clock.tick(step, config.batch)
                 x = half.float() if device.type == "cpu" else half  # once for all settings; a GPU widens as it reads
-                jobs = [job for job in self._jobs if job.wants(step)]
-                for some in (jobs[i : i + slots] for i in range(0, len(jobs), slots)):
-                    for job, begun in [(job, job.begin(step, x, workspace)) for job in some]:
-                        job.finish(step, begun, workspace, clock)
+                for job in self._jobs:
+                    job.finish(workspace, clock)
+                    job.begin(step, x, workspace)
+                    if not ahead:
+                        job.finish(workspace, clock)
                 if all(job.stopped for job in self._jobs):
                     break
                 progress.update((step + 1) * config.batch, self._note(clock))
                 if self._asked():
                     break
-            if self._asked():
-                for job in jobs:
+            for job in self._jobs:
+                job.finish(workspace, clock)
+                if self._asked():
                     job.keep()
         return not any(job.stopped for job in self._jobs)
 
@@ -374,6 +383,7 @@ class _SaeJob:
         self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}
         self._log_every = max(1, config.steps // options.log_records)
         self._saved = time.monotonic()
+        self._begun: Begun | None = None
         self._taken: tuple[dict[str, Any], StepResult] | None = None  # the last step, and the facts before it
         self.stopped = False
         self._resume()
@@ -406,16 +416,19 @@ class _SaeJob:
     def l0(self) -> float:
         return self._taken[1].l0 if self._taken else 0.0
 
-    def wants(self, step: int) -> bool:
-        """Whether this SAE has neither had this batch already nor stopped."""
-        return not self.stopped and step == self.sae.step_count
-
-    def begin(self, step: int, x: torch.Tensor, workspace: Workspace) -> Begun:
+    def begin(self, step: int, x: torch.Tensor, workspace: Workspace) -> None:
+        """Unless this SAE has had this batch already, or stopped."""
+        if self.stopped or step != self.sae.step_count:
+            return
         if step == 0:
             self.sae.init_centre(x)
-        return self.sae.begin(x, workspace, self._control.keep_at(step))
+        self._begun = self.sae.begin(x, workspace, self._control.keep_at(step))
 
-    def finish(self, step: int, begun: Begun, workspace: Workspace, clock: _Clock) -> None:
+    def finish(self, workspace: Workspace, clock: _Clock) -> None:
+        """The step that was begun, if one was."""
+        if self._begun is None:
+            return
+        begun, self._begun, step = self._begun, None, self.sae.step_count
         config, facts, l1 = self._config, self._facts(), self._control.value
         refit, l1_now = config.decoder_alone_at(step), l1 * config.l1_share_at(step)
         result = self.sae.finish(begun, lr=config.lr_at(step), l1=l1_now, workspace=workspace, refit=refit)
@@ -491,9 +504,9 @@ class _SaeJob:
 
     def keep(self) -> None:
         """Save the state as it is now, for a run that is to stop here."""
-        if self.stopped or self.sae.step_count == self._config.steps:
+        if self.stopped or self._taken is None or self.sae.step_count == self._config.steps:
             return
-        if self._taken is not None and not self._taken[1].finite:
+        if not self._taken[1].finite:
             self._stop(*self._taken)
         else:
             self._save(self._facts())

@@ -1,12 +1,14 @@
 """The step against float64 autograd on the loss as DESIGN writes it."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 from train.kernels import TorchKernels, Workspace
 from train.native import load_native
-from train.step import StepConfig, TrainingSae
+from train.step import Begun, StepConfig, TrainingSae
 
 CPU = torch.device("cpu")
 D, F, B = ODD = 24, 100, 37
@@ -279,17 +281,23 @@ def test_nothing_is_changed_after_a_step_that_was_not_finite_either(native: bool
 
 
 def test_steps_that_are_under_way_together_are_those_that_follow_one_another() -> None:
+    """Each SAE is a batch ahead of its update, as on a GPU."""
     ends = []
     for slots in (1, 2):
         saes = [problem(seed, "bf16", below)[0] for seed, below in ((11, 0.0), (12, 1.0))]
         workspace = Workspace(B, D, F, "bf16", CPU, slots=slots)
+        finish = functools.partial(TrainingSae.finish, lr=1e-3, l1=0.01, workspace=workspace)
+        begun: dict[int, Begun] = {}
+        losses = []
         for step in range(3):
             x = torch.randn(B, D, generator=torch.Generator().manual_seed(step)).half()
-            if slots == 1:
-                losses = [sae.step(x, lr=1e-3, l1=0.01, workspace=workspace).loss for sae in saes]
-            else:
-                begun = [(sae, sae.begin(x, workspace)) for sae in saes]
-                losses = [sae.finish(b, lr=1e-3, l1=0.01, workspace=workspace).loss for sae, b in begun]
+            for which, sae in enumerate(saes):
+                if which in begun:
+                    losses.append(finish(sae, begun[which]).loss)
+                begun[which] = sae.begin(x, workspace)
+                if slots == 1:
+                    losses.append(finish(sae, begun.pop(which)).loss)
+        losses += [finish(saes[which], last).loss for which, last in begun.items()]
         ends.append((losses, [sae.w_dec for sae in saes]))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(one, other) for one, other in zip(ends[0][1], ends[1][1], strict=True))

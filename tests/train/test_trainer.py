@@ -130,7 +130,7 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, cli: Cli, step: int, *args: ob
     monkeypatch.setattr(TrainingSae, "finish", finish)
 
 
-@pytest.mark.parametrize("save_minutes", [0, 60])
+@pytest.mark.parametrize(("save_minutes", "ahead"), [(0, False), (60, False), (0, True)])
 @pytest.mark.parametrize("kill_at", [1, 23, 41, 79])
 def test_resumes_bit_for_bit(
     cli: Cli,
@@ -140,8 +140,11 @@ def test_resumes_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
     kill_at: int,
     save_minutes: int,
+    ahead: bool,
 ) -> None:
-    """Killed in the middle of the second setting's step, with states saved as often as they can be, or none at all."""
+    """Killed in the middle of the second setting's step, with states saved as often as they can be, or none at all; and with
+    steps begun a batch ahead, as on a GPU."""
+    monkeypatch.setattr("train.trainer.queues", lambda device: ahead)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", L1, "--layers", 1, "--save-minutes", save_minutes)
     kill_in_step(monkeypatch, cli, kill_at, *args)
     assert bool(list(tmp_path.glob("*/state/*/*"))) == (save_minutes == 0)  # by the clock alone, not at snapshots
@@ -156,11 +159,22 @@ def test_resumes_bit_for_bit(
         ]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "ahead"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1)]
+)
 def test_a_signal_costs_no_work(
-    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    cli: Cli,
+    runs_path: Path,
+    cache_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    ahead: int,
 ) -> None:
-    """It comes in the middle of the first setting's 31st step: that step is finished for both, and saved."""
+    """It comes in the middle of the first setting's 31st step: that step is finished for both, or the one that is begun a
+    batch ahead, and saved."""
+    monkeypatch.setattr("train.trainer.queues", lambda device: bool(ahead))
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1, "--save-minutes", 60)
     finish, calls = TrainingSae.finish, 0
 
@@ -177,11 +191,11 @@ def test_a_signal_costs_no_work(
     assert stopped.err.splitlines()[-1].endswith("run the same command again to continue")
     for folder in tmp_path.iterdir():
         state = Run(folder).load_state(1)
-        assert state is not None and state[1]["step"] == 31
+        assert state is not None and state[1]["step"] == 31 + ahead
         assert [p.name for p in (folder / "state" / "layer01").iterdir()] == ["state.safetensors"]
     calls = 61
     assert cli("train", *TRAIN_ARGS, *args).code == 0
-    assert calls == 61 + 2 * (80 - 31)
+    assert calls == 61 + 2 * (80 - 31 - ahead)
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k and "adaptive" not in k})
 
 
