@@ -206,18 +206,16 @@ def _waiting(lab: Lab, cache: Any, way: str, where: str) -> None:
     ready = torch.randn(min(s.tokens, cache.spec.block_rows), s.d, device=lab.device).half()
 
     def alone() -> float:
-        return timed(lambda: steps.take(*[ready] * s.ready_steps), lab.device) / s.ready_steps
+        return timed(lambda: steps.take([ready] * s.ready_steps), lab.device) / s.ready_steps
 
     alone()
     before = alone()
-    began, seen = time.perf_counter(), 0
+    began = time.perf_counter()
     batches = iter(_new_loader(lab, cache, 2))
-    steps.take(next(batches))  # the first window has nothing to hide behind; it is once in a layer
+    steps.take([next(batches)])  # the first window has nothing to hide behind; it is once in a layer
     clock.synchronize(lab.device)
     start = time.perf_counter()
-    for x in batches:
-        steps.take(x)
-        seen += 1
+    seen = steps.take(batches)
     clock.synchronize(lab.device)
     seconds = time.perf_counter() - start
     after = alone()

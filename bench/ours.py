@@ -14,7 +14,7 @@ import queue
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,8 @@ from bench.report import Contender
 from shared.files import PAGE, page_aligned
 from shared.presets import get_preset
 from train.kernels import Workspace
-from train.step import StepConfig, StepResult, TrainingSae, pick_kernels
+from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
+from train.trainer import queues
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
 if TYPE_CHECKING:
@@ -62,29 +63,39 @@ class Steps:
     workspace: Workspace
     tokens: int
     batches: int = 1
-    results: list[StepResult] = field(default_factory=list)
+    result: StepResult | None = None  # the first SAE's last one
 
     def run(self) -> float:
         device = self.saes[0].device
         batches = [torch.randn(self.tokens, self.saes[0].d, device=device).half() for _ in range(self.batches)]
-        return timed(lambda: self.take(*batches), device)
+        return timed(lambda: self.take(batches), device)
 
-    def take(self, *batches: Tensor) -> None:
-        """As the trainer does it."""
-        at_once = self.workspace.slots
+    def take(self, batches: Iterable[Tensor]) -> int:
+        """As the trainer does it, and every step to its end; the number of batches."""
+        ahead, seen = queues(self.saes[0].device), 0
+        begun: list[Begun | None] = [None] * len(self.saes)
         for half in batches:
-            x = half.float() if half.device.type == "cpu" else half
-            self.results = []
-            for some in (self.saes[i : i + at_once] for i in range(0, len(self.saes), at_once)):
-                begun = [sae.begin(x, self.workspace) for sae in some]
-                self.results += [
-                    sae.finish(each, lr=LR, l1=L1, workspace=self.workspace) for sae, each in zip(some, begun, strict=True)
-                ]
+            x = half if ahead else half.float()
+            for which, sae in enumerate(self.saes):
+                self._finish(which, begun)
+                begun[which] = sae.begin(x, self.workspace)
+                if not ahead:
+                    self._finish(which, begun)
+            seen += 1
+        for which in range(len(self.saes)):
+            self._finish(which, begun)
+        return seen
+
+    def _finish(self, which: int, begun: list[Begun | None]) -> None:
+        one, begun[which] = begun[which], None
+        if one is not None:
+            result = self.saes[which].finish(one, lr=LR, l1=L1, workspace=self.workspace)
+            self.result = self.result if which else result
 
     def note(self) -> str:
-        first = self.results[0]
-        way = "sparse" if first.sparse else "dense"
-        return f"{way} backward at L0 {first.l0:,.0f}, {type(self.saes[0].kernels).__name__}"
+        assert self.result is not None
+        way = "sparse" if self.result.sparse else "dense"
+        return f"{way} backward at L0 {self.result.l0:,.0f}, {type(self.saes[0].kernels).__name__}"
 
 
 def new_saes(count: int, *, d: int, features: int, device: torch.device, way: str) -> list[TrainingSae]:
@@ -126,7 +137,7 @@ def set_skewed_l0(sae: TrainingSae, l0: float) -> None:
 
 
 def workspace(tokens: int, d: int, features: int, device: torch.device, saes: int = 1) -> Workspace:
-    return Workspace(tokens, d, features, "bf16", device, slots=saes if device.type == "cuda" else 1)
+    return Workspace(tokens, d, features, "bf16", device, slots=saes if queues(device) else 1)
 
 
 def _steps(load: Load, way: str, count: int) -> Steps:
@@ -420,7 +431,7 @@ class Training:
         loader = new_loader(self.cache, self.steps.tokens, TRAIN_WINDOW, device)
         for x in loader:
             first = first or time.perf_counter() - start
-            stepping += timed(partial(self.steps.take, x), device)
+            stepping += timed(partial(self.steps.take, [x]), device)
         seconds = time.perf_counter() - start
         for name, part in (("idle", seconds - stepping), ("waited", loader.waited), ("first", first)):
             self.shares.setdefault(name, []).append(part / seconds)
