@@ -42,8 +42,8 @@ from bench.peers import ROOT
 from shared import files
 from shared.cli import UserError
 from shared.device import pick_device
-from train.kernels import TorchKernels
-from train.step import pick_kernels
+from train.kernels import TorchKernels, row_norms
+from train.step import StepConfig, TrainingSae, pick_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "zarr", "numpy", "datasets", "sae-lens", "eai-sparsify")
 MEMORY = Path("/dev/shm")
@@ -143,6 +143,65 @@ def three(lab: Lab) -> None:
         lab.keep(f"peak GPU memory, three {way} settings and the loader's windows", peak, "bytes")
         lab.figures["peak GPU bytes"] = max(lab.figures.get("peak GPU bytes", 0.0), peak)
         del steps, alone
+
+
+def recipes(lab: Lab) -> None:
+    """Steps of the recipes that came after the published one, then what they have that it has not, alone."""
+    s = lab.sizes
+    refit = replace(new_steps(lab, 1, "sparse"), refit=True)
+    config = StepConfig(decoder_norm="free", sparse_below=1.0)
+    sae = TrainingSae(s.d, s.features, config, lab.kernels, lab.device, 0)
+    free = replace(refit, saes=[sae], refit=False)
+    topk = replace(free, keep=s.common_l0)
+    positive = min(2000, s.features // 8)
+    for name, steps, l0 in (
+        ("free rows, sparse step", free, s.common_l0),
+        ("refit step", refit, s.common_l0),
+        (f"BatchTopK step from {positive} a token", topk, positive),
+    ):
+        ours.set_l0(steps.saes[0], l0)
+        _where_it_fits(lab, name, partial(_timed_step, lab, name, steps))
+    workspace, x = free.workspace, torch.randn(s.tokens, s.d, device=lab.device).half()
+
+    def choose(kernels: TorchKernels) -> float:
+        z = sae.begin(x, workspace).z
+        return timed(lambda: kernels.keep_largest_(z, s.common_l0 * s.tokens), lab.device)
+
+    def ten(call: Callable[[], object]) -> float:
+        return timed(lambda: [call() for _ in range(10)], lab.device) / 10
+
+    db_enc, norms = torch.zeros_like(sae.b_enc), row_norms(sae.w_dec)
+    gradients = workspace.dw_enc.normal_(), workspace.dw_dec.normal_(), db_enc
+    unfold = partial(lab.kernels.unfold_, *gradients, sae.w_enc, sae.w_dec, sae.b_enc, norms)
+    for name, run in (
+        (f"keep_largest_, {type(lab.kernels).__name__}", partial(choose, lab.kernels)),
+        ("keep_largest_, as torch has it", partial(choose, TorchKernels())),
+        ("unfold_", partial(ten, unfold)),
+        ("_fold", partial(ten, sae._fold)),
+    ):
+        _where_it_fits(lab, name, partial(_timed_piece, lab, name, run))
+
+
+def _timed_step(lab: Lab, name: str, steps: ours.Steps) -> None:
+    lab.reset_peak()
+    seconds = lab.median(steps.run, warm=3)
+    lab.keep(f"{name}, seconds", seconds, "s", steps.note())
+    lab.keep(f"{name}, peak GPU memory", lab.peak(), "bytes")
+
+
+def _timed_piece(lab: Lab, name: str, run: clock.Run) -> None:
+    lab.keep(f"{name}, seconds", lab.median(run), "s")
+
+
+def _where_it_fits(lab: Lab, name: str, what: Callable[[], None]) -> None:
+    def run() -> None:
+        try:
+            what()
+        except torch.OutOfMemoryError as full:
+            lab.say(name, verdict="skipped", note=f"takes more than the memory: {clock.reason(full)}")
+
+    lab.attempt(name, run)
+    lab.free()
 
 
 # ----------------------------------------------------------------------------------------------------------------- loader
@@ -503,6 +562,7 @@ PARTS = tuple(
         ("dense step", dense, 3),
         ("sparse step", sparse, 4),
         ("three settings at once", three, 6),
+        ("recipes", recipes, 10),
         ("loader", loader, 40),
         ("language model forward", forward, 6),
         ("harvest end to end", harvest, 35),

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,24 @@ from train.step import StepConfig, TrainingSae
 NO_CLIP = 1e9
 L1 = 0.01
 Size = tuple[int, int, int]  # tokens, features, d
+NAMES = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Recipe:
+    """What a step can do that the published one does not."""
+
+    decoder_norm: str = "unit"
+    refit: bool = False
+    keep: float | None = None  # of the nominal L0
+
+
+RECIPES = {
+    "": Recipe(),
+    ", free rows": Recipe(decoder_norm="free"),
+    ", refit": Recipe(refit=True),
+    ", BatchTopK": Recipe(decoder_norm="free", keep=0.5),
+}
 
 
 @contextmanager
@@ -114,18 +133,24 @@ def direct_io(lab: Lab) -> None:
 # ----------------------------------------------------------------------------------------------------------------- step
 
 
-def problem(lab: Lab, size: Size, *, sparse: bool, seed: int) -> tuple[TrainingSae, Tensor]:
+def nominal_l0(features: int) -> float:
+    return min(0.03 * features, 150)
+
+
+def problem(lab: Lab, size: Size, *, sparse: bool, seed: int, norm: str = "unit") -> tuple[TrainingSae, Tensor]:
     """An SAE with no weight at a special value, about 3 % active (L0 150 at most), and a batch."""
     tokens, features, d = size
     torch.manual_seed(seed)
-    config = StepConfig(precision="bf16", sparse_below=1.0 if sparse else 0.0, clip_norm=NO_CLIP)
+    config = StepConfig(precision="bf16", sparse_below=1.0 if sparse else 0.0, clip_norm=NO_CLIP, decoder_norm=norm)
     sae = TrainingSae(d, features, config, lab.kernels, lab.device, seed)
     state = sae.state()
     state["w_enc"].add_(0.2 * torch.randn(features, d, device=lab.device) / d**0.5)
     state["bias"].copy_(0.3 * torch.randn(features + 2 * d, device=lab.device))
     spread = sae.b_enc.clone()
-    ours.set_l0(sae, min(0.03 * features, 150))
+    ours.set_l0(sae, nominal_l0(features))
     sae.b_enc.add_(spread)
+    if norm == "free":
+        state["w_dec"].mul_(0.5 + torch.rand(features, 1, device=lab.device))
     sae.load_state(state, 0)  # the products' copies follow the masters
     return sae, torch.randn(tokens, d, device=lab.device).half()
 
@@ -133,26 +158,32 @@ def problem(lab: Lab, size: Size, *, sparse: bool, seed: int) -> tuple[TrainingS
 Gradients = dict[str, Tensor]  # by parameter; "loss" among them
 
 
-def autograd(sae: TrainingSae, x: Tensor) -> Gradients:
-    """Loss and gradients in float64, from the formula and nothing else."""
-    names = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
-    leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in names}
+def autograd(sae: TrainingSae, x: Tensor, recipe: Recipe, kept: Tensor) -> Gradients:
+    """Loss and gradients in float64, from the formula and nothing else; of BatchTopK, given which entries it kept."""
+    leaves = {name: getattr(sae, name).double().clone() for name in NAMES}
+    for name in ("w_dec", "b_dec") if recipe.refit else NAMES:
+        leaves[name].requires_grad_()
     wide = x.double()
-    z = torch.relu((wide - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
+    pre = (wide - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"]
+    z = torch.relu(pre) if recipe.keep is None else pre * kept
     out = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"]
-    loss = (out - wide).square().mean() + L1 * z.sum(1).mean()
+    weighted = z * leaves["w_dec"].norm(dim=1) if recipe.decoder_norm == "free" else z
+    loss = (out - wide).square().mean() + L1 * weighted.sum(1).mean()
     loss.backward()
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None} | {"loss": loss}
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()} | {"loss": loss}
 
 
-def step_gradients(sae: TrainingSae, x: Tensor) -> Gradients:
-    """What the step hands to Adam: its first moment after one step is (1 − β₁) times the gradient."""
+def step_gradients(sae: TrainingSae, x: Tensor, recipe: Recipe) -> tuple[Gradients, Tensor]:
+    """What the step hands to Adam: its first moment after one step is (1 − β₁) times the gradient. And which entries of z
+    are active."""
     workspace = ours.workspace(len(x), sae.d, sae.n_features, sae.device)
-    result = sae.step(x, lr=0.0, l1=L1, workspace=workspace)
+    keep = None if recipe.keep is None else recipe.keep * nominal_l0(sae.n_features)
+    begun = sae.begin(x, workspace, keep)
+    result = sae.finish(begun, lr=0.0, l1=L1, workspace=workspace, refit=recipe.refit)
     w_enc, w_dec, bias = (10 * sae.state()[f"m.{name}"].double() for name in ("w_enc", "w_dec", "bias"))
-    b_enc, b_pre, b_dec = torch.split(bias, [sae.n_features, sae.d, sae.d])
-    loss = torch.tensor(result.loss)
-    return {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc, "b_pre": b_pre, "b_dec": b_dec, "loss": loss}
+    biases = torch.split(bias, [sae.n_features, sae.d, sae.d])
+    gradients = dict(zip(NAMES, (w_enc, w_dec, *biases), strict=True))
+    return gradients | {"loss": torch.tensor(result.loss)}, begun.z > 0
 
 
 def step(lab: Lab) -> None:
@@ -160,6 +191,8 @@ def step(lab: Lab) -> None:
 
     Pre-activations are held in bfloat16, so a few entries near zero fall on the other side of it: that is the error of a
     bf16 step against float64, larger at tiny sizes. The definition in torch has it too, so ours may be as far off as that.
+    At BatchTopK's threshold a whole entry changes sides, and with it a tenth of the gradient: so there float64 is told which
+    entries were kept, and the choice is held against the definition's from the same z, where nothing at all may differ.
     """
     for size in lab.sizes.check_steps:
         _compare_both(lab, size)
@@ -177,23 +210,45 @@ def odd_steps(lab: Lab) -> None:
 
 
 def _compare_both(lab: Lab, size: Size) -> None:
-    for sparse in (False, True):
-        name = f"{'sparse' if sparse else 'dense'} step, B F d {' '.join(map(str, size))}"
-        lab.attempt(name, partial(_compare_step, lab, name, size, sparse))
-        lab.free()
+    for words, recipe in RECIPES.items():
+        for sparse in (False, True):
+            name = f"{'sparse' if sparse else 'dense'} step{words}, B F d {' '.join(map(str, size))}"
+            lab.attempt(name, partial(_compare_step, lab, name, size, sparse, recipe))
+            lab.free()
+    name = f"keep_largest_, B F d {' '.join(map(str, size))}"
+    lab.attempt(name, partial(_compare_choice, lab, name, size))
 
 
-def _compare_step(lab: Lab, name: str, size: Size, sparse: bool) -> None:
-    sae, x = problem(lab, size, sparse=sparse, seed=1)
-    twin = problem(lab, size, sparse=sparse, seed=1)[0]
+def _compare_step(lab: Lab, name: str, size: Size, sparse: bool, recipe: Recipe) -> None:
+    sae, x = problem(lab, size, sparse=sparse, seed=1, norm=recipe.decoder_norm)
+    twin = problem(lab, size, sparse=sparse, seed=1, norm=recipe.decoder_norm)[0]
     twin.kernels = TorchKernels()
-    exact = autograd(sae, x)
     with deterministic():
-        got, definition = (step_gradients(each, x) for each in (sae, twin))
+        (got, kept), (definition, its_kept) = (step_gradients(each, x, recipe) for each in (sae, twin))
+    exact = autograd(sae, x, recipe, kept)
+    allowed = _errors(definition, autograd(twin, x, recipe, its_kept))
     # One entry on the other side of zero is much among so few, and Triton's interpreter rounds where the device does not.
     few = size[0] < 100
-    lab.check(f"{name}: of float64 autograd", *_worst(got, exact, 0.3 if few else 0.01, _errors(definition, exact)))
-    lab.check(f"{name}: of the definition in torch", *_worst(got, definition, 0.3 if few else 0.04))
+    lab.check(f"{name}: of float64 autograd", *_worst(got, exact, 0.3 if few else 0.01, allowed))
+    if recipe.keep is None:
+        lab.check(f"{name}: of the definition in torch", *_worst(got, definition, 0.3 if few else 0.04))
+
+
+def _compare_choice(lab: Lab, name: str, size: Size) -> None:
+    """As many as are asked for, of which some are equal to the least; and more than there are."""
+    sae, x = problem(lab, size, sparse=True, seed=1)
+    workspace = ours.workspace(len(x), sae.d, sae.n_features, sae.device)
+    for words, keep in (("some", 0.5), ("all", 2.0)):
+        z = sae.begin(x, workspace).z
+        z, its_z = z.clone(), z.clone()
+        count = round(keep * float((z > 0).sum()))
+        with deterministic():
+            (got, least), (wanted, its_least) = (
+                kernels.keep_largest_(each, count) for kernels, each in ((lab.kernels, z), (TorchKernels(), its_z))
+            )
+        right = all(map(torch.equal, (z, least, got.feature_count), (its_z, its_least, wanted.feature_count)))
+        note = f"{count:,} of {z.numel():,}, least {float(least):.4g}, equal to it and kept {int((z == least).sum()):,}"
+        lab.require(f"{name}, {words}: as the definition, bit for bit", right, note)
 
 
 def _errors(got: Gradients, wanted: Gradients) -> dict[str, float]:

@@ -63,6 +63,8 @@ class Steps:
     workspace: Workspace
     tokens: int
     batches: int = 1
+    keep: float | None = None
+    refit: bool = False
     result: StepResult | None = None  # the first SAE's last one
 
     def run(self) -> float:
@@ -78,7 +80,7 @@ class Steps:
             x = half if ahead else half.float()
             for which, sae in enumerate(self.saes):
                 self._finish(which, begun)
-                begun[which] = sae.begin(x, self.workspace)
+                begun[which] = sae.begin(x, self.workspace, self.keep)
                 if not ahead:
                     self._finish(which, begun)
             seen += 1
@@ -89,7 +91,7 @@ class Steps:
     def _finish(self, which: int, begun: list[Begun | None]) -> None:
         one, begun[which] = begun[which], None
         if one is not None:
-            result = self.saes[which].finish(one, lr=LR, l1=L1, workspace=self.workspace)
+            result = self.saes[which].finish(one, lr=LR, l1=L1, workspace=self.workspace, refit=self.refit)
             self.result = self.result if which else result
 
     def note(self) -> str:
