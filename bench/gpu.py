@@ -142,6 +142,10 @@ def three(lab: Lab) -> None:
         peak = lab.peak() + windows
         lab.keep(f"peak GPU memory, three {way} settings and the loader's windows", peak, "bytes")
         lab.figures["peak GPU bytes"] = max(lab.figures.get("peak GPU bytes", 0.0), peak)
+        if way == "dense":
+            for sae in steps.saes:
+                ours.set_l0(sae, s.open_l0)
+            keep_step(lab, f"three dense settings at L0 {s.open_l0}", lab.median(steps.run), steps.note(), saes=3)
         del steps, alone
 
 
@@ -531,6 +535,11 @@ def projection(lab: Lab) -> None:
     whole, layer = (parts.hours(project.Job(layers=layers)) for layers in (project.Job().layers, 1))
     lab.goal("one layer, three settings, 300M tokens, every step dense", 60 * layer[project.DENSE], "≤", 60 * LAYER_GOAL, "min")
     lab.goal("72 SAEs once cached, every step dense", whole[project.DENSE], "≤", JOB_GOAL, "h")
+    if trained := lab.figures.get(f"three dense settings at L0 {lab.sizes.open_l0}, tokens/s"):
+        job = project.Job()
+        lab.keep(
+            f"72 SAEs once cached, every step dense at L0 {lab.sizes.open_l0}", job.tokens * job.saes / trained / 3600, "h"
+        )
     lab.keep("one layer, three settings, 300M tokens, every step sparse", 60 * layer[project.SPARSE], "min")
     lab.keep("72 SAEs once cached, every step sparse", whole[project.SPARSE], "h")
 

@@ -34,6 +34,7 @@ class Sizes:
     window_blocks: int
     l0s: tuple[int, ...]
     common_l0: int
+    open_l0: int  # of a trained SAE whose steps are dense; the other dense steps here are as active as an SAE at its start
     rounds: int
     ready_steps: int  # on a batch that is there, to know what a step takes
     side: int  # of the square product
@@ -46,13 +47,13 @@ class Sizes:
 
 FULL = Sizes(
     d=1024, features=32_768, tokens=32_768, layers=24, vocab=50_304, context=1024, sequences=32, blocks=5,
-    layer_blocks=64, window_blocks=16, l0s=(20, 50, 150, 300, 400), common_l0=150, rounds=7, ready_steps=16, side=8192,
-    copy_bytes=1 << 30, check_context=256, check_steps=((512, 4096, 512), (2048, 32_768, 1024)),
+    layer_blocks=64, window_blocks=16, l0s=(20, 50, 150, 300, 400), common_l0=150, open_l0=1000, rounds=7, ready_steps=16,
+    side=8192, copy_bytes=1 << 30, check_context=256, check_steps=((512, 4096, 512), (2048, 32_768, 1024)),
     odd_steps=((33, 70, 50), (300, 1003, 200)), resume_steps=60,
 )  # fmt: skip
 DRY = Sizes(
     d=64, features=256, tokens=64, layers=3, vocab=97, context=16, sequences=2, blocks=3, layer_blocks=6, window_blocks=2,
-    l0s=(3, 12), common_l0=12, rounds=1, ready_steps=1, side=64, copy_bytes=1 << 12, check_context=16,
+    l0s=(3, 12), common_l0=12, open_l0=40, rounds=1, ready_steps=1, side=64, copy_bytes=1 << 12, check_context=16,
     check_steps=((32, 128, 24),), odd_steps=((19, 75, 24),), resume_steps=20,
 )  # fmt: skip
 
