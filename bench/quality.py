@@ -205,7 +205,7 @@ def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: in
 
 
 def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
-    tokens = cache.spec.holdout_blocks * cache.spec.block_rows
+    tokens = cache.spec.holdout_tokens
     activations, found = heldout(cache, layer, saes, lm, tokens)
     points = []
     for sae, (tally, losses) in zip(saes, found, strict=True):

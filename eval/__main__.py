@@ -71,7 +71,7 @@ def run_command(
     picked, opened = pick_device(device), Cache.open(cache or Path("data") / p.name)
     config = EvalConfig(
         device=picked,
-        eval_tokens=parse_count(eval_tokens) if eval_tokens else opened.spec.holdout_blocks * opened.spec.block_rows,
+        eval_tokens=parse_count(eval_tokens) if eval_tokens else opened.spec.holdout_tokens,
         ce_tokens=parse_count(ce_tokens or str(p.ce_tokens)),
         model=model,
         dead_at=dead_at,
@@ -148,7 +148,7 @@ def pages_command(
     config = PagesConfig(
         device=pick_device(options["device"]),
         out=out or local(runs) / "pages",
-        tokens=parse_count(tokens) if tokens else opened.spec.holdout_blocks * opened.spec.block_rows,
+        tokens=parse_count(tokens) if tokens else opened.spec.holdout_tokens,
         snapshot=options["snapshot"],
         layers=parse_layers(layers) if layers else None,
         model=options["model"],
@@ -214,7 +214,7 @@ def distill_command(preset: str, cache: Location | None, runs: Location, **optio
         runs=fetched(runs),
         widths=tuple(sorted(set(widths))),
         seeds=options["seeds"],
-        eval_tokens=parse_count(options["eval_tokens"]) if options["eval_tokens"] else spec.holdout_blocks * spec.block_rows,
+        eval_tokens=parse_count(options["eval_tokens"]) if options["eval_tokens"] else spec.holdout_tokens,
         device=picked,
         model=options["model"],
         alive_above=options["alive_above"],

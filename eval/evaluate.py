@@ -112,11 +112,10 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     spec = cache.spec
     if spec.holdout_blocks == 0:
         raise UserError(f"{cache.path} holds out nothing to evaluate on: harvest with --holdout-tokens")
-    rows = spec.holdout_blocks * spec.block_rows
     config = dataclasses.replace(
         config,
-        eval_tokens=min(config.eval_tokens, rows),
-        ce_tokens=min(max(1, config.ce_tokens // spec.context) * spec.context, rows),
+        eval_tokens=min(config.eval_tokens, spec.holdout_tokens),
+        ce_tokens=min(max(1, config.ce_tokens // spec.context) * spec.context, spec.holdout_tokens),
     )
     stores = {}
     for run in runs:

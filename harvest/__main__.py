@@ -221,7 +221,7 @@ def run_command(device: str | None, shard: Shard, **options: Any) -> None:
         say(f"note: layers {format_layers(freed)} were freed but for what is held out; --layers brings them back", err=True)
     click.echo(
         f"{job.cache}: layers {format_layers(job.layers)} complete, {spec.train_tokens:,} tokens to train on and "
-        f"{spec.holdout_blocks * spec.block_rows:,} held out"
+        f"{spec.holdout_tokens:,} held out"
     )
 
 

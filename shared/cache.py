@@ -125,6 +125,10 @@ class CacheSpec:
         return self.train_blocks * self.block_rows
 
     @property
+    def holdout_tokens(self) -> int:
+        return self.holdout_blocks * self.block_rows
+
+    @property
     def token_dtype(self) -> "np.dtype[Any]":
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 

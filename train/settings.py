@@ -84,10 +84,15 @@ def restored(fields: dict[str, Any]) -> Setting:
     raise UserError(f"a setting of {', '.join(fields)} is not known here: use the version that trained it")
 
 
+def refit_from(steps: int, share: float) -> int:
+    """The step at which L1 has done its work: λ is steered until then, and the rest is a refit."""
+    return steps - round(share * steps)
+
+
 def holds_l0(train: Mapping[str, Any]) -> bool:
     """Whether training by a run's `config["train"]` ends with steps that hold L0 by a choice among each batch."""
     steps = train["tokens"] // train["batch"]
-    return train.get("refit_kind") == "topk" and round(train.get("refit", 0.0) * steps) > 0
+    return train.get("refit_kind") == "topk" and refit_from(steps, train.get("refit", 0.0)) < steps
 
 
 def has_thresholds(train: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from train.rows import Rows
 from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
 from train.sae import Damaged, Sae
 from train.saver import Saver
-from train.settings import Setting, holds_l0
+from train.settings import Setting, holds_l0, refit_from
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 
@@ -59,8 +59,8 @@ class TrainConfig:
 
     @property
     def refit_from(self) -> int:
-        """The step at which L1 has done its work: λ is steered until then."""
-        return self.steps - round(self.refit * self.steps)
+        """See `train.settings.refit_from`."""
+        return refit_from(self.steps, self.refit)
 
     def lr_at(self, step: int) -> float:
         """Up over `lr_warmup` steps, down over `lr_decay`; a refit begins at the whole lr and ends at zero."""

@@ -369,7 +369,7 @@ def test_records_of_an_evaluation(
     records = json.loads((one_run.path / "results" / "metrics.json").read_text())
     assert len(records) == 2
     record = records["layer01_final"]
-    assert record["tokens"] == record["eval_tokens"] == spec.holdout_blocks * spec.block_rows
+    assert record["tokens"] == record["eval_tokens"] == spec.holdout_tokens
     direct = measure(heldout_blocks(cache, 1, 10**9), [Sae.load(one_run.snapshot_path(1, "final"))], spec.context)
     wanted, features = direct[1][0].finish(direct[0], 1e-5, 1e-5)
     assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)

@@ -144,7 +144,7 @@ def test_what_the_documentation_says_runs(cache: Cache) -> None:
     names: dict[str, Any] = {}
     exec(code.replace('Path("data/demo")', f"Path({str(cache.path)!r})"), names)
     assert names["x"].shape == (100, 32)
-    assert len(names["heldout"]) == cache.spec.holdout_blocks * cache.spec.block_rows
+    assert len(names["heldout"]) == cache.spec.holdout_tokens
     stored, layer, first = names["stored"], names["layer"], 2 * cache.spec.block_rows
     np.testing.assert_array_equal(stored[first + 17], layer[first + names["order"][17]])
     np.testing.assert_array_equal(stored[first : first + cache.spec.block_rows], layer[first + names["order"]])
