@@ -34,7 +34,6 @@ from shared.cli import UserError
 
 PAGE = mmap.PAGESIZE
 UNKNOWN_FREE = 1 << 62  # bytes: what `free_bytes` says where the file system does not
-_READ_CALL = 512 << 10  # bytes
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 on systems that have no such thing, where everything is buffered
 _NO_DIR_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_LINK = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -94,35 +93,47 @@ def _write(path: Path, data: bytes | memoryview) -> None:
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write to an open file and fsync it."""
     view = memoryview(data).cast("B")
-    if _move_all(fd, view, os.write) < len(view):
+    direct = _whole_pages(view) > 0 and _set_direct(fd, True)
+    if _move_all(fd, view, lambda part, done: os.write(fd, part), direct) < len(view):
         raise OSError(errno.EIO, "the file system took no more bytes")
     os.fsync(fd)
 
 
 def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
-    """Fill `out` from byte `offset` of a file on; how many bytes there were, fewer than asked for if the file is shorter."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Fill `out` from byte `offset` of a file on; how many bytes there were, fewer than asked for if the file is shorter.
+
+    Three calls of the system where it goes past the page cache: between any two of them a thread may have to wait for the
+    interpreter's lock, and many threads read at a time.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    direct = offset % PAGE == 0 and _whole_pages(out) > 0
     try:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return _move_all(fd, out, lambda fd, part: os.readv(fd, [part[:_READ_CALL]]), pages=offset % PAGE == 0)
+        fd = os.open(path, flags | _DIRECT if direct else flags)
+    except OSError as error:
+        if not direct or error.errno != errno.EINVAL:
+            raise
+        direct, fd = False, os.open(path, flags)
+    try:
+        return _move_all(fd, out, lambda part, done: os.preadv(fd, [part], offset + done), direct)
     finally:
         os.close(fd)
 
 
-def _move_all(fd: int, view: memoryview, move: Callable[[int, memoryview], int], *, pages: bool = True) -> int:
-    """Move bytes between memory and file until `view` or the file ends; whole pages go past the page cache if they can.
+def _whole_pages(view: memoryview) -> int:
+    """Bytes of whole pages at its beginning that can go past the page cache; none if it does not begin where a page does."""
+    whole = len(view) // PAGE * PAGE if _DIRECT else 0
+    return whole if whole and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 else 0
 
-    `pages` says whether the file's place is at the beginning of a page, without which nothing goes past it.
-    """
+
+def _move_all(fd: int, view: memoryview, move: Callable[[memoryview, int], int], direct: bool) -> int:
+    """Move bytes between memory and file until `view` or the file ends: `move` takes what is left, and what is done already.
+    With `direct` the page cache is off for this file, and whole pages go past it as long as they can."""
     done, whole, past_cache = 0, len(view) // PAGE * PAGE, 0
-    direct = (
-        bool(_DIRECT and whole and pages) and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 and _set_direct(fd, True)
-    )
     while done < len(view):
         if direct and (done == whole or done % PAGE):
             direct = _set_direct(fd, False)
         try:
-            n = move(fd, view[done : whole if direct else None])
+            n = move(view[done : whole if direct else None], done)
         except OSError as error:
             if not direct or error.errno not in (errno.EINVAL, errno.EFAULT):
                 raise

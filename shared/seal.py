@@ -21,13 +21,14 @@ from shared.files import replacing, temporary
 from shared.native import load
 
 SEAL = "checksum"
+_SOURCE = Path(__file__).with_name("crc32c.c")
 _CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter lock, so it gets pieces of about a millisecond
 
 
 def crc32c(data: NDArray[Any]) -> str:
     """CRC-32C of an array's bytes, eight hexadecimal digits."""
     raw = data.reshape(-1).view(np.uint8)
-    library = load(Path(__file__).with_name("crc32c.c"))
+    library = load(_SOURCE)
     if library is None:
         return f"{_google_crc32c(raw):08x}"
     library.crc32c.restype = ctypes.c_uint32

@@ -6,8 +6,11 @@ shuffled and handed out. While one window is trained on, reader threads fill the
 order. The order is a pure function of (seed, epoch, cache), so a run resumes at any batch, and every setting and every
 later ablation sees the same batches.
 
-Memory: two windows (on the device), and on CUDA one pinned slice for each reader thread besides. A slice is read
-straight into the window on a CPU, and into pinned memory and from there by a copy on a stream of its own on CUDA.
+Memory: two windows (on the device), and on CUDA a few pinned slices for each reader thread besides. Slices are read
+straight into the window on a CPU, and into pinned memory and from there by a copy on a stream of their own on CUDA.
+
+A reader thread takes a few slices at a time, and few calls for each: every one of them hands the interpreter's lock on, which
+the training thread needs as well. (With 22 a slice, not 6, 16 threads read 5 GB/s from memory, and steps waited for the lock.)
 
 On CUDA the training thread queues gathers and never waits for the device here. Two rules keep the streams apart: what goes
 up into a slot waits, on the device, for the gathers that were queued from its last window (`free`); and a window is
@@ -36,6 +39,7 @@ from shared.files import page_aligned
 from shared.shuffle import epoch_slices, window_rows
 from train.rows import ALL, Rows, fill
 
+_TURNS = 4  # that a reader thread has in a window, at least: with fewer, the last ones of a window would be waited for
 FOLLOW_POLL, _LATE = 0.5, 60.0  # seconds between looks for a block that is being harvested, and until it is said
 
 
@@ -119,21 +123,23 @@ class ActivationLoader:
         spec = cache.spec
         self._known: dict[int, BlockStats] = {}  # an entry of the ledger is wanted once for each slice
         self._window_slices = min(config.window_blocks, spec.train_blocks) * spec.slices
+        self._at_once = max(1, self._window_slices // (_TURNS * config.threads))  # slices that a thread takes
         rows = self._window_slices * spec.slice_rows
         self._slots = [_Slot.empty(rows, spec.d_model, device) for _ in range(2)]
-        self._staging: queue.Queue[Tensor] = queue.Queue()
+        self._staging: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._cuda = device.type == "cuda"
         if self._cuda:
             self._stream = new_stream(device)
             for _ in range(config.threads):
-                self._staging.put(torch.empty(spec.slice_rows, spec.d_model, dtype=torch.float16, pin_memory=True))
+                rows = self._at_once * spec.slice_rows
+                self._staging.put(torch.empty(rows, spec.d_model, dtype=torch.float16, pin_memory=True))
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         at = self._first * self._config.batch  # the row of the endless stream that comes next
         end = self._last * self._config.batch
         x, filled = self._new_batch(), 0
-        with ThreadPoolExecutor(self._config.threads, "reader") as pool:
+        with ThreadPoolExecutor(self._config.threads, "reader", self._begin_thread) as pool:
             try:
                 for load in self._loads(pool, at):
                     place = at - load.window.start
@@ -150,6 +156,10 @@ class ActivationLoader:
             finally:
                 self._ended.set()
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin_thread(self) -> None:
+        if self._cuda:
+            torch.cuda.set_stream(self._stream)  # of this thread
 
     def _new_batch(self) -> Tensor:
         return torch.empty(self._config.batch, self._cache.spec.d_model, dtype=torch.float16, device=self._device)
@@ -207,10 +217,10 @@ class ActivationLoader:
             free = new_event()
             free.record(torch.cuda.current_stream(self._device))
         drawn, reads, first = pool.submit(self._draw, window, slot, free), [], 0
-        for number, end in zip(window.slices.tolist(), window.ends.tolist(), strict=True):
-            block, index = divmod(number, self._cache.spec.slices)
-            reads.append(pool.submit(self._read, block, index, slot.data[first:end], free))
-            first = end
+        for at in range(0, len(window.slices), self._at_once):
+            slices, ends = window.slices[at : at + self._at_once].tolist(), window.ends[at : at + self._at_once] - first
+            reads.append(pool.submit(self._read, slices, ends.tolist(), slot.data[first : first + ends[-1]], free))
+            first += int(ends[-1])
         last = [] if self._config.rows.all else [pool.submit(self._leave_out, window, slot, free, drawn, reads)]
         return _Load(window=window, slot=slot, work=[drawn, *reads, *last])
 
@@ -235,28 +245,34 @@ class ActivationLoader:
         if free is not None:
             self._send(slot.drawn[: window.rows], slot.order[: window.rows], free)
 
-    def _read(self, block: int, index: int, target: Tensor, free: torch.cuda.Event | None) -> NDArray[np.bool_]:
-        """Which of its rows count; nothing where all do."""
+    def _read(self, slices: list[int], ends: list[int], target: Tensor, free: torch.cuda.Event | None) -> NDArray[np.bool_]:
+        """Slices that lie one after the other in `target`, to these ends. Which of their rows count; nothing where all do."""
         if free is None:
-            return self._read_host(block, index, target)
+            return self._read_host(slices, ends, target)
         staging = self._staging.get()
         try:
-            kept = self._read_host(block, index, staging[: len(target)])
+            kept = self._read_host(slices, ends, staging[: len(target)])
             self._send(staging[: len(target)], target, free)
             return kept
         finally:
             self._staging.put(staging)
 
     def _send(self, pinned: Tensor, target: Tensor, free: torch.cuda.Event) -> None:
-        """Copy to the device; returns when it has arrived."""
+        """Copy to the device on this thread's stream; returns when it has arrived."""
         arrived = new_event()
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(free)
-            target.copy_(pinned, non_blocking=True)
-            arrived.record(self._stream)
+        self._stream.wait_event(free)
+        target.copy_(pinned, non_blocking=True)
+        arrived.record()
         arrived.synchronize()
 
-    def _read_host(self, block: int, index: int, target: Tensor) -> NDArray[np.bool_]:
+    def _read_host(self, slices: list[int], ends: list[int], target: Tensor) -> NDArray[np.bool_]:
+        kept, first = [], 0
+        for number, end in zip(slices, ends, strict=True):
+            kept.append(self._read_slice(*divmod(number, self._cache.spec.slices), target[first:end]))
+            first = end
+        return np.concatenate(kept)
+
+    def _read_slice(self, block: int, index: int, target: Tensor) -> NDArray[np.bool_]:
         data = target.numpy()
         if self._asked is not None and block not in self._known:
             while not self._cache.has_block((self._layer,), block):

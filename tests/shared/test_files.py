@@ -144,7 +144,7 @@ class Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch, *, refuse_flag: bool = False, refuse_call: bool = False) -> None:
         self.seen: list[tuple[bool, int]] = []
-        write, readv, control = os.write, os.readv, fcntl.fcntl
+        write, preadv, control, opened = os.write, os.preadv, fcntl.fcntl, os.open
 
         def watch(fd: int, size: int) -> None:
             direct = bool(control(fd, fcntl.F_GETFL) & os.O_DIRECT)
@@ -156,9 +156,14 @@ class Calls:
             watch(fd, len(data))
             return write(fd, data)
 
-        def watched_readv(fd: int, parts: list[memoryview]) -> int:
+        def watched_preadv(fd: int, parts: list[memoryview], offset: int) -> int:
             watch(fd, len(parts[0]))
-            return readv(fd, parts)
+            return preadv(fd, parts, offset)
+
+        def refusing_to_open(path: Path, flags: int, *mode: int) -> int:
+            if refuse_flag and flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return opened(path, flags, *mode)
 
         def refusing(fd: int, command: int, argument: int = 0) -> Any:
             if refuse_flag and command == fcntl.F_SETFL and argument & os.O_DIRECT:
@@ -166,7 +171,8 @@ class Calls:
             return control(fd, command, argument)
 
         patch.setattr(os, "write", watched_write)
-        patch.setattr(os, "readv", watched_readv)
+        patch.setattr(os, "preadv", watched_preadv)
+        patch.setattr(os, "open", refusing_to_open)
         patch.setattr(fcntl, "fcntl", refusing)
 
 
