@@ -10,6 +10,10 @@ B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries). Measured on an H200 who
                    lists written, sorted (0.2 ms) and permuted 0.5 GB                      1.1 GB HBM     0.57 ms
     sparse_residual       2 KB of w_dec for each entry, twice: 20 GB                        8.2 TB/s       2.5 ms
     sparse_weight_grads   2 KB of x and 2 KB of g for each entry: 20 GB                     8.2 TB/s       2 x 1.25 ms
+    keep_largest_  z 2.15 GB read three times and written once, the bits; so far reckoned, not measured:
+                   8.7 GB HBM at the rate of activate_                                                    about 2.8 ms
+    unfold_        two gradients read and written, two masters read: 0.54 GB HBM, where torch's
+                   operations move 2.7; reckoned likewise                                                 about 0.17 ms
     dense_residual 0.04, centre 0.03, adam_ 28 bytes an element                            3.5 TB/s       0.22 ms a matrix
 
 The two sparse ones are bound by L2 and the instructions around it: narrow tiles of one warp, many at a time, read 8 TB/s where
@@ -35,6 +39,7 @@ What they trade:
 Offsets of the [B, F] matrices and of the entry lists are 64 bits wide: B·F passes 2^31 before it passes the memory.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +53,9 @@ from train.kernels import Activation, Active, AdamStep, Frequent, TorchKernels, 
 
 # Tile shapes: what a program keeps in registers. 16-byte accesses need 8 bf16 columns a thread, so a warp spans 256.
 TILE_ROWS, TILE_COLS, TILE_BLOCK = 8, 512, 512  # activate_: a tile, and the rows that one program goes down
+PATTERNS = 2**15  # of 16-bit floats that are not negative
+SAMPLE = 2**18  # keep_largest_: entries from which it is told where the least of them may lie
+HISTOGRAMS = 16  # copies of one histogram, so that programs do not wait for one another's additions
 MASK_ROWS, MASK_COLS, MASK_BLOCK = 16, 256, 2048  # mask_: a tile, and the rows one program adds up, tile by tile
 RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 WORDS = 1024  # compact: words of 32 features at a time
@@ -93,6 +101,37 @@ class TritonKernels(TorchKernels):
             BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
         )  # fmt: skip
         return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
+
+    def keep_largest_(self, z: Tensor, count: int) -> tuple[Activation, Tensor]:
+        """16-bit floats ≥ 0 are in the order of their bit patterns, NaN after all others: so it is patterns that are compared.
+        z contiguous."""
+        if z.dtype.itemsize != 2:
+            return super().keep_largest_(z, count)
+        n_rows, n_cols = z.shape
+        least, above = _least_pattern(z, count)
+        per_row = torch.empty(n_rows, dtype=torch.int32, device=z.device)
+        _launch(
+            _equal_kernel, (triton.cdiv(n_rows, TILE_ROWS),), z, least, per_row, n_rows, n_cols, _row_stride(z),
+            ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+        )  # fmt: skip
+        room = count - above - (per_row.cumsum(0) - per_row)
+        # Equal ones stay in front of a column: in most rows all or none of them, in one row at most the first few.
+        stay = torch.where(room >= per_row, n_cols, 0)
+        last = ((room > 0) & (room < per_row)).int().argmax()[None]
+        seen = (_patterns(z.index_select(0, last)) == least).cumsum(1)
+        stay.index_copy_(0, last, (seen <= room[last]).sum(1))
+
+        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_BLOCK))
+        feature_count = torch.zeros(n_cols, dtype=torch.int32, device=z.device)
+        bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
+        partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=z.device)
+        _launch(
+            _keep_kernel, grid,
+            z, least, stay.int(), bits, feature_count, partial, n_rows, n_cols, _row_stride(z), bits.stride(0),
+            BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+        )  # fmt: skip
+        activation = MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
+        return activation, least.to(torch.int16).view(z.dtype)[0]
 
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         g = torch.mm(z, w_dec)
@@ -202,6 +241,19 @@ class TritonKernels(TorchKernels):
             db_enc.index_copy_(0, often.feature, gz.sum(0, dtype=db_enc.dtype)[:n])
         return out.dw_enc, out.dw_dec, db_enc
 
+    def unfold_(
+        self, dw_enc: Tensor, dw_dec: Tensor, db_enc: Tensor, w_enc: Tensor, w_dec: Tensor, b_enc: Tensor, norms: Tensor
+    ) -> Tensor:
+        n_rows, d = w_enc.shape
+        out = torch.empty_like(db_enc)
+        cols = triton.next_power_of_2(d)
+        _launch(
+            _unfold_kernel, (n_rows,),
+            dw_enc, dw_dec, db_enc, w_enc, w_dec, b_enc, norms, out, d, _row_stride(dw_enc), _row_stride(dw_dec),
+            _row_stride(w_enc), _row_stride(w_dec), COLS=cols, num_warps=min(16, max(1, cols // 256)),
+        )  # fmt: skip
+        return out
+
     def adam_(
         self,
         w: Tensor,
@@ -229,6 +281,38 @@ class TritonKernels(TorchKernels):
             grad.stride(0), grad.stride(1), copy.stride(0), copy.stride(1),
             UNIT_NORM=unit_norm, ROWS=rows, COLS=cols, num_warps=min(16, max(4, cols // 512)),
         )  # fmt: skip
+
+
+def _patterns(z: Tensor) -> Tensor:
+    """Bit patterns of 16-bit floats that are not negative; int32."""
+    return z.view(torch.int16).int() & (PATTERNS - 1)
+
+
+def _least_pattern(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The bit pattern of the count-th largest of z, int32 [1], 0 if so many are not above 0; and how many are larger.
+
+    A sample says below which patterns nobody need look: counting all that are above 0, mostly many more, takes longer. Where
+    the sample said too much, the rest is counted after all, which is for the device to find out."""
+    n_rows, n_cols = z.shape
+    # An odd stride, for one that divides a row would meet the same few features in every row.
+    sample = _patterns(z.view(-1)[:: max(1, z.numel() // SAMPLE) | 1])
+    expected = sample.numel() * count / z.numel()
+    rank = min(sample.numel(), math.ceil(expected + 4 * math.sqrt(expected) + 4))
+    first = sample.topk(rank).values[-1:].clamp_min(1)
+    found = torch.zeros(HISTOGRAMS, PATTERNS, dtype=torch.int32, device=z.device)
+
+    def add(first: Tensor, end: Tensor) -> None:
+        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_BLOCK))
+        _launch(
+            _histogram_kernel, grid, z, first, end, found, n_rows, n_cols, _row_stride(z),
+            COPIES=HISTOGRAMS, PATTERNS=PATTERNS, BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+        )  # fmt: skip
+
+    add(first, torch.full_like(first, PATTERNS))
+    add(torch.ones_like(first), torch.where(found.sum() < count, first, 0))
+    larger = starts(found.sum(0).flip(0))  # how many are above each pattern, from the largest one down
+    place = (larger[1:] < count).sum()[None]
+    return (PATTERNS - 1 - place).clamp_min(0).int(), larger.index_select(0, place)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -389,6 +473,85 @@ def _activate_kernel(
         total += z.to(tl.float32)
         count += active
     # Integers: the order of the additions does not matter, and nobody reads them before the kernel ends.
+    tl.atomic_add(feature_count_ptr + cols, tl.sum(count, axis=0), mask=col_inside, sem="relaxed")
+    tl.store(partial_ptr + block * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _pattern(z: tl.tensor) -> tl.tensor:
+    """See `_patterns`."""
+    return z.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+
+
+@triton.jit
+def _histogram_kernel(
+    z_ptr: tl.tensor, first_ptr: tl.tensor, end_ptr: tl.tensor, found_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor,
+    z_stride: tl.tensor, COPIES: tl.constexpr, PATTERNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One strip, as in _activate_kernel: how often each bit pattern from `first` to before `end` occurs."""
+    first_pattern = tl.load(first_ptr)
+    end_pattern = tl.load(end_ptr)
+    if first_pattern >= end_pattern:
+        return
+    block = tl.program_id(1)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    found = found_ptr + (block + tl.program_id(0)) % COPIES * PATTERNS
+    for first in range(0, BLOCK, ROWS):
+        rows = block * BLOCK + first + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * z_stride + cols[None, :], mask=inside, other=0.0)
+        pattern = _pattern(z)
+        counted = inside & (pattern >= first_pattern) & (pattern < end_pattern)
+        tl.atomic_add(found + pattern, 1, mask=counted, sem="relaxed")
+
+
+@triton.jit
+def _equal_kernel(
+    z_ptr: tl.tensor, least_ptr: tl.tensor, count_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, z_stride: tl.tensor,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS rows: how many entries of each are equal to the least."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = z_ptr + rows.to(tl.int64)[:, None] * z_stride
+    least = tl.load(least_ptr)
+    count = tl.zeros([ROWS, COLS], dtype=tl.int32)
+    for first in range(0, n_cols, COLS):
+        cols = first + tl.arange(0, COLS)
+        inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        z = tl.load(start + cols[None, :], mask=inside, other=0.0)
+        count += ((_pattern(z) == least) & inside).to(tl.int32)
+    tl.store(count_ptr + rows, tl.sum(count, axis=1), mask=rows < n_rows)
+
+
+@triton.jit
+def _keep_kernel(
+    z_ptr: tl.tensor, least_ptr: tl.tensor, stay_ptr: tl.tensor, bits_ptr: tl.tensor, feature_count_ptr: tl.tensor,
+    partial_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, z_stride: tl.tensor, bits_stride: tl.tensor,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """_activate_kernel with another rule: what is above the least stays, and what is equal to it in front of a row's column."""
+    block = tl.program_id(1)
+    first_col = tl.program_id(0) * COLS
+    cols = first_col + tl.arange(0, COLS)
+    col_inside = cols < n_cols
+    least = tl.load(least_ptr)
+    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    count = tl.zeros([ROWS, COLS], dtype=tl.int32)
+    for first in range(0, BLOCK, ROWS):
+        rows = block * BLOCK + first + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & col_inside[None, :]
+        at = z_ptr + rows.to(tl.int64)[:, None] * z_stride + cols[None, :]
+        z = tl.load(at, mask=inside, other=0.0)
+        stay = tl.load(stay_ptr + rows, mask=rows < n_rows, other=0)
+        pattern = _pattern(z)
+        kept = (pattern > least) | ((pattern == least) & (cols[None, :] < stay[:, None]))
+        z = tl.where(kept, z, 0.0)
+        tl.store(at, z, mask=inside)
+        active = (z.to(tl.float32) > 0.0).to(tl.int32)
+        _store_bits(bits_ptr, _pack(active, ROWS, COLS), rows, first_col, n_rows, n_cols, bits_stride, COLS)
+        total += z.to(tl.float32)
+        count += active
     tl.atomic_add(feature_count_ptr + cols, tl.sum(count, axis=0), mask=col_inside, sem="relaxed")
     tl.store(partial_ptr + block * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
 
@@ -639,6 +802,34 @@ def _add_chunks_kernel(
             total += tl.load(sums_ptr + chunk[:, None] * d + cols[None, :], mask=mask, other=0.0)
         out = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + feature.to(tl.int64) * d + cols, out, mask=cols < d)
+
+
+@triton.jit
+def _unfold_kernel(
+    dw_enc_ptr: tl.tensor, dw_dec_ptr: tl.tensor, db_enc_ptr: tl.tensor, w_enc_ptr: tl.tensor, w_dec_ptr: tl.tensor,
+    b_enc_ptr: tl.tensor, norms_ptr: tl.tensor, out_ptr: tl.tensor, d: tl.tensor, dw_enc_stride: tl.tensor,
+    dw_dec_stride: tl.tensor, w_enc_stride: tl.tensor, w_dec_stride: tl.tensor, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One feature."""
+    row = tl.program_id(0)
+    wide = row.to(tl.int64)
+    cols = tl.arange(0, COLS)
+    inside = cols < d
+    dw_enc_at = dw_enc_ptr + wide * dw_enc_stride + cols
+    dw_dec_at = dw_dec_ptr + wide * dw_dec_stride + cols
+    dw_enc = tl.load(dw_enc_at, mask=inside, other=0.0).to(tl.float32)
+    dw_dec = tl.load(dw_dec_at, mask=inside, other=0.0).to(tl.float32)
+    w_enc = tl.load(w_enc_ptr + wide * w_enc_stride + cols, mask=inside, other=0.0)
+    w_dec = tl.load(w_dec_ptr + wide * w_dec_stride + cols, mask=inside, other=0.0)
+    norm = tl.load(norms_ptr + row)
+    db_enc = tl.load(db_enc_ptr + row)
+
+    unit = w_dec / norm
+    by_norm = tl.sum(w_enc * dw_enc, axis=0) + tl.load(b_enc_ptr + row) * db_enc
+    new = dw_dec / norm + unit * (by_norm - tl.sum(unit * dw_dec, axis=0) / norm)
+    tl.store(dw_dec_at, new.to(dw_dec_ptr.dtype.element_ty), mask=inside)
+    tl.store(dw_enc_at, (dw_enc * norm).to(dw_enc_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row, db_enc * norm)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels import COMPUTE, Active, AdamStep, TorchKernels, Workspace
+from train.kernels import COMPUTE, Active, AdamStep, TorchKernels, Workspace, row_norms
 
 TORCH = TorchKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,10 +88,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = {
         "TILE_ROWS": 8,
         "TILE_COLS": 64,
+        "TILE_BLOCK": 16,
         "MASK_ROWS": 8,
         "MASK_COLS": 64,
         "MASK_BLOCK": 16,
         "WORDS": 2,
+        "SAMPLE": 4,
         "RESIDUAL_ELEMENTS": 64,
     }
     tiles |= {"DECODE_ENTRIES": 4, "DECODE_COLS": 32, "GRAD_ENTRIES": 4, "GRAD_COLS": 32, "CHUNK": 8}
@@ -208,17 +210,51 @@ def check_activation_and_lists(kernels: Any, small_tiles: None, fences: None, si
     assert_same(kernels.compact(h, got, nnz, 0), wanted_lists, LISTS)
 
 
-@small
-def check_keep_largest(kernels: Any, small_tiles: None, size: Size, dtype: torch.dtype) -> None:
-    z, bias = hidden(size, dtype)
-    kernels.activate_(z, bias)
-    wanted_z, count = z.clone(), -(-z.numel() // 9)
+@pytest.mark.parametrize(
+    ("size", "ties", "share"),
+    [
+        *((SMALL[2], ties, share) for ties, share in (("few", 0.1), ("few", 1.5), ("many", 0.0), ("many", 0.5), ("all", 0.3))),
+        *((size, "many", 0.6) for size in SMALL),
+    ],
+    ids=str,
+)
+def check_keep_largest(
+    kernels: Any, small_tiles: None, fences: None, size: tuple[Size, torch.dtype], ties: str, share: float
+) -> None:
+    """A share of those above 0. Of few or many or all that are equal."""
+    size, dtype = size
+    h, bias = hidden(size, dtype)
+    if ties != "few":
+        h.div_(8).round_().mul_(8) if ties == "many" else h.fill_(1.0)
+    kernels.activate_(h, bias if ties == "few" else bias.round())
+    wanted_z, count = h.clone(), min(h.numel(), max(1, round(share * int((h > 0).sum()))))
     wanted, wanted_least = TORCH.keep_largest_(wanted_z, count)
-    got, least = kernels.keep_largest_(z, count)
-    assert torch.equal(z, wanted_z) and torch.equal(least, wanted_least)
+    got, least = kernels.keep_largest_(h, count)
+    assert torch.equal(h, wanted_z) and torch.equal(least, wanted_least) and least.dtype == dtype
     assert_same(got, wanted, ["feature_count"])
+    assert_close(got.total, wanted.total, SUMMED)
     nnz = int(wanted.feature_count.sum())
-    assert_same(kernels.compact(z, got, nnz, 0), TORCH.compact(wanted_z, wanted, nnz, 0), LISTS)
+    assert_same(kernels.compact(h, got, nnz, 0), TORCH.compact(wanted_z, wanted, nnz, 0), LISTS)
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def check_that_the_largest_do_not_hide_a_nan(kernels: Any, small_tiles: None, count: int) -> None:
+    z = random(20, 50, dtype=torch.bfloat16).relu_()
+    z[7, 30], z[9, 0] = -torch.nan, torch.inf
+    assert not kernels.keep_largest_(z, count)[0].total.isfinite()
+
+
+@small
+def check_unfold(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
+    shape = size.features, size.d
+    dw_enc, dw_dec, w_enc, w_dec = random(*shape, dtype=dtype), random(*shape, dtype=dtype), random(*shape), random(*shape)
+    b_enc, db_enc, norms = random(size.features), random(size.features), row_norms(w_dec)
+    wanted = dw_enc.clone(), dw_dec.clone()
+    wanted_db = TORCH.unfold_(*wanted, db_enc, w_enc, w_dec, b_enc, norms)
+    assert torch.equal(kernels.unfold_(dw_enc, dw_dec, db_enc, w_enc, w_dec, b_enc, norms), wanted_db)
+    assert torch.equal(dw_enc, wanted[0])
+    if size.d > 1:  # of a single number nothing is left but what the terms, which cancel, were rounded by
+        assert_close(dw_dec, wanted[1], SUMMED if dtype == torch.float32 else 1e-3)
 
 
 @small
@@ -417,6 +453,7 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
 
     z, nnz = make(size.tokens, size.features, dtype=dtype), 150 * size.tokens
     activation = kernels.activate_(z, make(size.features))
+    kernels.keep_largest_(z.bfloat16(), nnz)
     kernels.mask_(z, z, activation, 0.1)
     kernels.counts(activation)
     active = kernels.compact(z, activation, nnz, 0)
@@ -427,7 +464,8 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
     kernels.sparse_weight_grads(active, w, g, x, g_hidden, 0.1, room(size.features, size.d, dtype, "meta"))
     some = kernels.compact(z, activation, nnz, min(100, size.features))
     kernels.sparse_residual(some, w, x, make(size.d), 0.1, 0.1)
-    master = make(size.features, size.d)
+    master, bias = make(size.features, size.d), make(size.features)
+    kernels.unfold_(w, w, bias, master, master, bias, bias)
     for unit_norm in (False, True):
         kernels.adam_(master, master, master, w, AdamStep(step=2, lr=1e-3), unit_norm=unit_norm, copy=w)
     return launches
@@ -484,4 +522,4 @@ def compile_every_kernel(
         # At full size every kernel that streams or gathers must do it 16 bytes at a time.
         wide = re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
         assert wide or size.d % 16 or name == "_compact_kernel", name
-    assert len(names) == 10
+    assert len(names) == 14
