@@ -175,15 +175,16 @@ def recipes(lab: Lab) -> None:
         return timed(lambda: [call() for _ in range(10)], lab.device) / 10
 
     db_enc, norms = torch.zeros_like(sae.b_enc), row_norms(sae.w_dec)
-    gradients = workspace.dw_enc.normal_(), workspace.dw_dec.normal_(), db_enc
-    unfold = partial(lab.kernels.unfold_, *gradients, sae.w_enc, sae.w_dec, sae.b_enc, norms)
-    for name, run in (
-        (f"keep_largest_, {type(lab.kernels).__name__}", partial(choose, lab.kernels)),
-        ("keep_largest_, as torch has it", partial(choose, TorchKernels())),
-        ("unfold_", partial(ten, unfold)),
-        ("_fold", partial(ten, sae._fold)),
-    ):
-        _where_it_fits(lab, name, partial(_timed_piece, lab, name, run))
+    matrices = workspace.dw_enc.normal_(), workspace.dw_dec.normal_()
+    for kernels, words in ((lab.kernels, ""), (TorchKernels(), ", as torch has it")):
+        unfold = partial(kernels.unfold_, *matrices, db_enc, sae.w_enc, sae.w_dec, sae.b_enc, norms)
+        fold = partial(kernels.fold_, sae.w_enc, sae.w_dec, *matrices)
+        for name, run in (
+            (f"keep_largest_{words}", partial(choose, kernels)),
+            (f"unfold_{words}", partial(ten, unfold)),
+            (f"fold_{words}", partial(ten, fold)),
+        ):
+            _where_it_fits(lab, name, partial(_timed_piece, lab, name, run))
 
 
 def _timed_step(lab: Lab, name: str, steps: ours.Steps) -> None:

@@ -229,6 +229,13 @@ class TorchKernels:
         db_enc = torch.zeros(len(out.dw_enc), dtype=_accumulator(g), device=g.device).index_add_(0, feature, g_hidden)
         return out.dw_enc, out.dw_dec, db_enc
 
+    def fold_(self, w_enc: Tensor, w_dec: Tensor, enc: Tensor, dec: Tensor) -> Tensor:
+        """enc = n · w_enc and dec = w_dec / n, with n = ‖w_dec‖ of each row. All [F, d]; returns n."""
+        norms = row_norms(w_dec)
+        enc.copy_(w_enc * norms[:, None])
+        dec.copy_(w_dec / norms[:, None])
+        return norms
+
     def unfold_(
         self, dw_enc: Tensor, dw_dec: Tensor, db_enc: Tensor, w_enc: Tensor, w_dec: Tensor, b_enc: Tensor, norms: Tensor
     ) -> Tensor:

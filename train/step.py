@@ -248,9 +248,7 @@ class TrainingSae:
     def _fold(self) -> None:
         """What the products read where rows are free: the same function with rows of unit norm, in which the L1 term is the
         plain one. Σ z_i ‖w_i‖ of (w_enc, b_enc, w_dec) is Σ z_i of (‖w‖ · w_enc, ‖w‖ · b_enc, w_dec / ‖w‖)."""
-        self._norms = row_norms(self.w_dec)
-        self._enc.copy_(self.w_enc * self._norms[:, None])
-        self._dec.copy_(self.w_dec / self._norms[:, None])
+        self._norms = self.kernels.fold_(self.w_enc, self.w_dec, self._enc, self._dec)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs to go on bit for bit; tensors on the training device."""

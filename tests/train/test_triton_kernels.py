@@ -244,6 +244,27 @@ def check_that_the_largest_do_not_hide_a_nan(kernels: Any, small_tiles: None, co
     assert not kernels.keep_largest_(z, count)[0].total.isfinite()
 
 
+def check_that_a_sample_may_mislead(kernels: Any, small_tiles: None) -> None:
+    """All that it meets are larger than the least one that is to stay."""
+    z = random(20, 50, dtype=torch.bfloat16).abs_().clamp_(max=1.0)
+    z.view(-1)[:: 1000 // 4 | 1] = 9.0
+    wanted = z.clone()
+    TORCH.keep_largest_(wanted, 600)
+    kernels.keep_largest_(z, 600)
+    assert torch.equal(z, wanted)
+
+
+@small
+def check_fold(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
+    shape = size.features, size.d
+    w_enc, w_dec = random(*shape), random(*shape)
+    copies = [(random(*shape, dtype=dtype), random(*shape, dtype=dtype)) for _ in range(2)]
+    norms, wanted_norms = (k.fold_(w_enc, w_dec, *pair) for k, pair in zip((kernels, TORCH), copies, strict=True))
+    assert_close(norms, wanted_norms, 1e-6)
+    for one, other in zip(*copies, strict=True):
+        assert_rounded_alike(one, other)
+
+
 @small
 def check_unfold(kernels: Any, small_tiles: None, fences: None, size: Size, dtype: torch.dtype) -> None:
     shape = size.features, size.d
@@ -465,6 +486,7 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
     some = kernels.compact(z, activation, nnz, min(100, size.features))
     kernels.sparse_residual(some, w, x, make(size.d), 0.1, 0.1)
     master, bias = make(size.features, size.d), make(size.features)
+    kernels.fold_(master, master, w, w)
     kernels.unfold_(w, w, bias, master, master, bias, bias)
     for unit_norm in (False, True):
         kernels.adam_(master, master, master, w, AdamStep(step=2, lr=1e-3), unit_norm=unit_norm, copy=w)
@@ -522,4 +544,4 @@ def compile_every_kernel(
         # At full size every kernel that streams or gathers must do it 16 bytes at a time.
         wide = re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
         assert wide or size.d % 16 or name == "_compact_kernel", name
-    assert len(names) == 14
+    assert len(names) == 15
