@@ -3,7 +3,7 @@
 At full size, B = F = 32,768 and d = 1024, a product is 2.2 TFLOP. Milliseconds on an H200 (torch 2.11, triton 3.6):
 
                     cuBLAS alone   and the pass of triton_kernels   here
-    encode              2.9                   4.3                    3.55
+    encode              2.9                   4.3                    3.45   (0.08 of it the count)
     hidden_grad         2.9                   4.2                    3.45
 
 cuBLAS's own epilogue (bias in bfloat16 and relu) takes 3.15 and leaves the counting, a read of 2.1 GB, to be done. Finishing a
@@ -12,8 +12,9 @@ tile during the products of the next one was tried: its registers spill, and it 
 - Tiles come and go through the tensor memory accelerator: a few programs for each multiprocessor take tiles in turn, and
   the loads of the next tile begin before the last one is finished (`flatten` makes one loop of two for that).
 - In the accumulator of a warp group four neighbouring threads hold a row, and each of them 2 columns of every 8. A thread
-  packs its 8 flags of 32 columns into one integer before the four exchange anything, and the same integer, cut into
-  bytes, counts the tokens of 4 features at once.
+  packs its 8 flags of 32 columns into one integer before the four exchange anything.
+- A tile is finished strip by strip, one on its way out while the next is rounded and packed. Features are counted from the
+  bits, a kernel of its own: between two products it took longer, and the registers that hold a fourth stage of loads back.
 - Counts come from integer atomics; float sums are partials in a buffer, added in a fixed order.
 """
 
@@ -47,10 +48,11 @@ class Tiling:
 
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Others that were tried, in ms: encode with 128 x 256 in two strips 3.7, 256 x 128 4.3, 128 x 128 4.2 and more; hidden_grad
-# with 128 x 256 3.6, 256 x 128 3.6, 128 x 128 in two strips 5.0; 2 stages or tiles half as deep 4.1 and more.
-ENCODE = Tiling(rows=128, cols=256)
+# Others that were tried, in ms: encode with 128 x 128 twice on each multiprocessor 3.6; hidden_grad with 128 x 256 3.6,
+# 256 x 128 3.6, 128 x 128 in two strips 5.0; 2 stages or tiles half as deep 4.1 and more.
+ENCODE = Tiling(rows=128, cols=256, stages=4, parts=4)
 HIDDEN_GRAD = Tiling(rows=128, cols=128, warps=4, parts=4, per_processor=2)
+COUNT_ROWS, COUNT_WORDS, COUNT_BLOCK = 32, 32, 2048  # feature_count: a tile of bits, and the rows that one program goes down
 
 
 class HopperKernels(TritonKernels):
@@ -77,16 +79,25 @@ def encode(xc: Tensor, w_enc: Tensor, bias: Tensor, z: Tensor, tiling: Tiling = 
     """z [B, F] = relu(xc [B, d] · w_encᵀ + bias), w_enc [F, d], bias float32 [F] added in float32; all else bf16."""
     n_rows, n_cols = z.shape
     t = tiling
-    feature_count = torch.zeros(n_cols, dtype=torch.int32, device=z.device)
     bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
     n_tiles = triton.cdiv(n_rows, t.rows) * triton.cdiv(n_cols, t.cols)
     partial = torch.empty(n_tiles, dtype=torch.float32, device=z.device)
     _run(
         _encode_kernel, n_tiles, t, bits,
         _tiles(xc, t.rows, t.depth), _tiles(w_enc, t.cols, t.depth), _tiles(z, t.rows, t.cols // t.parts),
-        bias, feature_count, partial, n_rows, n_cols, xc.shape[1], bits.stride(0),
+        bias, partial, n_rows, n_cols, xc.shape[1], bits.stride(0),
     )  # fmt: skip
-    return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
+    return MarkedActivation(feature_count=feature_count(bits, n_cols), total=partial.sum(), bits=bits)
+
+
+def feature_count(bits: Tensor, n_cols: int) -> Tensor:
+    """On how many rows of bits [B, ceil(n_cols / 32)] each column is set, int32 [n_cols]."""
+    count = torch.zeros(n_cols, dtype=torch.int32, device=bits.device)
+    _launch(
+        _feature_count_kernel, (triton.cdiv(bits.shape[1], COUNT_WORDS), triton.cdiv(len(bits), COUNT_BLOCK)),
+        bits, count, len(bits), n_cols, bits.stride(0), BLOCK=COUNT_BLOCK, ROWS=COUNT_ROWS, WORDS=COUNT_WORDS, num_warps=4,
+    )  # fmt: skip
+    return count
 
 
 def hidden_grad(g: Tensor, w_dec: Tensor, bits: Tensor, l1_grad: float, gz: Tensor, tiling: Tiling = HIDDEN_GRAD) -> Tensor:
@@ -193,9 +204,8 @@ def _bias(  # type: ignore[no-untyped-def]
 @triton.jit
 def _encode_kernel(
     bits_ptr: tl.tensor, x_tiles: tl.tensor_descriptor, w_tiles: tl.tensor_descriptor, z_tiles: tl.tensor_descriptor,
-    bias_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor,
-    n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr,
+    bias_ptr: tl.tensor, partial_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, d: tl.tensor, bits_stride: tl.tensor,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     tl.assume(d > 0)
     n_tiles = tl.cdiv(n_rows, ROWS) * tl.cdiv(n_cols, COLS)
@@ -203,43 +213,51 @@ def _encode_kernel(
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
         row_tile, col_tile = _place(tile, n_rows, n_cols, ROWS, COLS, GROUP)
         first_row, first_col = row_tile * ROWS, col_tile * COLS
-        rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
-        nothing = tl.zeros([ROWS, COLS], dtype=tl.float32)
-        total = _product(x_tiles, w_tiles, first_row, first_col, d, nothing, DEPTH)
-        h = total + bias[None, :]
+        rows = first_row + tl.arange(0, ROWS)
+        start = tl.zeros([ROWS, COLS], dtype=tl.float32)
+        h = _product(x_tiles, w_tiles, first_row, first_col, d, start, DEPTH) + bias[None, :]
         # Asked for a tile ahead: nothing overlaps with waiting for it here.
         following = tl.minimum(tile + tl.num_programs(0), n_tiles - 1)
         bias = _bias(bias_ptr, following, n_rows, n_cols, ROWS, COLS, GROUP)
 
         # A thread's own flags first: feature 32 w + 8 group + 2 lane + side is bit 8 group + side of flags[row, w, lane].
+        WIDTH: tl.constexpr = COLS // PARTS
         group, side = tl.arange(0, 4), tl.arange(0, 2)
         bit = 1 << (8 * group[:, None, None] + side[None, None, :])
         nothing = tl.full([], 2.0**-134, tl.float32)  # half of the smallest bf16: up to here it is rounded to 0
-        active = tl.reshape(h > nothing, [ROWS, COLS // 32, 4, 4, 2])
-        flags = tl.sum(tl.sum(tl.where(active, bit[None, None], 0), axis=4), axis=2)
-        flags = tl.where((rows < n_rows)[:, None, None], flags, 0)
-
         sums = tl.zeros([ROWS], dtype=tl.float32)
         strips = _strips(h, PARTS)
         for i in tl.static_range(PARTS):
+            active = tl.reshape(strips[i] > nothing, [ROWS, WIDTH // 32, 4, 4, 2])
+            flags = tl.sum(tl.sum(tl.where(active, bit[None, None], 0), axis=4), axis=2)
             z, wide = _rounded(strips[i], True)
-            z_tiles.store([first_row, first_col + i * (COLS // PARTS)], z)
+            z_tiles.store([first_row, first_col + i * WIDTH], z)
             sums += tl.sum(wide, axis=1)
+            words = tl.sum(flags << (2 * tl.arange(0, 4))[None, None, :], axis=2)
+            word = (first_col + i * WIDTH) // 32 + tl.arange(0, WIDTH // 32)
+            inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
+            tl.store(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], words, mask=inside)
         tl.store(partial_ptr + tile, tl.sum(tl.where(rows < n_rows, sums, 0.0)))
 
-        words = tl.sum(flags << (2 * tl.arange(0, 4))[None, None, :], axis=2)
-        word = col_tile * (COLS // 32) + tl.arange(0, COLS // 32)
-        inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
-        tl.store(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], words, mask=inside)
 
-        # Four features count in the bytes of one integer, which hold 128 rows.
-        SPAN: tl.constexpr = min(ROWS, 128)
-        bytes_ = tl.join(flags & 0x01010101, (flags >> 1) & 0x01010101)
-        counts = tl.sum(tl.reshape(bytes_, [ROWS // SPAN, SPAN, COLS // 32, 4, 2]), axis=1)
-        counts = (counts[:, :, None] >> (8 * group)[None, None, :, None, None]) & 255
-        at = cols + tl.zeros([ROWS // SPAN, 1], dtype=tl.int32)
-        counts = tl.reshape(counts, [ROWS // SPAN, COLS])
-        tl.atomic_add(feature_count_ptr + at, counts, mask=at < n_cols, sem="relaxed")
+@triton.jit
+def _feature_count_kernel(
+    bits_ptr: tl.tensor, count_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, bits_stride: tl.tensor,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+) -> None:  # fmt: skip
+    """WORDS columns of words, BLOCK rows. Features 32 w + bit, + 8, + 16 and + 24 count in the bytes of counts[bit, row, w]."""
+    tl.static_assert(BLOCK // ROWS < 256, "more rows than a byte can count")
+    bit, byte = tl.arange(0, 8)[:, None, None], tl.arange(0, 4)[None, :, None]
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    counts = tl.zeros([8, ROWS, WORDS], dtype=tl.int32)
+    for first in tl.range(0, BLOCK, ROWS, num_stages=3):
+        rows = tl.program_id(1) * BLOCK + first + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
+        words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], mask=inside, other=0)
+        counts += (words[None] >> bit) & 0x01010101
+    total = tl.sum((counts[:, None] >> (8 * byte)[:, :, None]) & 255, axis=2)
+    feature = 32 * word[None, None, :] + 8 * byte + bit
+    tl.atomic_add(count_ptr + feature, total, mask=feature < n_cols, sem="relaxed")
 
 
 @triton.jit

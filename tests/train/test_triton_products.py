@@ -88,6 +88,24 @@ def check_encode(products: Any, fences: None, size: Size, tiles: dict[str, int])
     assert not unpacked(got.bits)[:, size.features :].any()
 
 
+@pytest.mark.parametrize(("n_rows", "n_cols"), [(1, 8), (2049, 1064), (5000, 40)])
+def check_feature_count(products: Any, fences: None, n_rows: int, n_cols: int) -> None:
+    """Of columns that are always set and never, in words that are cut, and on more rows than a block has."""
+    bits = torch.empty(n_rows, -(-n_cols // 32), dtype=torch.int32, device=DEVICE)
+    bits.copy_(torch.randint(-(2**31), 2**31, bits.shape) & 0x7FFFFFFD | 1)
+    bits[:, 0] |= -(2**31)
+    got = products.feature_count(bits, n_cols)
+    assert torch.equal(got, unpacked(bits)[:, :n_cols].sum(0, dtype=torch.int32))
+    assert got[0] == n_rows and got[1] == 0 and (n_cols < 32 or got[31] == n_rows)
+
+
+def check_that_no_byte_of_a_count_overflows(products: Any, fences: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that goes further down: each byte counts to 255."""
+    monkeypatch.setattr(products, "COUNT_BLOCK", 255 * products.COUNT_ROWS)
+    bits = fenced(torch.full((products.COUNT_BLOCK + 1, 2), -1, dtype=torch.int32))
+    assert (products.feature_count(bits, 64) == len(bits)).all()
+
+
 @every
 def check_hidden_grad(products: Any, fences: None, size: Size, tiles: dict[str, int]) -> None:
     g, w = random(size.tokens, size.d, dtype=torch.bfloat16), random(size.features, size.d, dtype=torch.bfloat16)
@@ -125,7 +143,7 @@ def check_what_fits(products: Any) -> None:
     assert not products.fits(8, 12, 16) and not products.fits(8, 16, 12) and not products.fits(0, 16, 16)
 
 
-def compile_both(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def compile_all(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At full size, on tensors that have a shape and no memory."""
     launches: list[Any] = []
     monkeypatch.setattr(
@@ -138,10 +156,16 @@ def compile_both(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, z = make(32768, 1024), make(32768, 1024), make(32768, 32768)
     products.encode(x, w, make(32768, dtype=torch.float32), z)
     products.hidden_grad(x, w, make(32768, 1024, dtype=torch.int32), 0.1, z)
+    names = []
     for launch in launches:
         kernel = compiled(launch, 90)
-        ptx = kernel.asm["ptx"]
+        ptx, name = kernel.asm["ptx"], launch[0].__name__
+        names.append(name)
+        if name == "_feature_count_kernel":
+            assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), "no loads of 16 bytes"
+            continue
         assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
         assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::", ptx), "no loads"
         assert re.search(r"cp\.async\.bulk\.tensor\.2d\.global\.", ptx) and "stmatrix" in ptx
         assert kernel.metadata.shared <= 227 * 1024
+    assert names == ["_encode_kernel", "_feature_count_kernel", "_hidden_grad_kernel"]
