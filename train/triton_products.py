@@ -95,7 +95,7 @@ def feature_count(bits: Tensor, n_cols: int) -> Tensor:
     count = torch.zeros(n_cols, dtype=torch.int32, device=bits.device)
     _launch(
         _feature_count_kernel, (triton.cdiv(bits.shape[1], COUNT_WORDS), triton.cdiv(len(bits), COUNT_BLOCK)),
-        bits, count, len(bits), n_cols, bits.stride(0), BLOCK=COUNT_BLOCK, ROWS=COUNT_ROWS, WORDS=COUNT_WORDS, num_warps=4,
+        bits, count, *bits.shape, n_cols, bits.stride(0), BLOCK=COUNT_BLOCK, ROWS=COUNT_ROWS, WORDS=COUNT_WORDS, num_warps=4,
     )  # fmt: skip
     return count
 
@@ -242,8 +242,8 @@ def _encode_kernel(
 
 @triton.jit
 def _feature_count_kernel(
-    bits_ptr: tl.tensor, count_ptr: tl.tensor, n_rows: tl.tensor, n_cols: tl.tensor, bits_stride: tl.tensor,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    bits_ptr: tl.tensor, count_ptr: tl.tensor, n_rows: tl.tensor, n_words: tl.tensor, n_cols: tl.tensor,
+    bits_stride: tl.tensor, BLOCK: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
     """WORDS columns of words, BLOCK rows. Features 32 w + bit, + 8, + 16 and + 24 count in the bytes of counts[bit, row, w]."""
     tl.static_assert(BLOCK // ROWS < 256, "more rows than a byte can count")
@@ -252,7 +252,7 @@ def _feature_count_kernel(
     counts = tl.zeros([8, ROWS, WORDS], dtype=tl.int32)
     for first in tl.range(0, BLOCK, ROWS, num_stages=3):
         rows = tl.program_id(1) * BLOCK + first + tl.arange(0, ROWS)
-        inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
+        inside = (rows < n_rows)[:, None] & (word < n_words)[None, :]
         words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], mask=inside, other=0)
         counts += (words[None] >> bit) & 0x01010101
     total = tl.sum((counts[:, None] >> (8 * byte)[:, :, None]) & 255, axis=2)

@@ -162,7 +162,7 @@ def compile_all(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ptx, name = kernel.asm["ptx"], launch[0].__name__
         names.append(name)
         if name == "_feature_count_kernel":
-            assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), "no loads of 16 bytes"
+            assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", ptx), "no loads of 16 bytes"
             continue
         assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
         assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::", ptx), "no loads"
