@@ -13,8 +13,8 @@ tile during the products of the next one was tried: its registers spill, and it 
   the loads of the next tile begin before the last one is finished (`flatten` makes one loop of two for that).
 - In the accumulator of a warp group four neighbouring threads hold a row, and each of them 2 columns of every 8. A thread
   packs its 8 flags of 32 columns into one integer before the four exchange anything.
-- A tile is finished strip by strip, one on its way out while the next is rounded and packed. Features are counted from the
-  bits, a kernel of its own: between two products it took longer, and the registers that hold a fourth stage of loads back.
+- A tile is finished strip by strip: small strips on their way out leave shared memory for a fourth stage of loads. Features
+  are counted from the bits, in a kernel of its own, and not while the tensor cores wait for a tile to be finished.
 - Counts come from integer atomics; float sums are partials in a buffer, added in a fixed order.
 """
 
