@@ -11,6 +11,7 @@ straight into the window on a CPU, and into pinned memory and from there by a co
 
 A reader thread takes a few slices at a time, and few calls for each: every one of them hands the interpreter's lock on, which
 the training thread needs as well. (With 22 a slice, not 6, 16 threads read 5 GB/s from memory, and steps waited for the lock.)
+For the same reason a window is read no faster than it is used up, unless it is waited for.
 
 On CUDA the training thread queues gathers and never waits for the device here. Two rules keep the streams apart: what goes
 up into a slot waits, on the device, for the gathers that were queued from its last window (`free`); and a window is
@@ -39,6 +40,7 @@ from shared.files import page_aligned
 from shared.shuffle import epoch_slices, window_rows
 from train.rows import ALL, Rows, fill
 
+_SPREAD = 0.7  # share of a window's time over which the next but one is read
 _TURNS = 4  # that a reader thread has in a window, at least: with fewer, the last ones of a window would be waited for
 FOLLOW_POLL, _LATE = 0.5, 60.0  # seconds between looks for a block that is being harvested, and until it is said
 
@@ -121,6 +123,7 @@ class ActivationLoader:
         self._cache, self._layer, self._config, self._device = cache, layer, config, device
         self._first, self._last, self._asked, self._ended = first, last, asked, threading.Event()
         spec = cache.spec
+        self._hurry = threading.Event()  # a window is waited for
         self._known: dict[int, BlockStats] = {}  # an entry of the ledger is wanted once for each slice
         self._window_slices = min(config.window_blocks, spec.train_blocks) * spec.slices
         self._at_once = max(1, self._window_slices // (_TURNS * config.threads))  # slices that a thread takes
@@ -155,6 +158,7 @@ class ActivationLoader:
                         return
             finally:
                 self._ended.set()
+                self._hurry.set()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _begin_thread(self) -> None:
@@ -171,13 +175,16 @@ class ActivationLoader:
         while loading:
             load = loading.popleft()
             began = time.perf_counter()
+            self._hurry.set()
             if not self._arrived(load):
                 return
-            self.waited += time.perf_counter() - began
+            self._hurry.clear()
+            arrived = time.perf_counter()
+            self.waited += arrived - began
             yield load
             # Its slot is free now, though the window after it may still be on its way: the disk never waits for a window's end.
             if (following := next(wanted, None)) is not None:
-                loading.append(self._load(pool, load.slot, following))
+                loading.append(self._load(pool, load.slot, following, _SPREAD * (time.perf_counter() - arrived)))
 
     def _arrived(self, load: _Load) -> bool:
         """Wait for a window to be whole; False if it was asked to stop meanwhile, which only who follows a harvest heeds."""
@@ -210,16 +217,18 @@ class ActivationLoader:
                 if window.start + window.rows > at and window.start < end:
                     yield window
 
-    def _load(self, pool: ThreadPoolExecutor, slot: _Slot, window: _Window) -> _Load:
-        """Begin to fill a slot."""
+    def _load(self, pool: ThreadPoolExecutor, slot: _Slot, window: _Window, seconds: float = 0.0) -> _Load:
+        """Begin to fill a slot, in no less than so many seconds."""
         free = None
         if self._cuda:
             free = new_event()
             free.record(torch.cuda.current_stream(self._device))
         drawn, reads, first = pool.submit(self._draw, window, slot, free), [], 0
+        now = time.perf_counter()
         for at in range(0, len(window.slices), self._at_once):
             slices, ends = window.slices[at : at + self._at_once].tolist(), window.ends[at : at + self._at_once] - first
-            reads.append(pool.submit(self._read, slices, ends.tolist(), slot.data[first : first + ends[-1]], free))
+            due = now + seconds * at / len(window.slices)
+            reads.append(pool.submit(self._read, slices, ends.tolist(), slot.data[first : first + ends[-1]], free, due))
             first += int(ends[-1])
         last = [] if self._config.rows.all else [pool.submit(self._leave_out, window, slot, free, drawn, reads)]
         return _Load(window=window, slot=slot, work=[drawn, *reads, *last])
@@ -245,8 +254,11 @@ class ActivationLoader:
         if free is not None:
             self._send(slot.drawn[: window.rows], slot.order[: window.rows], free)
 
-    def _read(self, slices: list[int], ends: list[int], target: Tensor, free: torch.cuda.Event | None) -> NDArray[np.bool_]:
+    def _read(
+        self, slices: list[int], ends: list[int], target: Tensor, free: torch.cuda.Event | None, due: float
+    ) -> NDArray[np.bool_]:
         """Slices that lie one after the other in `target`, to these ends. Which of their rows count; nothing where all do."""
+        self._hurry.wait(max(0.0, due - time.perf_counter()))
         if free is None:
             return self._read_host(slices, ends, target)
         staging = self._staging.get()

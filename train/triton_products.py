@@ -50,7 +50,7 @@ class Tiling:
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Others that were tried, in ms: encode with 128 x 128 twice on each multiprocessor 3.6; hidden_grad with 128 x 256 3.6,
 # 256 x 128 3.6, 128 x 128 in two strips 5.0; 2 stages or tiles half as deep 4.1 and more.
-ENCODE = Tiling(rows=128, cols=256, stages=4, parts=4)
+ENCODE = Tiling(rows=128, cols=256, stages=4, parts=2)
 HIDDEN_GRAD = Tiling(rows=128, cols=128, warps=4, parts=4, per_processor=2)
 COUNT_ROWS, COUNT_WORDS, COUNT_BLOCK = 32, 32, 2048  # feature_count: a tile of bits, and the rows that one program goes down
 

@@ -164,6 +164,29 @@ def test_the_next_windows_are_read_while_one_is_used_and_no_further(cache: Cache
     assert next(expected, None) is None
 
 
+def test_a_window_is_read_as_fast_as_it_is_used_up_and_faster_where_it_is_waited_for(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen, count = Cache.read_slice, list[float](), 64  # slices of four blocks
+
+    def timed(self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
+        seen.append(time.perf_counter())
+        read(self, layer, block, index, out)
+
+    monkeypatch.setattr(Cache, "read_slice", timed)
+    config = LoaderConfig(batch=4 * cache.spec.block_rows, window_blocks=4, threads=2)  # a batch is a window
+    loader = iter(ActivationLoader(cache, 1, config, CPU, last=4))
+    next(loader)
+    time.sleep(2.0)
+    next(loader)  # from here on the third window is read, and the first one took two seconds
+    time.sleep(0.1)
+    paced = len(seen) - 2 * count
+    elapsed = time.perf_counter() - seen[2 * count]
+    assert 0 < paced <= count * elapsed / 1.4 + 8
+    next(loader)
+    assert seen[3 * count - 1] - seen[2 * count] < 1.0
+
+
 def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Cache.read_slice
 
