@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -276,7 +277,8 @@ def _waiting(lab: Lab, cache: Any, way: str, where: str) -> None:
     before = alone()
     began = time.perf_counter()
     batches = iter(_new_loader(lab, cache, 2))
-    steps.take([next(batches)])  # the first window has nothing to hide behind; it is once in a layer
+    # The first window has nothing to hide behind, and the second is read as fast as it can be: once in a layer.
+    first = steps.take(itertools.islice(batches, max(1, s.window_blocks * cache.spec.block_rows // s.tokens)))
     clock.synchronize(lab.device)
     start = time.perf_counter()
     seen = steps.take(batches)
@@ -286,7 +288,7 @@ def _waiting(lab: Lab, cache: Any, way: str, where: str) -> None:
     share = 1 - seen * (before + after) / 2 / seconds
     note = (
         f"{seen} batches, {seen * ready.numel() * 2 / seconds / 1e9:.2f} GB/s; a step on a ready batch {before:.4f} s before, "
-        f"{after:.4f} s after; {start - began:.2f} s until the first batch was done"
+        f"{after:.4f} s after; {start - began:.2f} s for the {first} batches before these, in all"
     )
     lab.goal(f"waiting, three {way} SAEs fed from {where}", share, "<", WAITING_GOAL, note=note)
 

@@ -169,7 +169,9 @@ def test_a_window_is_read_as_fast_as_it_is_used_up_and_faster_where_it_is_waited
 ) -> None:
     read, seen, count = Cache.read_slice, list[float](), 64  # slices of four blocks
 
-    def timed(self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
+    def timed(
+        self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
+    ) -> None:
         seen.append(time.perf_counter())
         read(self, layer, block, index, out)
 
