@@ -10,12 +10,9 @@ B = F = 32,768, d = 1024, bf16, L0 = 150 (4.9M entries). Measured on an H200 who
                    lists written, sorted (0.2 ms) and permuted 0.5 GB                      1.1 GB HBM     0.57 ms
     sparse_residual       2 KB of w_dec for each entry, twice: 20 GB                        8.2 TB/s       2.5 ms
     sparse_weight_grads   2 KB of x and 2 KB of g for each entry: 20 GB                     8.2 TB/s       2 x 1.25 ms
-    keep_largest_  z 2.15 GB read three times and written once, the bits; so far reckoned, not measured:
-                   8.7 GB HBM at the rate of activate_                                                    about 2.8 ms
-    unfold_        two gradients read and written, two masters read, where torch moves
-                   2.7 GB; reckoned likewise                              0.54 GB HBM             about 0.17 ms
-    fold_          two masters read, two copies written, where torch moves 1.1 GB;
-                   reckoned likewise                                      0.40 GB HBM             about 0.13 ms
+    keep_largest_  z 2.15 GB read three times and written once, the bits (torch: 48 ms)    8.7 GB HBM     3.5 ms
+    unfold_        two gradients read and written, two masters read (torch: 1.03 ms)       0.54 GB HBM    0.13 ms
+    fold_          two masters read, two copies written (torch: 0.36 ms)                   0.40 GB HBM    0.10 ms
     dense_residual 0.04, centre 0.03, adam_ 28 bytes an element                            3.5 TB/s       0.22 ms a matrix
 
 The two sparse ones are bound by L2 and the instructions around it: narrow tiles of one warp, many at a time, read 8 TB/s where

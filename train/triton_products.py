@@ -1,10 +1,11 @@
 """The two products of a training step whose results are [B, F], with the pass over the result inside. For H100 and H200.
 
-At full size, B = F = 32,768 and d = 1024, a product is 2.2 TFLOP. Milliseconds on an H200 (torch 2.11, triton 3.6):
+At full size, B = F = 32,768 and d = 1024, a product is 2.2 TFLOP. Milliseconds on an H200 (torch 2.11, triton 3.6), cool and,
+in turns with others, under load, when its 700 W lower the clock by a quarter:
 
                     cuBLAS alone   and the pass of triton_kernels   here
-    encode              2.9                   4.3                    3.45   (0.08 of it the count)
-    hidden_grad         2.9                   4.2                    3.45
+    encode            2.9, 3.3           4.3                     3.5, 3.9   (0.07 of it the count)
+    hidden_grad       2.9, 3.3           4.2                     3.4, 3.7
 
 cuBLAS's own epilogue (bias in bfloat16 and relu) takes 3.15 and leaves the counting, a read of 2.1 GB, to be done. Finishing a
 tile during the products of the next one was tried: its registers spill, and it took 5.4 ms and more.
@@ -48,8 +49,10 @@ class Tiling:
 
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Others that were tried, in ms: encode with 128 x 128 twice on each multiprocessor 3.6; hidden_grad with 128 x 256 3.6,
-# 256 x 128 3.6, 128 x 128 in two strips 5.0; 2 stages or tiles half as deep 4.1 and more.
+# Others that were tried, in ms: encode under load (3.85) in four strips 3.93, with three stages 3.99, counting while a tile is
+# finished 4.2; hidden_grad (3.67) with sums carried from tile to tile 3.56, which takes matrices that divide evenly, in strips
+# of 16 rows of tiles 3.8, with 128 x 256 4.0 and more; cool (3.4) with 256 x 128 3.6, 128 x 128 in two strips 5.0. Warps of
+# their own for loads: the compiler does not make them (`warp_specialize`), and kernels written so in Gluon hung.
 ENCODE = Tiling(rows=128, cols=256, stages=4, parts=2)
 HIDDEN_GRAD = Tiling(rows=128, cols=128, warps=4, parts=4, per_processor=2)
 COUNT_ROWS, COUNT_WORDS, COUNT_BLOCK = 32, 32, 2048  # feature_count: a tile of bits, and the rows that one program goes down
