@@ -218,6 +218,26 @@ def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path: Pa
     assert moved - before == {"buffered": 3 * PAGE}
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
+def test_what_cannot_be_opened_past_the_page_cache_is_read_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    opened, data, out = os.open, random_bytes(2 * PAGE), random_bytes(2 * PAGE)
+
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return opened(path, flags, *mode)
+
+    (tmp_path / "a").write_bytes(data)
+    out[:] = bytes(len(out))
+    monkeypatch.setattr(os, "open", refuse)
+    assert read_file(tmp_path / "a", out) == 2 * PAGE
+    assert out == data
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "b", out)
+
+
 def test_other_errors_are_not_taken_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
