@@ -6,7 +6,7 @@ shuffled and handed out. While one window is trained on, reader threads fill the
 order. The order is a pure function of (seed, epoch, cache), so a run resumes at any batch, and every setting and every
 later ablation sees the same batches.
 
-Memory: two windows (on the device), and on CUDA a few pinned slices for each reader thread besides. Slices are read
+Memory: two windows (on the device), and on CUDA a quarter of one in pinned slices for the reader threads. Slices are read
 straight into the window on a CPU, and into pinned memory and from there by a copy on a stream of their own on CUDA.
 
 A reader thread takes a few slices at a time, and few calls for each: every one of them hands the interpreter's lock on, which
@@ -133,8 +133,8 @@ class ActivationLoader:
         self._cuda = device.type == "cuda"
         if self._cuda:
             self._stream = new_stream(device)
+            rows = self._at_once * spec.slice_rows
             for _ in range(config.threads):
-                rows = self._at_once * spec.slice_rows
                 self._staging.put(torch.empty(rows, spec.d_model, dtype=torch.float16, pin_memory=True))
         self.waited = 0.0
 
@@ -175,7 +175,8 @@ class ActivationLoader:
         while loading:
             load = loading.popleft()
             began = time.perf_counter()
-            self._hurry.set()
+            if not all(work.done() for work in load.work):
+                self._hurry.set()
             if not self._arrived(load):
                 return
             self._hurry.clear()
