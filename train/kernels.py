@@ -79,10 +79,6 @@ class Workspace:
         self.dw_enc = torch.empty(n_features, d_model, dtype=dtype, device=device)
         self.dw_dec = torch.empty(n_features, d_model, dtype=dtype, device=device)
 
-    @property
-    def slots(self) -> int:
-        return len(self._z)
-
     def z(self, batch: int, *, feature_major: bool) -> Tensor:
         """A hidden layer, [batch, F]: the one that was handed out longest ago."""
         self._z.append(self._z.pop(0))
