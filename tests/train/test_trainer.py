@@ -67,6 +67,40 @@ def test_settings_do_what_they_say(runs_path: Path) -> None:
         assert len(set(last)) == len(last) > 5
 
 
+def test_a_setting_that_comes_later_catches_up_with_the_others(
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where steps are begun a batch ahead: two SAEs are stopped after 40 steps, and go on when the third is there.
+    What is stopped before it had a batch of its own keeps the state that it has."""
+    monkeypatch.setattr("train.trainer.queues", lambda device: True)
+    args = (*TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--layers", 1, "--save-minutes", 60)
+    for l1, calls, steps in (("8e-4,adaptive:5e-3@12", 80, [40, 40]), (L1, 10, [10, 40, 40])):
+        stop_after(monkeypatch, calls)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/state/layer01/*")}
+        assert cli("train", *args, "--l1", l1).code == 143
+        states = [Run(path).load_state(1) for path in tmp_path.iterdir()]
+        assert sorted(state[1]["step"] for state in states if state is not None) == steps
+        assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+        monkeypatch.undo()
+        monkeypatch.setattr("train.trainer.queues", lambda device: True)
+    assert cli("train", *args, "--l1", L1).code == 0
+    same(finals(tmp_path), {name: each for name, each in finals(runs_path).items() if "layer01" in name})
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Have the process asked to stop when so many steps are begun."""
+    begin, seen = TrainingSae.begin, 0
+
+    def watched(self: TrainingSae, x: torch.Tensor, workspace: Workspace, keep: float | None) -> Begun:
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begin(self, x, workspace, keep)
+
+    monkeypatch.setattr(TrainingSae, "begin", watched)
+
+
 def test_settings_together_are_settings_alone(cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path) -> None:
     for l1 in L1.split(","):
         result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", l1, "--layers", 1)
@@ -407,21 +441,21 @@ def test_a_finished_run_is_left_alone(cli: Cli, runs_path: Path, cache_path: Pat
     assert {p: p.stat().st_mtime_ns for p in runs_path.rglob("*.pt")} == before
 
 
-@pytest.mark.parametrize("log_records", [300, 2])
+@pytest.mark.parametrize(("log_records", "ahead"), [(300, False), (2, False), (2, True)])
 def test_a_setting_that_diverges_stops_alone(
-    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_records: int
+    cli: Cli, runs_path: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_records: int, ahead: bool
 ) -> None:
     """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end. Where
-    nothing is written at that step it is noticed one later."""
+    nothing is written at that step it is noticed one later; and with steps begun a batch ahead, as on a GPU."""
+    monkeypatch.setattr("train.trainer.queues", lambda device: ahead)
     monkeypatch.setattr("train.__main__.RunOptions", functools.partial(RunOptions, log_records=log_records))
-    finish = TrainingSae.finish
+    begin, first = TrainingSae.begin, list[TrainingSae]()
 
-    def poisoned(self: TrainingSae, begun: Begun, *, l1: float, workspace: Workspace, **options: object) -> StepResult:
-        if self.step_count == 30 and l1 == 3e-3:
-            begun = self.begin(begun.x * math.nan, workspace)
-        return finish(self, begun, l1=l1, workspace=workspace, **options)  # type: ignore[arg-type]
+    def poisoned(self: TrainingSae, x: torch.Tensor, workspace: Workspace, keep: float | None) -> Begun:
+        first.append(self)
+        return begin(self, x * math.nan if self.step_count == 30 and self is first[0] else x, workspace, keep)
 
-    monkeypatch.setattr(TrainingSae, "finish", poisoned)
+    monkeypatch.setattr(TrainingSae, "begin", poisoned)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1)
     result = cli("train", *TRAIN_ARGS, *args)
     assert result.code == 2
@@ -433,7 +467,7 @@ def test_a_setting_that_diverges_stops_alone(
     assert state[1]["step"] == 30
     assert all(torch.isfinite(t).all() for t in state[0].values())
     assert other.snapshot_path(1, "final").exists()
-    monkeypatch.setattr(TrainingSae, "finish", finish)
+    monkeypatch.setattr(TrainingSae, "begin", begin)
     assert cli("train", *TRAIN_ARGS, *args).code == 0
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k and "adaptive" not in k})
 
@@ -497,11 +531,12 @@ def others(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kill_at", [40, 77])
+@pytest.mark.parametrize(("kill_at", "ahead"), [(40, True), (77, False), (77, True)])
 def test_other_recipes_and_settings_resume_bit_for_bit(
-    cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+    cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int, ahead: bool
 ) -> None:
-    """Killed before the refit, and in it."""
+    """Killed before the refit, and in it; and with steps begun a batch ahead, as on a GPU."""
+    monkeypatch.setattr("train.trainer.queues", lambda device: ahead)
     kill_in_step(monkeypatch, cli, kill_at, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     assert result.code == 0, result.err
