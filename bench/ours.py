@@ -47,7 +47,7 @@ SETTINGS = 3
 LAYERS = 24
 CONTEXT, BLOCK_SEQUENCES = 1024, 32  # of a full-size block
 READ_BATCH, READ_WINDOW = 4096, 16
-READ_CALL = 512 << 10  # bytes of a direct read; a buffered one is faster in one piece
+READ_CALL = 4 << 20  # bytes of a direct read, a slice; a buffered one is faster in one piece
 HARVEST_BLOCKS = 3  # enough for one to be written while the next is computed
 TRAIN_BATCHES, TRAIN_WINDOW = 16, 2  # of a training round; blocks hold two batches
 
