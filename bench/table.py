@@ -39,6 +39,7 @@ GPU_STEPS = {  # figures of `python -m bench gpu`, and what README calls them
     "sparse step": "SAE step, sparse, L0 150, all features equally frequent",
     "sparse step, uneven": "SAE step, sparse, L0 150, as uneven as trained SAEs are",
     "three sparse settings": "three sparse SAEs on one batch",
+    "three settings, one dense at L0 1000, two sparse": "the same, one of them dense at L0 1,000",
 }
 GPU_PEERS = {
     "autograd_bf16": "all-bf16 autograd, fused Adam",
