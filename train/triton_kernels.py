@@ -40,6 +40,7 @@ Offsets of the [B, F] matrices and of the entry lists are 64 bits wide: B·F pas
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -89,17 +90,7 @@ class TritonKernels(TorchKernels):
         return out
 
     def activate_(self, h: Tensor, bias: Tensor) -> MarkedActivation:
-        n_rows, n_cols = h.shape
-        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_BLOCK))
-        feature_count = torch.zeros(n_cols, dtype=torch.int32, device=h.device)
-        bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=h.device)
-        partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=h.device)
-        _launch(
-            _activate_kernel, grid,
-            h, bias, bits, feature_count, partial, n_rows, n_cols, _row_stride(h), bits.stride(0),
-            BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
-        )  # fmt: skip
-        return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
+        return _mark_in_place(_activate_kernel, h, bias)
 
     def keep_largest_(self, z: Tensor, count: int) -> tuple[Activation, Tensor]:
         """16-bit floats ≥ 0 are in the order of their bit patterns, NaN after all others: so it is patterns that are compared.
@@ -120,16 +111,7 @@ class TritonKernels(TorchKernels):
         seen = (_patterns(z.index_select(0, last)) == least).cumsum(1)
         stay.index_copy_(0, last, (seen <= room[last]).sum(1))
 
-        grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_BLOCK))
-        feature_count = torch.zeros(n_cols, dtype=torch.int32, device=z.device)
-        bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
-        partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=z.device)
-        _launch(
-            _keep_kernel, grid,
-            z, least, stay.int(), bits, feature_count, partial, n_rows, n_cols, _row_stride(z), bits.stride(0),
-            BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
-        )  # fmt: skip
-        activation = MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
+        activation = _mark_in_place(_keep_kernel, z, least, stay.int())
         return activation, least.to(torch.int16).view(z.dtype)[0]
 
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -291,6 +273,20 @@ class TritonKernels(TorchKernels):
             grad.stride(0), grad.stride(1), copy.stride(0), copy.stride(1),
             UNIT_NORM=unit_norm, ROWS=rows, COLS=cols, num_warps=min(16, max(4, cols // 512)),
         )  # fmt: skip
+
+
+def _mark_in_place(kernel: Any, z: Tensor, *rule: Tensor) -> MarkedActivation:
+    """Run a kernel that changes z [B, F] by a rule of its own, strip by strip, and marks, counts and adds what is left."""
+    n_rows, n_cols = z.shape
+    grid = (triton.cdiv(n_cols, TILE_COLS), triton.cdiv(n_rows, TILE_BLOCK))
+    feature_count = torch.zeros(n_cols, dtype=torch.int32, device=z.device)
+    bits = torch.empty(n_rows, triton.cdiv(n_cols, 32), dtype=torch.int32, device=z.device)
+    partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=z.device)
+    _launch(
+        kernel, grid, z, *rule, bits, feature_count, partial, n_rows, n_cols, _row_stride(z), bits.stride(0),
+        BLOCK=TILE_BLOCK, ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=4,
+    )  # fmt: skip
+    return MarkedActivation(feature_count=feature_count, total=partial.sum(), bits=bits)
 
 
 def _patterns(z: Tensor) -> Tensor:
@@ -457,6 +453,30 @@ def _store_bits(
 
 
 @triton.jit
+def _store_marked(  # type: ignore[no-untyped-def]
+    at: tl.tensor, z: tl.tensor, inside: tl.tensor, bits_ptr: tl.tensor, rows: tl.tensor, first_col: tl.tensor,
+    n_rows: tl.tensor, n_cols: tl.tensor, bits_stride: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of z and its bits; returns it in float32, and as 0 and 1 where it is active."""
+    tl.store(at, z, mask=inside)
+    wide = z.to(tl.float32)
+    active = (wide > 0.0).to(tl.int32)
+    _store_bits(bits_ptr, _pack(active, ROWS, COLS), rows, first_col, n_rows, n_cols, bits_stride, COLS)
+    return wide, active
+
+
+@triton.jit
+def _store_counts(
+    feature_count_ptr: tl.tensor, partial_ptr: tl.tensor, cols: tl.tensor, n_cols: tl.tensor, count: tl.tensor,
+    total: tl.tensor,
+) -> None:  # fmt: skip
+    """What a strip counted and added up."""
+    # Integers: the order of the additions does not matter, and nobody reads them before the kernel ends.
+    tl.atomic_add(feature_count_ptr + cols, tl.sum(count, axis=0), mask=cols < n_cols, sem="relaxed")
+    tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
 def _activate_kernel(
     h_ptr: tl.tensor, bias_ptr: tl.tensor, bits_ptr: tl.tensor, feature_count_ptr: tl.tensor, partial_ptr: tl.tensor,
     n_rows: tl.tensor, n_cols: tl.tensor, h_stride: tl.tensor, bits_stride: tl.tensor,
@@ -477,14 +497,10 @@ def _activate_kernel(
         raw = tl.load(at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
         # "Not above" rather than a maximum: NaN must come through, or a broken run would look merely sparse.
         z = tl.where(inside & ~(raw <= 0.0), raw, 0.0).to(h_ptr.dtype.element_ty)
-        tl.store(at, z, mask=inside)
-        active = (z.to(tl.float32) > 0.0).to(tl.int32)
-        _store_bits(bits_ptr, _pack(active, ROWS, COLS), rows, first_col, n_rows, n_cols, bits_stride, COLS)
-        total += z.to(tl.float32)
+        wide, active = _store_marked(at, z, inside, bits_ptr, rows, first_col, n_rows, n_cols, bits_stride, ROWS, COLS)
+        total += wide
         count += active
-    # Integers: the order of the additions does not matter, and nobody reads them before the kernel ends.
-    tl.atomic_add(feature_count_ptr + cols, tl.sum(count, axis=0), mask=col_inside, sem="relaxed")
-    tl.store(partial_ptr + block * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+    _store_counts(feature_count_ptr, partial_ptr, cols, n_cols, count, total)
 
 
 @triton.jit
@@ -558,13 +574,10 @@ def _keep_kernel(
         pattern = _pattern(z)
         kept = (pattern > least) | ((pattern == least) & (cols[None, :] < stay[:, None]))
         z = tl.where(kept, z, 0.0)
-        tl.store(at, z, mask=inside)
-        active = (z.to(tl.float32) > 0.0).to(tl.int32)
-        _store_bits(bits_ptr, _pack(active, ROWS, COLS), rows, first_col, n_rows, n_cols, bits_stride, COLS)
-        total += z.to(tl.float32)
+        wide, active = _store_marked(at, z, inside, bits_ptr, rows, first_col, n_rows, n_cols, bits_stride, ROWS, COLS)
+        total += wide
         count += active
-    tl.atomic_add(feature_count_ptr + cols, tl.sum(count, axis=0), mask=col_inside, sem="relaxed")
-    tl.store(partial_ptr + block * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+    _store_counts(feature_count_ptr, partial_ptr, cols, n_cols, count, total)
 
 
 @triton.jit

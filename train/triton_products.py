@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shared.launch import launch as _launch
 from train.kernels import Activation, Workspace
-from train.triton_kernels import MarkedActivation, TritonKernels, _bits
+from train.triton_kernels import MarkedActivation, TritonKernels, _bits, _store_bits
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -237,9 +237,7 @@ def _encode_kernel(
             z_tiles.store([first_row, first_col + i * WIDTH], z)
             sums += tl.sum(wide, axis=1)
             words = tl.sum(flags << (2 * tl.arange(0, 4))[None, None, :], axis=2)
-            word = (first_col + i * WIDTH) // 32 + tl.arange(0, WIDTH // 32)
-            inside = (rows < n_rows)[:, None] & (word * 32 < n_cols)[None, :]
-            tl.store(bits_ptr + rows.to(tl.int64)[:, None] * bits_stride + word[None, :], words, mask=inside)
+            _store_bits(bits_ptr, words, rows, first_col + i * WIDTH, n_rows, n_cols, bits_stride, WIDTH)
         tl.store(partial_ptr + tile, tl.sum(tl.where(rows < n_rows, sums, 0.0)))
 
 
