@@ -92,7 +92,7 @@ def _write(path: Path, data: bytes | memoryview) -> None:
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write to an open file and fsync it."""
     view = memoryview(data).cast("B")
-    direct = _whole_pages(view) > 0 and _set_direct(fd, True)
+    direct = _in_pages(view) and _set_direct(fd, True)
     if _move_all(fd, view, lambda part, done: os.write(fd, part), direct) < len(view):
         raise OSError(errno.EIO, "the file system took no more bytes")
     os.fsync(fd)
@@ -105,7 +105,7 @@ def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
     interpreter's lock, and many threads read at a time.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC
-    direct = offset % PAGE == 0 and _whole_pages(out) > 0
+    direct = offset % PAGE == 0 and _in_pages(out)
     try:
         fd = os.open(path, flags | _DIRECT if direct else flags)
     except OSError:  # a file system in a user's program (FUSE) refuses the flag in its own words; any other reason comes again
@@ -118,10 +118,9 @@ def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
         os.close(fd)
 
 
-def _whole_pages(view: memoryview) -> int:
-    """Bytes of whole pages at its beginning that can go past the page cache; none if it does not begin where a page does."""
-    whole = len(view) // PAGE * PAGE if _DIRECT else 0
-    return whole if whole and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0 else 0
+def _in_pages(view: memoryview) -> bool:
+    """Whether it begins where a page does and has a whole one, which can go past the page cache."""
+    return bool(_DIRECT) and len(view) >= PAGE and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0
 
 
 def _move_all(fd: int, view: memoryview, move: Callable[[memoryview, int], int], direct: bool) -> int:
