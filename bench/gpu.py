@@ -41,9 +41,9 @@ from bench.clock import timed
 from bench.lab import DRY, FULL, Lab, Row
 from bench.peers import ROOT
 from shared import files
-from shared.cli import UserError
 from shared.device import pick_device
-from train.kernels import TorchKernels, row_norms
+from shared.errors import UserError
+from train.kernels.base import TorchKernels, row_norms
 from train.step import StepConfig, TrainingSae, pick_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "zarr", "numpy", "datasets", "sae-lens", "eai-sparsify")
@@ -310,7 +310,7 @@ def forward_flop(lab: Lab) -> float:
 
 
 def language_model(lab: Lab) -> Any:
-    from harvest.model import ResidualModel
+    from harvest.language_model import ResidualModel
 
     if lab.model is None:
         config = ours.lm_config(d=lab.sizes.d, layers=lab.sizes.layers, vocab=lab.sizes.vocab)
@@ -366,7 +366,7 @@ def harvest(lab: Lab) -> None:
 
 
 def _harvest_to(lab: Lab, where: str, folder: Path) -> None:
-    from harvest.harvest import HarvestConfig, verify
+    from harvest.run import HarvestConfig, verify
     from harvest.writer import WriterConfig
 
     s = lab.sizes
@@ -503,8 +503,8 @@ def evaluation(lab: Lab) -> None:
     """What `python -m eval` does for each checkpoint: numbers on held-out rows, and the language model's loss through it."""
     from transformers import AutoModelForCausalLM
 
-    from eval.metrics import measure
-    from eval.splice import SplicedModel, through
+    from eval.measure.metrics import measure
+    from eval.measure.splice import SplicedModel, through
 
     s = lab.sizes
     steps = new_steps(lab, 2, "sparse")
@@ -740,7 +740,7 @@ def _kernels(device: torch.device) -> TorchKernels:
     if device.type == "cuda":
         return pick_kernels("bf16", device)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from train.triton_kernels import TritonKernels
+        from train.kernels.cuda import TritonKernels
 
         return TritonKernels()
     return TorchKernels()

@@ -1,6 +1,6 @@
 """The correctness half of `python -m bench gpu`: nothing is worth timing before it is right.
 
-The kernels one by one are checked by tests/train/test_triton_kernels.py; here the whole step is, by what it is defined to
+The kernels one by one are checked by tests/train/kernels/test_cuda.py; here the whole step is, by what it is defined to
 compute, through the same calls as the trainer makes.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import ours
 from bench.lab import Lab
 from shared.files import PAGE, page_aligned, write_file
-from train.kernels import TorchKernels
+from train.kernels.base import TorchKernels
 from train.step import StepConfig, TrainingSae
 
 NO_CLIP = 1e9
@@ -69,7 +69,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 def activations(lab: Lab) -> None:
     """Every layer's activations on the device in fp32 and bf16, against fp32 on the CPU."""
-    from harvest.model import ResidualModel
+    from harvest.language_model import ResidualModel
 
     s, cpu = lab.sizes, torch.device("cpu")
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def activations(lab: Lab) -> None:
 
 def half_range(lab: Lab) -> None:
     """Nothing infinite and no NaN goes into a cache, what did not fit is counted, and every row lies at its place."""
-    from harvest.native import put_rows
+    from harvest.neox import put_rows
     from harvest.writer import FP16_MAX
 
     x = torch.randn(64, 1024, device=lab.device, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import clock
-from train.kernels import TorchKernels
+from train.kernels.base import TorchKernels
 from train.step import TrainingSae
 
 

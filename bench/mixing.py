@@ -24,11 +24,11 @@ from torch import Tensor
 from bench.peers import ROOT
 from bench.report import RESULTS as FOLDER
 from bench.report import machine, today
-from eval.metrics import heldout_blocks, measure
+from eval.measure.metrics import heldout_blocks, measure
 from shared.cache import Cache
 from shared.presets import get_preset
 from shared.shuffle import permutation, window_rows
-from train.kernels import Workspace
+from train.kernels.base import Workspace
 from train.loader import ActivationLoader, LoaderConfig
 from train.step import StepConfig, TrainingSae, pick_kernels
 

@@ -29,14 +29,14 @@ from bench.peers import Load
 from bench.report import Contender
 from shared.files import PAGE, page_aligned
 from shared.presets import get_preset
-from train.kernels import Workspace
+from train.kernels.base import Workspace
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 from train.trainer import queues
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
 if TYPE_CHECKING:
-    from harvest.harvest import HarvestConfig, Shares
-    from harvest.model import ResidualModel
+    from harvest.language_model import ResidualModel
+    from harvest.run import HarvestConfig, Shares
     from shared.cache import Cache, CacheSpec
 
 LR = 1e-9  # the whole of Adam's work, and an SAE that stays as sparse as it was set
@@ -529,7 +529,7 @@ class Harvest:
     vocab: int
 
     def run(self) -> float:
-        from harvest.native import put_rows
+        from harvest.neox import put_rows
 
         layers, rows, d = self.data.shape
         tokens = torch.randint(0, self.vocab, (rows // self.context, self.context))
@@ -578,7 +578,7 @@ class HarvestRuns:
     shares: Shares | None = None  # of the last round
 
     def run(self) -> float:
-        from harvest.harvest import harvest_blocks
+        from harvest.run import harvest_blocks
 
         empty(self.cache)
         start = time.perf_counter()
@@ -590,7 +590,7 @@ class HarvestRuns:
 
 
 def harvest_runs(load: Load, model: ResidualModel, context: int, vocab: int) -> HarvestRuns:
-    from harvest.harvest import HarvestConfig
+    from harvest.run import HarvestConfig
     from harvest.writer import WriterConfig
 
     sequences = max(load.tokens // context, 2)  # two contexts are one pass on a CPU
@@ -604,7 +604,7 @@ def harvest_runs(load: Load, model: ResidualModel, context: int, vocab: int) -> 
 def forward(load: Load) -> list[Contender]:
     from transformers import AutoModelForCausalLM
 
-    from harvest.model import ResidualModel
+    from harvest.language_model import ResidualModel
 
     device = torch.device(load.device)
     config = lm_config(d=load.d, **({} if load.d == 1024 else {"layers": 4, "vocab": 512}))

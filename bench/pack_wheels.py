@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from bench.peers import ROOT
-from shared.cli import UserError
+from shared.errors import UserError
 
 OURS = (
     "zarr",

@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 
 from bench import report, table
-from shared.cli import UserError, parse_count
+from shared.errors import UserError
+from shared.units import parse_count
 
 PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
 FORWARD, WRITE, READ = "harvest forward", "harvest write", "read"

@@ -28,15 +28,15 @@ import torch
 from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment
 from bench.report import RESULTS as FOLDER
 from bench.report import machine, today
-from eval.evaluate import heldout
-from eval.metrics import heldout_tokens
-from eval.splice import SplicedModel
+from eval.measure.evaluate import heldout
+from eval.measure.metrics import heldout_tokens
+from eval.measure.splice import SplicedModel
 from shared.cache import Cache
-from shared.cli import parse_count
 from shared.lm import harvested_model
 from shared.presets import get_preset
+from shared.runs.sae import Sae
+from shared.units import parse_count
 from train.loader import ActivationLoader, LoaderConfig
-from train.sae import Sae
 
 RESULTS, PICTURE = FOLDER / "quality.json", ROOT / "docs" / "quality.png"
 SCRATCH = ROOT / "build" / "bench" / "quality"

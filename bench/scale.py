@@ -34,13 +34,14 @@ import torch
 
 from bench import report, table
 from bench.peers import ROOT
-from harvest.harvest import HarvestConfig, harvest_blocks, in_turn
-from harvest.model import ResidualModel
-from harvest.native import Sink
+from harvest.language_model import ResidualModel
+from harvest.neox import Sink
+from harvest.run import HarvestConfig, harvest_blocks, in_turn
 from shared.cache import Cache, CacheSpec
-from shared.cli import Shard, UserError
+from shared.errors import UserError
 from shared.progress import Progress
-from shared.store import Folder, Staged
+from shared.stores.store import Folder, Staged
+from shared.units import Shard
 from train.loader import ActivationLoader, LoaderConfig
 
 RESULTS, PICTURE = report.RESULTS / "scale.json", ROOT / "docs" / "scale.png"

@@ -5,27 +5,29 @@ from typing import Any
 
 import click
 
-from eval.card import Publication, sister_runs, write_card
-from eval.distill import DistillOptions, distill, distill_table
-from eval.evaluate import EvalConfig, Record, Skipped, evaluate, find_runs, runs_in
-from eval.export import FORMS, ExportConfig, export
-from eval.floor import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
-from eval.match import match_runs, match_table, match_to_final, open_run
-from eval.measured import measured_floors
-from eval.metrics import DEAD_AT
-from eval.pages import PagesConfig, write_pages
-from eval.plots import plot_runs
-from eval.publish import PublishConfig, publish
-from eval.report import text_table, write_report
-from eval.students import DistillConfig
+from eval.floors.distill import DistillOptions, distill, distill_table
+from eval.floors.measured import measured_floors
+from eval.floors.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
+from eval.floors.students import DistillConfig
+from eval.measure.evaluate import EvalConfig, Record, Skipped, evaluate, find_runs, runs_in
+from eval.measure.match import match_runs, match_table, match_to_final, open_run
+from eval.measure.metrics import DEAD_AT
+from eval.pages.write import PagesConfig, write_pages
+from eval.publish.card import Publication, sister_runs, write_card
+from eval.publish.export import FORMS, ExportConfig, export
+from eval.publish.upload import PublishConfig, publish
+from eval.report.page import text_table, write_report
+from eval.report.plots import plot_runs
 from shared.cache import Cache
-from shared.cli import DefaultRun, Number, UserError, parse_count, parse_layers, run, say
+from shared.cli import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS, DefaultRun, Number, run
 from shared.device import pick_device
-from shared.mirror import fetched, local
-from shared.options import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS
+from shared.errors import UserError
 from shared.presets import get_preset
-from shared.store import Location
-from train.runs import Run
+from shared.progress import say
+from shared.runs.run import Run
+from shared.stores.mirror import fetched, local
+from shared.stores.store import Location
+from shared.units import parse_count, parse_layers
 
 
 @click.group(cls=DefaultRun)

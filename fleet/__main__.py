@@ -10,9 +10,11 @@ import click
 from fleet.cluster import Fleet, RayCommands
 from fleet.commands import Commands
 from fleet.job import Job, JobConfig, wanted
-from shared.cli import UserError, parse_bytes, run, say
-from shared.options import CACHE, DEVICE, PRESET, RUNS, options
+from shared.cli import CACHE, DEVICE, PRESET, RUNS, options, run
+from shared.errors import UserError
 from shared.presets import get_preset
+from shared.progress import say
+from shared.units import parse_bytes
 
 
 @click.group()

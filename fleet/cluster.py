@@ -18,10 +18,11 @@ from typing import Any
 
 from fleet.commands import Commands, start
 from shared.cache import Cache
-from shared.cli import UserError, parse_layers, say
-from shared.progress import Progress
-from shared.store import Location, parse_location
-from train.runs import SNAPSHOTS, made
+from shared.errors import UserError
+from shared.progress import Progress, say
+from shared.runs.run import SNAPSHOTS, made
+from shared.stores.store import Location, parse_location
+from shared.units import parse_layers
 
 LOCAL = "local"
 _LOOK = 5.0  # seconds between looks at how far it is

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.evaluate import measured
+from eval.measure.evaluate import measured
 from fleet.commands import Commands
 from fleet.plan import Plan
 from fleet.room import Room, Window, room, used_bytes, windows
 from shared.cache import Cache, CacheSpec
-from shared.cli import UserError, format_bytes, format_layers, format_seconds, say
+from shared.errors import UserError
 from shared.files import make_dir, owned, remove_leftovers
+from shared.progress import say
+from shared.runs.run import SNAPSHOTS, Run, made
 from shared.seal import seal, sealed
-from shared.store import Location
-from train.runs import SNAPSHOTS, Run, made
+from shared.stores.store import Location
+from shared.units import format_bytes, format_layers, format_seconds
 
 STAGES = ("harvest", "train", "eval")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from bench import project, report, table
 from fleet.room import Window
 from shared.cache import CacheSpec
-from shared.cli import format_bytes, format_layers, format_seconds
+from shared.units import format_bytes, format_layers, format_seconds
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
-from shared.cli import UserError, format_bytes
+from shared.errors import UserError
 from shared.files import PAGE
-from train.runs import SNAPSHOTS, made
+from shared.runs.run import SNAPSHOTS, made
+from shared.units import format_bytes
 
 _HEADER = 8 << 10  # of a checkpoint or a state: its configuration, and what its format adds
 _CURVE = 128 << 10  # a training curve: 300 records

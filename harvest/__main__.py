@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harvest.harvest import (
+from harvest.run import (
     Damage,
     HarvestConfig,
     free,
@@ -21,23 +21,12 @@ from harvest.harvest import (
     require_space,
     verify,
 )
-from harvest.text import TextSource, require_one_context
+from harvest.tokens import TextSource, require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
-from shared.cli import (
-    ALONE,
-    DefaultRun,
-    Shard,
-    UserError,
-    format_bytes,
-    format_layers,
-    parse_count,
-    parse_layers,
-    parse_shard,
-    run,
-    say,
-)
+from shared.cli import CACHE, DEVICE, PRESET, DefaultRun, options, run
 from shared.device import pick_device
+from shared.errors import UserError
 from shared.lm import (
     Model,
     harvested_model,
@@ -48,9 +37,10 @@ from shared.lm import (
     tokenizer_hash,
     unpin,
 )
-from shared.options import CACHE, DEVICE, PRESET, options
 from shared.presets import Preset, get_preset
-from shared.store import Location, open_store
+from shared.progress import say
+from shared.stores.store import Location, open_store
+from shared.units import ALONE, Shard, format_bytes, format_layers, parse_count, parse_layers, parse_shard
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

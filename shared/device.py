@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from shared.cli import UserError, say
-from shared.native import keep_memory
+from shared.compile import keep_memory
+from shared.errors import UserError
+from shared.progress import say
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _HOST_MEMORY = 8 << 30  # bytes that work on a CPU may hold at once, for those who hold things by the group

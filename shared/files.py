@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cli import UserError
+from shared.errors import UserError
 
 PAGE = mmap.PAGESIZE
 UNKNOWN_FREE = 1 << 62  # bytes: what `free_bytes` says where the file system does not

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging
 
 from shared.cache import Cache
-from shared.cli import UserError
 from shared.device import bfloat16_is_slow
+from shared.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.cli import UserError
+from shared.errors import UserError
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,14 +1,33 @@
-"""One progress line for long work: done, share, rate, time left, and whatever the caller adds.
+"""What a command says while it works: lines, and one progress line for long work (done, share, rate, time left).
 
 On a terminal the line rewrites itself several times a second; elsewhere (logs, CI) a plain line appears now and then.
 """
 
+import contextlib
+import os
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from shared.cli import format_seconds, say
+from shared.units import format_seconds
+
+
+def say(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Print. That nobody listens any more (`| head`, a full disk behind `>`) stops no work and changes no exit code."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        mute(stream)
+
+
+def mute(stream: Any) -> None:
+    """Let the rest go nowhere, what Python flushes at its end included."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 class Progress:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shared.compile import load
 from shared.files import replacing, temporary
-from shared.native import load
 
 SEAL = "checksum"
 _SOURCE = Path(__file__).with_name("crc32c.c")

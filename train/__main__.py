@@ -7,16 +7,18 @@ from typing import Any
 import click
 
 from shared.cache import Cache
-from shared.cli import SEED, THREADS, Number, Shard, UserError, format_layers, parse_count, parse_layers, parse_shard, run, say
+from shared.cli import CACHE, DEVICE, PRESET, RUNS, SEED, THREADS, Number, run
 from shared.device import pick_device
-from shared.mirror import Mirror, local
-from shared.options import CACHE, DEVICE, PRESET, RUNS
+from shared.errors import UserError
 from shared.presets import get_preset
-from shared.scratch import ScratchConfig
-from shared.store import Bucket, Location
+from shared.progress import say
+from shared.stores.mirror import Mirror, local
+from shared.stores.scratch import ScratchConfig
+from shared.stores.store import Bucket, Location
+from shared.units import Shard, format_layers, parse_count, parse_layers, parse_shard
 from train.loader import FOLLOW_POLL
 from train.recipes import PUBLISHED, RECIPES
-from train.settings import parse_settings
+from train.sparsity.settings import parse_settings
 from train.step import StepConfig
 from train.trainer import RunOptions, TrainConfig, run_folders, train
 

@@ -34,11 +34,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.cache import BlockStats, Cache
-from shared.cli import UserError, say
 from shared.device import new_event, new_stream
+from shared.errors import UserError
 from shared.files import page_aligned
+from shared.progress import say
+from shared.runs.rows import ALL, Rows, fill
 from shared.shuffle import epoch_slices, window_rows
-from train.rows import ALL, Rows, fill
 
 _SPREAD = 0.7  # share of a window's time over which the next but one is read
 _TURNS = 4  # that a reader thread has in a window, at least: with fewer, the last ones of a window would be waited for
@@ -54,7 +55,7 @@ class LoaderConfig:
     threads: int = 16  # each waits for one call of the disk at a time
     seed: int = 0
     check: bool = True  # compare every slice with its checksum as it is read
-    rows: Rows = ALL  # those left out have others of their window in their places, see `train.rows.fill`
+    rows: Rows = ALL  # those left out have others of their window in their places, see `shared.runs.rows.fill`
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

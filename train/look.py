@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from shared.cache import Cache
+from shared.runs.rows import Rows, norms, nothing_left
 from shared.shuffle import epoch_slices
-from train.rows import Rows, norms, nothing_left
 
 LONG = 10  # times the median norm
 FLATTERS = 0.5  # share of variance in one direction, in first positions or in long rows, from which FVU says little

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
-from train.sae import Sae
+from shared.runs.sae import Sae
+from train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -100,12 +100,12 @@ class StepResult:
 def pick_kernels(precision: str, device: torch.device) -> TorchKernels:
     """The fastest implementation for this device and precision; plain torch where there is no other."""
     if precision == "bf16" and device.type == "cuda":
-        from train.triton_kernels import TritonKernels
-        from train.triton_products import HopperKernels
+        from train.kernels.cuda import TritonKernels
+        from train.kernels.hopper import HopperKernels
 
         return HopperKernels() if torch.cuda.get_device_capability(device) == (9, 0) else TritonKernels()
     if precision == "bf16" and device.type == "cpu":
-        from train.native import load_native
+        from train.kernels.cpu import load_native
 
         return load_native() or TorchKernels()
     return TorchKernels()
@@ -162,7 +162,7 @@ class TrainingSae:
     ) -> StepResult:
         """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite.
 
-        `keep` leaves nothing but the keep · B largest activations of the batch (train/batchtopk.py). `refit` trains the decoder
+        `keep` leaves nothing but the keep · B largest activations of the batch. `refit` trains the decoder
         and its bias alone, with rows of any norm: L0 stays, and at l1 = 0 what L1 took from the activations comes back."""
         return self.finish(self.begin(x, workspace, keep), lr=lr, l1=l1, workspace=workspace, refit=refit)
 

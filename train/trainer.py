@@ -11,23 +11,25 @@ from typing import Any
 import torch
 
 from shared.cache import Cache
-from shared.cli import UserError, finishing, format_bytes, format_layers, say
 from shared.device import announce, device_kind
+from shared.errors import UserError
 from shared.files import free_bytes
-from shared.mirror import Mirror
-from shared.progress import Progress
+from shared.progress import Progress, say
+from shared.runs.rows import Rows
+from shared.runs.run import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
+from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL
 from shared.shuffle import epoch_slices
-from train.kernels import TorchKernels, Workspace
-from train.l1 import ControllerConfig
+from shared.stop import finishing
+from shared.stores.mirror import Mirror
+from shared.units import format_bytes, format_layers
+from train.kernels.base import TorchKernels, Workspace
 from train.loader import FOLLOW_POLL, ActivationLoader, LoaderConfig
 from train.look import Look
 from train.recipes import PUBLISHED
-from train.rows import Rows
-from train.runs import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
-from train.sae import Damaged, Sae
 from train.saver import Saver
-from train.settings import Setting, holds_l0, refit_from
+from train.sparsity.l1 import ControllerConfig
+from train.sparsity.settings import Setting, holds_l0, refit_from
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 
@@ -59,7 +61,7 @@ class TrainConfig:
 
     @property
     def refit_from(self) -> int:
-        """See `train.settings.refit_from`."""
+        """See `train.sparsity.settings.refit_from`."""
         return refit_from(self.steps, self.refit)
 
     def lr_at(self, step: int) -> float:

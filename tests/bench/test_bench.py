@@ -17,7 +17,7 @@ from bench.__main__ import Config, main, start_peers
 from bench.goals import Goal, goals
 from bench.peers import STEPS, WRITERS, Load, Peer, PeerFailed, Worker
 from bench.report import Comparison, Contender, Entry, Machine, Results
-from shared.cli import UserError
+from shared.errors import UserError
 
 MACHINE = Machine(
     slug="box-2c", cpu="Box", cores=2, memory_gib=8.0, flags=("amx_bf16",), gpu=None, system="Linux", python="3", torch="2",

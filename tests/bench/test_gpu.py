@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from bench import gpu, project, table
 from bench.__main__ import main
 from bench.lab import DRY, Lab
-from shared.cli import UserError
-from train.kernels import TorchKernels
+from shared.errors import UserError
+from train.kernels.base import TorchKernels
 
 
 @pytest.fixture

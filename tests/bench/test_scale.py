@@ -4,7 +4,7 @@ import pytest
 
 from bench import scale
 from bench.scale import DENSE, FOLLOW, HARVEST, SPARSE, Found, Point, points, simulate, tables
-from shared.cli import UserError
+from shared.errors import UserError
 
 FIGURES = dict(zip(scale.FIGURES.values(), (209_132.0, 0.0518, 0.0293), strict=True))
 POINT = points(FIGURES)[0]

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from eval.evaluate import features_path
-from eval.floor import Statistics, capacity, critical_width, floors, student_widths
-from eval.metrics import Features, save_features
+from eval.floors.predicted import Statistics, capacity, critical_width, floors, student_widths
+from eval.measure.evaluate import features_path
+from eval.measure.metrics import Features, save_features
 from shared.cache import CacheSpec
+from shared.runs.run import Run, run_config, snapshot_tokens
+from shared.runs.sae import Sae
 from shared.seal import seal
-from train.l1 import L1Setting
-from train.runs import Run, run_config, snapshot_tokens
-from train.sae import Sae
+from train.sparsity.l1 import L1Setting
 from train.trainer import TrainConfig
 
 SETTINGS = {"3e-4-fixed": (3e-4, 90.0), "8e-5-fixed": (8e-5, 320.0), "adaptive": (5e-4, 150.0)}  # λ and the L0 it ends at
@@ -186,7 +186,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
 
 
 def make_distilled(folder: Path, results: dict[str, list[Record]]) -> None:
-    """distilled.json beside the runs, in the form of eval/distill.py: five widths, three seeds, a fit for each SAE."""
+    """distilled.json beside the runs, in the form of eval/floors/distill.py: five widths, three seeds, a fit for each SAE."""
     config = Run(folder / next(iter(results))).config()
     widths = (128, 256, 384, 512, 768)
     students = [

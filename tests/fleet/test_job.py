@@ -17,9 +17,9 @@ from fleet.commands import Commands
 from fleet.job import Job, JobConfig
 from fleet.room import Room, Window, used_bytes, windows
 from shared.cache import Cache
-from shared.cli import UserError
+from shared.errors import UserError
+from shared.runs.run import Run
 from tests.conftest import TRAIN_ARGS, invoke
-from train.runs import Run
 
 L1 = "3e-3"
 

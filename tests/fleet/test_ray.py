@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fleet.cluster import Fleet, RayCommands, _task
-from shared.cli import UserError
+from shared.errors import UserError
 from tests.conftest import ROOT, TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.metrics import heldout_blocks
+from eval.measure.metrics import heldout_blocks
 from shared.cache import Cache
-from shared.cli import UserError
+from shared.errors import UserError
 from shared.seal import to_bytes
 from tests.conftest import TRAIN_ARGS, Cli
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from harvest.writer import BlockWriter, WriterConfig, _sums, _torch_sums, block_stats, to_float16
 from shared.cache import Cache
-from shared.cli import UserError
+from shared.errors import UserError
 from shared.files import PAGE
 from shared.seal import crc32c
-from shared.store import Location
-from tests.shared.test_cache import SPEC
+from shared.stores.store import Location
+from tests.shared.cache.test_cache import SPEC
 
 
 def test_what_float16_cannot_hold_is_counted_and_never_infinite() -> None:

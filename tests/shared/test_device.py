@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from shared import device as module
-from shared.cli import UserError
 from shared.device import announce, pick_device, send
+from shared.errors import UserError
 
 TOO_OLD = (
     "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver "

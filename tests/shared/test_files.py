@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.cli import UserError
+from shared.errors import UserError
 from shared.files import (
     PAGE,
     UNKNOWN_FREE,

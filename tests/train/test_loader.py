@@ -12,7 +12,7 @@ import torch
 
 from bench.ours import cache_spec
 from shared.cache import BlockStats, Cache, slice_checksums
-from shared.cli import UserError
+from shared.errors import UserError
 from train import loader as module
 from train.loader import ActivationLoader, LoaderConfig
 

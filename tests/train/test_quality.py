@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.metrics import heldout_blocks, largest_cosine, measure
+from eval.measure.metrics import heldout_blocks, largest_cosine, measure
 from shared.cache import Cache
+from shared.runs.sae import Sae
 from tests.conftest import Cli, invoke
-from train.kernels import Workspace
-from train.sae import Sae
+from train.kernels.base import Workspace
 from train.step import StepConfig, TrainingSae, pick_kernels
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels import TorchKernels, Workspace
-from train.native import load_native
+from train.kernels.base import TorchKernels, Workspace
+from train.kernels.cpu import load_native
 from train.step import Begun, StepConfig, TrainingSae
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from shared.cache import Cache
+from shared.runs.run import Run, snapshot_tokens
+from shared.runs.sae import Sae
 from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
-from train.kernels import Workspace
+from train.kernels.base import Workspace
 from train.recipes import RECIPES
-from train.runs import Run, snapshot_tokens
-from train.sae import Sae
 from train.step import Begun, StepResult, TrainingSae
 from train.trainer import RunOptions, TrainConfig
 

@@ -1,0 +1,102 @@
+"""How many of one SAE's features another has: two seeds of a setting, or a snapshot and the SAE that it became.
+
+For each decoder row of the one, the largest cosine to a decoder row of the other: its mean (mean maximum cosine similarity,
+Sharkey et al., 2022), and the share above 0.7 (the threshold of Paulo & Belrose, arXiv:2501.16615, who pair features one to
+one; here two may find the same partner). Directions of features that never fire are what they were drawn as, so where an
+evaluation has left densities only features that are alive are looked for and among.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eval.measure.evaluate import measured_features
+from eval.measure.metrics import match
+from shared.errors import UserError
+from shared.files import make_dir, publish_json
+from shared.runs.run import FINAL, Run, Snapshot
+from shared.runs.sae import Sae
+from shared.seal import SEAL
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Matched:
+    """One SAE's features among another's."""
+
+    layer: int
+    snapshot: str
+    among: str  # which SAE the features were looked for in
+    alive_only: bool  # of both; else densities of one were not there
+    features: int
+    mean_max_cosine: float | None
+    matched: float | None
+
+
+def match_to_final(run: Run, alive_above: float, device: torch.device) -> list[Matched]:
+    """Each earlier snapshot's features among those of the layer's final SAE. Raises UserError if no layer has both."""
+    finals = {s.layer: s for s in run.snapshots() if s.label == FINAL}
+    pairs = [(s, finals[s.layer]) for s in run.snapshots() if s.label != FINAL and s.layer in finals]
+    if not pairs:
+        raise UserError(f"{run.path} has no layer with an earlier snapshot and a final one: train it to its end first")
+    found = [_match((run, mine), (run, final), FINAL, alive_above, device) for mine, final in pairs]
+    return _write(run, "match_final", found)
+
+
+def match_runs(mine: Run, theirs: Run, alive_above: float, device: torch.device) -> list[Matched]:
+    """The features of every snapshot among those of the other run's snapshot of the same layer and name. Raises UserError if
+    there is none."""
+    others = {(s.layer, s.label): s for s in theirs.snapshots()}
+    pairs = [(s, others[s.layer, s.label]) for s in mine.snapshots() if (s.layer, s.label) in others]
+    if not pairs:
+        raise UserError(f"{mine.path} and {theirs.path} have no snapshot of the same layer and name: there is nothing to match")
+    name = f"{theirs.name}-seed{theirs.config()['train'].get('seed')}"
+    return _write(mine, f"match_{name}", [_match((mine, a), (theirs, b), name, alive_above, device) for a, b in pairs])
+
+
+def _match(
+    mine: tuple[Run, Snapshot], theirs: tuple[Run, Snapshot], among: str, alive_above: float, device: torch.device
+) -> Matched:
+    (rows, alive), (other_rows, other_alive) = (_decoder(*side, alive_above, device) for side in (mine, theirs))
+    if rows.shape[1] != other_rows.shape[1]:
+        sizes = f"{mine[1].path} is over {rows.shape[1]} dimensions, {theirs[1].path} over {other_rows.shape[1]}"
+        raise UserError(f"{sizes}: match SAEs of one language model")
+    alive_only = alive is not None and other_alive is not None
+    if alive is not None and other_alive is not None:
+        rows, other_rows = rows[alive], other_rows[other_alive]
+    found = dataclasses.asdict(match(rows, other_rows))
+    return Matched(layer=mine[1].layer, snapshot=mine[1].label, among=among, alive_only=alive_only, **found)
+
+
+def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Decoder rows [F, d], and which of them are alive [F] if that was measured."""
+    sae = Sae.load(snapshot.path, belongs=run.belongs(snapshot.layer, snapshot.label))
+    rows = sae.w_dec.to(device)
+    measured = measured_features(run, snapshot.layer, snapshot.label, sae.stats[SEAL])
+    return rows, None if measured is None else (measured[0].density > alive_above).to(device)
+
+
+def _write(run: Run, name: str, found: list[Matched]) -> list[Matched]:
+    publish_json(make_dir(run.path / "results") / f"{name}.json", [dataclasses.asdict(m) for m in found])
+    return found
+
+
+def match_table(found: list[Matched]) -> str:
+    """For a terminal."""
+    lines = [f"{'layer':>5}  {'snapshot':>10}  {'features':>8}  {'mean max cosine':>15}  {'above 0.7':>9}  among"]
+    for m in found:
+        mean, share = (
+            ("-" if v is None else form.format(v)) for v, form in ((m.mean_max_cosine, "{:.4f}"), (m.matched, "{:.2%}"))
+        )
+        note = "" if m.alive_only else " (dead features included: not evaluated yet)"
+        lines.append(f"{m.layer:>5}  {m.snapshot:>10}  {m.features:>8}  {mean:>15}  {share:>9}  {m.among}{note}")
+    return "\n".join(lines)
+
+
+def open_run(path: Path) -> Run:
+    """Raises UserError if it is none."""
+    run = Run(path)
+    run.config()
+    return run

@@ -1,0 +1,389 @@
+"""What there is to see of each feature of an SAE: where it fires, with what, and what it says. One read of the held-out part of
+a layer for all of its SAEs, in memory that does not grow with the text.
+
+z_i is feature i's activation, a row is a held-out token, in the order of the text, counted from the first one held out.
+
+    top         the TOP contexts with the largest z_i, each by the row of its maximum: by (−z_i, row), so ties go to the earlier
+    sample      SAMPLES of the rows on which it fires: those with the smallest hash of (feature, row), which is a uniform
+                sample without replacement, in any order of reading. Sorted by z_i it shows the quantiles of z_i
+    bins        how often z_i > 0 lies in [j w, (j+1) w), j < BINS, w the power of two for which the largest z_i lies in the
+                upper half: exact counts, since whenever w doubles each two neighbours become one
+    similar     the NEAREST other features by the cosine of decoder rows
+    together    the NEAREST other features j by the Jaccard index c / (n_i + n_j − c) of the tokens on which they fire, where
+                c, n_i and n_j are counts over random tokens, up to 65,536 of them or, where features are dense, so many that
+                2^31 pairs fire; pairs with c < TOGETHER_AT_LEAST are left out
+    promoted, suppressed
+                the WORDS tokens with the largest and smallest head(norm(d_i)) − head(norm(0)), d_i its decoder row: the
+                direct path from a feature to the logits (nostalgebraist 2020), without what the norm's bias adds to each
+
+All ties go to the smaller number. z is float32 as in eval/measure/metrics.py.
+
+Around each row of top and sample the activations of the same feature on BEFORE earlier and AFTER later tokens of the context
+are kept. That is what costs memory: F × (TOP + SAMPLES) × (BEFORE + 1 + AFTER) × 4 bytes, 377 MB at F = 32,768.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from shared.cache import Cache
+from shared.runs.sae import Sae
+
+TOP, SAMPLES, NEAREST, WORDS = 20, 25, 8, 10
+BEFORE, AFTER = 47, 16  # tokens shown around a row: what is before it is what the model had read
+BINS = 64
+TOGETHER_AT_LEAST = 3  # that two of a few tokens are the same says little
+
+_WINDOW = BEFORE + 1 + AFTER
+_EMPTY = torch.iinfo(torch.int64).max  # a key larger than any
+_TILE_VALUES = {"cpu": 1 << 25, "cuda": 1 << 28}  # values of z held at once, or one context
+_SCORES = 1 << 24  # values of a matrix of features against all features or tokens held at once
+_LEAST_EXPONENT = -100  # of a bin's width: what is smaller than 2^-100 counts as that
+_TOGETHER_TOKENS = 1 << 16  # at most
+_TOGETHER_PAIRS = 1 << 31  # pairs of features on one token, summed over tokens, at most: two minutes of one core
+_PAIRS = 1 << 20  # of them held at once
+
+
+def kept_bytes() -> int:
+    """Bytes that a pass holds for each feature, beside the SAE itself."""
+    return (TOP + SAMPLES) * (4 * _WINDOW + 16) + 8 * BINS
+
+
+Block = tuple[int, Tensor]  # the first row's number, and activations float16 [n, d] in the order of the text
+
+
+def heldout_text(cache: Cache, layer: int, sequences: int) -> Iterator[Block]:
+    """The held-out activations of a layer in the order of the text, a block at a time, on the CPU: the first `sequences`
+    contexts. Raises UserError for blocks that are not there or damaged."""
+    spec = cache.spec
+    for block in range(spec.train_blocks, spec.n_blocks):
+        before = (block - spec.train_blocks) * spec.block_sequences
+        n = min(spec.block_sequences, sequences - before)
+        if n <= 0:
+            return
+        data = cache.whole_block(layer, block)
+        ordered = np.empty_like(data)
+        ordered[cache.block_order(block)] = data
+        yield before * spec.context, torch.from_numpy(ordered[: n * spec.context])
+
+
+def scatter(feature: Tensor, row: Tensor) -> Tensor:
+    """A number for each (feature, row) below 2^31 and 2^32, int64, each once: splitmix64 (Steele, Lea & Flood 2014)."""
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)  # torch's own keeps the sign
+
+    x = (feature << 32 | row) + -0x61C8864680B583EB
+    x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ shifted(x, 31)
+
+
+@dataclass(slots=True)
+class _Tile:
+    """Activations of some whole contexts."""
+
+    z: Tensor  # float32 [rows, F]
+    first: int  # the first row's number
+    context: int
+
+    def around(self, at: Tensor, feature: Tensor) -> Tensor:
+        """z of these features on the tokens around these rows of the tile, [n, BEFORE + 1 + AFTER]; 0 outside the context."""
+        offsets = torch.arange(-BEFORE, AFTER + 1, device=at.device)
+        position = (at % self.context).unsqueeze(1) + offsets
+        inside = (position >= 0) & (position < self.context)
+        rows = (at.unsqueeze(1) + offsets).clamp(0, len(self.z) - 1)
+        return self.z[rows, feature.unsqueeze(1)] * inside
+
+
+class Kept:
+    """For each feature the rows with the smallest keys, and the activations around them."""
+
+    def __init__(self, features: int, size: int, device: torch.device) -> None:
+        self.key = torch.full((features, size), _EMPTY, dtype=torch.int64, device=device)
+        self.row = torch.full((features, size), -1, dtype=torch.int64, device=device)
+        self.window = torch.zeros(features, size, _WINDOW, device=device)
+        self._bound = torch.full((features,), _EMPTY, dtype=torch.int64, device=device)  # the largest key that is kept
+
+    def offer(self, feature: Tensor, key: Tensor, at: Tensor, tile: _Tile) -> None:
+        """Rows `at` of the tile for these features, int64 [n] each; no key twice for a feature."""
+        near = key < self._bound[feature]
+        feature, key, at = feature[near], key[near], at[near]
+        order = _by_group(feature, key.argsort())
+        rank = _rank(feature[order])
+        order, rank = order[rank < self.key.shape[1]], rank[rank < self.key.shape[1]]
+        features, group = torch.unique_consecutive(feature[order], return_inverse=True)
+        fresh = torch.full((len(features), self.key.shape[1]), _EMPTY, dtype=torch.int64, device=order.device)
+        source = torch.zeros_like(fresh)
+        fresh[group, rank], source[group, rank] = key[order], at[order]
+        self._merge(features, fresh, source, tile)
+
+    def _merge(self, features: Tensor, fresh: Tensor, source: Tensor, tile: _Tile) -> None:
+        """What comes takes the places of what goes: of each feature as many."""
+        size = fresh.shape[1]
+        both = torch.cat([self.key[features], fresh], 1)
+        best = both.argsort(dim=1, stable=True)[:, :size]  # stable: of empty ones those that are there
+        stays = torch.zeros_like(both, dtype=torch.bool).scatter_(1, best, True)
+        goes, comes = (~stays[:, :size]).nonzero().unbind(1), stays[:, size:].nonzero().unbind(1)
+        feature, place, at = features[goes[0]], goes[1], source[comes]
+        self.key[feature, place] = fresh[comes]
+        self.row[feature, place] = tile.first + at
+        self.window[feature, place] = tile.around(at, feature)
+        self._bound[features] = self.key[features].amax(1)
+
+    def by_activation(self) -> tuple[Tensor, Tensor]:
+        """(rows int64 [F, size], −1 where there is none; activations around them [F, size, window]); the largest first."""
+        order = self.row.argsort(dim=1, stable=True)
+        value = self.window[:, :, BEFORE].where(self.row >= 0, -1.0).gather(1, order)
+        order = order.gather(1, value.argsort(dim=1, descending=True, stable=True))
+        return self.row.gather(1, order), self.window.gather(1, order.unsqueeze(2).expand(-1, -1, _WINDOW))
+
+
+class Histograms:
+    """How often each feature's activation lies in each bin, and exactly how wide bins are."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.counts = torch.zeros(features, BINS, dtype=torch.int64, device=device)
+        self._exponent = torch.full((features,), _LEAST_EXPONENT, dtype=torch.int32, device=device)
+
+    def add(self, feature: Tensor, value: Tensor, largest: Tensor) -> None:
+        """Activations > 0 [n] of these features [n]; `largest` [F] of each feature's among them."""
+        above = torch.frexp(largest).exponent  # largest < 2^above
+        self._widen((above - int(math.log2(BINS))).where(largest > 0, _LEAST_EXPONENT))
+        index = torch.ldexp(value, -self._exponent[feature]).long()
+        self.counts.view(-1).scatter_add_(0, feature * BINS + index, torch.ones_like(feature))
+
+    def _widen(self, exponent: Tensor) -> None:
+        wider = (exponent > self._exponent).nonzero()[:, 0]
+        steps = (exponent - self._exponent)[wider].clamp(max=int(math.log2(BINS)))
+        index = torch.arange(BINS, device=wider.device) >> steps.unsqueeze(1)
+        old = self.counts[wider]
+        self.counts[wider] = torch.zeros_like(old).scatter_add_(1, index, old)
+        self._exponent = torch.maximum(self._exponent, exponent)
+
+    @property
+    def width(self) -> Tensor:
+        """Of a bin, float32 [F]."""
+        return torch.ldexp(torch.ones_like(self._exponent, dtype=torch.float32), self._exponent)
+
+
+class Together:
+    """Which features fire on the same tokens, from a random sample of the tokens."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        """`tokens` is how many will be read."""
+        row = torch.arange(tokens, device=device)
+        self._order = scatter(torch.zeros_like(row), row).argsort()[:_TOGETHER_TOKENS]  # a random order of random rows
+        self._wanted = torch.zeros(tokens, dtype=torch.bool, device=device).index_fill_(0, self._order, True)
+        self._rows: list[Tensor] = []
+        self._features: list[Tensor] = []
+
+    def add(self, tile: _Tile) -> None:
+        wanted = self._wanted[tile.first : tile.first + len(tile.z)].nonzero()[:, 0]
+        at, feature = (tile.z[wanted] > 0).nonzero().unbind(1)
+        self._rows.append(tile.first + wanted[at])
+        self._features.append(feature.int())
+
+    def nearest(self, features: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """(feature, Jaccard index, tokens on which both fire) [F, NEAREST], −1 and 0 where there is none; and of how many
+        tokens."""
+        row, feature = torch.cat(self._rows), torch.cat(self._features).long()
+        pairs = torch.bincount(row, minlength=len(self._wanted))[self._order].square().cumsum(0)
+        used = self._order[pairs <= _TOGETHER_PAIRS]
+        kept = torch.zeros_like(self._wanted).index_fill_(0, used, True)[row]
+        return *_nearest_together(row[kept], feature[kept], features), len(used)
+
+
+def _nearest_together(row: Tensor, feature: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each (row, feature that fires there), rows ascending. Features are taken in portions: F × F is never held."""
+    n, active = torch.bincount(feature, minlength=features), torch.bincount(row)
+    start = active.cumsum(0) - active  # where the features of a row begin
+    order = feature.argsort(stable=True)
+    ends = _from_zero(n)
+    pairs = _from_zero(active[row[order]])[ends]
+    found = []
+    for first, last in _portions(pairs.tolist(), _PAIRS, max(1, _SCORES // features)):
+        mine = order[int(ends[first]) : int(ends[last])]
+        length = active[row[mine]]
+        entry = torch.repeat_interleave(length)  # of `mine`, for each feature on at its row
+        within = torch.arange(len(entry), device=row.device) - (length.cumsum(0) - length)[entry]
+        other = feature[start[row[mine]][entry] + within]
+        both = torch.zeros((last - first) * features, dtype=torch.int32, device=row.device)
+        pair = (feature[mine] - first)[entry] * features + other
+        both = both.scatter_add_(0, pair, both.new_ones(1).expand(len(pair))).view(last - first, features)
+        both.diagonal(first).zero_()
+        i, j = (both >= TOGETHER_AT_LEAST).nonzero().unbind(1)
+        count = both[i, j]
+        jaccard = (count.double() / (n[first + i] + n[j] - count)).float()
+        value, place = _best(i, jaccard, last - first, NEAREST)
+        missing = place < 0
+        found.append((j[place].where(~missing, -1), value.where(~missing, 0), count[place].where(~missing, 0)))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def _from_zero(counts: Tensor) -> Tensor:
+    """Where each begins, and where the last one ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _portions(before: list[int], most: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Neighbours [first, last) that hold up to `most` of what `before` counts, at least one and at most `longest` of them."""
+    first = 0
+    while first < len(before) - 1:
+        last = first + 1
+        while last < len(before) - 1 and last - first < longest and before[last + 1] - before[first] <= most:
+            last += 1
+        yield first, last
+        first = last
+
+
+def _best(group: Tensor, score: Tensor, groups: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each group, [groups, k], and their places among all, −1 where there are fewer; of equal ones the
+    earlier. `group` and `score` are [n]."""
+    order = _by_group(group, score.argsort(descending=True, stable=True))
+    rank = _rank(group[order])
+    order, rank = order[rank < k], rank[rank < k]
+    place = torch.full((groups, k), -1, dtype=torch.int64, device=group.device)
+    place[group[order], rank] = order
+    value = score.new_zeros(groups, k)
+    value[group[order], rank] = score[order]
+    return value, place
+
+
+def _by_group(group: Tensor, order: Tensor) -> Tensor:
+    """An order of everything, gathered by group and otherwise kept."""
+    return order[group[order].argsort(stable=True)]
+
+
+def _rank(group: Tensor) -> Tensor:
+    """How many of its group are before each, where groups are gathered."""
+    _, place, counts = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
+    first: Tensor = (counts.cumsum(0) - counts)[place]
+    return torch.arange(len(group), device=group.device) - first
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the k largest of each row of [n, m], m ≥ k; of equal ones those with smaller indices."""
+    least = scores.topk(k, dim=1).values[:, -1:]
+    row, index = (scores >= least).nonzero().unbind(1)
+    value, place = _best(row, scores[row, index], len(scores), k)
+    return value, index[place]
+
+
+def similar(w_dec: Tensor) -> tuple[Tensor, Tensor]:
+    """(feature int64, cosine) [F, NEAREST] of the decoder rows [F, d] nearest to each, itself left out."""
+    unit, found = normalize(w_dec, dim=1), []
+    rows = max(1, _SCORES // len(unit))
+    for start in range(0, len(unit), rows):
+        cosines = unit[start : start + rows] @ unit.t()
+        cosines.diagonal(start).fill_(-math.inf)
+        found.append(largest(cosines, min(NEAREST, len(unit) - 1)))
+    return torch.cat([index for _, index in found]), torch.cat([value for value, _ in found])
+
+
+def words(w_dec: Tensor, unembedding: nn.Module, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(promoted token int64, its logit, suppressed token, its logit) [F, WORDS], of the first `vocabulary` tokens."""
+    nothing, found = unembedding(torch.zeros_like(w_dec[:1]))[:, :vocabulary], []
+    for rows in torch.split(w_dec, max(1, _SCORES // vocabulary)):
+        logits = unembedding(rows)[:, :vocabulary] - nothing
+        up, promoted = largest(logits, WORDS)
+        down, suppressed = largest(-logits, WORDS)
+        found.append((promoted, up, suppressed, -down))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+class Tally:
+    """What the pass keeps of one SAE, on its device."""
+
+    def __init__(self, sae: Sae, tokens: int) -> None:
+        """`tokens` is how many will be read."""
+        features, device = len(sae.b_enc), sae.b_enc.device
+        self.sae = sae
+        self.top, self.sample = Kept(features, TOP, device), Kept(features, SAMPLES, device)
+        self.histograms, self.together = Histograms(features, device), Together(tokens, device)
+        self.maximum = torch.zeros(features, device=device)
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, first: int, context: int) -> None:
+        """Activations float32 [n, d] of whole contexts."""
+        z = self.sae.encode(x)
+        if not self.sae.rows.all:  # what it was not trained on it fires on at random
+            z *= self.sae.rows.kept(x, torch.arange(len(x), device=x.device) % context)[:, None]
+        tile = _Tile(z, first, context)
+        row, feature = tile.z.nonzero().unbind(1)
+        value = tile.z[row, feature]
+        highest, at = _highest(row, feature, value, tile)
+        largest_now = highest.amax(0)
+        self.histograms.add(feature, value, largest_now)
+        self.maximum = torch.maximum(self.maximum, largest_now)
+        self.total += tile.z.sum(0)
+        self.together.add(tile)
+        self.sample.offer(feature, scatter(feature, first + row), row, tile)
+        sequence, feature = highest.nonzero().unbind(1)
+        row = at[sequence, feature]
+        descending = 0x7FFFFFFF - highest[sequence, feature].view(torch.int32).long()  # positive floats, in order as integers
+        self.top.offer(feature, descending << 32 | (first + row), row, tile)
+
+    @torch.inference_mode()
+    def columns(self, unembedding: nn.Module, vocabulary: int) -> tuple[dict[str, Tensor], int]:
+        """Everything that is known of each feature, on the CPU (see `COLUMNS`), and how many tokens `together` is from."""
+        count = self.histograms.counts.sum(1)
+        top, top_window = self.top.by_activation()
+        sample, sample_window = self.sample.by_activation()
+        found = {
+            "count": count,
+            "maximum": self.maximum,
+            "mean": (self.total / count.clamp(min=1)).float(),
+            "bins": self.histograms.counts.int(),
+            "bin_width": self.histograms.width,
+            "row": torch.cat([top, sample], 1),
+            **_near(torch.cat([top_window, sample_window], 1)),
+        }
+        found |= zip(("similar", "similar_cosine"), similar(self.sae.w_dec), strict=True)
+        *together, together_tokens = self.together.nearest(len(count))
+        found |= zip(("together", "together_jaccard", "together_count"), together, strict=True)
+        names = ("promoted", "promoted_logit", "suppressed", "suppressed_logit")
+        found |= zip(names, words(self.sae.w_dec, unembedding, vocabulary), strict=True)
+        narrow = {name for name, column in found.items() if column.dtype == torch.int64 and name != "row"}
+        return {name: (c.int() if name in narrow else c).contiguous().cpu() for name, c in found.items()}, together_tokens
+
+
+def _highest(row: Tensor, feature: Tensor, value: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
+    """(largest activation, the first row that has it) [contexts, F] of each feature in each context; of those that fire."""
+    contexts, features = len(tile.z) // tile.context, tile.z.shape[1]
+    place = row // tile.context * features + feature
+    highest = value.new_zeros(contexts * features).scatter_reduce_(0, place, value, "amax")
+    first = value == highest[place]
+    at = row.new_full((contexts * features,), len(tile.z)).scatter_reduce_(0, place[first], row[first], "amin")
+    return highest.view(contexts, features), at.view(contexts, features)
+
+
+def _near(window: Tensor) -> dict[str, Tensor]:
+    """Windows [F, n, BEFORE + 1 + AFTER] as lists of what is not zero: of (feature, n), `near_at` tokens after its row the
+    activation `near_value`, at places near_start[…] to near_start[… + 1]; most are zero."""
+    flat = window.view(-1, _WINDOW)
+    place, at = (flat > 0).nonzero().unbind(1)
+    return {
+        "near_start": _from_zero(torch.bincount(place, minlength=len(flat))),
+        "near_at": (at - BEFORE).to(torch.int8),
+        "near_value": flat[place, at],
+    }
+
+
+@torch.inference_mode()
+def look(blocks: Iterable[Block], saes: list[Sae], context: int, tokens: int) -> list[Tally]:
+    """One pass over `tokens` held-out activations for all SAEs, which are over the same layer and on one device."""
+    device = saes[0].b_enc.device
+    tallies = [Tally(sae, tokens) for sae in saes]
+    rows = max(1, _TILE_VALUES[device.type] // max(len(sae.b_enc) for sae in saes) // context) * context
+    for first, block in blocks:
+        for start in range(0, len(block), rows):
+            x = block[start : start + rows].to(device).float()
+            for tally in tallies:
+                tally.add(x, first + start, context)
+    return tallies

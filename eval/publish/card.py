@@ -1,0 +1,245 @@
+"""The model card of a run, its README.md, and its entry in SAELens' registry.
+
+Whatever comes from outside (names of models, texts and runs) is escaped on its way into Markdown unless a filter has made it
+YAML or Python, so that no name can end a table, a code block or the front matter.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from eval.report.page import (
+    CAPTIONS,
+    FIT_HEADS,
+    finished,
+    fit_rows,
+    floor_widths,
+    latest,
+    measured_words,
+    place,
+    provenance,
+    settings,
+    templates,
+    trained_on,
+    warnings,
+    written,
+)
+from shared.files import locked, publish_file
+from shared.progress import say
+from shared.runs.run import FINAL, Run, snapshot_tokens
+from shared.units import format_count, format_layers
+from train.sparsity.settings import has_thresholds, holds_l0, restored
+
+Record = dict[str, Any]
+
+MARKER = "<!-- written by `python -m eval`; remove this line to keep your own changes -->"
+REGISTRY = "pretrained_saes.yaml"
+_LICENSE = "apache-2.0"
+_COLUMNS = (
+    ("layer", "layer", "{:d}"),
+    ("λ", "lambda", "{:.3g}"),
+    ("L0", "l0", "{:.1f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("no first positions", "fvu_without_first", "{:.4f}"),
+    ("outside top 3 directions", "fvu_without_top3", "{:.4f}"),
+    ("CE", "ce", "{:.4f}"),
+    ("CE spliced", "ce_spliced", "{:.4f}"),
+    ("CE recovered", "ce_recovered", "{:.4f}"),
+    ("KL score", "kl_div_score", "{:.4f}"),
+    ("dead", "dead_share", "{:.2%}"),
+    ("d*", "critical_width", "{:.0f}"),
+)
+_HOSTILE = re.compile(r"([\\`*_\[\]<>|~$&])")
+
+
+class Safe(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def markdown(value: Any) -> Safe:
+    """A value as plain text in Markdown, also inside a table: one line, nothing in it means anything."""
+    if isinstance(value, Safe):
+        return value
+    return Safe(_HOSTILE.sub(r"\\\1", " ".join(str(value).split())).replace("\\<", "&lt;").replace("\\>", "&gt;"))
+
+
+def _literal(value: Any) -> Safe:
+    """JSON: a string of YAML and of Python, with nothing in it that ends a line or a code block."""
+    text = json.dumps(value, ensure_ascii=False)  # YAML knows no surrogates
+    return Safe(re.sub(r"[`\x7f-\x9f\u2028\u2029\ufeff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Table:
+    heads: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Publication:
+    """What a run is published as."""
+
+    owner: str = "your-name"  # on the hub: a user or an organisation
+    name: str | None = None  # of the repository; None: the run's
+    license: str = _LICENSE
+
+    def repository(self, run: Run) -> str:
+        return f"{self.owner}/{self.name or repository_name(run.name)}"
+
+
+def repository_name(name: str) -> str:
+    """A run's name as the hub takes it: letters, digits, single - and ., at most 96, none of these at an end."""
+    return re.sub(r"([.-])[.-]+", r"\1", re.sub(r"[^A-Za-z0-9_.-]+", "-", name)).strip("-.")[:96].rstrip("-.") or "saes"
+
+
+def write_card(
+    run: Run, records: list[Record], measured: Record | None, sisters: list[Run], publication: Publication | None = None
+) -> None:
+    """README.md of a run, unless somebody has written his own there, and the entry for SAELens' registry. Raises UserError."""
+    path, publication = run.path / "README.md", publication or Publication()
+    with locked(run.path):
+        if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+            say(f"note: {path} is your own and stays as it is; move it away to have one written", err=True)
+        else:
+            publish_file(path, card(run, records, measured, sisters, publication).encode())
+        publish_file(run.path / REGISTRY, registry_entry(run, records, publication).encode())
+
+
+def card(run: Run, records: list[Record], measured: Record | None, sisters: list[Run], publication: Publication) -> str:
+    """The whole text. It says nothing that differs between two runs of the same training, such as times."""
+    config = run.config()
+    train, spec = config["train"], config["cache"]["spec"]
+    whole, done = format_count(train["tokens"]), finished(records)
+    others = [r for r in latest(records) if r not in done]
+    widths = floor_widths(records)
+    base_model, dataset = _on_hub(config)
+    environment = templates("eval.publish", autoescape=False)
+    environment.finalize = markdown
+    environment.filters |= {"yaml": _literal, "python": _literal}
+    heads = [title for title, _, _ in _COLUMNS]
+    return environment.get_template("card.md.j2").render(
+        license=publication.license,
+        marker=Safe(MARKER),
+        base_model=base_model,
+        dataset=dataset,
+        name=run.name,
+        repo=publication.repository(run),
+        model=place(spec["model"]),
+        model_name=base_model or place(spec["model"]),
+        revision=spec["model_commit"] or "main",
+        text=place(spec["dataset"]),
+        features=train["expansion"] * spec["d_model"],
+        tokens=train["tokens"],
+        layers=format_layers({s.layer for s in run.snapshots()}) or "none yet",
+        setting=_setting(train),
+        threshold=has_thresholds(train),
+        bos=spec["bos"],
+        warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
+        example=done[len(done) // 2]["layer"] if done else 0,
+        snapshots=[Safe(label) for label in snapshot_tokens(train["tokens"]) if label != FINAL],
+        measured_on=_counts(records, "tokens"),
+        ce_on=_counts(records, "ce_tokens"),
+        metrics=Table(heads=heads, rows=[_row(r) for r in done]),
+        unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r), trained_on(r, whole)] for r in others]),
+        pictures=[(Safe(f"plots/{name}.png"), caption) for name, caption in CAPTIONS.items() if _has_picture(run, name)],
+        floors=Table(
+            heads=["layer", "F", "α", "g", *(f"L*({w})" for w in widths)],
+            rows=[
+                [str(r["layer"]), written(r["alive"], "{:,}"), written(r["alpha"], "{:.5f}"), written(r["capacity"], "{:.2f}")]
+                + [written(r[f"floor_{w}"], "{:.4g}") for w in widths]
+                for r in done
+            ],
+        ),
+        measured=measured and _measured(measured, run),
+        settings=settings(config),
+        provenance=provenance(config),
+        sisters=_sisters(sisters, publication),
+    )
+
+
+def _setting(train: Record) -> str:
+    words = restored(train["l1"]).words
+    if holds_l0(train):
+        words += f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
+    return words
+
+
+def _counts(records: list[Record], key: str) -> str:
+    return " or ".join(f"{n:,}" for n in sorted({r[key] for r in latest(records)})) or "no"
+
+
+def _row(record: Record) -> list[str]:
+    return [written(record[key], form) for _, key, form in _COLUMNS]
+
+
+def _has_picture(run: Run, name: str) -> bool:
+    return (run.path / "plots" / f"{name}.png").exists()
+
+
+def _on_hub(config: Record) -> tuple[str | None, str | None]:
+    """Names of language model and text that others find on the hub; None for what lay in a folder."""
+    spec = config["cache"]["spec"]
+    dataset_on_hub = not str(spec["dataset_revision"]).startswith("sha256:")
+    return spec["model"] if spec["model_commit"] else None, spec["dataset"] if dataset_on_hub else None
+
+
+def _measured(experiment: Record, run: Run) -> dict[str, Any]:
+    """Floors of students, and how well this run's SAEs predict them."""
+    words = measured_words(experiment)
+    fits = [[cell.text for cell in cells] for name, *cells in fit_rows(experiment) if name.text == run.name]
+    floors = [
+        [str(f["width"]), str(f["seeds"]), *(written(f[key], "{:.4f}") for key in ("floor", "spread", "kl", "ce"))]
+        for f in experiment["floors"]
+    ]
+    return words | {
+        "floors": Table(heads=["width", "seeds", "floor, nats a token", "± seeds", "KL", "CE"], rows=floors),
+        "fits": Table(heads=FIT_HEADS[1:], rows=fits),
+    }
+
+
+def _sisters(sisters: list[Run], publication: Publication) -> list[dict[str, Any]]:
+    if publication.name is not None:  # then the others' names on the hub are not known
+        return [{"name": run.name, "url": None} for run in sisters]
+    url = "https://huggingface.co/"
+    return [{"name": run.name, "url": Safe(url + quote(publication.repository(run)))} for run in sisters]
+
+
+def registry_entry(run: Run, records: list[Record], publication: Publication) -> str:
+    """An entry of SAELens' sae_lens/pretrained_saes.yaml, of all layers that are finished."""
+    config = run.config()
+    base_model = _on_hub(config)[0]
+    repository = publication.repository(run)
+    lines = [f"{_literal(repository_name(run.name))}:", "  conversion_func: null"]
+    if base_model:
+        lines += ["  links:", f"    model: {_literal(f'https://huggingface.co/{base_model}')}"]
+    lines += [
+        f"  model: {_literal(base_model or place(config['cache']['spec']['model']))}",
+        f"  repo_id: {_literal(repository)}",
+    ]
+    lines.append("  saes:" if finished(records) else "  saes: []")
+    for r in finished(records):
+        lines += [f"  - id: blocks.{r['layer']}.hook_resid_post", f"    path: layer_{r['layer']}"]
+        lines += [f"    {name}: {r[key]:.5g}" for name, key in _REGISTERED if r[key] is not None]
+    return "\n".join(lines) + "\n"
+
+
+_REGISTERED = (("l0", "l0"), ("variance_explained", "explained_variance"))
+
+
+def sister_runs(run: Run) -> list[Run]:
+    """The other runs beside it that were trained on the same cache."""
+    digest, mine = run.config()["cache"]["digest"], run.path.resolve()
+    beside = [path for path in sorted(mine.parent.glob("*/config.json")) if path.parent != mine]
+    return [Run(path.parent) for path in beside if _cache_digest(path) == digest]
+
+
+def _cache_digest(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())["cache"]["digest"]
+    except (OSError, ValueError, KeyError, TypeError):  # somebody else's config.json
+        return None

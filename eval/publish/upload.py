@@ -1,0 +1,207 @@
+"""Runs on the hub: what `python -m eval publish` prepares in a run's folder, and how it gets there.
+
+Prepared: the model card (README.md), the entry for SAELens' registry, and beside the checkpoints one folder a layer in SAELens'
+form, layer_12, by which `SAE.from_pretrained("org/repo", "layer_12")` finds it. Uploaded is what `_PUBLISHED` names and nothing
+else, so resume states, half-written files and whatever else lies there stay here.
+
+An upload is a series of commits. What the hub has already, by name and content, is not sent again; so the same command
+continues after a kill, with nothing remembered here, and of the commit that was lost the hub keeps what had arrived.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from eval.floors.measured import measured_floors
+from eval.measure.evaluate import stored_records
+from eval.publish.card import REGISTRY, Publication, sister_runs, write_card
+from eval.publish.export import Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder, saelens
+from shared.errors import UserError
+from shared.files import temporary
+from shared.progress import Progress, say
+from shared.runs.run import FINAL, Run
+from shared.units import format_bytes
+
+_PUBLISHED = (
+    "sae_layer*.pt",
+    "layer_*/cfg.json",
+    "layer_*/*.safetensors",
+    "metrics/layer*.jsonl",
+    "plots/*.png",
+    "plots/*.svg",
+    "results/*.json",
+    "results/*.csv",
+    "results/features/*.safetensors",
+    REGISTRY,
+    "config.json",
+    "README.md",  # the last, so that a repository with a card is whole
+)
+_COMMIT_FILES, _COMMIT_BYTES = 50, 5 << 30  # in one commit: what a kill costs at the most
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class PublishConfig:
+    """Where to, and how it is seen there."""
+
+    to: str  # owner, for repositories named as the runs; or owner/name for one run
+    license: str
+    public: bool = False
+    dry_run: bool = False
+
+    def publication(self) -> Publication:
+        """Raises UserError for what is no name on the hub."""
+        owner, _, name = self.to.partition("/")
+        if not all(_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in self.to.split("/", 1)):
+            raise UserError(f"{self.to!r} is no name on the hub: write --to my-name, or --to my-name/my-repository")
+        return Publication(owner=owner, name=name or None, license=self.license)
+
+
+def publish(runs: list[Run], config: PublishConfig) -> None:
+    """Prepare and upload each run; a dry run prepares, and lists. Raises UserError for what cannot be done."""
+    publication = config.publication()
+    if publication.name is not None and len(runs) > 1:
+        raise UserError(f"{len(runs)} runs cannot share the repository {config.to}; give --to {publication.owner}, or one run")
+    if not config.dry_run and get_token() is None:
+        raise UserError("the hub asks who you are: log in with `hf auth login`, or set HF_TOKEN")
+    for run in runs:
+        prepare(run, publication)
+        files = published_files(run)
+        repository = publication.repository(run)
+        if config.dry_run:
+            _list(repository, files)
+        else:
+            _upload(repository, files, config)
+
+
+# --- what is published ---
+
+
+def prepare(run: Run, publication: Publication) -> None:
+    """Everything that is made for others: card, registry entry, a folder a layer. Raises UserError."""
+    finals = [s for s in run.snapshots() if s.label == FINAL]
+    if not finals:
+        raise UserError(f"{run.path} has no finished layer to publish: train it to its end first")
+    records = stored_records(run)
+    if not records:
+        raise UserError(
+            f"{run.path} has not been evaluated: run `python -m eval` first, for nobody can use SAEs of unknown worth"
+        )
+    measured = measured_floors(run.path.parent, run.config()["cache"]["digest"])
+    config = ExportConfig(form="saelens", out=run.path)
+    with Progress("preparing", len(finals), "layers") as progress:
+        for snapshot in finals:
+            checkpoint = Checkpoint(path=snapshot.path, layer=snapshot.layer, label=snapshot.label, run=run)
+            _put(run, run.path / checkpoint.folder.name, saelens(*open_checkpoint(checkpoint, config)))
+            progress.advance(1, f"layer {snapshot.layer}")
+    write_card(run, records, measured, sister_runs(run), publication)
+
+
+def _put(run: Run, folder: Path, files: Files) -> None:
+    """The folder with these files; one that we made of an earlier state of the run gives way when the new one is whole."""
+    said = folder / "cfg.json"
+    if folder.exists() and said.is_file() and said.read_bytes() != files["cfg.json"] and _is_ours(run, said):
+        fresh, old = temporary(folder), temporary(folder)
+        publish_folder(fresh, files)
+        os.rename(folder, old)
+        os.rename(fresh, folder)
+        shutil.rmtree(old)
+    else:
+        publish_folder(folder, files)
+
+
+def _is_ours(run: Run, path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes())["metadata"]["source"]["run"] == run.path.resolve().name)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def published_files(run: Run) -> dict[str, Path]:
+    """{name in the repository: file}, in the order in which they are sent."""
+    return {
+        str(path.relative_to(run.path)): path
+        for pattern in _PUBLISHED
+        for path in sorted(run.path.glob(pattern))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(run.path).parts)
+    }
+
+
+def _list(repository: str, files: dict[str, Path]) -> None:
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    say(f"{repository}: {len(files)} files, {format_bytes(sum(sizes.values()))}")
+    for name, size in sizes.items():
+        say(f"  {format_bytes(size):>9}  {name}")
+
+
+# --- how it gets there ---
+
+
+def _upload(repository: str, files: dict[str, Path], config: PublishConfig) -> None:
+    disable_progress_bars()
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=not config.public, exist_ok=True)
+        there = {f.path: f for f in api.list_repo_tree(repository, recursive=True) if isinstance(f, RepoFile)}
+        missing = {name: path for name, path in files.items() if not _same(there.get(name), path)}
+        done, sizes = 0, {name: path.stat().st_size for name, path in files.items()}
+        kept = sum(size for name, size in sizes.items() if name not in missing)
+        with Progress(f"uploading to {repository}", sum(sizes.values()), "bytes", start=kept) as progress:
+            progress.update(kept)
+            for part in _commits(missing):
+                operations = [CommitOperationAdd(name, str(path)) for name, path in part.items()]
+                api.create_commit(repository, operations, commit_message=_message(part))
+                done += sum(sizes[name] for name in part)
+                progress.update(kept + done, f"{len(part)} files")
+    except Exception as error:  # a machine far away fails in too many ways to name them
+        raise UserError(f"cannot publish {repository}: {_reason(error)}; run the same command again to continue") from None
+    others = ", the others were there" if len(missing) < len(files) else ""
+    say(f"{url}: {len(missing)} of {len(files)} files sent{others}")
+
+
+def _same(there: RepoFile | None, path: Path) -> bool:
+    """Whether the hub has this content under this name: a large file by its SHA-256, a small one by git's hash."""
+    if there is None or there.size != path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        if there.lfs is not None:
+            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+        content = file.read()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest() == there.blob_id
+
+
+def _commits(files: dict[str, Path]) -> Iterator[dict[str, Path]]:
+    part: dict[str, Path] = {}
+    size = 0
+    for name, path in files.items():
+        more = path.stat().st_size
+        if part and (len(part) == _COMMIT_FILES or size + more > _COMMIT_BYTES):
+            yield part
+            part, size = {}, 0
+        part[name] = path
+        size += more
+    if part:
+        yield part
+
+
+def _message(part: dict[str, Path]) -> str:
+    names = list(part)
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}, {len(names)} files"
+
+
+def _reason(error: Exception) -> str:
+    """One line of what went wrong, down to its cause, without the token whatever it says."""
+    lines: list[Any] = [error, error.__cause__] if error.__cause__ is not None else [error]
+    text = ": ".join(" ".join(str(e).split()) or type(e).__name__ for e in lines)
+    token = get_token()
+    return (text.replace(token, "…") if token else text)[:400].rstrip(".")

@@ -1,0 +1,374 @@
+"""The summary people read: a table for the terminal, and report.html, one page with everything in it for all runs."""
+
+import base64
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from eval.measure.evaluate import Skipped
+from eval.report.plots import short_labels
+from shared.files import locked, publish_file, remove_leftovers
+from shared.runs.rows import left_out
+from shared.runs.run import FINAL, Run
+from shared.units import format_count, format_layers
+
+Record = dict[str, Any]
+
+_COLUMNS = (
+    ("layer", "layer", "{:d}"),
+    ("λ", "lambda", "{:.3g}"),
+    ("L0", "l0", "{:.1f}"),
+    ("MSE", "mse", "{:.3g}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("cosine", "cosine", "{:.4f}"),
+    ("CE", "ce", "{:.4f}"),
+    ("CE spliced", "ce_spliced", "{:.4f}"),
+    ("CE zero", "ce_zero", "{:.3f}"),
+    ("CE recovered", "ce_recovered", "{:.4f}"),
+    ("dead", "dead_share", "{:.2%}"),
+    ("measured on", "tokens", "{:,}"),
+)
+_HEADS = [title for title, _, _ in _COLUMNS] + ["trained on"]
+
+
+def _rows(run: Run, records: list[Record]) -> list[list[str]]:
+    """The final snapshot of each layer, formatted; a layer without one is shown by its latest, and says so."""
+    whole = format_count(run.config()["train"]["tokens"])
+    return [[written(r[key], form) for _, key, form in _COLUMNS] + [trained_on(r, whole)] for r in latest(records)]
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """The last snapshot of each layer, of records by layer and age."""
+    return list({r["layer"]: r for r in records}.values())
+
+
+def finished(records: list[Record]) -> list[Record]:
+    return [r for r in latest(records) if r["snapshot"] == FINAL]
+
+
+def written(value: Any, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def trained_on(record: Record, whole: str) -> str:
+    return whole if record["snapshot"] == FINAL else f"{record['snapshot']} of {whole}, unfinished"
+
+
+def text_table(runs: list[Run], results: dict[str, list[Record]]) -> str:
+    """For a terminal: every run's latest SAEs, columns aligned."""
+    lines = []
+    for run in runs:
+        rows = _rows(run, results[run.name])
+        widths = [max(len(cell) for cell in column) for column in zip(_HEADS, *rows, strict=True)]
+        lines.append(f"\n{run.name}")
+        lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [_HEADS, *rows]]
+    return "\n".join(lines)
+
+
+# --- the page ---
+
+_PAGE_COLUMNS = (
+    *_COLUMNS[:5],
+    ("FVU, no first positions", "fvu_without_first", "{:.4f}"),
+    ("FVU outside top 3 directions", "fvu_without_top3", "{:.4f}"),
+    *_COLUMNS[5:10],
+    ("KL", "kl_div_with_sae", "{:.4f}"),
+    ("KL score", "kl_div_score", "{:.4f}"),
+    ("dead", "dead_share", "{:.2%}"),
+    ("denser than 1\u00a0%", "freq_over_1_percent", "{:.2%}"),
+    ("denser than 10\u00a0%", "freq_over_10_percent", "{:.2%}"),
+    ("F", "alive", "{:,}"),
+    ("α", "alpha", "{:.5f}"),
+    ("g", "capacity", "{:.2f}"),
+    ("d*", "critical_width", "{:.1f}"),
+    ("measured on", "tokens", "{:,}"),
+    ("CE and KL on", "ce_tokens", "{:,}"),
+)
+_MEANS = (
+    ("L0", "l0", "{:.1f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("FVU, no first positions", "fvu_without_first", "{:.4f}"),
+    ("FVU outside top 3 directions", "fvu_without_top3", "{:.4f}"),
+    ("CE recovered", "ce_recovered", "{:.4f}"),
+    ("KL score", "kl_div_score", "{:.4f}"),
+    ("dead", "dead_share", "{:.2%}"),
+    ("d*", "critical_width", "{:.1f}"),
+)
+CAPTIONS = {
+    "1_training_curves": "Training curves: on training batches, by layer.",
+    "2_metrics_heatmap": "Metrics of each layer's latest SAE.",
+    "3_sparsity_fidelity": "Sparsity against fidelity, every layer of every run.",
+    "4_snapshots": "Metrics of each layer's snapshots.",
+    "5_feature_density": "How often features fire: how density is spread over features, and shares by class.",
+    "6_feature_importance": "Importance E[z²] of features by rank, and the share of it that the first of them hold.",
+    "7_capacity": "F, α, g and d*, which predicted floors rest on, by layer.",
+    "8_loss_floor_predictions": "Predicted floors beside measured ones.",
+}
+_OF_ALL = ("3_sparsity_fidelity", "7_capacity", "8_loss_floor_predictions")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Cell:
+    text: str
+    value: str  # what it is sorted by: a number or a word, "" where there is none
+    href: str | None = None
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Table:
+    heads: list[str]
+    rows: list[list[Cell]]
+    unfinished: list[list[Cell]]
+
+
+def templates(package: str, *, autoescape: bool) -> Environment:
+    return Environment(
+        loader=PackageLoader(package), autoescape=autoescape, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+
+
+def write_report(
+    folder: Path, runs: list[Run], results: dict[str, list[Record]], measured: Record | None, skipped: Skipped
+) -> Path:
+    """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
+    labels = short_labels([run.name for run in runs])
+    page = (
+        templates("eval.report", autoescape=True)
+        .get_template("report.html.j2")
+        .render(
+            runs=[
+                _section(folder, run, label, results[run.name], number)
+                for number, (run, label) in enumerate(zip(runs, labels, strict=True))
+            ],
+            warnings=warnings(runs, results, skipped),
+            overview=_overview(runs, labels, results),
+            pictures=_pictures(runs[0], _OF_ALL) if runs else [],
+            measured=measured and _measured(measured),
+        )
+    )
+    path = folder / "report.html"
+    remove_leftovers(folder)
+    with locked(folder):
+        publish_file(path, page.encode())
+    return path
+
+
+def _section(folder: Path, run: Run, label: str, records: list[Record], number: int) -> dict[str, Any]:
+    prefix = "" if run.path == folder else f"{quote(run.name)}/"
+    whole = format_count(run.config()["train"]["tokens"])
+    widths = floor_widths(records)
+    floor_columns = [("layer", "layer", "{:d}"), *((f"L*({w})", f"floor_{w}", "{:.4g}") for w in widths)]
+    pages = _feature_pages(folder, run, records)
+    links = [{"href": next(iter(pages.values())), "text": "feature pages"}] if pages else []
+    links += [
+        {"href": prefix + quote(str(path.relative_to(run.path))), "text": text}
+        for path, text in (
+            (run.path / "results" / "metrics.csv", "all snapshots and metrics (CSV)"),
+            (run.path / "results" / "metrics.json", "all snapshots and metrics (JSON)"),
+            (run.path / "README.md", "model card"),
+            (run.path / "config.json", "configuration"),
+        )
+        if path.exists()
+    ]
+    return {
+        "anchor": f"run-{number}",
+        "name": run.name,
+        "label": label,
+        "table": _table(_PAGE_COLUMNS, records, whole, pages),
+        "floors": _table(floor_columns, records, whole, {}),
+        "links": links,
+        "pictures": _pictures(run, [name for name in CAPTIONS if name not in _OF_ALL]),
+        "facts": settings(run.config()) + provenance(run.config()),
+    }
+
+
+def _feature_pages(folder: Path, run: Run, records: list[Record]) -> dict[int, str]:
+    """{layer: address of the page of its features}, as eval/pages/write.py leaves them in <runs>/pages."""
+    shown = [r for r in latest(records) if any((folder / "pages" / run.name).glob(f"layer{r['layer']:02d}_{r['snapshot']}.*"))]
+    address = f"pages/index.html#{quote(run.name, safe='')}"
+    return {r["layer"]: f"{address}/{r['snapshot']}/{r['layer']}" for r in shown if (folder / "pages" / "index.html").exists()}
+
+
+def _table(columns: Iterable[tuple[str, str, str]], records: list[Record], whole: str, pages: dict[int, str]) -> Table:
+    columns = list(columns)
+
+    def row(r: Record) -> list[Cell]:
+        layer, *cells = (_cell(r[key], form) for _, key, form in columns)
+        layer = dataclasses.replace(layer, href=pages.get(r["layer"]))
+        return [layer, Cell(text=trained_on(r, whole), value=str(r["trained_tokens"])), *cells]
+
+    done = finished(records)
+    return Table(
+        heads=[columns[0][0], "trained on", *(title for title, _, _ in columns[1:])],
+        rows=[row(r) for r in done],
+        unfinished=[row(r) for r in latest(records) if r not in done],
+    )
+
+
+def _cell(value: Any, form: str) -> Cell:
+    return Cell(text=written(value, form), value="" if value is None else repr(value))
+
+
+def _word(text: str) -> Cell:
+    return Cell(text=text, value=text)
+
+
+def _overview(runs: list[Run], labels: list[str], results: dict[str, list[Record]]) -> Table:
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        records, n_layers = results[run.name], run.config()["cache"]["spec"]["n_layers"]
+        done = finished(records)
+        layers = Cell(text=f"{len(done)} of {n_layers}", value=str(len(done)))
+        rows.append([_word(label), layers, *(_cell(mean(done, key), form) for _, key, form in _MEANS)])
+    return Table(heads=["run", "finished layers", *(title for title, _, _ in _MEANS)], rows=rows, unfinished=[])
+
+
+def mean(records: list[Record], key: str) -> float | None:
+    """Over the records that have a number there; None if none has."""
+    values = [r[key] for r in records if r[key] is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def floor_widths(records: list[Record]) -> list[int]:
+    return sorted({int(name.removeprefix("floor_")) for r in records for name in r if name.startswith("floor_")})
+
+
+def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, str]]:
+    paths = [(run.path / "plots" / f"{name}.png", CAPTIONS[name]) for name in names]
+    return [
+        {"data": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", "caption": caption}
+        for path, caption in paths
+        if path.exists()
+    ]
+
+
+def _measured(experiment: Record) -> dict[str, Any]:
+    """distilled.json's experiment as the page shows it; the keys are explained in eval/floors/distill.py."""
+    floors = [
+        [_cell(f[key], form) for key, form in (("width", "{:d}"), ("seeds", "{:d}"), *((k, "{:.4f}") for k in _NATS))]
+        for f in experiment["floors"]
+    ]
+    return measured_words(experiment) | {
+        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
+        "fits": Table(heads=FIT_HEADS, rows=fit_rows(experiment), unfinished=[]),
+    }
+
+
+FIT_HEADS = ["run", "layer", "d*", "C", "± C", "B", "± B", "R²", "R² left out", "R² naive", "R² ln width", "error near d*"]
+
+
+def fit_rows(experiment: Record) -> list[list[Cell]]:
+    """How well each SAE's predicted floors explain the measured ones: a row of cells under FIT_HEADS for each."""
+    return [
+        [
+            _word(p["run"]),
+            _cell(p["layer"], "{:d}"),
+            _cell(p["critical_width"], "{:.1f}"),
+            *(_cell(fit[key], "{:.3g}") for key in ("C", "C_se", "B", "B_se")),
+            *(_cell(fit[key], "{:.3f}") for key in ("r2", "left_out_r2")),
+            *(_cell((p["fits"][name] or {}).get("left_out_r2"), "{:.3f}") for name in ("naive", "log_width")),
+            _cell((fit["near_critical"] or {}).get("error"), "{:+.1%}"),
+        ]
+        for p in experiment["predictions"]
+        if (fit := p["fits"]["predicted"])
+    ]
+
+
+def measured_words(experiment: Record) -> dict[str, Any]:
+    return {
+        "model": experiment["model"],
+        "setting": ", ".join(f"{name} {value}" for name, value in experiment["setting"].items()),
+        "teacher": written(experiment["teacher"]["ce"], "{:.4f}"),
+    }
+
+
+_NATS = ("floor", "spread", "kl", "ce")
+
+
+def settings(config: Record) -> list[tuple[str, str]]:
+    """What the SAEs were trained with, as pairs of name and value."""
+    pairs = []
+    for name, value in config["train"].items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        pairs += [(f"{name} {part}".strip(), "–" if v is None else str(v)) for part, v in parts]
+    return pairs
+
+
+def provenance(config: Record) -> list[tuple[str, str]]:
+    """What the SAEs were trained on, and by what."""
+    spec, machine = config["cache"]["spec"], config["machine"]
+    train_blocks = spec["n_blocks"] - spec["holdout_blocks"]
+    block = spec["block_sequences"] * spec["context"]
+    return [
+        ("language model", place(spec["model"])),
+        ("model commit", spec["model_commit"] or "–"),
+        ("model content", spec["model_revision"]),
+        ("text", place(spec["dataset"])),
+        ("text revision", spec["dataset_revision"]),
+        ("split, column", f"{spec['split']}, {spec['text_column']}"),
+        ("context", f"{spec['context']} tokens, {'with' if spec['bos'] else 'without'} BOS"),
+        ("forward pass", spec["precision"]),
+        ("cached tokens", f"{train_blocks * block:,} to train on, {spec['holdout_blocks'] * block:,} held out"),
+        ("cache", config["cache"]["digest"]),
+        ("run", config["digest"]),
+        ("machine", ", ".join(f"{name} {value}" for name, value in machine.items())),
+    ]
+
+
+def place(name: str) -> str:
+    """A name on the hub as it is; of a path on somebody's disk the last part."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+
+
+# --- what to know before the numbers are believed ---
+
+_FLATTERED = 2.0  # times that FVU grows outside the largest directions
+_MOSTLY_DEAD = 0.5
+
+
+def warnings(runs: list[Run], results: dict[str, list[Record]], skipped: Skipped | None) -> list[str]:
+    """One line each, for people."""
+    lines = [f"Left out of this evaluation: {message}" for message in skipped.said] if skipped else []
+    commonest = Counter(_basis(r) for run in runs for r in results[run.name]).most_common(1)
+    for run in runs:
+        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], commonest[0][0] if commonest else ())]
+    return lines
+
+
+def _of_run(run: Run, records: list[Record], usual: tuple[Any, ...]) -> list[str]:
+    config, shown, lines = run.config(), latest(records), []
+    whole, n_layers = format_count(config["train"]["tokens"]), config["cache"]["spec"]["n_layers"]
+    lines += [f"layer {r['layer']} is {trained_on(r, whole)}" for r in shown if r["snapshot"] != FINAL]
+    if config["train"]["step"]["decoder"] == "random":
+        lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")
+    if without := left_out(config["train"]):
+        lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
+    if absent := sorted(set(range(n_layers)) - {r["layer"] for r in shown}):
+        lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
+    if other := [r["layer"] for r in shown if _basis(r) != usual]:
+        lines.append(f"layers {format_layers(other)} are measured on other text or by other definitions than the rest")
+    missing = {name for r in shown for name in ("fvu", "ce_recovered", "kl_div_score") if r[name] is None}
+    if missing:
+        lines.append(f"{', '.join(sorted(missing))} of some layers is no number")
+    if dead := [r["layer"] for r in shown if r["dead_share"] > _MOSTLY_DEAD]:
+        lines.append(f"more than half of the features of layers {format_layers(dead)} are dead")
+    ratios = [(r["fvu_without_top3"] / r["fvu"], r["layer"]) for r in shown if r["fvu"] and r["fvu_without_top3"]]
+    if ratios and max(ratios)[0] > _FLATTERED:
+        most, layer = max(ratios)
+        lines.append(
+            f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {layer})"
+        )
+    if dense := [r["layer"] for r in shown if r["alpha"] is not None and r["alpha"] < 1 - 1 / math.e]:
+        lines.append(f"features of layers {format_layers(dense)} are too dense for the formula of predicted floors")
+    return lines
+
+
+def _basis(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation"))

@@ -1,0 +1,148 @@
+"""The harvest's hot path: on a CPU GPT-NeoX blocks in bfloat16; everywhere rows to their places in the writer's buffer.
+
+The model's own weights, oneDNN's products, and neox.c for all that lies between. There transformers makes some twenty
+passes a block, most of them into fresh memory; here it is five, over buffers that stay. Arithmetic between the products is
+float32, so this rounds less often than the model it stands in for.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harvest.writer import to_float16
+from shared.compile import arguments, load
+from shared.lm import wide_weights
+
+Sink = Callable[[int, Tensor], None]
+
+_CHECKED_TOKENS = 64
+_TOLERANCE = 0.05  # relative, between two bfloat16 forwards of all layers: 0.014 apart for Pythia-410M with random weights
+
+
+def _library() -> ctypes.CDLL | None:
+    library = load(Path(__file__).with_name("neox.c"))
+    if library is not None:
+        library.store.restype = ctypes.c_int64
+    return library
+
+
+def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
+    """x float [n, d] as float16 to data[rows], float16 [≥ n, d]; how many values did not fit (see `to_float16`)."""
+    if x.device.type == "cuda":
+        from harvest.cuda import put_rows as in_one_pass
+
+        return in_one_pass(x, rows, data)
+    library = _library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 else None
+    if library is not None and x.is_contiguous():
+        return torch.tensor(_call(library.store, x, rows, data, *x.shape))
+    half, bad = to_float16(x)
+    data.index_copy_(0, rows, half)
+    return bad
+
+
+class NeoxForward:
+    """Runs the decoder blocks of a transformers GPTNeoXModel on a CPU."""
+
+    def __init__(self, base: nn.Module, library: ctypes.CDLL) -> None:
+        self._base: Any = base
+        self._c = library
+        self._rows = 0
+        self._wide = wide_weights(base)
+
+    def run(self, tokens: Tensor, sink: Sink) -> None:
+        """tokens int64 [sequences, context] → sink(layer, bfloat16 [sequences, context, d_model]) in layer order."""
+        sequences, context = tokens.shape
+        x = self._base.embed_in(tokens)
+        rows, d, heads = sequences * context, x.shape[-1], self._base.config.num_attention_heads
+        cos, sin = self._angles(context)
+        shape = (sequences, context, heads, d // heads, cos.shape[1])
+        self._reserve(rows, d)
+        a, b, qkv, turned, hidden = self._a, self._b, self._qkv, self._turned, self._hidden
+        for layer, block in enumerate(self._base.layers):
+            first, second, attention, mlp = block.input_layernorm, block.post_attention_layernorm, block.attention, block.mlp
+            affine = (first.weight, first.bias, second.weight, second.bias)
+            _call(self._c.norms, x, *affine, a, b, first.eps, rows, d)
+            self._product(a, attention.query_key_value, qkv)
+            _call(self._c.rotate, qkv, attention.query_key_value.bias, cos, sin, turned, *shape)
+            query, key, value = turned.view(3, sequences, heads, context, -1)  # a head's rows together: 10 % less attention
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(rows, d)
+            self._product(mixed, attention.dense, a)
+            self._product(b, mlp.dense_h_to_4h, hidden)
+            _call(self._c.gelu, hidden, mlp.dense_h_to_4h.bias, *hidden.shape)
+            self._product(hidden, mlp.dense_4h_to_h, b)
+            after = torch.empty_like(x)  # the sink may keep what it is given
+            _call(self._c.residual, x, a, attention.dense.bias, b, mlp.dense_4h_to_h.bias, after, rows, d)
+            x = after
+            sink(layer, x)
+
+    def _product(self, x: Tensor, linear: nn.Linear, out: Tensor) -> None:
+        """x · weightᵀ, all of them bfloat16; the bias is added by whoever reads `out`."""
+        if linear in self._wide:
+            out.copy_(x.float() @ self._wide[linear].t())
+        else:
+            torch.mm(x, linear.weight.t(), out=out)
+
+    def _angles(self, context: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [context, half of the rotated values], from the model's own module."""
+        both = self._base.rotary_emb(torch.empty(0), torch.arange(context)[None])
+        cos, sin = (angle[0, :, : angle.shape[-1] // 2].contiguous() for angle in both)
+        return cos, sin
+
+    def _reserve(self, rows: int, d: int) -> None:
+        """Buffers for `rows` tokens. Fresh ones for every product would cost 25,000 page faults a pass of 1,024 tokens."""
+        if rows != self._rows:
+            widths = (d, d, 3 * d, 3 * d, self._base.config.intermediate_size)
+            buffers = (torch.empty(rows, width, dtype=torch.bfloat16) for width in widths)
+            self._a, self._b, self._qkv, self._turned, self._hidden = buffers
+            self._rows = rows
+
+
+def neox_forward(base: nn.Module) -> NeoxForward | None:
+    """The fast way through a base model whose final norm is gone; None where there is none or it does not agree."""
+    library = _library() if _is_known(base) else None
+    if library is None:
+        return None
+    fast = NeoxForward(base, library)
+    try:
+        apart = _difference(base, fast)
+    except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError) as error:  # a transformers we do not know
+        apart, reason = float("inf"), f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        reason = f"results {apart:.1%} apart"
+    if apart <= _TOLERANCE:
+        return fast
+    print(f"note: the fast forward does not fit this model ({reason}); the model's own, slower one is used", file=sys.stderr)
+    return None
+
+
+def _is_known(base: Any) -> bool:
+    """A GPT-NeoX in bfloat16 on a CPU, with parallel residual, exact gelu and biases everywhere, as Pythia is."""
+    if type(base).__name__ != "GPTNeoXModel":
+        return False
+    parameters, config = list(base.parameters()), base.config
+    return (
+        all(p.device.type == "cpu" and p.dtype == torch.bfloat16 and p.is_contiguous() for p in parameters)
+        and all(m.bias is not None for m in base.layers.modules() if isinstance(m, nn.Linear))
+        and bool(config.use_parallel_residual)
+        and config.hidden_act == "gelu"
+    )
+
+
+@torch.inference_mode()
+def _difference(base: Any, fast: NeoxForward) -> float:
+    """How far the last layer's outputs are apart, relative to the model's own."""
+    tokens = torch.arange(_CHECKED_TOKENS)[None] % base.get_input_embeddings().num_embeddings
+    last: dict[int, Tensor] = {}
+    fast.run(tokens, lambda layer, output: last.update({0: output}))
+    want = base(input_ids=tokens, use_cache=False).last_hidden_state.float()
+    return float((last[0].float() - want).norm() / want.norm())
+
+
+def _call(function: Any, *values: Tensor | int | float) -> int:
+    return int(function(*arguments(*values)))

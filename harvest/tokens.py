@@ -1,0 +1,178 @@
+"""Text → tokens: documents from any source, one after the other, cut into contexts.
+
+The whole token array is written before any activation, so that every later block can be computed by anybody, in any
+order. It is written chunk by chunk, and after each chunk a ledger remembers where in the source the next one begins:
+a killed run continues there without tokenising anything twice.
+"""
+
+import itertools
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from harvest.documents import Piece
+from harvest.documents import TextSource as TextSource
+from shared.cache import Cache, CacheSpec
+from shared.errors import UserError
+from shared.progress import Progress
+
+# Tokenised in one call, over all cores: as many documents as there are in so many characters, and no more than these.
+_DOCUMENTS = 256
+_CHARACTERS = 2 << 20
+
+
+def require_one_context(source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> None:
+    """Raises UserError unless tokeniser and model fit and the text fills at least one context; reads no further than that."""
+    special = [tokenizer.eos_token_id, *_context_start(tokenizer, spec)]
+    _require_known(np.array(special), tokenizer, spec)
+    if not spec.bos and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]:
+        print(
+            f"note: the tokenizer of {spec.model} puts {tokenizer.bos_token} before a text; contexts here begin without it. "
+            "Models that expect it at each context's start (Llama, Gemma) are harvested with --bos",
+            file=sys.stderr,
+        )
+    n = 0
+    for _, tokens in _token_batches(source, tokenizer, spec, None):
+        n += len(tokens)
+        if n >= _text_tokens(spec):
+            return
+    raise UserError(f"the text of {source.dataset} is {n} tokens, shorter than one context of {spec.context}; lower --context")
+
+
+def _context_start(tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> list[int]:
+    """The tokens that every context begins with: BOS, or none. Raises UserError where the tokeniser has no BOS to give."""
+    if spec.bos and tokenizer.bos_token_id is None:
+        raise UserError(f"the tokenizer of {spec.model} has no token for the beginning of a text: leave out --bos")
+    return [tokenizer.bos_token_id] if spec.bos else []
+
+
+def _text_tokens(spec: CacheSpec) -> int:
+    """Tokens of text in a context."""
+    return spec.context - int(spec.bos)
+
+
+def write_tokens(
+    cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase, chunks: Collection[int] | None = None
+) -> None:
+    """Write these chunks of the token array, or all that it lacks. Raises UserError if the text runs out."""
+    spec, wanted = cache.spec, sorted(cache.missing_token_chunks() if chunks is None else chunks)
+    done = max(0, spec.sequences - len(wanted) * spec.token_chunk) * spec.context
+    with Progress("tokenising", spec.sequences * spec.context, "tokens", start=done) as progress:
+        while wanted:
+            first = last = wanted.pop(0)
+            while wanted and wanted[0] == last + 1:
+                last = wanted.pop(0)
+            _write_chunks(cache, source, tokenizer, range(first, last + 1), progress)
+
+
+def _write_chunks(
+    cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase, chunks: range, progress: Progress
+) -> None:
+    """Consecutive chunks, from the last place in the text before them that the ledger knows."""
+    spec, per_context = cache.spec, _text_tokens(cache.spec)
+    at, state, skip = _resume(cache, chunks.start)
+    pending = np.empty(0, dtype=spec.token_dtype)
+    for found, batch in _token_batches(source, tokenizer, spec, state):
+        pending = np.concatenate([pending, batch.astype(spec.token_dtype)[skip:]])
+        skip = 0
+        while at < chunks.stop:
+            n = min(spec.token_chunk, spec.sequences - at * spec.token_chunk)
+            if pending.size < n * per_context:
+                break
+            text, pending = pending[: n * per_context].reshape(n, per_context), pending[n * per_context :]
+            if at in chunks:
+                cache.commit_tokens(at, _chunk(cache, text, _context_start(tokenizer, spec)), found, len(batch) - pending.size)
+            at += 1
+            progress.update(min(at * spec.token_chunk, spec.sequences) * spec.context)
+        if at == chunks.stop:
+            return
+    _refuse_short_text(cache, source, at * spec.token_chunk + pending.size // per_context)
+
+
+def _resume(cache: Cache, chunk: int) -> tuple[int, dict[str, Any] | None, int]:
+    """(chunk, the text's state, tokens to skip there) from which on `chunk` is come by, as near to it as the ledger knows."""
+    for before in range(chunk - 1, -1, -1):
+        try:
+            known = cache.token_chunk(before)
+        except UserError:  # damaged; the one before it will do
+            continue
+        return before + 1, known.source, known.skip
+    return 0, None, 0
+
+
+def _token_batches(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, state: dict[str, Any] | None
+) -> Iterator[tuple[dict[str, Any], NDArray[np.int64]]]:
+    """(where the source is to be opened for this batch, its documents' tokens each followed by the separator).
+
+    A state holds a checksum of the text that it leads to. Raises UserError if it leads to another.
+    """
+    pieces = source.pieces(state and state["place"])
+    while batch := _take(pieces):
+        found = {"place": batch[0].place, "text": crc32(batch[0].text.encode())}
+        if state is not None and found["text"] != state["text"]:
+            raise UserError(
+                f"{source.dataset} does not go on where tokenising stopped ({batch[0].where}): it has changed, or this version "
+                "of `datasets` resumes wrongly; put the text back, install another version, or harvest into another folder"
+            )
+        state = None
+        separator = [tokenizer.eos_token_id]
+        ids = (doc + separator if piece.ends else doc for piece, doc in zip(batch, _encode(tokenizer, batch), strict=True))
+        tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64)
+        _require_known(tokens, tokenizer, spec)
+        yield found, tokens
+
+
+def _take(pieces: Iterator[Piece]) -> list[Piece]:
+    batch: list[Piece] = []
+    characters = 0
+    while len(batch) < _DOCUMENTS and characters < _CHARACTERS and (piece := next(pieces, None)) is not None:
+        batch.append(piece)
+        characters += len(piece.text)
+    return batch
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[Piece]) -> list[list[int]]:
+    encode = tokenizer.backend_tokenizer.encode_batch_fast
+    try:
+        return [found.ids for found in encode([piece.text for piece in batch], add_special_tokens=False)]
+    except Exception as error:  # whatever a tokeniser cannot take
+        if len(batch) == 1:
+            raise UserError(f"{batch[0].where}: the tokenizer fails on it ({error}); leave that row out") from None
+    return [ids for piece in batch for ids in _encode(tokenizer, [piece])]
+
+
+def _require_known(tokens: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> None:
+    """Raises UserError for a token that the model does not have."""
+    if tokens.size and (largest := int(tokens.max())) >= spec.vocab_size:
+        raise UserError(
+            f"the tokenizer of {spec.model} gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), the model "
+            f"has {spec.vocab_size:,} tokens, counted from 0: the two do not belong together"
+        )
+
+
+def _chunk(cache: Cache, text: NDArray[Any], start: list[int]) -> NDArray[Any]:
+    """The content of a chunk file, padded to the chunk's full size as Zarr requires.
+
+    text [contexts, tokens of text]; every context begins with `start`.
+    """
+    chunk = np.zeros((cache.spec.token_chunk, cache.spec.context), dtype=cache.spec.token_dtype)
+    chunk[: len(text), : len(start)] = start
+    chunk[: len(text), len(start) :] = text
+    return chunk
+
+
+def _refuse_short_text(cache: Cache, source: TextSource, contexts: int) -> None:
+    """A cache's shape follows from the token count, so one that cannot be filled, and never was, is taken away again."""
+    spec = cache.spec
+    usable = (contexts // spec.block_sequences - spec.holdout_blocks) * spec.block_rows
+    cache.discard()
+    advice = f"ask for at most --tokens {usable}" if usable > 0 else "lower --tokens, --holdout-tokens and --block-sequences"
+    raise UserError(
+        f"{source.dataset} ends after {contexts * spec.context} tokens, {spec.sequences * spec.context} are wanted; {advice}"
+    )

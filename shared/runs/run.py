@@ -1,0 +1,360 @@
+"""A run folder, format 2: one L1 setting over any number of layers.
+
+runs/<model>-saes-x<expansion>-l1-<setting>/
+    config.json                              everything needed to repeat the run, the cache's identity included
+    sae_layer00_50M.pt … sae_layer00_final.pt    snapshots
+    metrics/layer00.jsonl                    the training curve
+    state/layer00/                           resume only; removed when the layer is done
+
+Three rules. What is written says what it belongs to (the run's digest, the layer, the snapshot) and carries a checksum of
+itself (shared/seal.py), and both are checked by whoever reads it: what is damaged is made again, what belongs elsewhere is
+refused and left alone. A file takes its place whole and durable, and a state only after the curve and the snapshots before it.
+A layer is written by one process, which holds a lock on state/layerNN/owner, and is finished when every snapshot is right.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared.cache import ADVICE, Cache
+from shared.errors import UserError
+from shared.files import create_file, make_dir, owned, remove, remove_leftovers, replacing, sync_dir
+from shared.progress import say
+from shared.runs.sae import Damaged, Sae
+from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
+from shared.stores.mirror import Mirror
+from shared.stores.store import Location, open_store
+from shared.units import format_count
+
+FORMAT = 2
+SNAPSHOTS = 6
+FINAL = "final"  # the label of the last
+
+# Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
+_ADDED: dict[str, Any] = {
+    "lr_decay": 0.0, "refit": 0.0, "refit_kind": "decoder", "skip_positions": 0, "max_norm": None,
+    "step": {"decoder_norm": "unit"}, "controller": {"above": 4.0},
+}  # fmt: skip
+
+
+def cache_identity(cache: Cache) -> dict[str, Any]:
+    """A cache as a run remembers it: the digest that settles whether it is the same, and the spec that says what differs."""
+    return {"digest": cache.digest, "spec": dataclasses.asdict(cache.spec)}
+
+
+def run_config(train: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json but for the machine. `digest` is the run's identity: of all its SAEs depend on."""
+    train = _without(train, _ADDED)
+    digest = _digest({"train": train, "cache": cache["digest"]})
+    config: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "digest": digest, "train": train, "cache": cache}))
+    return config
+
+
+def _without(config: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key in added:
+            kept[key] = _without(value, added[key])
+        elif key not in added or value != added[key]:
+            kept[key] = value
+    return kept
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def snapshot_tokens(tokens: int) -> dict[str, int]:
+    """{label: tokens after which the snapshot is due}: five at sixths of the run, and 'final'. 300M → 50M … 250M, final."""
+    marks = [tokens * k // SNAPSHOTS for k in range(1, SNAPSHOTS)]
+    return {format_count(mark): mark for mark in marks} | {FINAL: tokens}
+
+
+def made(run: Location, layers: Iterable[int]) -> int:
+    """How many checkpoints of these layers a run has, by their names: enough for whoever waits for them."""
+    names = open_store(run).list("")
+    return sum(bool(re.fullmatch(rf"sae_layer{layer:02d}_\w+\.pt", name)) for layer in layers for name in names)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Snapshot:
+    """A checkpoint file and what its name says."""
+
+    path: Path
+    layer: int
+    label: str
+
+
+class Run:
+    """One run folder."""
+
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
+        """With a mirror the folder is its, and what is written is sent."""
+        self.path, self._mirror = path, mirror
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    def config(self) -> dict[str, Any]:
+        """Raises UserError unless this is a run, of a format that can be read, and as it was written."""
+        try:
+            config = json.loads(self.config_path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} is not a run folder: it has no config.json; train one with `python -m train`"
+            ) from None
+        except ValueError:
+            raise UserError(
+                f"{self.config_path} is not readable JSON; restore it or train into another --runs folder"
+            ) from None
+        if not isinstance(config, dict) or "format" not in config:
+            raise UserError(f"{self.config_path} is not of a run; move that folder away or name another --runs folder")
+        if config["format"] != FORMAT:
+            raise UserError(
+                f"{self.path} is a run of format {config['format']}, this program reads {FORMAT}; use the version that wrote it"
+            )
+        if not sealed(config):
+            raise UserError(f"{self.config_path} was changed: its checksum does not match; restore it or train elsewhere")
+        return config
+
+    def require_same(self, wanted: dict[str, Any]) -> None:
+        """Raises UserError if the folder holds a run with another configuration (`run_config`), naming what differs."""
+        if not self.config_path.exists():
+            return
+        there = self.config()
+        if there["digest"] == wanted["digest"]:
+            return
+        pairs = [
+            ("", _ADDED | there["train"], _ADDED | wanted["train"]),
+            ("the cache's ", there["cache"]["spec"], wanted["cache"]["spec"]),
+        ]
+        different = [
+            f"{whose}{key} is {a.get(key)!r} there, {b.get(key)!r} here"
+            for whose, a, b in pairs
+            for key in sorted({*a, *b})
+            if a.get(key) != b.get(key) and not (whose and key in ADVICE)
+        ]
+        raise UserError(
+            f"{self.path} was trained with other settings ({'; '.join(different)}): "
+            "repeat those or choose another --runs folder"
+        )
+
+    def create(self, config: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Make it a run, unless it is one. `machine` is recorded only: the last bits of a sum depend on it, nothing else."""
+        remove_leftovers(self.path)
+        content = json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n"
+        new = not self.config_path.exists() and create_file(self.config_path, content)  # of several at once, one creates it
+        if self._mirror is not None:
+            self._mirror.settle(self.config_path)
+        if not new or self._mirror is not None:
+            self.require_same(config)
+
+    # --- a bucket that holds the same ---
+
+    def pull_config(self) -> None:
+        """Before anything else is known of the run."""
+        if self._mirror is not None:
+            self._mirror.pull(self.name, lambda key: key == f"{self.name}/config.json")
+
+    def pull(self, layers: Iterable[int]) -> None:
+        """All that belongs to these layers, which must be claimed."""
+        if self._mirror is not None:
+            mine = "|".join(f"{layer:02d}" for layer in layers)
+            of_mine = re.compile(rf"[^/]+/(sae_layer({mine})_\w+\.pt|metrics/layer({mine})\.jsonl|state/layer({mine})/[^/]+)")
+            self._mirror.pull(self.name, lambda key: of_mine.fullmatch(key) is not None)
+
+    def push(self, path: Path) -> None:
+        """Raises UserError if another process has written that file since."""
+        if self._mirror is not None:
+            self._mirror.push(path)
+
+    # --- who writes ---
+
+    @contextlib.contextmanager
+    def claim(self, layers: Iterable[int]) -> Iterator[None]:
+        """Own these layers until the block or the process ends. Raises UserError naming another owner."""
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        make_dir(self.path)
+        for path in new:
+            sync_dir(path.parent)
+        try:
+            with contextlib.ExitStack() as stack:
+                for layer in layers:
+                    stack.enter_context(self._claim(layer))
+                yield
+        finally:
+            for folder in (self.path / "state", self.path):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if nothing came of it
+
+    @contextlib.contextmanager
+    def _claim(self, layer: int) -> Iterator[None]:
+        path = self._owner_path(layer)
+        try:
+            with owned(path) as owner:
+                if owner:
+                    raise UserError(
+                        f"layer {layer} of {self.path} is being trained by {owner}: wait until it ends, or train other --layers"
+                    )
+                self._sweep(layer)
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if there is no state
+
+    def _owner_path(self, layer: int) -> Path:
+        return self.state_path(layer).parent / "owner"
+
+    def _sweep(self, layer: int) -> None:
+        """Remove what a kill left half-written."""
+        places = ((self.path, f"*sae_layer{layer:02d}_*"), (self.path / "metrics", f"*layer{layer:02d}*"))
+        for folder, name in (*places, (self._owner_path(layer).parent, "*")):
+            for path in folder.glob(f"{name}.tmp"):
+                remove(path)
+
+    # --- snapshots ---
+
+    def snapshot_path(self, layer: int, label: str) -> Path:
+        return self.path / f"sae_layer{layer:02d}_{label}.pt"
+
+    def snapshots(self) -> list[Snapshot]:
+        """All checkpoints that are there, by layer and then by age."""
+        labels = list(snapshot_tokens(self.config()["train"]["tokens"]))
+        matches = [(path, re.fullmatch(r"sae_layer(\d+)_(\w+)\.pt", path.name)) for path in self.path.glob("sae_layer*.pt")]
+        found = [Snapshot(path=path, layer=int(m[1]), label=m[2]) for path, m in matches if m and m[2] in labels]
+        return sorted(found, key=lambda s: (s.layer, labels.index(s.label)))
+
+    def belongs(self, layer: int, label: str) -> dict[str, Any]:
+        """What the config of a checkpoint says in its place, and in no other."""
+        return {"layer": layer, "snapshot": label, "digest": self.config()["digest"]}
+
+    def due(self, layer: int) -> list[str]:
+        """The labels of a layer's snapshots that are missing or damaged. Reads all there are. Raises UserError for one that is
+        whole and belongs elsewhere: it may be the only copy."""
+        due = []
+        for label in snapshot_tokens(self.config()["train"]["tokens"]):
+            path = self.snapshot_path(layer, label)
+            try:
+                Sae.check(path, belongs=self.belongs(layer, label))
+            except Damaged as error:
+                due.append(label)
+                if path.exists():
+                    say(f"{error}: it is made again", err=True)
+        return due
+
+    # --- the training curve ---
+
+    def metrics_path(self, layer: int) -> Path:
+        return self.path / "metrics" / f"layer{layer:02d}.jsonl"
+
+    def metrics(self, layer: int) -> list[dict[str, Any]]:
+        """The records, without a last line that is not whole: it is being written, or a crash cut it. Raises UserError if
+        another line is damaged."""
+        records = []
+        for number, line in enumerate(self._metrics_lines(layer), 1):
+            record = _parse(line)
+            if record is None:
+                raise UserError(f"line {number} of {self.metrics_path(layer)} is damaged: delete that line to use the others")
+            records.append(record)
+        return [{k: v for k, v in record.items() if k != SEAL} for record in records]
+
+    def _metrics_lines(self, layer: int) -> list[bytes]:
+        path = self.metrics_path(layer)
+        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+    def append_metrics(self, layer: int, record: dict[str, Any]) -> None:
+        """Durable after `sync_metrics`."""
+        path = self.metrics_path(layer)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(json.dumps(seal(record)).encode() + b"\n")
+
+    def sync_metrics(self, layer: int) -> None:
+        path = self.metrics_path(layer)
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_dir(path.parent)
+            sync_dir(self.path)
+            self.push(path)
+
+    def rewind_metrics(self, layer: int, step: int) -> None:
+        """Drop, in one move, the records after `step`, which a resumed run writes again, and what is damaged."""
+        path, kept = self.metrics_path(layer), []
+        for number, line in enumerate(self._metrics_lines(layer), 1):
+            record = _parse(line)
+            if record is None:
+                say(f"line {number} of {path} is damaged, and dropped", err=True)
+            elif record["step"] <= step:
+                kept.append(line + b"\n")
+        if path.exists() and path.read_bytes() != b"".join(kept):
+            with replacing(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+
+    # --- resume state ---
+
+    def state_path(self, layer: int) -> Path:
+        return self.path / "state" / f"layer{layer:02d}" / "state.safetensors"
+
+    def save_state(self, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Replace the resume state in one move: tensors, and a small JSON of everything else. The curve is durable before."""
+        path = self.state_path(layer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.sync_metrics(layer)
+        host = {k: v.cpu() for k, v in tensors.items()}
+        save_sealed(path, facts | self._state_belongs(layer), host)
+        sync_dir(path.parent.parent)
+        sync_dir(self.path)
+        self.push(path)
+
+    def load_state(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Raises `Damaged` for what is not as it was written, and UserError for the state of another layer or run."""
+        path = self.state_path(layer)
+        if not path.exists():
+            return None
+        try:
+            tensors, said = load_sealed(path)
+        except ValueError as error:
+            raise Damaged(f"{path} is damaged ({error})") from None
+        mine = self._state_belongs(layer)
+        if any(said.get(k) != v for k, v in mine.items()):
+            whose = "this" if said.get("run") == mine["run"] else "another"
+            raise UserError(
+                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {layer} of this one: "
+                "put it back where it belongs, or delete it to train this layer from the start"
+            )
+        return tensors, {k: v for k, v in said.items() if k not in mine}
+
+    def _state_belongs(self, layer: int) -> dict[str, Any]:
+        return {"layer": layer, "run": self.config()["digest"]}
+
+    def drop_state(self, layer: int) -> None:
+        """Remove it, half a state that a kill left beside it included."""
+        folder = self.state_path(layer).parent
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.name != "owner":
+                remove(path)
+        self.push(self.state_path(layer))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of our own JSON, or None if it is not as it was written."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if sealed(record) else None

@@ -1,0 +1,162 @@
+"""The SAE as a function, and the file it is published in.
+
+z = relu(W_enc (x − b_pre) + b_enc)        x̂ = W_dec z + b_dec + b_pre
+
+With thresholds θ [F] (settings that choose among a batch's activations have them), z_i is 0 unless it is above θ_i.
+"""
+
+import errno
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.files import replacing
+from shared.runs.rows import Rows
+from shared.seal import SEAL, seal, sealed
+
+_SHAPES = {
+    "b_pre": ("d",),
+    "encoder.weight": ("F", "d"),
+    "encoder.bias": ("F",),
+    "decoder.weight": ("d", "F"),
+    "decoder.bias": ("d",),
+}
+_THRESHOLD = "threshold"  # [F], in the files of some
+
+
+class Damaged(UserError):
+    """A file of a run that is missing or not as it was written: nothing is lost by making it again."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sae:
+    """A trained SAE in float32. `w_dec` is held as [F, d]: a row is a feature's direction."""
+
+    w_enc: Tensor  # [F, d]
+    w_dec: Tensor  # [F, d]
+    b_enc: Tensor  # [F]
+    b_pre: Tensor  # [d]
+    b_dec: Tensor  # [d]
+    config: dict[str, Any]
+    stats: dict[str, Any]
+    threshold: Tensor | None = None  # [F]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., d] → z [..., F] ≥ 0."""
+        z = torch.relu((x - self.b_pre) @ self.w_enc.t() + self.b_enc)
+        return z if self.threshold is None else z * (z > self.threshold)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [..., F] → x̂ [..., d]."""
+        return z @ self.w_dec + (self.b_dec + self.b_pre)
+
+    @property
+    def rows(self) -> Rows:
+        """Such as it was trained on, and is measured on."""
+        return Rows.of(self.config.get("train", {}), self.stats.get("activations", {}))
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", _THRESHOLD)
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device) -> "Sae":
+        return Sae(**{k: v.to(device) for k, v in self.tensors().items()}, config=self.config, stats=self.stats)
+
+    def save(self, path: Path) -> None:
+        """Write the published form: `model_state`, `config`, `stats`, readable with weights_only=True. Raises OSError."""
+        state = {
+            "b_pre": self.b_pre,
+            "encoder.weight": self.w_enc,
+            "encoder.bias": self.b_enc,
+            "decoder.weight": self.w_dec.t(),
+            "decoder.bias": self.b_dec,
+        } | ({} if self.threshold is None else {_THRESHOLD: self.threshold})
+        # A clone holds its own numbers only; saving a view would write the whole storage behind it.
+        state = {k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        stats = self.stats | {SEAL: seal(_facts(self.config, self.stats), state)[SEAL]}
+        content = io.BytesIO()  # written by torch, a full disk would be an error that tells nothing
+        torch.save({"model_state": state, "config": self.config, "stats": stats}, content)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
+
+    @classmethod
+    def load(cls, path: Path, d_model: int | None = None, *, belongs: dict[str, Any] | None = None) -> "Sae":
+        """Raises `Damaged` for a file that is missing, is no SAE or has changed since it was written, and UserError for one
+        that is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
+        state, config, stats = _read(path, belongs)
+        sizes = {"d": state["b_pre"].numel(), "F": state["encoder.bias"].numel()}
+        for name, shape in (_SHAPES | ({_THRESHOLD: ("F",)} if _THRESHOLD in state else {})).items():
+            if tuple(state[name].shape) != tuple(sizes[axis] for axis in shape):
+                raise Damaged(f"{path}: {name} is {tuple(state[name].shape)}, which does not fit the other weights")
+        if d_model is not None and sizes["d"] != d_model:
+            raise UserError(
+                f"{path} is an SAE over {sizes['d']} dimensions, the cache has {d_model}; use the cache it was trained on"
+            )
+        return cls(
+            w_enc=state["encoder.weight"].float(),
+            w_dec=state["decoder.weight"].t().contiguous().float(),
+            b_enc=state["encoder.bias"].float(),
+            b_pre=state["b_pre"].float(),
+            b_dec=state["decoder.bias"].float(),
+            config=config,
+            stats=stats,
+            threshold=state[_THRESHOLD].float() if _THRESHOLD in state else None,
+        )
+
+    @staticmethod
+    def check(path: Path, *, belongs: dict[str, Any]) -> None:
+        """Read every byte as `load` does, keep none. Raises what `load` raises."""
+        _read(path, belongs)
+
+    @staticmethod
+    def checksum(path: Path) -> str:
+        """The checksum that the file carries, which tells it from every other; the tensors are not read. Raises as `load`."""
+        return str(_open(path)[2][SEAL])
+
+
+_Content = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # model_state, config, stats
+
+
+def _read(path: Path, belongs: dict[str, Any] | None) -> _Content:
+    state, config, stats = _open(path)
+    try:
+        right = sealed(_facts(config, stats) | {SEAL: stats[SEAL]}, state)
+    except (TypeError, ValueError):  # values that are no JSON, or tensors that are none
+        right = False
+    if not right:
+        raise Damaged(f"{path} is damaged: its checksum does not match; train again to make it again")
+    if different := [k for k, v in (belongs or {}).items() if config.get(k) != v]:
+        is_, wanted = ({k: c.get(k) for k in different} for c in (config, belongs or {}))
+        raise UserError(
+            f"{path} does not belong here: it says {_words(is_)}, not {_words(wanted)}; put it back where it belongs"
+        )
+    return state, config, stats
+
+
+def _open(path: Path) -> _Content:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state, config, stats = content["model_state"], dict(content["config"]), dict(content["stats"])
+        names = [*_SHAPES, _THRESHOLD] if _THRESHOLD in state else _SHAPES
+        return {name: state[name] for name in names}, config, stats | {SEAL: stats[SEAL]}
+    except FileNotFoundError:
+        raise Damaged(f"no checkpoint at {path}") from None
+    except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch meets where a zip ends before its end
+            raise UserError(f"cannot read {path}: {error.strerror or error}; put that right and try again") from None
+        raise Damaged(
+            f"{path} is not a readable SAE checkpoint ({type(error).__name__}); train again to make it again"
+        ) from None
+
+
+def _facts(config: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:
+    return {"config": config, "stats": {k: v for k, v in stats.items() if k != SEAL}}
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,0 +1,355 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.pages import features
+from eval.pages import write as pages
+from eval.pages.features import SAMPLES, TOP
+from eval.pages.write import Pages
+from shared.cache import Cache
+from shared.lm import load_tokenizer
+from shared.runs.sae import Sae
+from tests.conftest import ROOT, Cli, invoke
+from tests.eval.browser import PHONE, Browser, Keys
+
+Made = tuple[Path, tuple[object, ...]]
+
+HOSTILE = [
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">", "' \" ` ${1} {{ 7*7 }}",
+    "a\u2028b\u2029c", "\u202egnihton", "\x00\x1b[31m\x7f", "\n", "\t", "  ", "", "\ud800", "𝕏é漢", "&lt;b&gt;", "\ufeff\u200b",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made_once(runs_path: Path, cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    runs = tmp_path_factory.mktemp("pages") / "runs"
+    for folder in sorted(runs_path.iterdir())[:2]:
+        shutil.copytree(folder, runs / folder.name)
+    args = ("pages", "--preset", "demo", "--cache", cache_path, "--device", "cpu")
+    assert invoke("eval", *args, "--runs", runs) == 0
+    return runs, args
+
+
+@pytest.fixture
+def made(made_once: Made, tmp_path: Path) -> Made:
+    """A copy of two runs with pages of all three layers, and the arguments that made them."""
+    runs, args = made_once
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs", (*args, "--runs", tmp_path / "runs")
+
+
+def folders(runs: Path) -> list[Path]:
+    return sorted((runs / "pages").glob("*/layer*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_columns_lead_back_to_the_cache(made: Made, cache: Cache) -> None:
+    """Every row that is kept of a feature is one on which it fires with what is said."""
+    runs, _ = made
+    assert len(folders(runs)) == 6
+    for folder in folders(runs)[1::3]:
+        opened = Pages.open(folder)
+        sae = Sae.load(runs / folder.parent.name / "sae_layer01_final.pt")
+        layer, rows = cache.layer(1), opened.columns["row"]
+        assert opened.facts["layer"] == 1 and opened.facts["tokens"] == 2048
+        feature = 17
+        here = rows[feature][rows[feature] >= 0]
+        assert here.min() >= cache.spec.train_tokens
+        z = sae.encode(torch.from_numpy(layer[here.numpy()]).float())[:, feature]
+        values = [dict(zip(*map(torch.Tensor.tolist, opened.around(feature, n)), strict=True))[0] for n in range(len(here))]
+        np.testing.assert_allclose(values, z, rtol=1e-4)
+        assert values[:TOP] == sorted(values[:TOP], reverse=True)
+
+
+def test_what_is_there_is_not_made_again(cli: Cli, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, args = made
+    before = contents(runs)
+    monkeypatch.setattr(features, "look", None)
+    result = cli("eval", *args)
+    assert result.code == 0, result.err
+    assert result.out == f"pages: {runs / 'pages' / 'index.html'}\n"
+    assert contents(runs) == before
+
+
+def test_what_is_damaged_missing_or_half_written_is_made_again_to_the_byte(cli: Cli, made: Made) -> None:
+    runs, args = made
+    before = contents(runs)
+    damaged, missing, unfinished = folders(runs)[:3]
+    (damaged / "001.js").write_bytes(before[str((damaged / "001.js").relative_to(runs))].replace(b"A", b"B", 1))
+    (missing / "columns.safetensors").unlink()
+    (unfinished / "facts.json").unlink()
+    (unfinished / "001.js").write_bytes(b"")
+    text = next((runs / "pages").glob("text.*"))
+    (text / "000.js").unlink()
+    result = cli("eval", *args)
+    assert result.code == 0, result.err
+    assert contents(runs) == before
+
+
+def test_more_text_takes_the_place_of_less_and_less_does_not_of_more(cli: Cli, made: Made) -> None:
+    runs, args = made
+    before = contents(runs)
+    for folder in folders(runs)[::3]:
+        shutil.rmtree(folder)
+    assert cli("eval", *args, "--tokens", 500).code == 0
+    assert sorted(Pages.open(f).facts["tokens"] for f in folders(runs)) == [480] * 2 + [2048] * 4  # whole contexts of 32
+    assert cli("eval", *args).code == 0
+    assert contents(runs) == before
+    assert cli("eval", *args, "--tokens", 500).code == 0
+    assert contents(runs) == before
+
+
+def test_pages_of_another_checkpoint_give_way(cli: Cli, made: Made) -> None:
+    """The SAE was trained again: its file is another, and so is its folder."""
+    runs, args = made
+    path = runs / folders(runs)[0].parent.name / "sae_layer00_final.pt"
+    sae = Sae.load(path)
+    Sae(**sae.tensors() | {"b_enc": sae.b_enc - 0.1}, config=sae.config, stats=sae.stats).save(path)
+    old = folders(runs)
+    assert cli("eval", *args).code == 0
+    assert len(folders(runs)) == 6
+    assert [a == b for a, b in zip(old, folders(runs), strict=True)].count(False) == 1
+
+
+def test_what_can_not_be_looked_at_is_left_out(cli: Cli, made: Made) -> None:
+    runs, args = made
+    shutil.rmtree(runs / "pages")
+    bad = [runs / name / f"sae_layer0{layer}_final.pt" for layer, name in enumerate(sorted(p.name for p in runs.iterdir()))]
+    bad[0].write_bytes(bad[0].read_bytes()[:1000])
+    sae = Sae.load(bad[1])
+    Sae(**sae.tensors() | {"b_enc": sae.b_enc / 0}, config=sae.config, stats=sae.stats).save(bad[1])
+    result = cli("eval", *args, "--layers", "0,1")
+    assert result.code == 2
+    assert [line.split(" ")[2] for line in result.err.splitlines() if line.startswith("left out: ")] == list(map(str, bad))
+    assert result.err.splitlines()[-1] == "error: 2 left out, as said above; all else is on the pages"
+    assert len(folders(runs)) == 2
+    assert folders(runs)[0].parent.name in (runs / "pages" / "index.html").read_text()
+
+
+def test_what_is_wrong_with_all_of_it_is_one_line(cli: Cli, made: Made, tmp_path: Path) -> None:
+    runs, args = made
+    before = contents(runs)
+    for more, words in (
+        (("--snapshot", "7M"), "no '7M' snapshot"),
+        (("--layers", "9"), "no 'final' snapshot of these layers"),
+        (("--tokens", 3), "no context of 32 tokens"),
+        (("--model", tmp_path), "is not the model"),
+    ):
+        result = cli("eval", *args, *more)
+        assert result.code == 2
+        assert words in result.err
+        assert result.err.splitlines()[-1].startswith("error: ")
+        assert contents(runs) == before
+
+
+def test_another_tokenizer_is_refused(cli: Cli, made: Made, cache: Cache, tmp_path: Path) -> None:
+    _, args = made
+    lm = tmp_path / "lm"
+    shutil.copytree(cache.spec.model, lm)
+    tokenizer = json.loads((lm / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (lm / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = cli("eval", *args, "--model", lm)
+    assert result.code == 2
+    assert "the tokenizer beside the model is not the one" in result.err
+
+
+def test_tokens_are_spelt_as_in_a_text(lm: Path, tmp_path: Path) -> None:
+    demo, text = load_tokenizer(str(ROOT / "demo" / "neox-2m"), None), "The naïve café's “quote” — 漢字\n\tx"
+    spelt = pages.spell(demo, len(demo))
+    parts = [spelt[i] for i in demo.encode(text)]
+    raw = [
+        part.encode("latin-1").decode("unicode_escape").encode("latin-1") if "\\x" in part else part.encode() for part in parts
+    ]
+    assert b"".join(raw) == text.encode()
+    assert len([part for part in parts if "\\x" in part]) > 3
+    assert spelt[demo.convert_tokens_to_ids("Ġthe")] == " the"
+    without = load_tokenizer(str(lm), None)  # which has no decoder
+    assert pages.spell(without, 400)[without.convert_tokens_to_ids("Ġthe")] == " the"
+
+
+def test_a_data_file_is_ascii_and_holds_what_was_put_in() -> None:
+    script = pages._call("run </script>\u2028/000", HOSTILE).decode("ascii")
+    assert script.startswith("pages.take(") and script.endswith(");\n")
+    assert json.loads(f"[{script[11:-3]}]") == ["run </script>\u2028/000", HOSTILE]
+
+
+# --- in a browser ---
+
+
+def page(runs: Path) -> Path:
+    return runs / "pages" / "index.html"
+
+
+def opened(browser: Browser, runs: Path, fragment: str = "") -> None:
+    browser.open(page(runs), fragment)
+    browser.until(lambda: browser.all(".row") or browser.all(".context"))
+
+
+def listed(browser: Browser) -> list[int]:
+    return [int(n) for n in browser.run("return [...document.querySelectorAll('.row .number')].map((e) => e.textContent)")]
+
+
+def contexts(browser: Browser, where: str) -> list[tuple[str, str]]:
+    """(value, text) of each context."""
+    script = "return [...document.querySelectorAll(arguments[0])].map((e) => [...e.children].map((c) => c.textContent))"
+    return [(value, text) for value, text in browser.run(script, f"{where} .context")]
+
+
+def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, made_once: Made, cache: Cache) -> None:
+    runs, _ = made_once
+    opened(browser, runs)
+    first = folders(runs)[0]
+    relative = [url.removeprefix((runs / "pages").resolve().as_uri()) for url in browser.loaded()]
+    text = next((runs / "pages").glob("text.*")).name
+    assert relative == ["/index.html", f"/{first.parent.name}/{first.name}/index.js", f"/{text}/vocabulary.js"]
+    assert browser.text("#found") == "128 of 128 features"
+    browser.press("j")
+    browser.until(lambda: browser.text("h2") == "Feature 0")
+    browser.press("j")
+    browser.until(lambda: browser.text("h2") == "Feature 1")
+    assert [url.rpartition("/")[2] for url in browser.loaded()] == ["000.js", "000.js"]  # of the SAE, of the text
+    columns = Pages.open(first).columns
+    tokenizer = load_tokenizer(cache.spec.model, None)
+    spelt = pages.spell(tokenizer, 400)
+    shown = [*contexts(browser, "#top"), *contexts(browser, ".fifth")]
+    rows = [row for row in columns["row"][1].tolist() if row >= 0]
+    assert len(shown) == len(rows) == TOP + SAMPLES
+    for (value, tokens), row in zip(shown, rows, strict=True):
+        place = row % cache.spec.context
+        ids = cache.layer(0).tokens[row - place : row - place + cache.spec.context]
+        expected = "".join(spelt[i] for i in ids[max(0, place - 47) : place + 17])
+        assert tokens == expected.replace("\n", "↵")
+        z = dict(zip(*map(torch.Tensor.tolist, Pages.open(first).around(1, rows.index(row))), strict=True))[0]
+        assert float(value) == pytest.approx(z, rel=0.01)
+    assert float(browser.run("return document.querySelector('#top .peak').style.getPropertyValue('--a')")) == 1
+    browser.one("#top .context:first-child .peak").click()
+    assert f"row {rows[0]:,}" in browser.text("#token")
+    others = [int(e.text.split()[0]) for e in browser.all(".similar li")]
+    assert others == columns["similar"][1].tolist()
+    browser.all(".similar a")[0].click()
+    browser.until(lambda: browser.text("h2") == f"Feature {others[0]}")
+    assert browser.errors() == []
+
+
+def test_the_list_is_searched_sorted_and_filtered(browser: Browser, made_once: Made, cache: Cache) -> None:
+    runs, _ = made_once
+    columns = Pages.open(folders(runs)[0]).columns
+    spelt = pages.spell(load_tokenizer(cache.spec.model, None), 400)
+    opened(browser, runs)
+    browser.press("/")
+    browser.press(" THE")
+    top = columns["row"][:, :TOP]
+    tokens = cache.layer(0).tokens[top.clamp(min=0).numpy()]
+    peaks = [{int(t) for t, r in zip(tokens[i], top[i], strict=True) if r >= 0} for i in range(128)]
+    hits = [i for i in range(128) if any(spelt[t].strip().lower() == "the" for t in peaks[i])]
+    assert 0 < len(hits) < 128
+    browser.until(lambda: browser.text("#found") == f"{len(hits)} of 128 features")
+    assert listed(browser) == hits[: len(listed(browser))]
+    browser.press(Keys.ESCAPE)
+    assert browser.run("return document.getElementById('search').value") == " THE"  # as the list is
+    choose = "const [id, value] = arguments, e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event('%s'))"
+    browser.run(choose % "input", "search", "#5")
+    assert browser.text("#found") == f"{sum(5 in tokens for tokens in peaks)} of 128 features"
+    browser.run(choose % "input", "search", f'"{spelt[int(columns["promoted"][9, 0])]}"')
+    browser.run(choose % "change", "where", "promoted")
+    assert 9 in listed(browser)
+    browser.run(choose % "input", "search", "")
+    density = columns["count"].double() / 2048
+    middle = float(density.median()) + 0.5 / 2048  # between two counts, whatever rounding makes of the percentage
+    browser.run(choose % "input", "most", f"{100 * middle:.6f}%")
+    browser.run(choose % "change", "sort", "densest")
+    expected = sorted((i for i in range(128) if density[i] <= middle), key=lambda i: (-density[i], i))
+    assert browser.text("#found") == f"{len(expected)} of 128 features"
+    assert listed(browser) == expected[: len(listed(browser))]
+    browser.press("j")
+    browser.until(lambda: browser.text("h2") == f"Feature {expected[0]}")
+    browser.press("g")
+    browser.press("77", Keys.ENTER)
+    browser.until(lambda: browser.text("h2") == "Feature 77")
+    assert browser.errors() == []
+
+
+def test_keys_and_menus_lead_to_other_layers_and_runs(browser: Browser, made_once: Made) -> None:
+    runs, _ = made_once
+    names = [folder.parent.name for folder in folders(runs)[::3]]
+    opened(browser, runs)
+
+    def at() -> tuple[str, str]:
+        return tuple(browser.run("return ['run', 'layer'].map((id) => document.getElementById(id).value)"))
+
+    browser.press("]")
+    browser.until(lambda: at() == (f"{names[0]}\nfinal", "1"))
+    browser.press("}")
+    browser.until(lambda: at() == (f"{names[1]}\nfinal", "1"))
+    browser.press("[")
+    browser.press("[")
+    browser.until(lambda: at() == (f"{names[1]}\nfinal", "0"))
+    browser.one("#layer").send_keys("2")
+    browser.until(lambda: at() == (f"{names[1]}\nfinal", "2"))
+    browser.driver.back()
+    browser.until(lambda: at() == (f"{names[1]}\nfinal", "0"))
+    browser.one("#keys-button").click()
+    assert "search by token" in browser.text("#keys")
+    browser.press(Keys.ESCAPE)
+    assert not browser.all("#keys")[0].is_displayed()
+
+
+def test_on_a_phone_list_and_feature_take_turns_and_nothing_is_cut_off(browser: Browser, made_once: Made) -> None:
+    runs, _ = made_once
+    browser.look(PHONE, dark=True)
+    opened(browser, runs)
+    assert browser.overflow() == 0
+    browser.all(".row")[2].click()
+    browser.until(lambda: browser.text("h2") == "Feature 2")
+    assert not browser.all("#list")[0].is_displayed()
+    assert browser.overflow() == 0
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 21)"
+    browser.press("j", "j", "k", "j")  # faster than any file is read
+    browser.until(lambda: browser.text("h2") == "Feature 4")
+    browser.one(".back").click()
+    browser.until(lambda: browser.all("#list")[0].is_displayed())
+    assert not browser.all("#feature")[0].is_displayed()
+
+
+def test_hostile_names_and_tokens_are_text(browser: Browser, made: Made) -> None:
+    """Of a run: its folder. Of tokens: what the tokeniser says. Neither is ever read as HTML, a script or an address."""
+    runs, args = made
+    name = "x<b>&'\"%41#? </script>".replace("/", "∕") + "\u2028"
+    folders(runs)[0].parent.parent.parent.joinpath(folders(runs)[0].parent.name).rename(runs / name)
+    shutil.rmtree(runs / "pages")
+    assert invoke("eval", *args, "--layers", 0) == 0
+    text = next((runs / "pages").glob("text.*"))
+    hostile = [HOSTILE[i % len(HOSTILE)] for i in range(400)]
+    (text / "vocabulary.js").write_bytes(pages._call(f"{text.name}/vocabulary", hostile))
+    browser.open(page(runs))
+    browser.until(lambda: browser.all(".row"))
+    browser.press("j")
+    browser.until(lambda: browser.all(".context"))
+    assert name in browser.run("return [...document.querySelectorAll('#run option')].map((e) => e.textContent)")
+    seen = "".join(text for _, text in contexts(browser, "#top"))
+    assert HOSTILE[0] in seen and HOSTILE[1] in seen and "a⟨2028⟩b⟨2029⟩c" in seen and "⟨202E⟩gnihton" in seen
+    assert "⟨0000⟩⟨001B⟩[31m⟨007F⟩" in seen and "⟨D800⟩" in seen and "𝕏é漢" in seen and "&lt;b&gt;" in seen
+    assert browser.driver.title.startswith("feature 0")
+    assert browser.run("return document.querySelectorAll('script').length") == 2
+    assert browser.run("return document.querySelectorAll('img, b').length") == 0
+    assert browser.errors() == []
+
+
+def test_a_file_that_is_gone_is_named(browser: Browser, made: Made) -> None:
+    runs, _ = made
+    (folders(runs)[0] / "001.js").unlink()
+    name = folders(runs)[0].parent.name
+    browser.open(page(runs), f"{name}/final/0/64")
+    browser.until(lambda: "cannot load" in browser.text("#feature"))
+    assert "/001.js" in browser.text(".error")
+    browser.press("k")
+    browser.until(lambda: browser.text("h2") == "Feature 63")

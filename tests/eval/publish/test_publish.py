@@ -1,0 +1,349 @@
+"""Publishing, to a server of the tests' own that speaks the hub's API; and the model card, by running what it says."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from bench.peers import ENVIRONMENTS
+from eval.floors.measured import measured_floors
+from eval.measure.evaluate import stored_records
+from eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
+from eval.publish.upload import published_files
+from shared.files import temporary
+from shared.runs.run import Run, run_config
+from shared.runs.sae import Sae
+from shared.seal import SEAL
+from tests.conftest import ROOT, Cli, invoke
+from tests.eval.hub import TOKEN, Hub
+from tests.eval.synthetic import make_distilled, make_runs
+
+
+@pytest.fixture(scope="module")
+def evaluated_once(runs_path: Path, cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of three layers, evaluated."""
+    runs = tmp_path_factory.mktemp("to-publish") / "runs"
+    for folder in sorted(runs_path.iterdir())[:2]:
+        shutil.copytree(folder, runs / folder.name)
+    sizes = ("--eval-tokens", 512, "--ce-tokens", 64)
+    assert invoke("eval", "--preset", "demo", "--cache", cache_path, "--device", "cpu", "--runs", runs, *sizes) == 0
+    return runs
+
+
+@pytest.fixture
+def run(evaluated_once: Path, tmp_path: Path) -> Run:
+    """A copy of the first of them, its sister beside it, and things in its folder that are nobody's business."""
+    shutil.copytree(evaluated_once, tmp_path / "runs")
+    run = Run(sorted(p for p in (tmp_path / "runs").iterdir() if p.is_dir())[0])
+    (run.path / "state" / "layer00").mkdir(parents=True)
+    for name in ("state/layer00/state.safetensors", "notes.txt", ".secret.pt", "plots/.x.png.tmp", "plots/.hidden.png"):
+        (run.path / name).write_bytes(b"not to be published")
+    return run
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Of a process that takes our server for the hub, and has the token of a user there."""
+    return os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def publish(hub: Hub, home: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "eval", "publish", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment(hub, home), capture_output=True, text=True, timeout=240)
+
+
+def blocks(readme: str) -> list[str]:
+    """The Python in a model card."""
+    return re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.hang_after = 40  # large files: in the second commit
+    command = [sys.executable, "-m", "eval", "publish", "--runs", str(run.path), "--to", "org"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(hub, tmp_path), stderr=subprocess.DEVNULL) as process:
+        assert hub.hanging.wait(120)
+        os.kill(process.pid, signal.SIGKILL)
+    name = f"org/{run.name}"
+    assert (len(hub.received), len(hub.repositories[name]["commits"])) == (40, 1)
+    assert "README.md" not in hub.repositories[name]["files"]
+
+    hub.hang_after = None
+    again = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
+    assert again.returncode == 0, again.stderr
+    there = hub.repositories[name]
+    assert there["files"] == {name: path.read_bytes() for name, path in published_files(run).items()}
+    assert len(hub.received) == len(set(hub.received))  # nothing was sent twice
+    assert there["private"] is True
+    assert {"config.json", "README.md", "pretrained_saes.yaml", "layer_2/cfg.json", "layer_2/sparsity.safetensors"} <= set(
+        there["files"]
+    )
+    assert not [n for n in there["files"] if "state" in n or "secret" in n or "notes" in n or "hidden" in n or "tmp" in n]
+    assert TOKEN not in again.stdout + again.stderr
+
+    commits, received = len(there["commits"]), len(hub.received)
+    third = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
+    assert f"0 of {len(there['files'])} files sent, the others were there" in third.stdout
+    assert (len(there["commits"]), len(hub.received)) == (commits, received)
+
+
+def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tmp_path: Path) -> None:
+    sent = publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--public")
+    assert sent.returncode == 0, sent.stderr
+    assert hub.repositories[f"org/{run.name}"]["private"] is False
+    plain, saelens = blocks((run.path / "README.md").read_text(encoding="utf-8"))
+    (tmp_path / lm.name).symlink_to(lm)  # a model that was in a folder is named by the folder's name
+    program = plain + "\ntorch.save({'x': x, 'z': z, 'xhat': decode(z)}, 'out.pt')\n"
+    where = {"cwd": tmp_path, "env": environment(hub, tmp_path), "capture_output": True, "text": True, "timeout": 240}
+    ran: Any = subprocess.run([sys.executable, "-c", program], **where)  # type: ignore[call-overload]
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("active features of each token: [[")
+    out = torch.load(tmp_path / "out.pt")
+    sae = Sae.load(run.snapshot_path(1, "final"))
+    torch.testing.assert_close(out["z"], sae.encode(out["x"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out["xhat"], sae.decode(out["z"]), rtol=1e-5, atol=1e-5)
+    assert 0 < float((out["z"] > 0).float().mean()) < 1
+
+    python = ENVIRONMENTS / "sae_lens" / "bin" / "python"
+    if not (python.parent.parent / "stamp.json").exists():
+        pytest.skip("SAELens is not installed in build/peers; the plain loading code was run")
+    program = saelens + "\nimport torch\ntorch.save(sae.encode(torch.load('out.pt')['x']), 'z.pt')\n"
+    ran = subprocess.run([str(python), "-c", program], **where)  # type: ignore[call-overload]
+    assert ran.returncode == 0, ran.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "z.pt"), out["z"], rtol=1e-4, atol=1e-4)
+
+
+def test_refusals_are_one_line_without_the_token(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.refuse = 403
+    result = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: cannot publish org/{run.name}: ") and "run the same command again" in last
+    assert TOKEN not in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(cli: Cli, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.publish.upload.HfApi", None)
+    result = cli("eval", "publish", "--runs", run.path, "--to", "org/other-name", "--dry-run", "--license", "mit")
+    assert result.code == 0, result.err
+    head, *listed = result.out.splitlines()
+    files = published_files(run)
+    assert head.startswith(f"org/other-name: {len(files)} files, ")
+    assert [line.split()[-1] for line in listed] == list(files)
+    assert listed[0].split()[-1] == "sae_layer00_10240.pt" and listed[-1].split()[-1] == "README.md"
+    readme = (run.path / "README.md").read_text(encoding="utf-8")
+    assert 'REPO, LAYER = "org/other-name", 1' in readme
+    assert front_matter(readme)["license"] == "mit"
+
+
+def test_what_can_not_be_published(cli: Cli, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("eval.publish.upload.get_token", lambda: None)
+    both, one = ("--runs", run.path.parent), ("--runs", run.path)
+    for args, message in (
+        ((*both, "--to", "org/name"), "2 runs cannot share the repository org/name"),
+        ((*one, "--to", "org"), "log in with `hf auth login`, or set HF_TOKEN"),
+        ((*one, "--to", "a/b/c"), "'a/b/c' is no name on the hub"),
+        ((*one, "--to", "a b"), "'a b' is no name on the hub"),
+        ((*one, "--to", "org/"), "'org/' is no name on the hub"),
+        (("--runs", run.path / "plots", "--to", "org"), "no runs in"),
+    ):
+        result = cli("eval", "publish", *args)
+        assert (result.code, len(result.err.splitlines())) == (2, 1)
+        assert message in result.err
+    shutil.rmtree(run.path / "results")
+    assert "has not been evaluated" in cli("eval", "publish", *one, "--to", "org", "--dry-run").err
+    for path in run.path.glob("*final.pt"):
+        path.unlink()
+    assert "no finished layer to publish" in cli("eval", "publish", *one, "--to", "org", "--dry-run").err
+
+
+def test_what_a_kill_left_half_made_is_removed(cli: Cli, run: Run) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    host = temporary(run.path / "x").name.split(".")[2]
+    half = run.path / f".layer_1.{host}.{gone.pid}.1.0.tmp"
+    half.mkdir()
+    (half / "sae_weights.safetensors").write_bytes(b"half")
+    assert cli("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run").code == 0
+    assert not half.exists()
+    assert (run.path / "layer_1" / "sae_weights.safetensors").exists()
+
+
+def test_layer_folders_follow_the_checkpoints(cli: Cli, run: Run) -> None:
+    """What we made of an earlier measurement gives way; what somebody else put there does not."""
+    args = ("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run")
+    assert cli(*args).code == 0
+    path = run.path / "layer_1" / "cfg.json"
+    whole = path.read_bytes()
+    made = json.loads(whole)
+    assert made["metadata"]["source"]["density_tokens"] == 512
+    made["metadata"]["source"]["density_tokens"] = 3
+    path.write_text(json.dumps(made))
+    assert cli(*args).code == 0
+    assert path.read_bytes() == whole
+    assert not [p for p in run.path.iterdir() if p.name.startswith(".layer")]
+    path.write_text('{"mine": 1}')
+    result = cli(*args)
+    assert result.code == 2 and "holds something else already" in result.err
+    assert path.read_text() == '{"mine": 1}'
+
+
+# --- the card ---
+
+
+def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
+    results = make_runs(tmp_path, layers=3)
+    run = Run(tmp_path / "pythia-410m-saes-x32-l1-adaptive")
+    text = card(run, results[run.name], None, sister_runs(run), Publication(owner="org"))
+    about = front_matter(text)
+    assert (about["base_model"], about["datasets"]) == ("EleutherAI/pythia-410m", ["monology/pile-uncopyrighted"])
+    assert about["library_name"] == "saelens"
+    finished, unfinished = text.split("Layers that are **not finished**")
+    assert [
+        line.split(" | ")[0] for line in finished.split("## Metrics")[1].splitlines() if line[:3] in ("| 0", "| 1", "| 2")
+    ] == [
+        "| 0",
+        "| 1",
+    ]
+    assert "| 150M of 300M, unfinished |" in unfinished
+    assert "Measured floors: not measured." in text
+    assert "; `_50M`, `_100M`, `_150M`, `_200M`, `_250M` are snapshots of its training |" in text
+    assert f"it and KL on {results[run.name][0]['ce_tokens']:,} tokens" in text
+    assert "[pythia-410m-saes-x32-l1-8e-5-fixed](https://huggingface.co/org/pythia-410m-saes-x32-l1-8e-5-fixed)" in text
+    make_distilled(tmp_path, results)
+    measured = card(run, results[run.name], measured_floors(tmp_path, run.config()["cache"]["digest"]), [], Publication())
+    assert "not measured" not in measured and measured.index("Measured, by distilling") < measured.index("R² left out")
+    fits = [line.split(" | ")[0] for line in measured.partition("R² left out")[2].partition("## Training")[0].splitlines()[2:]]
+    assert [fit for fit in fits if fit] == ["| 0", "| 1", "| 2"]  # of this run alone
+    assert "huggingface.co" not in card(run, results[run.name], None, sister_runs(run), Publication(owner="a", name="b"))
+
+    entry = yaml.safe_load(registry_entry(run, results[run.name], Publication(owner="org")))[run.name]
+    assert (entry["repo_id"], entry["model"], entry["conversion_func"]) == (f"org/{run.name}", "EleutherAI/pythia-410m", None)
+    assert [(s["id"], s["path"]) for s in entry["saes"]] == [
+        ("blocks.0.hook_resid_post", "layer_0"),
+        ("blocks.1.hook_resid_post", "layer_1"),
+    ]
+    final = [r for r in results[run.name] if r["snapshot"] == "final"]
+    assert [s["l0"] for s in entry["saes"]] == pytest.approx([r["l0"] for r in final], rel=1e-4)
+
+
+HELD = {"refit": 0.2, "refit_kind": "topk"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"l1": {"k": 12}}, "BatchTopK, the 12 largest activations a token"),
+        (HELD, r"λ = 0.0003, then L0 held by keeping the largest activations of each batch (last 20% of training)."),
+        (HELD | {"refit": 0.0}, "λ = 0.0003."),
+    ],
+    ids=["batchtopk", "refit that holds L0", "no refit"],
+)
+def test_the_card_applies_the_thresholds_that_saes_have(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    """Of a run whose refit holds L0, earlier snapshots have none."""
+    results = make_runs(tmp_path, layers=1)
+    made_up = Run(tmp_path / "pythia-410m-saes-x32-l1-3e-4-fixed")
+    config, run = made_up.config(), Run(tmp_path / "another")
+    run.path.mkdir()
+    run.create(run_config(config["train"] | changed, config["cache"]), config["machine"])
+    text = card(run, results[made_up.name], None, [], Publication(owner="org"))
+    assert f"setting: {words}" in text
+    has = changed.get("refit") != 0.0
+    assert ("0 where it is not above θ" in text) is has
+    (encode,) = re.findall(r"def encode.*?\n\n", blocks(text)[0], re.DOTALL)
+    d, features = 6, 10
+    shapes = ((features, d), (features, d), (features,), (d,), (d,), (features,))
+    w_enc, w_dec, b_enc, b_pre, b_dec, threshold = (torch.randn(*shape).abs() for shape in shapes)
+    x = torch.randn(50, d)
+    for each in [threshold, None] if has else [None]:
+        sae = Sae(w_enc=w_enc, w_dec=w_dec, b_enc=b_enc, b_pre=b_pre, b_dec=b_dec, config={}, stats={}, threshold=each)
+        sae.save(tmp_path / "a.pt")
+        names: dict[str, Any] = {"torch": torch, "w": torch.load(tmp_path / "a.pt", weights_only=True)["model_state"]}
+        exec(encode, names)
+        z = names["encode"](x)
+        torch.testing.assert_close(z, Sae.load(tmp_path / "a.pt").encode(x))
+        cut = int(((x - b_pre) @ w_enc.T + b_enc > 0).sum()) - int((z > 0).sum())
+        assert cut > 0 if each is not None else cut == 0
+
+
+HOSTILE = [
+    "a|b `c` *d* [e](f) <script>g</script>",
+    "x: y # z\n- list\n---\n",
+    '"quoted" \\ back',
+    "```\nend of code\n```",
+    "{{ 7 * 7 }} {% raw %}",
+    "\u2028\x85\x7f ünïcode 🙂",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_whatever_they_are(tmp_path: Path, name: str) -> None:
+    results = make_runs(tmp_path, layers=1, model=name)
+    run = Run(tmp_path / "pythia-410m-saes-x32-l1-3e-4-fixed")
+    records = results[run.name]
+    plain = card(run, records, None, [], Publication(owner="org"))
+    about = front_matter(plain)
+    assert about["base_model"] == name
+    assert set(about) == {"library_name", "license", "base_model", "datasets", "tags"}
+    code, _ = blocks(plain)
+    assert eval(code.split("MODEL, REVISION = ")[1].split("\n")[0])[0] == name
+    row = next(line for line in plain.splitlines() if line.startswith("| language model |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert "<script>" not in plain.split("```")[-1]
+    assert "49" not in row
+    entry = yaml.safe_load(registry_entry(run, records, Publication(owner="org")))
+    assert entry[run.name]["model"] == name
+
+
+def test_repository_names() -> None:
+    assert repository_name("pythia-410m-saes-x32-l1-3e-4-fixed") == "pythia-410m-saes-x32-l1-3e-4-fixed"
+    assert repository_name("a b/c..d--é.") == "a-b-c.d"
+    assert repository_name("🙂") == "saes"
+    assert len(repository_name("x" * 200)) == 96
+
+
+def test_a_card_that_is_somebodys_own_stays(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    records, path = stored_records(run), run.path / "README.md"
+    assert MARKER in path.read_text(encoding="utf-8")
+    path.write_text("# mine")
+    write_card(run, records, None, [])
+    assert path.read_text() == "# mine"
+    assert "is your own and stays as it is" in capsys.readouterr().err
+
+
+def test_made_up_runs_have_the_form_of_real_ones(run: Run, tmp_path: Path) -> None:
+    """What tests of pictures and reports rest on."""
+    results = make_runs(tmp_path / "made-up", layers=1)
+    made_up = Run(next((tmp_path / "made-up").iterdir()))
+
+    def names(record: dict[str, Any]) -> set[str]:
+        return {name for name in record if not name.startswith("floor_")} - {SEAL}
+
+    assert names(results[made_up.name][0]) == names(stored_records(run)[0])
+    assert made_up.config().keys() == run.config().keys()
+    assert made_up.config()["train"].keys() == run.config()["train"].keys()
+    assert made_up.metrics(0)[0].keys() <= run.metrics(0)[0].keys()

@@ -1,0 +1,333 @@
+"""Pictures and report of runs as large as the published job's: 24 layers, three settings, one layer unfinished."""
+
+import dataclasses
+import json
+import shutil
+import struct
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from eval.floors.measured import measured_floors
+from eval.measure.evaluate import Skipped, features_path
+from eval.measure.metrics import load_features
+from eval.report import plots
+from eval.report.page import CAPTIONS, text_table, warnings, write_report
+from eval.report.plots import plot_runs
+from shared.errors import UserError
+from shared.runs.run import Run, run_config
+from tests.eval.browser import PHONE, Browser
+from tests.eval.synthetic import make_distilled, make_runs
+
+Results = dict[str, list[dict[str, Any]]]
+Published = tuple[Path, list[Run], Results, Path]
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return [Run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """(folder, runs, records, report.html), with measured floors and pictures."""
+    folder = tmp_path_factory.mktemp("published")
+    results: Results = make_runs(folder)
+    make_distilled(folder, results)
+    runs, skipped = runs_in(folder), Skipped()
+    measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
+    plot_runs(runs, results, measured, skipped)
+    (folder / "pages" / runs[0].name / "layer03_final.0123abcd").mkdir(parents=True)
+    (folder / "pages" / "index.html").write_text("<title>feature pages</title>")
+    report = write_report(folder, runs, results, measured, skipped)
+    assert skipped.said == []
+    return folder, runs, results, report
+
+
+# --- pictures ---
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    return width, height
+
+
+def test_every_picture_is_there_as_png_and_svg(published: Published) -> None:
+    for run in published[1]:
+        names = sorted(p.name for p in (run.path / "plots").iterdir())
+        assert names == sorted(f"{name}{suffix}" for name in CAPTIONS for suffix in (".png", ".svg"))
+        for name in CAPTIONS:
+            width, height = png_size(run.path / "plots" / f"{name}.png")
+            assert 1000 < width < 2000 and 400 < height < 1400
+            assert ET.parse(run.path / "plots" / f"{name}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_pictures_of_all_runs_are_the_same_in_each_of_them(published: Published) -> None:
+    for name in ("3_sparsity_fidelity", "7_capacity", "8_loss_floor_predictions"):
+        assert len({(run.path / "plots" / f"{name}.svg").read_bytes() for run in published[1]}) == 1
+    assert len({(run.path / "plots" / "2_metrics_heatmap.svg").read_bytes() for run in published[1]}) == 3
+
+
+def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
+    run = published[1][2]
+    features = {r["layer"]: load_features(features_path(run, r["layer"], "final"))[0] for r in published[2][run.name][-9:-3:6]}
+    drawn = plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
+    assert drawn == plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
+
+
+def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, runs, results, _ = published
+    measured, drawn = measured_floors(folder, runs[0].config()["cache"]["digest"]), []
+    rendered = plots._rendered
+
+    def counted(figure: plots.Figure, key: str) -> dict[str, bytes]:
+        drawn.append(figure.get_suptitle())
+        return rendered(figure, key)
+
+    monkeypatch.setattr(plots, "_rendered", counted)
+    plot_runs(runs, results, measured, Skipped())
+    assert drawn == []
+    other = published[1][1].path / "plots" / "5_feature_density.svg"
+    before = other.read_bytes()
+    other.write_bytes(b"cut")
+    plot_runs(runs, results, measured, Skipped())
+    assert drawn == [f"{runs[1].name}: how often features fire"]
+    assert other.read_bytes() == before
+    records = [dict(r, fvu=r["fvu"] * 1.1) for r in results[runs[0].name]]
+    plots._write([data_of(runs[0], {runs[0].name: records})], plots._of_all_runs([data_of(runs[0], results)], None))
+    assert len(drawn) == 4
+    plots._write([data_of(runs[0], results)], plots._of_all_runs([data_of(runs[0], {runs[0].name: records})], None))
+    assert len(drawn) == 7
+
+
+def data_of(run: Run, results: Results) -> plots.RunData:
+    label, kind = run.name[-8:], plots._kind(run.config()["train"])
+    return plots.RunData(run=run, label=label, records=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
+
+
+@pytest.mark.parametrize("layers", [24, 1])
+def test_nothing_is_cut_off(published: Published, tmp_path: Path, layers: int) -> None:
+    """Margins are constants, so every label must be seen to fit."""
+    folder, runs, results, _ = published
+    if layers != 24:
+        folder, results = tmp_path, make_runs(tmp_path, layers=layers)
+        runs = runs_in(folder)
+    datas = [data_of(run, results) for run in runs]
+    measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
+    pictures = plots._of_one_run(datas[2], Skipped()) | plots._of_all_runs(datas, measured)
+    assert pictures.keys() == CAPTIONS.keys()
+    for name, picture in pictures.items():
+        figure = picture.draw()
+        FigureCanvasAgg(figure)
+        box, edge = figure.get_tightbbox(), figure.bbox_inches
+        assert edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1, (name, box, edge)
+
+
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path: Path, value: float | None) -> None:
+    """One layer, one snapshot, no curve, no feature statistics, every metric null or zero: pictures, and no warning."""
+    run = Run(tmp_path / published[1][0].name)
+    run.path.mkdir()
+    shutil.copy(published[1][0].config_path, run.path)
+    record = dict.fromkeys(published[2][run.name][0], value)
+    record |= {"layer": 3, "snapshot": "50M", "trained_tokens": 50_000_000}
+    plot_runs([run], {run.name: [record]}, None, Skipped())
+    assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
+
+
+def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published) -> None:
+    """The colour of a share does not depend on the other layers: a column of small numbers is no pattern."""
+    data = [r | {"dead_share": 1e-9 * r["layer"]} for r in published[2][published[1][0].name]]
+    of = data_of(published[1][0], {published[1][0].name: data})
+    shades = np.asarray(plots._heatmap(of).axes[0].images[0].get_array())
+    assert shades[:, [key for key, *_ in plots._MAP].index("dead_share")].max() < 1e-6
+    assert shades[:, [key for key, *_ in plots._MAP].index("l0")].max() == 1
+
+
+def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Published) -> None:
+    """One through a random decoder and a trained one would be no curve of anything."""
+    datas = [data_of(run, published[2]) for run in published[1]]
+    assert len({data.kind for data in datas}) == 1
+    train = published[1][0].config()["train"]
+    others = (train | {"l1": {"k": 64}}, train | {"step": train["step"] | {"decoder": "random"}}, train | {"refit": 0.2})
+    assert len({datas[0].kind, *map(plots._kind, others)}) == 4
+
+    def points(of: list[plots.RunData]) -> set[int]:
+        return {len(line.get_xydata()) for line in plots._sparsity_fidelity(of).axes[0].lines if line.get_color() == "0.8"}
+
+    assert points(datas) == {3, 2}  # one run's last layer is not finished
+    assert points([*datas[:2], dataclasses.replace(datas[2], kind="another")]) == {2, 1, 0}
+
+
+def test_training_without_l1_says_so_and_counts_begin_at_nothing(
+    published: Published,
+) -> None:
+    data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(0)
+    flat = [r | {"lambda": 0.0, "alive": 1024} for r in curve]
+    axes = plots._training_curves(data, {0: flat}).axes
+    assert [text.get_text() for text in axes[2].texts] == ["no L1"]
+    assert axes[3].get_ylim() == pytest.approx((0, 1.05 * 1024))
+    assert not plots._training_curves(data, {0: curve}).axes[2].texts
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "ticks"),
+    [
+        (31.0, 220.0, [0, 50, 100, 200]),
+        (0.02, 150.0, [0, 0.1, 1, 10, 100]),
+        (1e-17, 20.0, [0, 1e-17, 1e-14, 1e-11, 1e-8, 1e-5, 1e-2, 10]),
+        (3.0, 3.0, [0]),
+    ],
+)
+def test_floors_have_round_numbers_on_their_axis(least: float, most: float, ticks: list[float]) -> None:
+    """None between 0 and the least of them, where the axis is linear and there is no room."""
+    assert plots._ticks(least, most) == pytest.approx(ticks, rel=1e-12)
+
+
+# --- the report ---
+
+
+def column(browser: Browser, table: int, head: str, part: str = "finished") -> list[str]:
+    script = """const table = document.querySelectorAll("table.sortable")[arguments[0]];
+    const at = [...table.tHead.rows[0].cells].findIndex(head => head.textContent === arguments[1]);
+    return [...table.querySelectorAll("tbody." + arguments[2] + " tr")].map(row => row.cells[at].textContent)"""
+    cells: list[str] = browser.run(script, table, head, part)
+    return cells
+
+
+def click_head(browser: Browser, table: int, head: str) -> None:
+    script = """const heads = document.querySelectorAll("table.sortable")[arguments[0]].tHead.rows[0].cells;
+    return [...heads].find(each => each.textContent === arguments[1]).firstChild"""
+    browser.run("arguments[0].click()", browser.run(script, table, head))
+
+
+def last_table(browser: Browser) -> int:
+    """Of the last run: its SAEs; after it comes the one of its floors."""
+    return len(browser.all("table.sortable")) - 2
+
+
+def test_the_page_needs_nothing_but_itself(published: Published, browser: Browser) -> None:
+    browser.open(published[3])
+    assert browser.driver.title == "SAE runs"
+    browser.run("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+    browser.until(lambda: browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 900)"))
+    assert len(browser.all("img")) == 3 * 5 + 3
+    assert [url for url in browser.loaded() if not url.startswith("data:")] == [published[3].as_uri()]
+    assert browser.errors() == []
+    links = {e.get_attribute("href") for e in browser.all("a[href*='/']")}
+    assert f"{published[0].as_uri()}/pages/index.html#{published[1][0].name}/final/3" in links
+    assert all(Path(str(link).removeprefix("file://").partition("#")[0]).exists() for link in links)
+
+
+def test_tables_sort_by_number_and_an_unfinished_layer_stays_apart(published: Published, browser: Browser) -> None:
+    browser.open(published[3])
+    table = last_table(browser)
+    layers = [str(n) for n in range(23)]
+    assert column(browser, table, "layer") == layers
+    assert column(browser, table, "trained on", "unfinished") == ["150M of 300M, unfinished"]
+    click_head(browser, table, "L0")
+    l0 = list(map(float, column(browser, table, "L0")))
+    assert l0 == sorted(l0)
+    click_head(browser, table, "L0")
+    assert list(map(float, column(browser, table, "L0"))) == sorted(l0, reverse=True)
+    assert browser.run("return document.querySelectorAll('[aria-sort=descending]').length") == 1
+    assert column(browser, table, "layer", "unfinished") == ["23"]
+    click_head(browser, table, "layer")
+    assert column(browser, table, "layer") == layers
+
+
+def test_means_are_of_finished_layers_and_warnings_name_the_others(published: Published, browser: Browser) -> None:
+    _, runs, results, report = published
+    browser.open(report)
+    assert column(browser, 0, "finished layers") == ["24 of 24", "24 of 24", "23 of 24"]
+    done = [r["l0"] for r in results[runs[2].name] if r["snapshot"] == "final"]
+    assert column(browser, 0, "L0")[2] == f"{sum(done) / len(done):.1f}"
+    said = browser.text("ul.warnings")
+    assert f"{runs[2].name}: layer 23 is 150M of 300M, unfinished" in said
+    assert "FVU is flattered by a few directions" in said
+    assert "distillation" in browser.text("body")
+    assert "not measured" not in browser.text("body")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_a_phone(published: Published, browser: Browser, dark: bool) -> None:
+    browser.look(PHONE, dark=dark)
+    browser.open(published[3])
+    assert browser.overflow() == 0
+    paper = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(24, 24, 24)") is dark
+    table = last_table(browser)
+    click_head(browser, table, "FVU")
+    fvu = list(map(float, column(browser, table, "FVU")))
+    assert fvu == sorted(fvu)
+
+
+def test_hostile_names_are_text(published: Published, tmp_path: Path, browser: Browser) -> None:
+    """A run's folder may be called anything."""
+    run = Run(tmp_path / "a'\"><img src=x onerror=document.title='bad'> ünïcode #1?")
+    shutil.copytree(published[1][0].path, run.path)
+    (tmp_path / "pages" / run.name / "layer05_final.0123abcd").mkdir(parents=True)
+    shutil.copy(published[0] / "pages" / "index.html", tmp_path / "pages")
+    skipped = Skipped()
+    skipped.said.append("<script>document.title='bad'</script>")
+    results = {run.name: published[2][published[1][0].name]}
+    report = write_report(tmp_path, [run], results, None, skipped)
+    browser.open(report)
+    assert browser.driver.title == "SAE runs"
+    assert run.name in [e.text for e in browser.all("h2")]
+    assert "<script>document.title" in browser.text("ul.warnings")
+    assert "Measured floors: not measured" in browser.text("body")
+    browser.run("arguments[0].click()", browser.run("return document.querySelector('td a')"))
+    assert browser.driver.title == "feature pages"
+    assert browser.run("return decodeURIComponent(location.hash)") == f"#{run.name}/final/5"
+
+
+def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
+    _, runs, results, _ = published
+    name = runs[0].name
+    changed = [dict(r) for r in results[name] if r["layer"] != 5]
+    changed[5] |= {"eval_tokens": 64, "fvu": None, "dead_share": 0.6, "alpha": 0.5}
+    lines = " / ".join(warnings([runs[0], runs[1]], results | {name: changed}, Skipped()))
+    for part in (
+        "layers 0 are measured on other text",
+        "fvu of some layers is no number",
+        "features of layers 0 are dead",
+        "features of layers 0 are too dense",
+        "no SAE of layers 5 has been evaluated; the model has 24",
+    ):
+        assert f"{name}: {part}" in lines or f"{name}: more than half of the {part}" in lines, lines
+
+
+def test_a_random_decoder_is_said_to_be_one(published: Published, tmp_path: Path) -> None:
+    config, run = published[1][0].config(), Run(tmp_path / "baseline")
+    run.path.mkdir()
+    train = config["train"] | {"step": config["train"]["step"] | {"decoder": "random"}}
+    run.create(run_config(train, config["cache"]), config["machine"])
+    lines = warnings([run, published[1][0]], {run.name: [], published[1][0].name: []}, None)
+    assert [line.partition(": ")[0] for line in lines if "a baseline for other runs" in line] == ["baseline"]
+
+
+def test_the_table_of_a_terminal_marks_what_is_unfinished(published: Published) -> None:
+    rows = text_table(published[1], published[2]).splitlines()
+    assert sum("unfinished" in row for row in rows) == 1
+    assert len({len(row) for row in rows[-25:]}) == 1
+
+
+# --- measured floors ---
+
+
+def test_measured_floors_are_of_this_cache_and_as_they_were_written(published: Published, tmp_path: Path) -> None:
+    folder, runs, _, _ = published
+    digest = runs[0].config()["cache"]["digest"]
+    assert measured_floors(tmp_path, digest) is None
+    found = measured_floors(folder, digest)
+    assert found is not None and [f["width"] for f in found["floors"]] == [128, 256, 384, 512, 768]
+    assert measured_floors(folder, "of another cache") is None
+    text = (folder / "distilled.json").read_text()
+    for damaged in (text.replace("0.01", "0.02", 1), text[:-5], "{}", json.dumps([None])):
+        (tmp_path / "distilled.json").write_text(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            measured_floors(tmp_path, digest)

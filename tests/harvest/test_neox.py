@@ -1,0 +1,158 @@
+"""The fast forward against the model it stands in for, both measured from float64."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GPTNeoXConfig
+
+from harvest import native
+from harvest.language_model import ResidualModel
+from harvest.neox import put_rows
+from harvest.writer import to_float16
+from shared import lm
+
+CPU = torch.device("cpu")
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "neox-2m"
+needs_library = pytest.mark.skipif(native._library() is None, reason="neox.c does not compile here")
+
+
+def neox(dtype: torch.dtype = torch.bfloat16, **options: object) -> nn.Module:
+    """Three layers in which every weight, bias and norm has a say."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=200, vocab_size=50, **options
+    )  # fmt: skip
+    model: nn.Module = AutoModel.from_config(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.dim() == 1 else 0.15)
+        if "layernorm" in name and name.endswith("weight"):
+            parameter += 1
+    return model.to(torch.bfloat16).to(dtype)
+
+
+def demo(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    model: nn.Module = AutoModel.from_pretrained(DEMO, dtype=torch.bfloat16).eval().requires_grad_(False)
+    return model.to(dtype)
+
+
+def outputs(model: ResidualModel, tokens: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    model.run(tokens, lambda layer, output: found.append(output))
+    return found
+
+
+def plain(base: nn.Module) -> ResidualModel:
+    model = ResidualModel(base, tuple(range(len(base.layers))), CPU)  # type: ignore[arg-type]
+    model.fast = None
+    return model
+
+
+def fast(base: nn.Module) -> ResidualModel:
+    model = ResidualModel(base, tuple(range(len(base.layers))), CPU)  # type: ignore[arg-type]
+    assert model.fast is not None
+    return model
+
+
+@pytest.fixture(params=[False, True], ids=["bfloat16 products", "float32 products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways on every processor."""
+    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda: request.param)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "make",
+    [
+        neox,
+        lambda dtype=torch.bfloat16: neox(dtype, rotary_pct=1.0),
+        lambda dtype=torch.bfloat16: neox(dtype, rotary_pct=0.5, rotary_emb_base=100),
+        demo,
+    ],
+    ids=["pythia's options", "rotary_pct 1", "rotary_pct 0.5", "demo"],
+)
+def test_no_further_from_float64_than_transformers(make: Callable[..., nn.Module], products: None) -> None:
+    tokens = torch.randint(0, 50, (3, 70), generator=torch.Generator().manual_seed(1))
+    exact, theirs, ours = (outputs(m, tokens) for m in (plain(make(torch.float64)), plain(make()), fast(make())))
+    for want, their, our in zip(exact, theirs, ours, strict=True):
+        assert our.dtype == torch.bfloat16 and our.shape == want.shape
+        assert (our - want).norm() <= 1.05 * (their - want).norm()
+        assert (our - want).abs().max() <= 2 * (their - want).abs().max()
+
+
+@needs_library
+def test_wanted_layers_alone_reach_the_sink() -> None:
+    tokens, model = torch.arange(40).reshape(2, 20), ResidualModel(neox(), (0, 2), CPU)
+    assert model.fast is not None
+    found: dict[int, Tensor] = {}
+    model.run(tokens, lambda layer, output: found.update({layer: output}))
+    every = outputs(fast(neox()), tokens)
+    assert list(found) == [0, 2]
+    assert torch.equal(found[0], every[0]) and torch.equal(found[2], every[2])
+
+
+@needs_library
+def test_the_split_into_passes_changes_no_bit(products: None) -> None:
+    tokens, model = torch.arange(160).reshape(8, 20) % 50, fast(neox())
+    whole = outputs(model, tokens)
+    for step in (1, 2, 3):
+        pieces = [outputs(model, piece) for piece in tokens.split(step)]
+        for layer, output in enumerate(whole):
+            assert torch.equal(torch.cat([piece[layer] for piece in pieces]), output)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_parallel_residual": False}, {"attention_bias": False}, {"hidden_act": "relu"}], ids=str
+)
+def test_other_options_take_the_hooks(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda: False)  # else products are widened, which rounds otherwise
+    tokens, base = torch.arange(24).reshape(2, 12), neox(**options)
+    want = base(input_ids=tokens, output_hidden_states=True).hidden_states
+    model = ResidualModel(base, (0, 1, 2), CPU)
+    assert model.fast is None
+    for layer in (0, 1):
+        assert torch.equal(outputs(model, tokens)[layer], want[layer + 1])
+
+
+def test_float32_takes_the_hooks_and_is_near_float64() -> None:
+    tokens, model = torch.arange(24).reshape(2, 12), ResidualModel(neox(torch.float32), (0, 1, 2), CPU)
+    assert model.fast is None
+    for got, want in zip(outputs(model, tokens), outputs(plain(neox(torch.float64)), tokens), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_a_model_it_does_not_fit_is_said_and_takes_the_hooks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    angles = native.NeoxForward._angles
+    monkeypatch.setattr(native.NeoxForward, "_angles", lambda self, context: angles(self, context)[::-1])
+    assert ResidualModel(neox(), (0, 1, 2), CPU).fast is None
+    assert "note: the fast forward does not fit this model (results " in capsys.readouterr().err
+    base = neox()
+    base.rotary_emb = nn.Identity()  # as after a rename inside transformers: the fast way cannot even begin
+    assert native.neox_forward(base) is None
+    assert "note: the fast forward does not fit this model (" in capsys.readouterr().err
+
+
+def test_without_a_compiler_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda source: None)
+    assert ResidualModel(neox(), (0,), CPU).fast is None
+    data = torch.zeros(2, 8, dtype=torch.float16)
+    assert int(put_rows(torch.full((1, 8), 1e9, dtype=torch.bfloat16), torch.tensor([1]), data)) == 8
+    assert data.tolist() == [[0.0] * 8, [65504.0] * 8]
+
+
+@needs_library
+def test_rows_are_put_as_to_float16_makes_them() -> None:
+    """Every bfloat16 there is, NaN and infinity included."""
+    x = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16).reshape(256, 256)
+    place = torch.randperm(256, generator=torch.Generator().manual_seed(0)) + 10
+    data, want = torch.zeros(270, 256, dtype=torch.float16), torch.zeros(270, 256, dtype=torch.float16)
+    half, bad = to_float16(x)
+    want[place] = half
+    assert int(put_rows(x, place, data)) == int(bad) > 0
+    assert torch.equal(data.view(torch.int16), want.view(torch.int16))
+    assert torch.equal(put_rows(x.float(), place, data), bad)  # the way of other types

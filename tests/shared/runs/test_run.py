@@ -1,0 +1,403 @@
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.errors import UserError
+from shared.files import temporary
+from shared.runs.run import Run, run_config, snapshot_tokens
+from shared.runs.sae import Damaged, Sae
+from shared.seal import SEAL
+from tests.conftest import ROOT
+
+TRAIN: dict[str, Any] = {"tokens": 60, "lr": 1e-3}
+CACHE: dict[str, Any] = {"digest": "abc", "spec": {"seed": 0, "model": "here/lm"}}
+
+
+def new_run(path: Path, train: dict[str, Any] = TRAIN) -> Run:
+    run = Run(path)
+    path.mkdir(exist_ok=True)
+    run.create(run_config(train, CACHE), {"threads": 1})
+    return run
+
+
+def test_snapshots_of_the_published_job() -> None:
+    assert list(snapshot_tokens(300_000_000)) == ["50M", "100M", "150M", "200M", "250M", "final"]
+
+
+def sae(d: int = 6, f: int = 10) -> Sae:
+    return Sae(
+        w_enc=torch.randn(f, d),
+        w_dec=torch.randn(f, d),
+        b_enc=torch.randn(f),
+        b_pre=torch.randn(d),
+        b_dec=torch.randn(d),
+        config={"train": {"lr": 1e-3}, "layer": 3},
+        stats={"tokens": 5},
+    )
+
+
+def test_a_checkpoint_opens_anywhere(tmp_path: Path) -> None:
+    """With nothing but torch and weights_only, in the published layout, and no larger than its numbers."""
+    mine = sae()
+    mine.save(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", map_location="cpu", weights_only=True)
+    assert {k: tuple(v.shape) for k, v in content["model_state"].items()} == {
+        "b_pre": (6,),
+        "encoder.weight": (10, 6),
+        "encoder.bias": (10,),
+        "decoder.weight": (6, 10),
+        "decoder.bias": (6,),
+    }
+    assert content["config"]["layer"] == 3
+    assert content["stats"]["tokens"] == 5
+    again, x = Sae.load(tmp_path / "a.pt", 6), torch.randn(4, 6)
+    torch.testing.assert_close(again.decode(again.encode(x)), mine.decode(mine.encode(x)))
+    state = content["model_state"]
+    z = torch.relu((x - state["b_pre"]) @ state["encoder.weight"].T + state["encoder.bias"])
+    torch.testing.assert_close(z @ state["decoder.weight"].T + state["decoder.bias"] + state["b_pre"], again.decode(z))
+
+
+def test_thresholds_are_in_the_file_and_its_checksum(tmp_path: Path) -> None:
+    mine, path, x = sae(), tmp_path / "a.pt", torch.randn(9, 6)
+    everything = mine.encode(x)
+    mine.threshold = torch.rand(10)
+    mine.save(path)
+    again = Sae.load(path).encode(x)
+    torch.testing.assert_close(again, everything * (everything > mine.threshold))
+    assert not torch.equal(again, everything)
+    content = torch.load(path, weights_only=True)
+    content["model_state"]["threshold"] += 0.1
+    torch.save(content, path)
+    with pytest.raises(Damaged, match="its checksum does not match"):
+        Sae.load(path)
+    del content["model_state"]["threshold"]
+    torch.save(content, path)
+    with pytest.raises(Damaged, match="its checksum does not match"):
+        Sae.load(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(UserError, match="no checkpoint at"):
+        Sae.load(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a readable SAE checkpoint"):
+        Sae.load(path)
+    torch.save({"weights": 1}, path)
+    with pytest.raises(UserError, match="not a readable SAE checkpoint"):
+        Sae.load(path)
+    sae().save(path)
+    with pytest.raises(UserError, match="over 6 dimensions, the cache has 8"):
+        Sae.load(path, 8)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="not a readable SAE checkpoint"):
+        Sae.load(path)
+    content = {"model_state": {}, "config": {}, "stats": {}}
+    torch.save(content, path)
+    with pytest.raises(UserError, match="not a readable"):
+        Sae.load(path)
+
+
+def test_no_pickled_code_is_ever_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"model_state": Evil(), "config": {}, "stats": {}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not a readable"):
+        Sae.load(tmp_path / "a.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def flips(content: bytes, step: int) -> Iterator[bytes]:
+    for at in range(0, len(content), step):
+        yield content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+
+def test_a_checkpoint_cut_short_is_damaged_wherever_it_ends(tmp_path: Path) -> None:
+    """So that training makes it again. torch says of some lengths that the disk cannot be read."""
+    path = tmp_path / "a.pt"
+    sae().save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Damaged, match="not a readable SAE checkpoint"):
+            Sae.load(path)
+
+
+def test_no_flipped_byte_of_a_checkpoint_changes_what_is_read(tmp_path: Path) -> None:
+    """Wherever it is: it is refused, or it lies in the archive's padding and what is read is what was written."""
+    mine, path = sae(), tmp_path / "a.pt"
+    mine.save(path)
+    refused, tried = 0, 0
+    for content in flips(path.read_bytes(), 7):
+        path.write_bytes(content)
+        tried += 1
+        try:
+            again = Sae.load(path)
+        except Damaged as error:
+            refused += str(path) in str(error)
+            continue
+        assert all(torch.equal(again.tensors()[k], v) for k, v in mine.tensors().items())
+        assert again.config == mine.config
+        assert {k: v for k, v in again.stats.items() if k != SEAL} == mine.stats
+    assert refused > tried / 3
+
+
+def test_a_checkpoint_in_the_place_of_another_is_refused_by_name(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    mine = sae()
+    mine.config = run.config() | {"layer": 3, "snapshot": "10"}
+    mine.save(run.snapshot_path(3, "10"))
+    Sae.load(run.snapshot_path(3, "10"), belongs=run.belongs(3, "10"))
+    with pytest.raises(UserError, match=r"sae_layer03_10.pt does not belong here: it says layer 3, not layer 4; put it back"):
+        Sae.load(run.snapshot_path(3, "10"), belongs=run.belongs(4, "10"))
+    run.snapshot_path(3, "20").write_bytes(run.snapshot_path(3, "10").read_bytes())
+    with pytest.raises(UserError, match="it says snapshot 10, not snapshot 20"):
+        run.due(3)
+    assert run.snapshot_path(3, "20").exists()
+    other = new_run(tmp_path / "other", TRAIN | {"lr": 1e-2})
+    with pytest.raises(UserError, match="it says digest"):
+        Sae.check(run.snapshot_path(3, "10"), belongs=other.belongs(3, "10"))
+
+
+def test_what_is_due_is_what_is_not_there_whole(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    labels = list(snapshot_tokens(60))
+    assert run.due(1) == labels
+    for label in labels:
+        mine = sae()
+        mine.config = run.config() | {"layer": 1, "snapshot": label}
+        mine.save(run.snapshot_path(1, label))
+    assert run.due(1) == []
+    run.snapshot_path(1, "20").unlink()
+    run.snapshot_path(1, "40").write_bytes(run.snapshot_path(1, "40").read_bytes()[:700])
+    run.snapshot_path(1, "final").write_bytes(b"")
+    assert run.due(1) == ["20", "40", "final"]
+
+
+def test_a_folder_holds_one_configuration(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    run.require_same(run_config(TRAIN, CACHE))
+    moved = {"digest": "abc", "spec": {"seed": 0, "model": "there/lm"}}
+    run.require_same(run_config(TRAIN, moved))
+    with pytest.raises(UserError, match=r"\(lr is 0.001 there, 0.01 here; the cache's seed is 0 there, 3 here\)"):
+        run.require_same(run_config(TRAIN | {"lr": 1e-2}, {"digest": "x", "spec": {"seed": 3, "model": "there/lm"}}))
+    assert run.config()["machine"] == {"threads": 1}
+
+
+def test_of_two_that_create_a_run_at_once_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second found nothing there when it looked, and must not put its own configuration in the place of the first."""
+    run = Run(tmp_path)
+    run.create(run_config({"lr": 1}, CACHE), {})
+    left = temporary(tmp_path / "config.json")
+    dead = left.with_name(re.sub(r"\.\d+\.(\d+)\.tmp$", r".1.\1.tmp", left.name))  # of a process that began at another time
+    dead.touch()
+    monkeypatch.setattr(Path, "exists", lambda _: monkeypatch.undo())  # is none when it is asked first
+    with pytest.raises(UserError, match="lr is 1 there, 2 here"):
+        run.create(run_config({"lr": 2}, CACHE), {})
+    assert run.config()["train"]["lr"] == 1
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_run_from_before_there_was_a_field_is_the_run_that_says_nothing_by_it() -> None:
+    old = run_config(TRAIN | {"step": {"clip_norm": 1.0}}, CACHE)
+    step = {"clip_norm": 1.0, "decoder_norm": "unit"}
+    assert run_config(TRAIN | {"lr_decay": 0.0, "refit": 0.0, "step": step}, CACHE) == old
+    for more in ({"lr_decay": 0.2, "step": step}, {"step": step | {"decoder_norm": "free"}}):
+        assert run_config(TRAIN | more, CACHE)["digest"] != old["digest"]
+        assert run_config(TRAIN | more, CACHE)["train"].items() >= {k: v for k, v in more.items() if k != "step"}.items()
+
+
+def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    good = run.config_path.read_bytes()
+    for content in flips(good, 1):
+        run.config_path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert run.config() == json.loads(good), content  # white space
+    for content, message in (
+        (b"[]", "is not of a run"),
+        (b'{"model_type": "x"}', "is not of a run"),
+        (b"\xff", "readable JSON"),
+    ):
+        run.config_path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            run.config()
+    run.config_path.write_text(json.dumps({"format": 1}))
+    with pytest.raises(UserError, match="format 1, this program reads 2"):
+        run.require_same(run_config(TRAIN, CACHE))
+
+
+def test_a_layer_has_one_owner(tmp_path: Path) -> None:
+    """Another process is told who it is; after a kill nobody is; nothing is left of an owner that ends."""
+    run = new_run(tmp_path / "r")
+    said = rf"layer 2 of .* is being trained by process {os.getpid()} on"
+    with run.claim([1, 2]), pytest.raises(UserError, match=said), run.claim([3, 2]):
+        pass
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
+    hold = (
+        "import sys, time; from pathlib import Path; from train.runs import Run\n"
+        "with Run(Path(sys.argv[1])).claim([1]):\n    print('mine', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, run.path], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"mine\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on"), run.claim([1]):
+            pass
+        run.state_path(1).with_suffix(".tmp").write_bytes(b"half")
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with run.claim([1]):
+        assert [p.name for p in (run.path / "state" / "layer01").iterdir()] == ["owner"]
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
+
+
+def test_metrics_after_the_cursor_are_dropped(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    for step in (10, 20, 30):
+        run.append_metrics(2, {"step": step})
+    with run.metrics_path(2).open("a") as file:
+        file.write('{"step": 40, "lo')  # a crash in the middle of a line
+    assert run.metrics(2) == [{"step": 10}, {"step": 20}, {"step": 30}]
+    run.rewind_metrics(2, 20)
+    assert run.metrics(2) == [{"step": 10}, {"step": 20}]
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def test_a_rewind_that_is_interrupted_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path / "r")
+    for step in (10, 20, 30):
+        run.append_metrics(2, {"step": step})
+    before = run.metrics_path(2).read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.rewind_metrics(2, 20)
+    assert run.metrics_path(2).read_bytes() == before
+
+
+def test_a_damaged_line_of_the_curve_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(tmp_path / "r")
+    for step in (10, 20, 30):
+        run.append_metrics(2, {"step": step, "l0": 1.5})
+    run.metrics_path(2).write_bytes(run.metrics_path(2).read_bytes().replace(b'20, "l0": 1', b'20, "l0": 7'))
+    with pytest.raises(UserError, match=r"line 2 of .*layer02.jsonl is damaged"):
+        run.metrics(2)
+    run.rewind_metrics(2, 30)
+    assert [r["step"] for r in run.metrics(2)] == [10, 30]
+    assert "line 2 of" in capsys.readouterr().err
+
+
+def test_state_survives_and_says_when_it_is_damaged(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    assert run.load_state(1) is None
+    tensors = {"a": torch.randn(3), "b": torch.arange(4, dtype=torch.int32)}
+    run.save_state(1, tensors, {"step": 7, "l1": 0.1 + 0.2})
+    loaded = run.load_state(1)
+    assert loaded is not None
+    assert loaded[1] == {"step": 7, "l1": 0.1 + 0.2}
+    assert all(torch.equal(loaded[0][k], tensors[k]) for k in tensors)
+    good = run.state_path(1).read_bytes()
+    for content in (*flips(good, 3), b"\x00" * 50, good[:-1], b""):
+        run.state_path(1).write_bytes(content)
+        try:
+            again = run.load_state(1)
+        except Damaged:
+            continue
+        assert again is not None and again[1] == loaded[1]  # padding
+        assert all(torch.equal(again[0][k], tensors[k]) for k in tensors)
+    run.drop_state(1)
+    assert run.load_state(1) is None
+
+
+def test_the_state_of_another_layer_or_run_is_refused_by_name(tmp_path: Path) -> None:
+    run, other = new_run(tmp_path / "r"), new_run(tmp_path / "other", TRAIN | {"lr": 1e-2})
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    for target, message in ((run, "state of layer 1 of this run, not of layer 2"), (other, "of another run, not of layer 2")):
+        path = target.state_path(2)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(run.state_path(1).read_bytes())
+        with pytest.raises(UserError, match=message) as caught:
+            target.load_state(2)
+        assert not isinstance(caught.value, Damaged)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a page, which fails as a full disk does. Not a fixture: within it, pytest could not write what
+    it prints to a file either."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    sae().save(run.snapshot_path(1, "final"))
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*sae_layer01_final.pt: File too large"):
+        sae(64, 64).save(run.snapshot_path(1, "final"))
+    with full_disk(), pytest.raises(UserError, match=r"cannot write [^:]*/state.safetensors: .*File too large"):
+        run.save_state(1, {"a": torch.randn(5000)}, {"step": 8})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = new_run(tmp_path / "r"), []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        calls.append(re.sub(r"^\.(.*?\.(?:pt|safetensors))\..*\.tmp$", r"\1.tmp", name))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: (b.suffix != ".tmp" and calls.append("replace")) or replace(a, b))
+    sae().save(run.snapshot_path(1, "final"))
+    assert calls == ["sae_layer01_final.pt.tmp", "replace", "r"]
+    run.append_metrics(1, {"step": 7})
+    calls.clear()
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    assert calls == ["layer01.jsonl", "metrics", "r", "state.safetensors.tmp", "replace", "layer01", "state", "r"]
+
+
+def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "r")
+    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    run.state_path(1).with_suffix(".tmp").write_bytes(b"half")
+    (run.state_path(1).parent / ".state.safetensors.1.tmp").mkdir()
+    run.drop_state(1)
+    assert list((run.path / "state" / "layer01").iterdir()) == []
+    run.drop_state(1)
+
+
+def test_a_run_from_before_an_option_was_there_is_one_without_it(tmp_path: Path) -> None:
+    cache = {"digest": "0" * 64, "spec": {}}
+    before = {"tokens": 600, "lr": 3e-4, "order": "slices"}
+    now = before | {"skip_positions": 0, "max_norm": None}
+    assert run_config(now, cache) == run_config(before, cache)
+    assert run_config(now | {"skip_positions": 1}, cache)["digest"] != run_config(before, cache)["digest"]
+    run = Run(tmp_path / "r")
+    run.path.mkdir()
+    run.create(run_config(before, cache), {})
+    run.require_same(run_config(now, cache))
+    with pytest.raises(UserError, match=r"\(max_norm is None there, 10 here\)"):
+        run.require_same(run_config(now | {"max_norm": 10}, cache))

@@ -1,0 +1,77 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from shared.errors import UserError
+from train.sparsity.batchtopk import BatchTopK
+from train.sparsity.l1 import ControllerConfig, L1Setting
+from train.sparsity.settings import KINDS, Setting, has_thresholds, holds_l0, parse_settings, restored
+from train.trainer import TrainConfig
+
+ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64"
+
+
+def test_settings_as_people_write_them() -> None:
+    assert parse_settings(ALL) == (
+        L1Setting(init=3e-4),
+        L1Setting(init=8e-5),
+        L1Setting(init=5e-4, target=150),
+        L1Setting(init=1e-3, target=64),
+        BatchTopK(k=64),
+    )
+    names = [setting.name for setting in parse_settings(ALL)]
+    assert names == ["l1-3e-4-fixed", "l1-8e-5-fixed", "l1-adaptive", "l1-adaptive-1e-3-l0-64", "batchtopk-64"]
+
+
+NONE = "-1 0 adaptive:x adaptive:1e-3 1e-3@5 3e-4, nan inf 1.2.3 batchtopk batchtopk:0 batchtopk:1.5 batchtopk:-3 batchtopk:8@2"
+
+
+@pytest.mark.parametrize("text", ["", *NONE.split()])
+def test_what_is_no_setting_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, batchtopk:64$"):
+        parse_settings(text)
+
+
+def test_a_setting_named_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="twice"):
+        parse_settings("3e-4,0.0003")
+
+
+@pytest.mark.parametrize("setting", parse_settings(ALL), ids=lambda s: s.name)
+def test_a_setting_is_known_again_by_what_a_config_says(setting: Setting) -> None:
+    assert restored(json.loads(json.dumps(dataclasses.asdict(setting)))) == setting
+
+
+def test_what_no_kind_says_is_not_taken_for_one() -> None:
+    assert len({frozenset(f.name for f in dataclasses.fields(kind)) for kind in KINDS}) == len(KINDS)
+    with pytest.raises(UserError, match="a setting of j, k is not known here"):
+        restored({"j": 1, "k": 2})
+
+
+def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_from_its_state() -> None:
+    whole, half = (BatchTopK(k=8).control(1000, ControllerConfig()) for _ in range(2))
+    least = 3 + 0.1 * np.random.default_rng(0).standard_normal(1000)
+    least[:500] += 5
+    for step in range(1000):
+        whole.update(step, 8.0, least[step])
+        if step == 600:
+            half.state = type(half.state)(**json.loads(json.dumps(dataclasses.asdict(half.state))))
+        half.update(step, 8.0, least[step])
+    assert half.state == whole.state
+    assert whole.threshold == pytest.approx(3, rel=0.02)
+    assert (whole.value, whole.keep_at(0), whole.keep_at(999)) == (0.0, 8, 8)
+
+
+@pytest.mark.parametrize("refit", [0.0, 0.001, 0.2])
+@pytest.mark.parametrize("kind", ["decoder", "topk"])
+def test_a_config_says_whether_l0_is_held_and_saes_have_thresholds(refit: float, kind: str) -> None:
+    """A thousandth of a hundred steps is none."""
+    config = TrainConfig(tokens=100, batch=1, refit=refit, refit_kind=kind)
+    held = kind == "topk" and config.refit_from < config.steps
+    train = dataclasses.asdict(config)
+    assert holds_l0(train) is held is (kind == "topk" and refit == 0.2)
+    assert has_thresholds(train | {"l1": dataclasses.asdict(L1Setting(init=1e-3))}) is held
+    assert has_thresholds(train | {"l1": dataclasses.asdict(BatchTopK(k=64))}) is True
+    assert has_thresholds({"tokens": 100, "batch": 1, "l1": {"init": 1e-3, "target": None}}) is False  # of an earlier version
