@@ -21,7 +21,7 @@ experiment is everything that was distilled under one setting; widths and seeds 
                       "tokens", "alive_above", "F", "alpha", "capacity", "critical_width",
                       "widths": {"<width>": {"predicted", "naive"}},   L* of that student, and the same without superposition: a
                                                                        feature a dimension, g = 1
-                      "fits": {"predicted", "naive", "log_width"}}     eval.floors.fit.Fit of the measured floors over L*, the naive
+                      "fits": {"predicted", "naive", "log_width"}}     fit.Fit of the measured floors over L*, the naive
                                                                        floor, and −ln(width), which knows nothing of
                                                                        features: L* is worth what it does better
     checksum          of this experiment; see shared/seal.py

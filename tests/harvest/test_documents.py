@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harvest import source as module
+from harvest import documents as module
 from harvest.documents import TextSource
 from shared.errors import UserError
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GPTNeoXConfig
 
-from harvest import native
+from harvest import neox as native
 from harvest.language_model import ResidualModel
 from harvest.neox import put_rows
 from harvest.writer import to_float16

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import native
+from shared import compile as native
 from shared.compile import cpu_flags, load
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
