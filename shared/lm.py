@@ -21,7 +21,6 @@ from shared.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
-_FINAL_NORMS = ("final_layer_norm", "ln_f", "norm")  # in GPT-NeoX, GPT-2 and Llama
 _SHAPE = ("num_hidden_layers", "hidden_size", "vocab_size")
 _NAMED = 3  # weights named in a refusal
 # What a checkpoint may hold beyond the model: heads, and what older versions stored of masks and rotations, which is computed.
@@ -280,11 +279,30 @@ def _wide_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-def unembedding(lm: nn.Module) -> nn.Sequential:
-    """What turns the last block's output into logits: final norm and output head of a causal language model of the NeoX, GPT-2
-    or Llama families. Raises UserError for others."""
-    base, head = cast(nn.Module, lm.base_model), cast(Any, lm).get_output_embeddings()
-    norm = next((norm for name in _FINAL_NORMS if isinstance(norm := getattr(base, name, None), nn.Module)), None)
-    if norm is None or head is None:
-        raise UserError(f"{type(lm).__name__} is not of the NeoX, GPT-2 or Llama families (it has no final norm); use another")
-    return nn.Sequential(norm, head)
+class Unembedding(nn.Module):
+    """The way from the last block's output to the logits: final norm, output head, and whatever else a family has there.
+
+    It is the language model's own forward pass, in which each block gives back what it is told to, so no part is looked for by
+    its name. The model is used up: its blocks lose their weights, which nothing needs any more.
+    """
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        blocks = find_blocks(cast(nn.Module, lm.base_model))[1]
+        wrapped: list[bool] = []  # whether the last block's output is the first of a tuple
+        with blocks[-1].register_forward_hook(lambda _block, _args, output: wrapped.append(isinstance(output, tuple))):
+            lm(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+        self._lm, self._wrapped, self._x = lm, wrapped[0], torch.empty(0)
+        for block in blocks:
+            block.__dict__["forward"] = self._give  # found before the class's own
+            for part in block.modules():
+                part._parameters.clear()
+
+    def _give(self, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
+        return (self._x,) if self._wrapped else self._x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Last block's outputs [n, d] → logits [n, vocabulary]."""
+        self._x = x[:, None]
+        tokens = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        return cast(Tensor, self._lm(input_ids=tokens, use_cache=False).logits[:, 0])

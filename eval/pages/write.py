@@ -34,7 +34,7 @@ from shared.cache import Cache
 from shared.device import announce, fitting
 from shared.errors import UserError
 from shared.files import locked, make_dir, publish_json, remove_leftovers, replacing, sync_dir, write_file
-from shared.lm import harvested_model, load_model, load_tokenizer, tokenizer_hash, unembedding
+from shared.lm import Unembedding, harvested_model, load_model, load_tokenizer, tokenizer_hash
 from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
 from shared.runs.sae import Sae
@@ -138,7 +138,7 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
     model = harvested_model(cache, config.model)
     text, vocabulary = _write_text(cache, load_tokenizer(str(model.folder), None), config.out)
     if todo:
-        to_logits = unembedding(load_model(str(model.folder), None, "fp32", head=True)).to(config.device)
+        to_logits = Unembedding(load_model(str(model.folder), None, "fp32", head=True)).to(config.device)
         announce(config.device)
         layers = itertools.groupby(todo, lambda job: job.layer)
         groups = (fitting(jobs, lambda job: _size(job, spec.d_model), config.device) for _, jobs in layers)

@@ -26,7 +26,7 @@ from eval.pages.features import (
     words,
 )
 from shared.cache import Cache
-from shared.lm import load_model, unembedding
+from shared.lm import Unembedding, load_model
 from shared.runs.sae import Sae
 
 F, D, CONTEXT, TOKENS, WORDS = 40, 8, 100, 3000, 30
@@ -261,7 +261,7 @@ def test_promoted_and_suppressed_tokens_are_those_of_the_direct_path(lm: Path) -
         norm.bias.copy_(torch.randn(32))  # which is the same for every feature, and left out
     d = torch.nn.functional.normalize(torch.randn(20, 32, generator=torch.Generator().manual_seed(2)), dim=1)
     with torch.inference_mode():
-        promoted, up, suppressed, down = words(d, unembedding(model), 390)
+        promoted, up, suppressed, down = words(d, Unembedding(model), 390)
     x = d.double()
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
     logits = x @ model.get_output_embeddings().weight.double()[:390].t()
