@@ -7,11 +7,11 @@ import click
 
 from eval.floors.distill import DistillOptions, distill, distill_table
 from eval.floors.measured import measured_floors
-from eval.floors.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from eval.floors.students import DistillConfig
 from eval.measure.evaluate import EvalConfig, Record, Skipped, evaluate, find_runs, runs_in
 from eval.measure.match import match_runs, match_table, match_to_final, open_run
 from eval.measure.metrics import DEAD_AT
+from eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from eval.pages.write import PagesConfig, write_pages
 from eval.publish.card import Publication, sister_runs, write_card
 from eval.publish.export import FORMS, ExportConfig, export

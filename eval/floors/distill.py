@@ -55,10 +55,10 @@ from torch import Tensor
 
 from eval.floors.fit import fit_floors, spread
 from eval.floors.measured import FILE
-from eval.floors.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
 from eval.floors.students import DistillConfig, Student, Teacher, Texts, student_config
 from eval.measure.evaluate import Skipped, find_runs, measured_features
 from eval.measure.metrics import finite, heldout_tokens
+from eval.measure.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
 from shared.cache import Cache
 from shared.device import announce, device_kind
 from shared.errors import UserError

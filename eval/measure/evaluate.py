@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from eval.floors.predicted import ALIVE_ABOVE
 from eval.measure.metrics import (
     DEAD_AT,
     Activations,
@@ -33,6 +32,7 @@ from eval.measure.metrics import (
     measure,
     save_features,
 )
+from eval.measure.predicted import ALIVE_ABOVE
 from eval.measure.splice import SplicedModel, constant, only, through
 from shared.cache import Cache
 from shared.device import announce, fitting

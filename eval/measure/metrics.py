@@ -27,7 +27,7 @@ core evaluation (Karvonen et al., arXiv:2503.09532; code at version 0.6.0), whos
                                  mean over i of cos(encoder row i, decoder row i); SAEBench has it by feature
     average_max_encoder_decoder_cosine_sim
                                  mean over i of the largest cosine of encoder row i to any decoder row
-    alive, alpha, capacity, critical_width, floor_<width>: see eval/floors/predicted.py; alive is f_i > 1e-5 (or --alive-above)
+    alive, alpha, capacity, critical_width, floor_<width>: see eval/measure/predicted.py; alive is f_i > 1e-5 (or --alive-above)
 
 and from the language model (eval/measure/splice.py) with the layer's output replaced by x̂, in nats a token:
 
@@ -55,7 +55,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from eval.floors.predicted import Statistics, capacity, critical_width, floors, student_widths
+from eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
 from eval.measure.splice import Loss
 from shared.cache import Cache
 from shared.errors import UserError
@@ -301,7 +301,7 @@ class Tally:
         }
 
     def floors(self, alive_above: float) -> dict[str, Number]:
-        """Predicted floors at the published fractions of d_model, and what they are made from: see eval/floors/predicted.py."""
+        """Predicted floors at the published fractions of d_model, and what they are made from: see predicted.py."""
         statistics = Statistics.measured(self.density(), self.mean_square(), alive_above)
         alpha = statistics.alpha
         return {

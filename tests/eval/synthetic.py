@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from eval.floors.predicted import Statistics, capacity, critical_width, floors, student_widths
 from eval.measure.evaluate import features_path
 from eval.measure.metrics import Features, save_features
+from eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
 from shared.cache import CacheSpec
 from shared.runs.run import Run, run_config, snapshot_tokens
 from shared.runs.sae import Sae

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.floors.predicted import Statistics, critical_width, floors
 from eval.floors.students import Student, Teacher
 from eval.measure.metrics import load_features
+from eval.measure.predicted import Statistics, critical_width, floors
 from shared.seal import sealed
 from tests.conftest import Cli, invoke
 

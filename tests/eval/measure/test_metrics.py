@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eval.floors.predicted import Statistics
 from eval.measure.evaluate import features_path
 from eval.measure.metrics import (
     Activations,
@@ -28,6 +27,7 @@ from eval.measure.metrics import (
     measure,
     save_features,
 )
+from eval.measure.predicted import Statistics
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.runs.run import Run
