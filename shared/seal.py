@@ -51,7 +51,7 @@ def canonical(value: Any) -> bytes:
 
 def seal(value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """`value` with its checksum. Its keys must be strings; `tensors` must be on the CPU."""
-    return _without(value) | {SEAL: _checksum(value, tensors)}
+    return unsealed(value) | {SEAL: _checksum(value, tensors)}
 
 
 def sealed(value: Any, tensors: dict[str, Tensor] | None = None) -> bool:
@@ -69,7 +69,7 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     value = json.loads(data)
     if not sealed(value):
         raise ValueError("its checksum does not match")
-    return _without(value)
+    return unsealed(value)
 
 
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -98,17 +98,18 @@ def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("its checksum does not match")
     except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
         raise ValueError(str(error)) from None
-    return tensors, _without(said)
+    return tensors, unsealed(said)
 
 
 def _checksum(value: dict[str, Any], tensors: dict[str, Tensor] | None) -> str:
     of_tensors = [[name, str(t.dtype), list(t.shape), _tensor_crc(t)] for name, t in sorted((tensors or {}).items())]
-    return crc32c(np.frombuffer(canonical([_without(value), of_tensors]), np.uint8))
+    return crc32c(np.frombuffer(canonical([unsealed(value), of_tensors]), np.uint8))
 
 
 def _tensor_crc(tensor: Tensor) -> str:
     return crc32c(tensor.detach().contiguous().numpy()) if tensor.numel() else ""
 
 
-def _without(value: dict[str, Any]) -> dict[str, Any]:
+def unsealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` without its checksum."""
     return {k: v for k, v in value.items() if k != SEAL}

@@ -1,0 +1,150 @@
+"""Files of sealed records: JSON that is replaced whole under a lock, or lines that are only ever added to.
+
+A record is a frozen dataclass in memory, and in a file a JSON object of its fields with a checksum of itself (shared/seal.py),
+which is compared wherever it is read.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
+
+from shared.errors import UserError
+from shared.files import locked, publish_json
+from shared.seal import seal, sealed, unsealed
+
+
+@dataclass(kw_only=True, frozen=True)
+class Record:
+    """Base of records. A field's name is its key; an underscore after it (`lambda_`) is Python's alone."""
+
+    stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the JSON that it was read from, if it was
+
+    def values(self) -> dict[str, Any]:
+        """The fields as JSON has them, by key."""
+        return _values(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A record that was read is written in the order in which it was stored, with the keys that only another version of
+        this program knows, and without null for those that the other did not know."""
+        values = self.values()
+        if not self.stored:
+            return values
+        return {k: values.get(k, v) for k, v in self.stored.items()} | {k: v for k, v in values.items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """Raises TypeError where a field without default is missing."""
+        return cls(**_known(cls, stored) | {"stored": stored})
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, tuple[str, Any]]:
+    """{key: (name, type)} of a dataclass."""
+    hints = get_type_hints(kind)
+    return {f.name.rstrip("_"): (f.name, hints[f.name]) for f in dataclasses.fields(kind) if f.name != "stored"}
+
+
+def _known(kind: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """{name: value} of the fields of a dataclass that are stored."""
+    return {name: _typed(of, stored[key]) for key, (name, of) in _fields(kind).items() if key in stored}
+
+
+def _values(of: Any) -> dict[str, Any]:
+    return {key: _plain(getattr(of, name)) for key, (name, _) in _fields(of.__class__).items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a field as JSON has it."""
+    if isinstance(value, Record):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return _values(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """What `_plain` made of a value of this type."""
+    of = get_args(kind)
+    if value is None:
+        return None
+    if NoneType in of:  # X | None
+        return _typed(of[0], value)
+    if get_origin(kind) is dict:
+        return {of[0](key): _typed(of[1], each) for key, each in value.items()}
+    if get_origin(kind) in (list, tuple):
+        return get_origin(kind)(_typed(of[0], each) for each in value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return kind.from_dict(value) if issubclass(kind, Record) else kind(**_known(kind, value))
+    return value
+
+
+R = TypeVar("R", bound=Record)
+
+
+class JsonRecords(Generic[R]):
+    """A list of records in one file, or with `names` an object that gives each its name."""
+
+    def __init__(self, path: Path, kind: type[R], names: Callable[[list[R]], list[str]] | None = None) -> None:
+        self.path, self._kind, self._names = path, kind, names
+
+    def read(self) -> list[R]:
+        """Nothing where there is no file. Raises UserError for one that is not as it was written."""
+        if not self.path.exists():
+            return []
+        try:
+            content = json.loads(self.path.read_bytes())
+            records = content if self._names is None else list(content.values())
+            if isinstance(records, list) and all(map(sealed, records)):
+                return [self._kind.from_dict(unsealed(record)) for record in records]
+        except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of something else
+            pass
+        raise UserError(f"{self.path} is damaged: restore it, or delete it to measure everything again")
+
+    def update(self, change: Callable[[list[R]], list[R]]) -> list[R]:
+        """Replace the records by what `change` makes of those on disk by now: another process may have added its own."""
+        with locked(self.path.parent):
+            records = change(self.read())
+            content = [seal(record.to_dict()) for record in records]
+            named = content if self._names is None else dict(zip(self._names(records), content, strict=True))
+            publish_json(self.path, named)
+        return records
+
+
+class JsonLines(Generic[R]):
+    """A record a line."""
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path, self._kind = path, kind
+
+    def append(self, record: R) -> None:
+        """Add a line in one write, so that a kill leaves a line that is whole or the last one."""
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps(seal(record.to_dict())).encode() + b"\n")
+
+    def lines(self) -> list[tuple[bytes, R | None]]:
+        """Every line and its record, None where it is damaged; not a last line that is being written or that a crash cut."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        return [(line + b"\n", self._parsed(line)) for line in lines]
+
+    def read(self) -> list[R]:
+        """Raises UserError if a line is damaged."""
+        records = []
+        for number, (_, record) in enumerate(self.lines(), 1):
+            if record is None:
+                raise UserError(f"line {number} of {self.path} is damaged: delete that line to use the others")
+            records.append(record)
+        return records
+
+    def _parsed(self, line: bytes) -> R | None:
+        try:
+            record = json.loads(line)
+            return self._kind.from_dict(unsealed(record)) if sealed(record) else None
+        except (ValueError, TypeError):
+            return None
