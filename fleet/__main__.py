@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from fleet.cluster import Fleet, RayCommands
-from fleet.commands import Commands
-from fleet.job import Job, JobConfig, wanted
+from fleet.commands import Commands, JobConfig, Stage
+from fleet.job import Job, wanted
 from shared.cli import CACHE, DEVICE, PRESET, RUNS, options, run
 from shared.errors import UserError
 from shared.presets import get_preset
@@ -69,13 +69,16 @@ def _ray(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., An
 
 def _commands(options: dict[str, Any]) -> Commands:
     address, workers, cpus, gpus = (options.pop(name) for name in ("ray", "workers", "cpus", "gpus"))
-    return Commands() if address is None else RayCommands(Fleet(address=address, workers=workers, cpus=cpus, gpus=gpus))
+    config = _config(options)
+    if address is None:
+        return Commands(config)
+    return RayCommands(config, Fleet(address=address, workers=workers, cpus=cpus, gpus=gpus))
 
 
-def _stage(stage: str, options: dict[str, Any]) -> int:
-    """One stage alone, of all layers."""
-    commands, config = _commands(options), _config(options | {"disk": 0})
-    return commands.run(*config.command(stage, wanted(config, commands)[0]))
+def _stage(stage: Stage, options: dict[str, Any]) -> int:
+    """One stage alone, of all layers of the job."""
+    commands = _commands(options | {"disk": 0})
+    return commands.run(stage, wanted(commands)[0])
 
 
 @main.command("job")
@@ -84,8 +87,7 @@ def _stage(stage: str, options: dict[str, Any]) -> int:
 @_ray(None)
 def job_command(**options: Any) -> int:
     """Everything, window after window; run it again to continue."""
-    commands = _commands(options)
-    return Job(_config(options), commands).run()
+    return Job(_commands(options)).run()
 
 
 @main.command("harvest")
@@ -109,7 +111,7 @@ def train_command(**options: Any) -> int:
 @_job
 def plan_command(**options: Any) -> None:
     """Windows, bytes, forward passes and time, before anything is begun."""
-    say(str(Job(_config(options), Commands()).plan()))
+    say(str(Job(Commands(_config(options))).plan()))
 
 
 if __name__ == "__main__":

@@ -10,21 +10,21 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleet.commands import Commands, start
+from fleet.commands import Commands, JobConfig, Stage, start
 from shared.cache import Cache
-from shared.errors import UserError
+from shared.errors import Busy, UserError
 from shared.progress import Progress, say
 from shared.runs.run import SNAPSHOTS, made
-from shared.stores.store import Location, parse_location
-from shared.units import parse_layers
+from shared.stores.store import Location
 
 LOCAL = "local"
+Reached = tuple[int, int, str]  # how many are there, of how many, of what
 _LOOK = 5.0  # seconds between looks at how far it is
 _TRIES, _PAUSE = 15, 2.0  # for a layer whose owner was on a node that was lost, and lives on there for a moment
 
@@ -40,39 +40,37 @@ class Fleet:
 class RayCommands(Commands):
     """Harvests and trains on a cluster; all else runs here."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, config: JobConfig, fleet: Fleet) -> None:
+        super().__init__(config)
         self._fleet = fleet
         self._ray: Any = None
 
-    def run(self, *argv: str) -> int:
-        if argv[:2] == ("harvest", "run"):
-            n = self._fleet.workers
-            return self._all([(*argv, "--shard", f"{i}/{n}") for i in range(n)], _blocks(argv))
-        if argv[0] == "train":
-            at = argv.index("--layers") + 1
-            layers = parse_layers(argv[at])
-            names = [Path(line).name for line in self.ask(*argv, "--list").splitlines()]
-            where = parse_location(argv[argv.index("--runs") + 1])
-            far = partial(_checkpoints, [where / name for name in names], layers)
-            return self._all([(*argv[:at], str(n), *argv[at + 1 :]) for n in layers], far)
-        return super().run(*argv)
+    def run(self, stage: Stage, layers: Sequence[int] = ()) -> int:
+        config, n = self.config, self._fleet.workers
+        if stage == "harvest":
+            shards = [(*config.command(stage, layers), "--shard", f"{i}/{n}") for i in range(n)]
+            return self._all(shards, partial(_blocks, config.cache, layers))
+        if stage == "train":
+            runs = [config.runs / Path(line).name for line in self.ask("runs", layers).splitlines()]
+            return self._all([config.command(stage, (layer,)) for layer in layers], partial(_checkpoints, runs, layers))
+        return super().run(stage, layers)
 
-    def _all(self, tasks: list[tuple[str, ...]], far: Callable[[], tuple[int, int, str]]) -> int:
+    def _all(self, tasks: list[tuple[str, ...]], reached: Callable[[], Reached]) -> int:
         """Every task on whatever node has room for it; the largest exit code."""
         ray, fleet, code = self._connect(), self._fleet, 0
         task = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_retries=-1)(_task)
         left = [task.remote(argv, fleet.cpus, os.getcwd()) for argv in tasks]
-        done, total, unit = far()
+        done, total, unit = reached()
         try:
             with Progress(f"{tasks[0][0]} by {len(tasks)} tasks", total, unit, start=done) as progress:
                 while left:
                     ended, left = ray.wait(left, timeout=_LOOK)
                     for one in ended:
-                        mine, why = ray.get(one)
-                        code = max(code, mine)
+                        ended_with, why = ray.get(one)
+                        code = max(code, ended_with)
                         if why:
                             say(why, err=True)
-                    done, progress.total, unit = far()  # before the cache exists nobody knows how many blocks there are
+                    done, progress.total, unit = reached()  # before the cache exists nobody knows how many blocks there are
                     progress.update(done)
         except KeyboardInterrupt:
             for one in left:
@@ -121,31 +119,25 @@ def _task(argv: tuple[str, ...], threads: int, folder: str) -> tuple[int, str]:
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     for _ in range(_TRIES):
         try:
-            code, _, said = start(argv, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            code, _, errors = start(argv, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         except OSError as error:
             return (
                 2,
                 f"error: {socket.gethostname()} cannot run {argv[0]} in {folder}: {error.strerror}; put that right there",
             )
-        last = said.strip().rpartition("\n")[2]
-        if not (code == 2 and "is being trained by" in last):
+        if code != Busy.exit_code:
             break
         time.sleep(_PAUSE)
-    return code, last if code else ""
+    return code, errors.strip().rpartition("\n")[2] if code else ""
 
 
-def _blocks(argv: tuple[str, ...]) -> Callable[[], tuple[int, int, str]]:
-    path, layers = parse_location(argv[argv.index("--cache") + 1]), parse_layers(argv[argv.index("--layers") + 1])
-
-    def far() -> tuple[int, int, str]:
-        if not Cache.exists(path):
-            return 0, 1, "blocks"
-        cache = Cache.open(path)
-        total = cache.spec.n_blocks * len(layers)
-        return total - sum(len(some) * len(blocks) for some, blocks in cache.missing(layers).items()), total, "blocks"
-
-    return far
+def _blocks(path: Location, layers: Sequence[int]) -> Reached:
+    if not Cache.exists(path):
+        return 0, 1, "blocks"
+    cache = Cache.open(path)
+    total = cache.spec.n_blocks * len(layers)
+    return total - sum(len(some) * len(blocks) for some, blocks in cache.missing(tuple(layers)).items()), total, "blocks"
 
 
-def _checkpoints(runs: list[Location], layers: tuple[int, ...]) -> tuple[int, int, str]:
+def _checkpoints(runs: list[Location], layers: Sequence[int]) -> Reached:
     return sum(made(run, layers) for run in runs), SNAPSHOTS * len(runs) * len(layers), "checkpoints"

@@ -1,4 +1,5 @@
-"""The other packages' commands, as processes of their own: what they take is given back when they end, crashes included."""
+"""The stages of a job as the other packages' commands, in processes of their own: what they take is given back when they end,
+crashes included."""
 
 import contextlib
 import ctypes
@@ -6,24 +7,66 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import click
 
+from shared.stores.store import Location
+from shared.units import format_layers
+
+Stage = Literal["plan", "harvest", "free", "train", "runs", "eval", "report"]
 _LOOK = 0.5  # seconds between looks at whether it is to stop
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class JobConfig:
+    """What is wanted, and what is passed on to the commands."""
+
+    disk: int  # bytes that cache and runs may take together
+    cache: Location
+    runs: Location
+    preset: str
+    l1: str
+    expansion: int
+    layers: str | None = None
+    device: str | None = None
+    harvest_options: tuple[str, ...] = ()
+    train_options: tuple[str, ...] = ()
+    eval_options: tuple[str, ...] = ()
+
+    def command(self, stage: Stage, layers: Sequence[int] = ()) -> tuple[str, ...]:
+        """A stage of these layers, as `python -m` takes it. The plan, which names them, is of those that the user wants."""
+        wanted = ("--layers", self.layers) if self.layers else ()
+        named = ("--layers", format_layers(layers)) if layers else ()
+        where = ("--preset", self.preset, "--cache", str(self.cache))
+        device = ("--device", self.device) if self.device else ()
+        trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
+        return {
+            "plan": ("harvest", "plan", "--json", *where, *wanted, *self.harvest_options),
+            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest_options),
+            "free": ("harvest", "free", *where, *named, "--yes"),
+            "train": ("train", *where, *named, *device, *trained, *self.train_options),
+            "runs": ("train", *where, *named, *device, *trained, *self.train_options, "--list"),
+            "eval": ("eval", "run", *where, "--runs", str(self.runs), "--numbers-only", *device, *self.eval_options),
+            "report": ("eval", "run", *where, "--runs", str(self.runs), *device, *self.eval_options),
+        }[stage]
+
+
 class Commands:
-    """Runs `python -m …`. SIGTERM and Ctrl-C reach the command once, are waited for, and are raised then."""
+    """Runs a job's stages here. SIGTERM and Ctrl-C reach the command once, are waited for, and are raised then."""
 
-    def run(self, *argv: str) -> int:
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+
+    def run(self, stage: Stage, layers: Sequence[int] = ()) -> int:
         """The exit code, as a shell says it; what the command prints is printed."""
-        return start(argv)[0]
+        return start(self.config.command(stage, layers))[0]
 
-    def ask(self, *argv: str) -> str:
+    def ask(self, stage: Stage, layers: Sequence[int] = ()) -> str:
         """What the command prints to stdout. If it fails it has said why, and this command ends with its exit code."""
-        code, said, _ = start(argv, stdout=subprocess.PIPE)
+        code, said, _ = start(self.config.command(stage, layers), stdout=subprocess.PIPE)
         if code:
             raise click.exceptions.Exit(code)
         return said

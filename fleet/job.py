@@ -13,52 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from eval.measure.evaluate import measured
-from fleet.commands import Commands
+from fleet.commands import Commands, Stage
 from fleet.plan import Plan
 from fleet.room import Room, Window, room, used_bytes, windows
 from shared.cache import Cache, CacheSpec
-from shared.errors import UserError
+from shared.errors import Busy, UserError
 from shared.files import make_dir, owned, remove_leftovers
 from shared.progress import say
 from shared.runs.run import SNAPSHOTS, Run, made
 from shared.seal import seal, sealed
-from shared.stores.store import Location
 from shared.units import format_bytes, format_layers, format_seconds
 
-STAGES = ("harvest", "train", "eval")
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class JobConfig:
-    """What is wanted, and what is passed on to the commands."""
-
-    disk: int  # bytes that cache and runs may take together
-    cache: Location
-    runs: Location
-    preset: str
-    l1: str
-    expansion: int
-    layers: str | None = None
-    device: str | None = None
-    harvest_options: tuple[str, ...] = ()
-    train_options: tuple[str, ...] = ()
-    eval_options: tuple[str, ...] = ()
-
-    def command(self, stage: str, layers: Sequence[int] | str | None) -> tuple[str, ...]:
-        """A stage of these layers, as `python -m` takes it."""
-        named = () if layers is None else ("--layers", layers if isinstance(layers, str) else format_layers(layers))
-        where = ("--preset", self.preset, "--cache", str(self.cache))
-        device = ("--device", self.device) if self.device else ()
-        trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
-        return {
-            "plan": ("harvest", "plan", "--json", *where, *named, *self.harvest_options),
-            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest_options),
-            "free": ("harvest", "free", *where, *named, "--yes"),
-            "train": ("train", *where, *named, *device, *trained, *self.train_options),
-            "runs": ("train", *where, *named, *device, *trained, *self.train_options, "--list"),
-            "eval": ("eval", "run", *where, "--runs", str(self.runs), "--numbers-only", *device, *self.eval_options),
-            "report": ("eval", "run", *where, "--runs", str(self.runs), *device, *self.eval_options),
-        }[stage]
+STAGES: tuple[Stage, ...] = ("harvest", "train", "eval")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -87,8 +53,9 @@ class LayerState:
 class Job:
     """Call `run`; again after whatever stopped it."""
 
-    def __init__(self, config: JobConfig, commands: Commands) -> None:
+    def __init__(self, commands: Commands) -> None:
         """Raises UserError for a bucket: nobody says how much it may take, so there is nothing to make windows for."""
+        config = commands.config
         if not (isinstance(config.cache, Path) and isinstance(config.runs, Path)):
             raise UserError(
                 "a job makes room on a disk, and a bucket needs none: run harvest, train and eval in turn, which take "
@@ -97,7 +64,7 @@ class Job:
         self._config, self._commands, self._cache_path, self._runs_path = config, commands, config.cache, config.runs
         self._log = config.runs / "job.jsonl"
         self._folders: list[Run] = []
-        self._layers, shape = wanted(config, commands)
+        self._layers, shape = wanted(commands)
         self._spec = CacheSpec(**shape)
 
     def run(self) -> int:
@@ -109,7 +76,7 @@ class Job:
                 make_dir(folder)
                 stack.callback(_remove_empty, folder)
                 if owner := stack.enter_context(owned(folder / "job.owner")):
-                    raise UserError(f"{owner} is at work on a job in {folder}: wait until it ends, or choose another folder")
+                    raise Busy(f"{owner} is at work on a job in {folder}: wait until it ends, or choose another folder")
             return self._run()
 
     def _run(self) -> int:
@@ -121,7 +88,7 @@ class Job:
             if stuck := set(tried).intersection(left):
                 raise UserError(f"every stage of layers {format_layers(stuck)} ended well, but not all is there: look above")
             if not left:
-                return self._commands.run(*self._config.command("report", None))
+                return self._commands.run("report")
             if code := self._make_room([layer for layer, state in states.items() if state.done]):
                 return code
             tried = self._windows(states)[0].layers
@@ -139,13 +106,13 @@ class Job:
             raise UserError(
                 "checkpoints are damaged, as said above: remove them and run the same command again to make them anew"
             )
-        return self._commands.run(*self._config.command("free", whole)) if whole else 0
+        return self._commands.run("free", whole) if whole else 0
 
-    def _stage(self, stage: str, layers: tuple[int, ...]) -> int:
+    def _stage(self, stage: Stage, layers: tuple[int, ...]) -> int:
         say(f"\n{stage}: layers {format_layers(layers)}")
         began, code = time.time(), None
         try:
-            code = self._commands.run(*self._config.command(stage, None if stage == "eval" else layers))
+            code = self._commands.run(stage, layers)
             return code
         finally:
             record = {"stage": stage, "layers": list(layers), "began": began, "seconds": time.time() - began, "code": code}
@@ -162,7 +129,7 @@ class Job:
         if not self._folders:
             if self._cache() is None:
                 return [Run(self._runs_path / f"not begun {i}") for i in range(self._config.l1.count(",") + 1)]
-            named = self._commands.ask(*self._config.command("runs", self._layers))
+            named = self._commands.ask("runs", self._layers)
             self._folders = [Run(Path(line)) for line in named.splitlines()]
         return self._folders
 
@@ -256,10 +223,10 @@ class Job:
         return text
 
 
-def wanted(config: JobConfig, commands: Commands) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The layers, and the shape of their cache as far as it is known by now."""
-    said = json.loads(commands.ask(*config.command("plan", config.layers)))
-    return tuple(said["layers"]), said["shape"]
+def wanted(commands: Commands) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The layers of the job, and the shape of their cache as far as it is known by now."""
+    plan = json.loads(commands.ask("plan"))
+    return tuple(plan["layers"]), plan["shape"]
 
 
 def _remove_empty(folder: Path) -> None:

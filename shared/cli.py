@@ -1,7 +1,7 @@
 """What the command lines share: exit codes, one-line errors, and the options that several commands have.
 
-Exit codes: 0 done, 1 a check failed (verify found damage), 2 bad input, a refused request or something left out, 130 and 143
-stopped by Ctrl-C and SIGTERM. A traceback is a bug.
+Exit codes: 0 done, 1 a check failed (verify found damage), 2 bad input, a refused request or something left out, 3 another
+process is at work there (a layer's lock, a job's), 130 and 143 stopped by Ctrl-C and SIGTERM. A traceback is a bug.
 """
 
 import io
@@ -30,7 +30,7 @@ class DefaultRun(click.Group):
 
 
 def run(command: click.Command) -> NoReturn:
-    """Run a click command as a program: every expected failure is one line on stderr and exit code 2."""
+    """Run a click command as a program: every expected failure is one line on stderr and exit code 2 (3: see `Busy`)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an alphabet without λ is no reason to stop
@@ -38,7 +38,7 @@ def run(command: click.Command) -> NoReturn:
         try:
             code = _invoke(command)
         except UserError as error:
-            _fail(str(error), 2)
+            _fail(str(error), error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), 2)
         except KeyboardInterrupt as error:

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from shared.cache import ADVICE, Cache
-from shared.errors import UserError
+from shared.errors import Busy, UserError
 from shared.files import create_file, make_dir, owned, remove, remove_leftovers, replacing, sync_dir
 from shared.progress import say
 from shared.runs.sae import Damaged, Sae
@@ -207,7 +207,7 @@ class Run:
         try:
             with owned(path) as owner:
                 if owner:
-                    raise UserError(
+                    raise Busy(
                         f"layer {layer} of {self.path} is being trained by {owner}: wait until it ends, or train other --layers"
                     )
                 self._sweep(layer)

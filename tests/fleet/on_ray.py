@@ -1,7 +1,7 @@
 """Run by test_ray.py in a network of its own: a head and three nodes. One is lost while it harvests, another while it trains,
 after a training that was stopped by SIGTERM.
 
-python -m tests.fleet.on_ray FOLDER HARVEST-COMMAND TRAIN-COMMAND      (commands as JSON lists)
+python -m tests.fleet.on_ray FOLDER JOB      (the fields of its JobConfig, as JSON)
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,7 +24,17 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fleet.cluster import Fleet, RayCommands
+from fleet.commands import JobConfig, Stage
 from shared.cli import run
+
+LAYERS = (0, 1, 2)
+
+
+def read_config(text: str) -> JobConfig:
+    fields: dict[str, Any] = json.loads(text)
+    folders = {name: Path(fields[name]) for name in ("cache", "runs")}
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return JobConfig(**fields | folders | lists)
 
 
 def once(when: Callable[[], bool], then: Callable[[], None]) -> threading.Thread:
@@ -37,11 +48,12 @@ def once(when: Callable[[], bool], then: Callable[[], None]) -> threading.Thread
     return thread
 
 
-def stop(commands: RayCommands, argv: tuple[str, ...], runs: Path, when: Callable[[], bool]) -> None:
+def stop(commands: RayCommands, stage: Stage, when: Callable[[], bool]) -> None:
     """As a program is stopped; its tasks have ended then, and in their own time: no layer has an owner."""
+    runs = Path(str(commands.config.runs))
     asked = once(when, lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        run(click.Command(argv[0], callback=lambda: commands.run(*argv)))
+        run(click.Command(stage, callback=lambda: commands.run(stage, LAYERS)))
     except SystemExit as ended:
         print("stopped with", ended.code, list(runs.glob("*/state/*/owner")), flush=True)
     asked.join()
@@ -61,20 +73,21 @@ def lose(cluster: Cluster, when: Callable[[], bool]) -> threading.Thread:
 
 
 def main() -> None:
-    folder, harvest, train = Path(sys.argv[1]), *(tuple(json.loads(text)) for text in sys.argv[2:])
+    folder, config = Path(sys.argv[1]), read_config(sys.argv[2])
     sys.argv[1:] = []
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
-    commands = RayCommands(Fleet(address=cluster.address, workers=3))
-    for argv, first in ((harvest, "c/ledger/0-2/*.json"), (train, "r/*/metrics/*.jsonl")):
+    commands = RayCommands(config, Fleet(address=cluster.address, workers=3))
+    first_files: dict[Stage, str] = {"harvest": "c/ledger/0-2/*.json", "train": "r/*/metrics/*.jsonl"}
+    for stage, first in first_files.items():
         begun = partial(lambda first: any(folder.glob(first)), first)
-        if argv == train:
-            stop(commands, argv, folder / "r", begun)
+        if stage == "train":
+            stop(commands, stage, begun)
         lost = lose(cluster, begun)
-        code = commands.run(*argv)
+        code = commands.run(stage, LAYERS)
         lost.join()
-        print(argv[0], "ended with", code, flush=True)
+        print(stage, "ended with", code, flush=True)
         if code:
             sys.exit(code)
 

@@ -5,16 +5,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 import pytest
 
-from fleet.commands import Commands
+from fleet.commands import Commands, JobConfig, Stage
 from tests.conftest import ROOT
 
-PATIENT = "tests.fleet.patient"
+
+class Patient(JobConfig):
+    """A command that takes its time in the place of every stage: its file, and the exit codes of stages."""
+
+    def command(self, stage: Stage, layers: Sequence[int] = ()) -> tuple[str, ...]:
+        return ("tests.fleet.patient", str(self.cache), *map(str, layers))
+
+
+def patient(tmp_path: Path) -> Commands:
+    return Commands(Patient(disk=0, cache=tmp_path / "f", runs=tmp_path, preset="", l1="", expansion=1))
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +37,11 @@ def until(path: Path, text: str) -> None:
 
 
 def test_exit_codes_and_what_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert Commands().run(PATIENT, str(tmp_path / "f"), "7") == 7
-    assert Commands().ask(PATIENT, str(tmp_path / "f"), "0") == "asked\n"
+    commands = patient(tmp_path)
+    assert commands.run("train", [7]) == 7
+    assert commands.ask("train", [0]) == "asked\n"
     with pytest.raises(click.exceptions.Exit) as stop:
-        Commands().ask(PATIENT, str(tmp_path / "f"), "2")
+        commands.ask("train", [2])
     assert stop.value.exit_code == 2
     assert capfd.readouterr().out == "asked\n"  # of the first alone
 
@@ -47,14 +57,14 @@ def test_ctrl_c_waits_for_the_command(tmp_path: Path, by: Callable[[], None]) ->
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        Commands().run(PATIENT, str(tmp_path / "f"))
+        patient(tmp_path).run("train")
     thread.join()
     assert (tmp_path / "f").read_text() == "ended"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends children with their parents, if they ask for it")
 def test_a_command_ends_with_the_job_that_is_killed(tmp_path: Path) -> None:
-    program = f"from fleet.commands import Commands; Commands().run({PATIENT!r}, {str(tmp_path / 'f')!r})"
+    program = f"from pathlib import Path; from {__name__} import patient; patient(Path({str(tmp_path)!r})).run('train')"
     parent = subprocess.Popen([sys.executable, "-c", program])
     until(tmp_path / "f", "at work")
     parent.kill()

@@ -7,17 +7,17 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from fleet.commands import Commands
-from fleet.job import Job, JobConfig
+from fleet.commands import Commands, JobConfig, Stage
+from fleet.job import Job
 from fleet.room import Room, Window, used_bytes, windows
 from shared.cache import Cache
-from shared.errors import UserError
+from shared.errors import Busy, UserError
 from shared.runs.run import Run
 from tests.conftest import TRAIN_ARGS, invoke
 
@@ -27,21 +27,21 @@ L1 = "3e-3"
 class Here(Commands):
     """The commands in this process, for they take seconds to start; only the pictures at the end are left out."""
 
-    def __init__(self, most: int = 1000) -> None:
-        self.ran: list[str] = []
+    def __init__(self, config: JobConfig, most: int = 1000) -> None:
+        super().__init__(config)
+        self.ran: list[Stage] = []
         self._most = most
 
-    def run(self, *argv: str) -> int:
+    def run(self, stage: Stage, layers: Sequence[int] = ()) -> int:
         if len(self.ran) == self._most:
             raise Stopped
-        self.ran.append(" ".join(argv[:2]) if argv[0] != "train" else "train")
-        report = argv[:2] == ("eval", "run") and "--numbers-only" not in argv
-        return 0 if report else invoke(*argv)
+        self.ran.append(stage)
+        return 0 if stage == "report" else invoke(*self.config.command(stage, layers))
 
-    def ask(self, *argv: str) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            assert invoke(*argv) == 0
-        return said.getvalue()
+    def ask(self, stage: Stage, layers: Sequence[int] = ()) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert invoke(*self.config.command(stage, layers)) == 0
+        return out.getvalue()
 
 
 class Stopped(BaseException):
@@ -97,15 +97,14 @@ def test_a_job_in_windows_stopped_between_commands(config: JobConfig, runs_path:
     ran = []
     with watched(config) as seen:
         for most in range(1, 9):
-            commands = Here(most)
+            commands = Here(config, most)
             try:
-                assert Job(config, commands).run() == 0
+                assert Job(commands).run() == 0
                 break
             except Stopped:
                 ran.append(commands.ran)
-    harvest, train, evaluate, free = "harvest run", "train", "eval run", "harvest free"
-    assert ran == [[harvest], [train, evaluate], [free, harvest, train]]
-    assert commands.ran == [train, evaluate, evaluate]  # the last for the report
+    assert ran == [["harvest"], ["train", "eval"], ["free", "harvest", "train"]]
+    assert commands.ran == ["train", "eval", "report"]
     assert 0.5 * config.disk < max(seen) <= config.disk
     cache = Cache.open(config.cache)
     assert cache.freed() == (0, 1)
@@ -123,15 +122,15 @@ def trained(config: JobConfig, cache_path: Path, runs_path: Path) -> JobConfig:
     for folder in runs_path.glob("*-fixed"):
         shutil.copytree(folder, config.runs / folder.name)
     both = dataclasses.replace(config, l1="3e-3,8e-4", disk=10_000_000)
-    assert Here().run(*both.command("eval", None)) == 0
+    assert Here(both).run("eval") == 0
     return both
 
 
 def test_what_was_done_by_hand_goes_on(trained: JobConfig, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing is left to be made; so there is nobody to make room for, and only the report is missing."""
-    commands = Here()
-    assert Job(trained, commands).run() == 0
-    assert commands.ran == ["eval run"]
+    commands = Here(trained)
+    assert Job(commands).run() == 0
+    assert commands.ran == ["report"]
     assert "0-2     done\nleft: nothing" in capfd.readouterr().out
 
 
@@ -141,26 +140,26 @@ def test_a_layer_is_freed_only_when_its_checkpoints_are_whole_and_measured(train
     missing.unlink()  # layer 2 is wanted again
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:20_000] + bytes([whole[20_000] ^ 1]) + whole[20_001:])
-    commands = Here()
+    commands = Here(trained)
     with pytest.raises(UserError, match="checkpoints are damaged, as said above: remove them"):
-        Job(trained, commands).run()
+        Job(commands).run()
     assert commands.ran == [] and Cache.open(trained.cache).freed() == ()
     damaged.write_bytes(whole)
     (runs[0].path / "results" / "metrics.json").unlink()  # of one setting nothing is measured any more
-    commands = Here(most=2)
+    commands = Here(trained, most=2)
     with pytest.raises(Stopped):
-        Job(trained, commands).run()
-    assert commands.ran == ["train", "eval run"]  # for all blocks are there
+        Job(commands).run()
+    assert commands.ran == ["train", "eval"]  # for all blocks are there
     assert Cache.open(trained.cache).freed() == ()
 
 
 def test_a_stage_that_fails_ends_the_job_with_its_line_and_code(
     config: JobConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    commands = Here()
     gone = dataclasses.replace(config, harvest_options=(*config.harvest_options, "--dataset", str(tmp_path / "none.jsonl")))
-    assert Job(gone, commands).run() == 2
-    assert commands.ran == ["harvest run"]
+    commands = Here(gone)
+    assert Job(commands).run() == 2
+    assert commands.ran == ["harvest"]
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot load the dataset")
 
 
@@ -171,28 +170,28 @@ def test_a_second_job_in_the_same_folders_is_refused(config: JobConfig, shared: 
     class Begun(Here):
         """Whoever runs the first command of a job finds that another cannot begin."""
 
-        def run(self, *argv: str) -> int:
+        def run(self, stage: Stage, layers: Sequence[int] = ()) -> int:
             said = rf"process {os.getpid()} on .* is at work on a job in {tmp_path / shared[0]}: wait until it ends"
             for second in (config, elsewhere):
-                with pytest.raises(UserError, match=said if second == elsewhere else "is at work on a job"):
-                    Job(second, Here()).run()
+                with pytest.raises(Busy, match=said if second == elsewhere else "is at work on a job"):
+                    Job(Here(second)).run()
             raise Stopped
 
     for _ in range(2):  # nothing is left of an owner that ended
         with pytest.raises(Stopped):
-            Job(config, Begun()).run()
+            Job(Begun(config)).run()
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["job.jsonl", "r"]
 
 
 def test_a_disk_too_small_for_one_layer_is_refused_at_once(config: JobConfig) -> None:
     with pytest.raises(UserError, match=r"layer 0 needs .* more than the 2 MB of --disk") as refused:
-        Job(dataclasses.replace(config, disk=2_000_000), Here()).run()
+        Job(Here(dataclasses.replace(config, disk=2_000_000))).run()
     assert "\n" not in str(refused.value)
     assert not config.cache.exists() and not config.runs.exists()
 
 
 def test_a_plan_says_windows_bytes_and_passes(config: JobConfig) -> None:
-    lines = str(Job(config, Here()).plan()).splitlines()
+    lines = str(Job(Here(config)).plan()).splitlines()
     assert lines[0].startswith("window 1: layers 0-1, up to 4.") and lines[1].startswith("window 2: layers 2, up to ")
     assert lines[3] == "forward passes: 2, cut off after 2, 3 of 3 layers: 1.67 whole ones"
     assert not config.cache.exists() and not config.runs.exists()

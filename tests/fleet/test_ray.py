@@ -6,18 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from fleet import cluster
 from fleet.cluster import Fleet, RayCommands, _task
-from shared.errors import UserError
+from fleet.commands import JobConfig
+from shared.errors import Busy, UserError
 from tests.conftest import ROOT, TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 ALONE = ("unshare", "-n", "-u", "-p", "--fork", "--mount-proc", "--kill-child")
-L1 = ("--l1", "3e-3")
 
 
 @pytest.mark.skipif(
@@ -28,10 +30,12 @@ def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_e
     cache_path: Path, cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "f").mkdir()
-    where = ("--cache", str(tmp_path / "f" / "c"), "--layers", "0-2")
-    harvest = ("harvest", "run", *map(str, harvest_args), *where)
-    train = ("train", *map(str, TRAIN_ARGS), *where, *L1, "--runs", str(tmp_path / "f" / "r"), "--save-minutes", "0")
-    inside = [sys.executable, "-m", "tests.fleet.on_ray", str(tmp_path / "f"), json.dumps(harvest), json.dumps(train)]
+    options = tuple(map(str, harvest_args[2:-2])), (*map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8])), "--save-minutes", "0")
+    here = JobConfig(
+        disk=0, cache=tmp_path / "f" / "c", runs=tmp_path / "f" / "r", preset="demo", l1="3e-3", expansion=4, device="cpu",
+        harvest_options=options[0], train_options=options[1],
+    )  # fmt: skip
+    inside = [sys.executable, "-m", "tests.fleet.on_ray", str(tmp_path / "f"), json.dumps(asdict(here), default=str)]
     env = os.environ | {"OMP_NUM_THREADS": "7", "RAY_TMPDIR": "/tmp"}
     program = [*ALONE, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *inside]
     ended = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
@@ -42,9 +46,9 @@ def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_e
     assert ended.stderr.count("error:") == ended.stderr.count(line) == 1
 
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as a task has it
-    for argv in (harvest, train):
-        again = [sys.executable, "-m", *(a.replace(str(tmp_path / "f"), str(tmp_path / "one")) for a in argv)]
-        subprocess.run(again, cwd=ROOT, env=alone, check=True, capture_output=True)
+    one = replace(here, cache=tmp_path / "one" / "c", runs=tmp_path / "one" / "r")
+    for argv in (one.command("harvest", range(3)), one.command("train", range(3))):
+        subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, env=alone, check=True, capture_output=True)
     assert difference(contents(tmp_path / "f"), contents(tmp_path / "one")) == ""
 
 
@@ -53,6 +57,15 @@ def test_a_node_without_the_folder_says_so() -> None:
     assert code == 2 and said.endswith("cannot run harvest in /nowhere: No such file or directory; put that right there")
 
 
-def test_a_cluster_that_is_not_there() -> None:
+def test_a_task_waits_for_the_owner_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on a node that was lost may live on there for a moment. Whatever else a command ends with ends the task."""
+    ends = iter([(Busy.exit_code, "", "error: held"), (Busy.exit_code, "", "error: held"), (2, "", "a line\nerror: bad\n")])
+    monkeypatch.setattr(cluster, "start", lambda argv, **options: next(ends))
+    monkeypatch.setattr(cluster, "_PAUSE", 0.0)
+    assert _task(("train",), 1, ".") == (2, "error: bad") and next(ends, None) is None
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
+    config = JobConfig(disk=0, cache=tmp_path / "c", runs=tmp_path, preset="demo", l1="1", expansion=1)
     with pytest.raises(UserError, match="there is no Ray cluster at 127.0.0.1:1 .*: start one, name its address"):
-        RayCommands(Fleet(address="127.0.0.1:1", workers=1)).run("harvest", "run", "--cache", "c", "--layers", "0")
+        RayCommands(config, Fleet(address="127.0.0.1:1", workers=1)).run("harvest", (0,))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.cli import Number, run
-from shared.errors import UserError
+from shared.errors import Busy, UserError
 from shared.progress import say
 from shared.stop import Terminated, finishing
 from shared.units import (
@@ -164,22 +164,23 @@ def test_sigterms_within_seconds_are_one(capfd: pytest.CaptureFixture[str], monk
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "exit_code", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/disk/file"), "/disk/file"),
-        (EOFError("Compressed file ended before the end-of-stream marker"), "ended before"),
-        (UserError("two\nlines"), "error: two lines"),
+        (OSError(errno.ENOSPC, "No space left on device", "/disk/file"), 2, "/disk/file"),
+        (EOFError("Compressed file ended before the end-of-stream marker"), 2, "ended before"),
+        (UserError("two\nlines"), 2, "error: two lines"),
+        (Busy("a process is at work there"), 3, "error: a process is at work there"),
     ],
 )
 def test_what_can_be_put_right_is_one_line(
-    error: Exception, said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, exit_code: int, message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work() -> None:
         raise error
 
     code, err = program(work, capfd, monkeypatch)
-    assert code == 2
-    assert len(err.splitlines()) == 1 and said in err
+    assert code == exit_code
+    assert len(err.splitlines()) == 1 and message in err
 
 
 def test_nobody_listening_changes_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,7 +319,7 @@ def test_a_second_trainer_of_a_layer_is_refused(cli: Cli, cache_path: Path, one:
     with one.claim([2]):
         before = contents(one)
         result = again(cli, cache_path, one)
-        assert result.code == 2
+        assert result.code == 3
         assert f"layer 2 of {one.path} is being trained by process {os.getpid()} on" in result.err
         assert contents(one) == before
     assert again(cli, cache_path, one).code == 0
