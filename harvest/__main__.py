@@ -153,6 +153,7 @@ def _job(options: dict[str, Any]) -> Job:
         changes.setdefault("revision", None)
         changes |= _model_shape(changes["model"], changes["revision"])
     preset = replace(preset, **changes)
+    preset.require_files()
     return Job(
         preset=preset,
         cache=options["cache"] or Path("data") / preset.name,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 
-_ROOT = Path(__file__).resolve().parent.parent
+_DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -40,6 +40,15 @@ class Preset:
     # evaluation
     ce_tokens: int
 
+    def require_files(self) -> None:
+        """Raise UserError where the demo's model or text is meant, and this is an installed package, which has neither."""
+        for place in (self.model, self.dataset):
+            if Path(place).is_relative_to(_DEMO) and not Path(place).exists():
+                raise UserError(
+                    f"{place} is not there: the demo's model and text come with the repository and not with an installed "
+                    "package; clone the repository and run this in it, or name --model and --dataset"
+                )
+
 
 PRESETS = {
     preset.name: preset
@@ -70,9 +79,9 @@ PRESETS = {
         ),
         Preset(
             name="demo",
-            model=str(_ROOT / "demo" / "neox-2m"),
+            model=str(_DEMO / "neox-2m"),
             revision=None,
-            dataset=str(_ROOT / "demo" / "text.jsonl.gz"),
+            dataset=str(_DEMO / "text.jsonl.gz"),
             dataset_revision=None,
             split="train",
             text_column="text",

@@ -4,11 +4,14 @@ import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from shared import presets
 from shared.cache import Cache
+from shared.presets import PRESETS
 from shared.seal import to_bytes
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
@@ -160,6 +163,17 @@ def test_models_that_are_not_there(cli: Cli, harvest_args: tuple[object, ...], t
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--layers", "0-9"), "layer 9 does not exist")
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c", "--tokens", "0"), "'0' is not a count")
     assert not (tmp_path / "c").exists()
+
+
+def test_the_demo_of_an_installed_package(cli: Cli, lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has neither model nor text; with both named nothing of it is missing."""
+    absent = replace(PRESETS["demo"], model=str(tmp_path / "neox-2m"), dataset=str(tmp_path / "text.jsonl.gz"))
+    monkeypatch.setattr(presets, "_DEMO", tmp_path)
+    monkeypatch.setitem(PRESETS, "demo", absent)
+    args = ("harvest", "plan", "--preset", "demo", "--cache", tmp_path / "c")
+    refused(cli(*args), f"{absent.model} is not there: the demo's model and text come with the repository")
+    refused(cli(*args, "--model", lm), f"{absent.dataset} is not there")
+    assert cli(*args, "--model", lm, "--dataset", "a/b").code == 0
 
 
 def test_a_shard_too_many(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
