@@ -539,14 +539,14 @@ def _one_more(lab: Lab, run: Callable[[int], object]) -> float:
 
 
 def projection(lab: Lab) -> None:
-    parts = project.from_figures(lab.figures, machine=_name(lab), date=report.today())
-    for line in project.shown(parts, project.Job()).splitlines():
+    rates = project.from_figures(lab.figures, machine=_name(lab), date=report.today())
+    for line in project.shown(rates, project.Job(), lab.figures.get("peak GPU bytes")).splitlines():
         lab.say(line)
-    whole, layer = (parts.hours(project.Job(layers=layers)) for layers in (project.Job().layers, 1))
-    lab.goal("one layer, three settings, 300M tokens, every step dense", 60 * layer[project.DENSE], "≤", 60 * LAYER_GOAL, "min")
-    lab.goal("72 SAEs once cached, every step dense", whole[project.DENSE], "≤", JOB_GOAL, "h")
-    lab.keep("one layer, three settings, 300M tokens, every step sparse", 60 * layer[project.SPARSE], "min")
-    lab.keep("72 SAEs once cached, every step sparse", whole[project.SPARSE], "h")
+    whole, layer = (rates.times(project.Job(layers=layers).work) for layers in (project.Job().layers, 1))
+    lab.goal("one layer, three settings, 300M tokens, every step dense", layer.dense / 60, "≤", 60 * LAYER_GOAL, "min")
+    lab.goal("72 SAEs once cached, every step dense", whole.dense / 3600, "≤", JOB_GOAL, "h")
+    lab.keep("one layer, three settings, 300M tokens, every step sparse", layer.sparse / 60, "min")
+    lab.keep("72 SAEs once cached, every step sparse", whole.sparse / 3600, "h")
 
 
 # ------------------------------------------------------------------------------------------------------------- the script

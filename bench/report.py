@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from bench.clock import Run, Timing, take_turns
+from fleet.hours import processor
+from shared.compile import cpu_flags
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -172,7 +174,7 @@ def busy_share(seconds: float = 2.0) -> float:
 
 
 def machine() -> Machine:
-    cpu, flags = _cpu()
+    cpu, flags = processor(), cpu_flags()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0))
     return Machine(
@@ -196,6 +198,13 @@ def write(results: Results, folder: Path = RESULTS) -> Path:
     return path
 
 
+def read(folder: Path) -> tuple[list[Results], list[dict[str, Any]]]:
+    """Results of `python -m bench`, and of `python -m bench gpu`, the latest last; dry runs are none."""
+    raws = sorted((json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))), key=lambda raw: str(raw["date"]))
+    gpus = [raw for raw in raws if raw.get("kind") == "gpu" and not raw["dry"]]
+    return [parse(raw) for raw in raws if "comparisons" in raw], gpus
+
+
 def parse(raw: Mapping[str, Any]) -> Results:
     """Results as they were before they were written."""
     machine = Machine(**raw["machine"] | {"flags": tuple(raw["machine"]["flags"])})
@@ -207,15 +216,6 @@ def parse(raw: Mapping[str, Any]) -> Results:
 
 def _entry(raw: dict[str, Any]) -> Entry:
     return Entry(**raw | {name: tuple(raw[name]) for name in ("seconds", "against") if name in raw})
-
-
-def _cpu() -> tuple[str, set[str]]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), set()
-    fields = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", text, flags=re.MULTILINE))
-    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
 
 
 def _ticks() -> tuple[int, int]:

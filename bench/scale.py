@@ -359,7 +359,7 @@ def draw(found: Sequence[Found], path: Path) -> None:
 @click.command()
 def command() -> None:
     """Harvest and training on 1 to 8 simulated GPUs, beside the bound; goes on where it was stopped."""
-    gpus = table.found(report.RESULTS)[1]
+    gpus = report.read(report.RESULTS)[1]
     if not gpus:
         raise UserError("no GPU is measured: run `python -m bench gpu` on one")
     found, about = read(RESULTS), {"kind": "scale", "machine": asdict(report.machine()), "gpu": gpus[-1]["machine"]["gpu"]}

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import quality
+from bench import project, quality
 from bench.clock import Timing
 from bench.goals import goals
 from bench.lab import Row
-from bench.report import RESULTS, Comparison, Entry, Results, parse
+from bench.report import RESULTS, Comparison, Entry, Results, read
+from fleet.hours import RATES
 
 ROOT = RESULTS.parent.parent
 MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
@@ -60,9 +61,10 @@ def publish(
     readme: Path = ROOT / "README.md",
     details_file: Path = ROOT / "docs" / "bench.md",
     scale_file: Path = ROOT / "docs" / "scale.md",
+    rates_file: Path = RATES,
 ) -> None:
     """Write all of it again from every result there is. README and the page of scale need the marker comments."""
-    machines, gpus = found(results)
+    machines, gpus = read(results)
     short = [gpu_summary(one) for one in gpus[-1:]] + [summary(one) for one in machines[-1:]]
     text = _between(readme.read_text(), "bench", short)
     if (results / quality.RESULTS.name).exists():
@@ -79,6 +81,7 @@ def publish(
     title = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
     long = [title, *(details(one) for one in reversed(machines)), *(gpu_details(one) for one in reversed(gpus))]
     details_file.write_text("\n\n".join(long) + "\n")
+    project.write_rates(machines, gpus, rates_file)
 
 
 def _between(text: str, name: str, parts: list[str]) -> str:
@@ -88,13 +91,6 @@ def _between(text: str, name: str, parts: list[str]) -> str:
         raise ValueError(f"the file needs one {begin} and, after it, one {end}")
     before, _, rest = text.partition(begin)
     return "\n\n".join([f"{before}{begin}", *parts, f"{end}{rest.partition(end)[2]}"])
-
-
-def found(folder: Path) -> tuple[list[Results], list[dict[str, Any]]]:
-    """Results of `python -m bench`, and of `python -m bench gpu`, the latest last; dry runs are none."""
-    raws = sorted((json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))), key=lambda raw: str(raw["date"]))
-    gpus = [raw for raw in raws if raw.get("kind") == "gpu" and not raw["dry"]]
-    return [parse(raw) for raw in raws if "comparisons" in raw], gpus
 
 
 # ---------------------------------------------------------------------------------------------------- python -m bench

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bench import project, report, table
+from fleet.hours import Rates, Work, measured_rates
 from fleet.room import Window
 from shared.cache import CacheSpec
 from shared.units import format_bytes, format_layers, format_seconds
@@ -31,32 +31,25 @@ class Plan:
             f"{whole:.3g} whole ones",
             f"left: {self.so_far}",
         ]
-        return "\n".join(lines + [self._hours(parts) for parts in self._measured()])
+        return "\n".join(lines + [self._hours(rates) for rates in measured_rates(self.spec.d_model, self.features)])
 
-    def _measured(self) -> list[project.Parts]:
-        """The rates of this machine, and of the latest GPU, that `python -m bench` has measured at the job's shape."""
-        if (self.spec.d_model, self.features) != (project.D, project.FEATURES):
-            return []
-        machines, gpus = table.found(report.RESULTS)
-        here = [one for one in machines if one.machine.slug == report.machine().slug]
-        parts = [project.from_results(one) for one in here[-1:]]
-        return parts + [
-            project.from_figures(one["figures"], machine=one["machine"]["gpu"], date=one["date"]) for one in gpus[-1:]
-        ]
-
-    def _hours(self, parts: project.Parts) -> str:
-        """Windows repeat the forward pass; of two things that go on together the longer counts, as in bench.project."""
-        spec, together = self.spec, max if parts.overlap else lambda *of: sum(of)
-        tokens = spec.n_blocks * spec.block_rows
-        harvest = train_dense = train_sparse = 0.0
-        for window in self.windows:
-            forward = tokens * (window.layers[-1] + 1) / spec.n_layers / parts.forward
-            size = len(window.layers) * spec.n_blocks * spec.block_bytes
-            harvest += together(forward, size / parts.write)
-            saes = len(window.layers) * self.settings * spec.train_tokens
-            train_dense += together(size / parts.read, saes / parts.dense)
-            train_sparse += together(size / parts.read, saes / parts.sparse)
+    def _hours(self, rates: Rates) -> str:
+        """The windows' times, one after the other."""
+        times = [rates.times(self._work(window)) for window in self.windows]
+        harvest, sparse, dense = (
+            format_seconds(sum(each)) for each in zip(*((t.harvest, t.train_sparse, t.train_dense) for t in times), strict=True)
+        )
         return (
-            f"at the rates of {parts.machine} ({parts.date}): harvest {format_seconds(harvest)}, training "
-            f"{format_seconds(train_sparse)} (every step sparse) to {format_seconds(train_dense)} (dense)"
+            f"at the rates of {rates.machine} ({rates.date}): harvest {harvest}, training {sparse} (every step sparse) to "
+            f"{dense} (dense)"
+        )
+
+    def _work(self, window: Window) -> Work:
+        """A window runs the model once more, as far as its last layer."""
+        spec, layers = self.spec, len(window.layers)
+        tokens = spec.n_blocks * spec.block_rows
+        return Work(
+            forward=tokens * (window.layers[-1] + 1) / spec.n_layers,
+            bytes=layers * spec.n_blocks * spec.block_bytes,
+            training=layers * self.settings * spec.train_tokens,
         )

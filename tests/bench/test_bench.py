@@ -143,7 +143,7 @@ def test_a_goal_reached_exactly(sign: Any, met: bool) -> None:
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
     report.write(WHOLE, tmp_path)
-    assert table.found(tmp_path) == ([WHOLE], [])
+    assert report.read(tmp_path) == ([WHOLE], [])
 
 
 def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     (folder / "h1.json").write_text(json.dumps(gpu))
     begin, end = (marker.format("bench") for marker in table.MARKERS)
     readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    table.publish(folder, readme, details)
+    table.publish(folder, readme, details, rates_file=tmp_path / "rates.json")
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert rows(text)["step: ours, dense"] == ["step: ours, dense", "80 tokens/s", ""]
@@ -172,11 +172,11 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     assert {"peer", "gone", "loader, of raw read ≥ 90%", "a row"} <= set(rows(details.read_text()))
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="needs one"):
-        table.publish(folder, readme, details)
+        table.publish(folder, readme, details, rates_file=tmp_path / "rates.json")
 
 
 def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
-    pages = {name: tmp_path / Path(name).name for name in ("README.md", "docs/bench.md", "docs/scale.md")}
+    pages = {name: tmp_path / Path(name).name for name in ("README.md", "docs/bench.md", "docs/scale.md", "fleet/rates.json")}
     for name, page in pages.items():
         page.write_text((table.ROOT / name).read_text())
     table.publish(report.RESULTS, *pages.values())
@@ -298,27 +298,19 @@ def test_the_limit_is_each_product_in_its_faster_layout(monkeypatch: pytest.Monk
 
 def test_projection_is_work_over_rate() -> None:
     job = project.Job(tokens=1_000_000, layers=2, settings=3)
-    parts = project.from_results(WHOLE)
-    found = parts.hours(job)
-    assert found[project.FORWARD] == pytest.approx(1e6 / 1000 / 3600)
-    assert found[project.WRITE] == pytest.approx(1e6 * 2 * 1024 * 2 / 2e9 / 3600)
-    assert found[project.READ] == pytest.approx(2 * found[project.WRITE])
-    assert found[project.DENSE] == pytest.approx(1e6 * 6 / (240 / 3.06) / 3600), "the row of three settings"
-    assert found[project.SPARSE] == pytest.approx(1e6 * 6 / 200 / 3600)
-    assert parts.total(job, project.DENSE) == pytest.approx(sum(found.values()) - found[project.SPARSE])
+    times = project.from_results(WHOLE).times(job.work)
+    assert times.forward == pytest.approx(1e6 / 1000)
+    assert times.write == pytest.approx(1e6 * 2 * 1024 * 2 / 2e9)
+    assert times.read == pytest.approx(2 * times.write)
+    assert times.dense == pytest.approx(1e6 * 6 / (240 / 3.06)), "the row of three settings"
+    assert times.sparse == pytest.approx(1e6 * 6 / 200)
+    assert not times.overlap and project.binding(times, "dense") == project.TRAINING["dense"]
+    assert project.binding(replace(times, read=1e9), "sparse") == "read"
 
 
 def test_the_order_of_rows_does_not_matter_to_the_projection() -> None:
     turned = [replace(one, entries=one.entries[::-1]) for one in reversed(WHOLE.comparisons)]
     assert project.from_results(results(*turned)) == project.from_results(WHOLE)
-
-
-def test_parts_that_hide_behind_one_another_count_once() -> None:
-    job = project.Job(tokens=3600, layers=1, settings=1, d=1)  # an hour each at these rates
-    rates = {"forward": 1, "write": 2 / 5, "read": 2 / 2, "dense": 1 / 7, "sparse": 1}
-    parts = project.Parts(machine="", date="", overlap=True, **rates)
-    assert parts.total(job, project.DENSE) == pytest.approx(5 + 7) and parts.total(job, project.SPARSE) == pytest.approx(5 + 2)
-    assert parts.binds(job, project.SPARSE) == project.WRITE
 
 
 def test_the_published_practice_is_scaled_with_the_tokens() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import gpu, project, table
+from bench import gpu, project, report
 from bench.__main__ import main
 from bench.lab import DRY, Lab
 from shared.errors import UserError
@@ -36,7 +36,7 @@ def test_dry_run_goes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         done.output
     )
     assert set(project.FIGURES) <= set(found["figures"])
-    assert table.found(tmp_path) == ([], []), "a dry run is no measurement"
+    assert report.read(tmp_path) == ([], []), "a dry run is no measurement"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
