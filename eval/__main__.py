@@ -14,7 +14,8 @@ from eval.measure.metrics import DEAD_AT
 from eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from eval.pages.write import PagesConfig, write_pages
 from eval.publish.card import Publication, sister_runs, write_card
-from eval.publish.export import FORMS, ExportConfig, export
+from eval.publish.export import ExportConfig, export
+from eval.publish.formats import FORMS
 from eval.publish.upload import PublishConfig, publish
 from eval.report.page import text_table, write_report
 from eval.report.plots import plot_runs

@@ -1,30 +1,22 @@
-"""SAEs in the forms that other tools load: one folder an SAE, whole or not there at all.
-
-Ours is                       z = relu(W_enc (x − b_pre) + b_enc)      x̂ = W_dec z + b_dec + b_pre
-SAELens (standard), sparsify and dictionary_learning (AutoEncoder) have one bias in the place of two:
-                              z = relu(W_enc (x − b) + b')             x̂ = W_dec z + b
-The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), see `fold`. sparsify keeps the k largest of z: with
-k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and dictionary_learning's BatchTopKSAE.
-"""
+"""SAEs in the forms of other tools (formats.py), found in runs and files of others: one folder an SAE, whole or not there."""
 
 import errno
 import hashlib
-import io
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from eval.measure.evaluate import measured_features
+from eval.publish.formats import FORMS, Files, Origin, Source
 from shared.errors import UserError
-from shared.files import make_dir, remove_leftovers, sync_dir, temporary, write_file
+from shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file
 from shared.lm import unpin
 from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
@@ -32,12 +24,8 @@ from shared.runs.sae import Sae
 from shared.seal import SEAL
 from shared.units import format_layers
 
-SAELENS_FORM = (
-    "6.0.0"  # the form of cfg.json. Without it, or before it, SAELens' loader drops what it does not know, hook_name too
-)
 _FILE = re.compile(r"sae_layer(\d+)_(\w+)\.pt")
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-Files = dict[str, bytes]
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -64,130 +52,14 @@ class Checkpoint:
     def folder(self) -> Path:
         """Where it goes, in the folder of exports: <run>/layer_12, or layer_12_50M for an earlier snapshot."""
         name = f"layer_{self.layer}" + ("" if self.label == FINAL else f"_{self.label}")
-        return Path(self.path.resolve().parent.name) / name
+        return Path(run_name(self.path.parent)) / name
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Origin:
-    """What an SAE is of. None is unknown, and left out of what is written."""
-
-    layer: int
-    source: dict[str, Any]  # which file it was made from
-    model: str | None = None
-    context: int | None = None
-    dataset: str | None = None
-    log10_density: Tensor | None = None  # float32 [F], of how many of the held-out tokens `source` says
-
-
-def fold(sae: Sae) -> tuple[Tensor, Tensor]:
-    """(b', b), float32: the biases of the same function with b taken from the input and added to the output.
-
-    b' makes up for b_dec and for the rounding of b; it is summed in float64 and rounded once.
-    """
-    b = sae.b_pre + sae.b_dec
-    return (sae.b_enc.double() + sae.w_enc.double() @ (b.double() - sae.b_pre.double())).float(), b
-
-
-def saelens(sae: Sae, origin: Origin) -> Files:
-    """SAELens ≥ 6: `SAE.load_from_disk(folder)`, and `SAE.from_pretrained(repository, folder)` where it is on the hub."""
-    b_enc, b_dec = fold(sae)
-    metadata = {
-        "sae_lens_version": SAELENS_FORM,
-        "model_name": origin.model,
-        "model_class_name": "HookedTransformer",
-        # TransformerLens centres what is written to the residual stream unless told not to, and x would not be our x
-        "model_from_pretrained_kwargs": {"center_writing_weights": False},
-        "hook_name": f"blocks.{origin.layer}.hook_resid_post",
-        "prepend_bos": False,
-        "context_size": origin.context,
-        "dataset_path": origin.dataset,
-        "source": origin.source,
-    }
-    config = {
-        "architecture": "standard" if sae.threshold is None else "jumprelu",
-        "d_in": sae.w_enc.shape[1],
-        "d_sae": sae.w_enc.shape[0],
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": _known(metadata),
-    }
-    weights = {"W_enc": sae.w_enc.t(), "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
-    if sae.threshold is not None:
-        weights["threshold"] = sae.threshold
-    files = {"cfg.json": _json(config), "sae_weights.safetensors": _safetensors(weights)}
-    if origin.log10_density is not None:
-        files["sparsity.safetensors"] = _safetensors({"sparsity": origin.log10_density})
-    return files
-
-
-def sparsify(sae: Sae, origin: Origin) -> Files:
-    """EleutherAI's sparsify: `SparseCoder.load_from_disk(folder)`."""
-    if sae.threshold is not None:
-        raise UserError(
-            f"{origin.source['run']}/{origin.source['file']} has thresholds, as BatchTopK and --refit-kind topk leave, "
-            "and sparsify has no such SAEs: export it to saelens or dictionary_learning"
-        )
-    n_features, d = sae.w_enc.shape
-    b_enc, b_dec = fold(sae)
-    config = {
-        "activation": "topk",
-        "expansion_factor": n_features // d,
-        "normalize_decoder": False,
-        "num_latents": n_features,
-        "k": n_features,
-        "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
-        "d_in": d,
-        "layer": origin.layer,
-        "model": origin.model,
-        "source": origin.source,
-    }
-    weights = {"encoder.weight": sae.w_enc, "encoder.bias": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
-    return {"cfg.json": _json(_known(config)), "sae.safetensors": _safetensors(weights)}
-
-
-def dictionary_learning(sae: Sae, origin: Origin) -> Files:
-    """dictionary_learning: `load_dictionary(folder, device)`, and `from_pretrained(folder/ae.pt)` of AutoEncoder or, with
-    thresholds, of BatchTopKSAE. That has one threshold for all features: they are scaled so that it is the same one."""
-    b_enc, bias = fold(sae)
-    trainer = {
-        "dict_class": "AutoEncoder",
-        "activation_dim": sae.w_enc.shape[1],
-        "dict_size": sae.w_enc.shape[0],
-        "layer": origin.layer,
-        "lm_name": origin.model,
-        "submodule_name": f"resid_post_layer_{origin.layer}",
-    }
-    weights = {"bias": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
-    more: dict[str, Tensor] = {}
-    if sae.threshold is not None:
-        common = sae.threshold.mean()
-        scale = torch.where(sae.threshold > 0, common / sae.threshold, 1.0)[:, None]
-        weights = {
-            "b_dec": bias,
-            "encoder.weight": sae.w_enc * scale,
-            "encoder.bias": b_enc * scale[:, 0],
-            "decoder.weight": (sae.w_dec / scale).t(),
-            "threshold": common,
-        }
-        k = round(sae.stats["l0"])  # as many of its last batch were kept
-        trainer |= {"dict_class": "BatchTopKSAE", "k": k}
-        more["k"] = torch.tensor(k, dtype=torch.int32)
-    config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": origin.source}
-    content = io.BytesIO()
-    torch.save({name: _own(tensor) for name, tensor in weights.items()} | more, content)
-    return {"config.json": _json(config), "ae.pt": content.getvalue()}
-
-
-FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
-    "saelens": saelens,
-    "sparsify": sparsify,
-    "dictionary_learning": dictionary_learning,
-}
+def run_name(folder: Path) -> str:
+    """What a folder of SAEs is called; one in the hub's own cache as its repository is."""
+    folder = Path(os.path.abspath(folder))  # links stay: the hub's cache keeps its files under their hashes elsewhere
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.parent.parent.name.rpartition("--")[2] if in_cache else folder.name
 
 
 def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
@@ -277,26 +149,29 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     sae = _load(checkpoint)
     if not all(bool(tensor.isfinite().all()) for tensor in sae.tensors().values()):
         raise UserError(f"{checkpoint.path} holds values that are not finite; export an earlier --snapshot")
-    source: dict[str, Any] = {"run": checkpoint.folder.parent.name, "file": checkpoint.path.name}
     with checkpoint.path.open("rb") as file:
-        source["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    log10_density = None
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    measured = None
     if checkpoint.run and config.form == "saelens":
         measured = measured_features(checkpoint.run, checkpoint.layer, checkpoint.label, sae.stats[SEAL])
-        if measured is not None:
-            log10_density = (measured[0].density.double() + 1e-10).log10().float()  # SAELens' own way to write it
-            source["density_tokens"] = measured[1]
     spec: dict[str, Any] = sae.config["cache"]["spec"] if sae.config else {}
     # What lies in a folder is known by its hash, and nobody else has that folder.
     commits = {"model": spec.get("model_commit"), "dataset": unpin(str(spec.get("dataset_revision", "sha256:")))}
     hub = {name: spec[name] for name, commit in commits.items() if commit}
     origin = Origin(
         layer=checkpoint.layer,
-        source=source,
+        source=Source(
+            run=checkpoint.folder.parent.name,
+            file=checkpoint.path.name,
+            sha256=sha256,
+            density_tokens=measured[1] if measured else None,
+        ),
         model=config.model or hub.get("model"),
         dataset=hub.get("dataset"),
         context=spec.get("context"),
-        log10_density=log10_density,
+        bos=spec.get("bos", False),
+        # SAELens' own way to write it
+        log10_density=(measured[0].density.double() + 1e-10).log10().float() if measured else None,
     )
     return sae, origin
 
@@ -349,12 +224,17 @@ def _foreign(path: Path, state: dict[str, Any]) -> Sae:
 
 
 def publish_folder(folder: Path, files: Files) -> None:
-    """Make the folder with all its files in one move. One that is there already is kept if it says the same of itself."""
+    """Make the folder with all its files in one move. In one that is there already and says the same of itself, what is
+    missing or damaged is made again."""
     said = "cfg.json" if "cfg.json" in files else "config.json"
     if folder.exists():
-        if (folder / said).is_file() and (folder / said).read_bytes() == files[said]:
-            return
-        raise UserError(f"{folder} holds something else already; remove it or choose another --out")
+        if not (folder / said).is_file() or (folder / said).read_bytes() != files[said]:
+            raise UserError(f"{folder} holds something else already; remove it or choose another --out")
+        for name, content in files.items():
+            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+                say(f"{folder / name} is missing or damaged: it is made again", err=True)
+                publish_file(folder / name, content)
+        return
     make_dir(folder.parent)
     remove_leftovers(folder.parent)
     mine = temporary(folder)
@@ -369,21 +249,3 @@ def publish_folder(folder: Path, files: Files) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out or make room") from None
     finally:
         shutil.rmtree(mine, ignore_errors=True)
-
-
-def _known(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy with its numbers in order and nothing else behind it, as files want it."""
-    return tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-
-
-def _safetensors(tensors: dict[str, Tensor]) -> bytes:
-    content: bytes = save({name: _own(tensor) for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    return content

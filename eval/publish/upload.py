@@ -25,7 +25,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from eval.floors.measured import measured_floors
 from eval.measure.evaluate import stored_records
 from eval.publish.card import REGISTRY, Publication, sister_runs, write_card
-from eval.publish.export import Checkpoint, ExportConfig, Files, open_checkpoint, publish_folder, saelens
+from eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
+from eval.publish.formats import Files, saelens
 from shared.errors import UserError
 from shared.files import temporary
 from shared.progress import Progress, say
@@ -122,7 +123,7 @@ def _put(run: Run, folder: Path, files: Files) -> None:
 
 def _is_ours(run: Run, path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_bytes())["metadata"]["source"]["run"] == run.path.resolve().name)
+        return bool(json.loads(path.read_bytes())["metadata"]["source"]["run"] == run_name(run.path))
     except (ValueError, KeyError, TypeError):
         return False
 

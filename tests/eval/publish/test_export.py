@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.peers import ENVIRONMENTS
-from eval.publish.export import FORMS, Origin, fold
+from eval.publish.formats import FORMS, Origin, Source, fold
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.runs.run import Run
@@ -102,7 +102,7 @@ FORWARD: dict[str, Forward] = {
 
 def written(form: str, sae: Sae, folder: Path, **known: Any) -> Path:
     folder.mkdir()
-    for name, content in FORMS[form](sae, Origin(layer=1, source={"run": "r", "file": "a.pt"}, **known)).items():
+    for name, content in FORMS[form](sae, Origin(layer=1, source=Source(run="r", file="a.pt"), **known)).items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -145,6 +145,9 @@ def test_the_fold_is_as_good_as_float32_allows() -> None:
 def test_what_saelens_is_told(tmp_path: Path) -> None:
     log10_density = torch.linspace(-10, 0, 256)
     known = {"model": "EleutherAI/pythia-410m", "context": 1024, "dataset": "the/pile", "log10_density": log10_density}
+    assert json.loads((written("saelens", a_sae(), tmp_path / "bos", bos=True) / "cfg.json").read_text())["metadata"][
+        "prepend_bos"
+    ]
     folder = written("saelens", a_sae(), tmp_path / "a", **known)
     cfg = json.loads((folder / "cfg.json").read_text())
     assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (64, 256, "float32")
@@ -238,6 +241,39 @@ def test_what_is_there_is_kept_and_what_is_something_else_is_not_replaced(cli: C
     assert result.code == 2
     assert "holds something else already" in result.err and "3 of 3 SAEs are left out" in result.err
     assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_are_gone_cut_or_flipped_are_made_again(cli: Cli, form: str, runs_path: Path, tmp_path: Path) -> None:
+    run = min(p.parent for p in runs_path.glob("*/config.json"))
+    args = ("eval", "export", "--to", form, "--runs", run, "--out", tmp_path)
+    assert cli(*args).code == 0
+    weights = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt"))
+    whole = [path.read_bytes() for path in weights]
+    gone, cut, flipped = weights
+    gone.unlink()
+    cut.write_bytes(whole[1][: len(whole[1]) // 2])
+    flipped.write_bytes(whole[2][:-1] + bytes([whole[2][-1] ^ 1]))
+    again = cli(*args)
+    assert again.code == 0 and again.err.count("is missing or damaged: it is made again") == 3
+    assert [path.read_bytes() for path in weights] == whole
+
+
+def test_runs_in_the_hubs_own_cache_are_called_by_their_repositories(cli: Cli, runs_path: Path, tmp_path: Path) -> None:
+    """There a snapshot's files are links to others, which are called by their hashes and lie in one folder."""
+    for run in sorted(p.parent for p in runs_path.glob("*/config.json"))[:2]:
+        repository = tmp_path / "hub" / f"models--org--{run.name}"
+        (snapshot := repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (repository / "blobs").mkdir()
+        for number, name in enumerate(("config.json", "sae_layer01_final.pt")):
+            shutil.copy(run / name, repository / "blobs" / str(number))
+            (snapshot / name).symlink_to(Path("../../blobs") / str(number))
+    snapshots = [word for path in (tmp_path / "hub").glob("*/snapshots/*") for word in ("--runs", path)]
+    assert cli("eval", "export", "--to", "sparsify", *snapshots, "--out", tmp_path / "out").code == 0
+    names = sorted(p.parent.name for p in runs_path.glob("*/config.json"))[:2]
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("*/*")) == [
+        f"{n}/layer_1" for n in names
+    ]
 
 
 def test_earlier_snapshots_have_folders_of_their_own(cli: Cli, runs_path: Path, tmp_path: Path) -> None:

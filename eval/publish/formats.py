@@ -1,0 +1,194 @@
+"""The forms in which other tools load SAEs, each a folder of files.
+
+Ours is                       z = relu(W_enc (x − b_pre) + b_enc)      x̂ = W_dec z + b_dec + b_pre
+SAELens (standard), sparsify and dictionary_learning (AutoEncoder) have one bias in the place of two:
+                              z = relu(W_enc (x − b) + b')             x̂ = W_dec z + b
+The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), see `fold`. sparsify keeps the k largest of z: with
+k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and dictionary_learning's BatchTopKSAE.
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.runs.sae import Sae
+
+SAELENS_FORM = (
+    "6.0.0"  # the form of cfg.json. Without it, or before it, SAELens' loader drops what it does not know, hook_name too
+)
+# {tool: {how z follows from relu's values: what the tool calls such an SAE}}
+KINDS = {
+    "saelens": {"relu": "standard", "threshold": "jumprelu"},
+    "sparsify": {"relu": "topk"},
+    "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE"},
+}
+_WORDS = {"threshold": "thresholds, as BatchTopK and --refit-kind topk leave"}
+Files = dict[str, bytes]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Source:
+    """The checkpoint that an export was made from."""
+
+    run: str
+    file: str
+    sha256: str | None = None
+    density_tokens: int | None = None  # on how many held-out tokens densities were measured
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Origin:
+    """What an SAE is of. None is unknown, and left out of what is written."""
+
+    layer: int
+    source: Source
+    model: str | None = None
+    context: int | None = None
+    dataset: str | None = None
+    bos: bool = False  # whether every context began with the tokeniser's BOS
+    log10_density: Tensor | None = None  # float32 [F]
+
+
+def fold(sae: Sae) -> tuple[Tensor, Tensor]:
+    """(b', b), float32: the biases of the same function with b taken from the input and added to the output.
+
+    b' makes up for b_dec and for the rounding of b; it is summed in float64 and rounded once.
+    """
+    b = sae.b_pre + sae.b_dec
+    return (sae.b_enc.double() + sae.w_enc.double() @ (b.double() - sae.b_pre.double())).float(), b
+
+
+def saelens(sae: Sae, origin: Origin) -> Files:
+    """SAELens ≥ 6: `SAE.load_from_disk(folder)`, and `SAE.from_pretrained(repository, folder)` where it is on the hub."""
+    b_enc, b_dec = fold(sae)
+    metadata = {
+        "sae_lens_version": SAELENS_FORM,
+        "model_name": origin.model,
+        "model_class_name": "HookedTransformer",
+        # TransformerLens centres what is written to the residual stream unless told not to, and x would not be our x
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},
+        "hook_name": f"blocks.{origin.layer}.hook_resid_post",
+        "prepend_bos": origin.bos,
+        "context_size": origin.context,
+        "dataset_path": origin.dataset,
+        "source": _source(origin),
+    }
+    config = {
+        "architecture": _kind("saelens", sae, origin),
+        "d_in": sae.w_enc.shape[1],
+        "d_sae": sae.w_enc.shape[0],
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": _known(metadata),
+    }
+    weights = {"W_enc": sae.w_enc.t(), "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
+    if sae.threshold is not None:
+        weights["threshold"] = sae.threshold
+    files = {"cfg.json": _json(config), "sae_weights.safetensors": _safetensors(weights)}
+    if origin.log10_density is not None:
+        files["sparsity.safetensors"] = _safetensors({"sparsity": origin.log10_density})
+    return files
+
+
+def sparsify(sae: Sae, origin: Origin) -> Files:
+    """EleutherAI's sparsify: `SparseCoder.load_from_disk(folder)`."""
+    n_features, d = sae.w_enc.shape
+    config = {
+        "activation": _kind("sparsify", sae, origin),
+        "expansion_factor": n_features // d,
+        "normalize_decoder": False,
+        "num_latents": n_features,
+        "k": n_features,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": d,
+        "layer": origin.layer,
+        "model": origin.model,
+        "source": _source(origin),
+    }
+    b_enc, b_dec = fold(sae)
+    weights = {"encoder.weight": sae.w_enc, "encoder.bias": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
+    return {"cfg.json": _json(_known(config)), "sae.safetensors": _safetensors(weights)}
+
+
+def dictionary_learning(sae: Sae, origin: Origin) -> Files:
+    """dictionary_learning: `load_dictionary(folder, device)`, and `from_pretrained(folder/ae.pt)` of AutoEncoder or, with
+    thresholds, of BatchTopKSAE. That has one threshold for all features: they are scaled so that it is the same one."""
+    b_enc, bias = fold(sae)
+    trainer = {
+        "dict_class": _kind("dictionary_learning", sae, origin),
+        "activation_dim": sae.w_enc.shape[1],
+        "dict_size": sae.w_enc.shape[0],
+        "layer": origin.layer,
+        "lm_name": origin.model,
+        "submodule_name": f"resid_post_layer_{origin.layer}",
+    }
+    weights = {"bias": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
+    more: dict[str, Tensor] = {}
+    if sae.threshold is not None:
+        common = sae.threshold.mean()
+        scale = torch.where(sae.threshold > 0, common / sae.threshold, 1.0)[:, None]
+        weights = {
+            "b_dec": bias,
+            "encoder.weight": sae.w_enc * scale,
+            "encoder.bias": b_enc * scale[:, 0],
+            "decoder.weight": (sae.w_dec / scale).t(),
+            "threshold": common,
+        }
+        trainer["k"] = round(sae.stats["l0"])  # as many of its last batch were kept
+        more["k"] = torch.tensor(trainer["k"], dtype=torch.int32)
+    config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": _source(origin)}
+    content = io.BytesIO()
+    torch.save({name: _own(tensor) for name, tensor in weights.items()} | more, content)
+    return {"config.json": _json(config), "ae.pt": content.getvalue()}
+
+
+FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
+    "saelens": saelens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+}
+
+
+def _kind(tool: str, sae: Sae, origin: Origin) -> str:
+    """What a tool calls an SAE of this rule. Raises UserError where it has none."""
+    rule = "relu" if sae.threshold is None else "threshold"
+    if rule not in KINDS[tool]:
+        others = " or ".join(name for name, kinds in KINDS.items() if rule in kinds)
+        name = f"{origin.source.run}/{origin.source.file}"
+        raise UserError(f"{name} has {_WORDS[rule]}, and {tool} has no such SAEs: export it to {others}")
+    return KINDS[tool][rule]
+
+
+def _source(origin: Origin) -> dict[str, Any]:
+    return _known(dataclasses.asdict(origin.source))
+
+
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy with its numbers in order and nothing else behind it, as files want it."""
+    return tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> bytes:
+    content: bytes = save({name: _own(tensor) for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    return content
