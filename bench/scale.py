@@ -40,7 +40,7 @@ from harvest.run import HarvestConfig, harvest_blocks, in_turn
 from shared.cache import Cache, CacheSpec
 from shared.errors import UserError
 from shared.progress import Progress
-from shared.stores.store import Folder, Staged
+from shared.stores import Folder, Staged
 from shared.units import Shard
 from train.loader import ActivationLoader, LoaderConfig
 

@@ -106,8 +106,8 @@ def command(threads: int, rounds: int, gigabytes: float) -> None:
         }  # fmt: skip
         import obstore
 
+        from shared.stores import Bucket
         from shared.stores.s3 import S3
-        from shared.stores.store import Bucket
 
         store = S3(Bucket("bench"))
 

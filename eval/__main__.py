@@ -26,8 +26,8 @@ from shared.errors import UserError
 from shared.presets import get_preset
 from shared.progress import say
 from shared.runs.run import Run
+from shared.stores import Location
 from shared.stores.mirror import fetched, local
-from shared.stores.store import Location
 from shared.units import parse_count, parse_layers
 
 

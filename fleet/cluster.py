@@ -21,7 +21,7 @@ from shared.cache import Cache
 from shared.errors import Busy, UserError
 from shared.progress import Progress, say
 from shared.runs.run import SNAPSHOTS, made
-from shared.stores.store import Location
+from shared.stores import Location
 
 LOCAL = "local"
 Reached = tuple[int, int, str]  # how many are there, of how many, of what

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import click
 
-from shared.stores.store import Location
+from shared.stores import Location
 from shared.units import format_layers
 
 Stage = Literal["plan", "harvest", "free", "train", "runs", "eval", "report"]

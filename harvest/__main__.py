@@ -39,7 +39,7 @@ from shared.lm import (
 )
 from shared.presets import Preset, get_preset
 from shared.progress import say
-from shared.stores.store import Location, open_store
+from shared.stores import Location, open_store
 from shared.units import ALONE, Shard, format_bytes, format_layers, parse_count, parse_layers, parse_shard
 
 

@@ -29,7 +29,7 @@ from shared.files import UNKNOWN_FREE, existing, write_all
 from shared.lm import Model, load_model, load_tokenizer, tokenizer_hash
 from shared.progress import Progress, say
 from shared.shuffle import block_turns, permutation
-from shared.stores.store import Location, open_store
+from shared.stores import Location, open_store
 from shared.units import ALONE, Shard, format_bytes, format_layers, format_seconds
 
 _PROBE_BYTES = 64 << 20

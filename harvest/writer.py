@@ -24,7 +24,7 @@ from torch import Tensor
 from shared.cache import BlockStats, Cache, slice_checksums
 from shared.compile import load
 from shared.files import page_aligned
-from shared.stores.store import Staged
+from shared.stores import Staged
 
 FP16_MAX = 65504.0
 _STATS_VALUES = 1 << 18  # values whose float32 copy stays in a core's cache while their moments are taken

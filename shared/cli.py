@@ -18,7 +18,7 @@ import click
 from shared.errors import UserError
 from shared.progress import mute, say
 from shared.stop import SIGNALS, Terminated
-from shared.stores.store import parse_location
+from shared.stores import parse_location
 
 
 class DefaultRun(click.Group):

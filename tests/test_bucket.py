@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fleet import cluster
+from shared.stores import Bucket
 from shared.stores.mirror import Mirror, fetched
-from shared.stores.store import Bucket
 from tests.bucket import KEY, SECRET, Server, serving
 from tests.conftest import TRAIN_ARGS, Cli, invoke
 from tests.test_bad_input import refused
@@ -338,7 +338,7 @@ def test_of_several_that_create_a_run_at_once_all_go_on_with_the_first_one_s(
     for name in ("one", "other"):
         elsewhere(name)
         mirror = Mirror(place)
-        path = mirror.here / "run" / "config.json"
+        path = mirror.folder / "run" / "config.json"
         path.parent.mkdir(parents=True)
         path.write_text(name)
         mirror.settle(path)

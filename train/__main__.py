@@ -12,9 +12,9 @@ from shared.device import pick_device
 from shared.errors import UserError
 from shared.presets import get_preset
 from shared.progress import say
+from shared.stores import Bucket, Location
 from shared.stores.mirror import Mirror, local
 from shared.stores.scratch import ScratchConfig
-from shared.stores.store import Bucket, Location
 from shared.units import Shard, format_layers, parse_count, parse_layers, parse_shard
 from train.loader import FOLLOW_POLL
 from train.recipes import PUBLISHED, RECIPES

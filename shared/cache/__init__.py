@@ -37,8 +37,8 @@ from shared.errors import UserError
 from shared.files import page_aligned
 from shared.seal import canonical, crc32c, from_bytes, to_bytes
 from shared.shuffle import block_rows
+from shared.stores import Location, Staged, Store, open_store
 from shared.stores.scratch import Scratch, ScratchConfig
-from shared.stores.store import Location, Staged, Store, open_store
 from shared.units import format_layers, parse_layers
 
 FORMAT = 2

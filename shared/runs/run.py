@@ -31,8 +31,8 @@ from shared.files import create_file, make_dir, owned, remove, remove_leftovers,
 from shared.progress import say
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
+from shared.stores import Location, open_store
 from shared.stores.mirror import Mirror
-from shared.stores.store import Location, open_store
 from shared.units import format_count
 
 FORMAT = 2

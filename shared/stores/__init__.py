@@ -1,0 +1,18 @@
+"""Stores: a folder or a bucket that holds a cache, and copies of it. `open_store` picks the one for a location."""
+
+from pathlib import Path
+
+from shared.stores.folder import Folder
+from shared.stores.location import Bucket, Location, parse_location
+from shared.stores.protocol import Staged, Store
+
+__all__ = ["Bucket", "Folder", "Location", "Staged", "Store", "open_store", "parse_location"]
+
+
+def open_store(location: Location) -> Store:
+    """The store at a location. Raises UserError for a bucket where the package that it needs is not installed."""
+    if isinstance(location, Path):
+        return Folder(location)
+    from shared.stores.s3 import S3  # here, because its package is an extra
+
+    return S3(location)

@@ -1,9 +1,9 @@
-"""A folder of this machine and a place in a bucket that is to hold the same: runs, while they are trained.
+"""A local folder that mirrors runs in a bucket while they are trained.
 
-Who works on the files reads and writes the folder. What lies in the bucket is fetched first, and counts where both have a file;
-what is written is sent when it is durable here, in the order in which it was written. Every upload asks that the bucket's
-object still be the one that was last seen from here (its e-tag): somebody who goes on with a run that another process has taken
-over meanwhile, and perhaps finished, is refused with his first file, changes nothing, and stops.
+Training reads and writes the folder. Objects of the bucket are fetched first, and win over a local file of the same name; files
+are sent once they are durable here, in the order in which they were written. Every upload is conditional on the e-tag that this
+process saw last: a process whose run was taken over by another meanwhile, and perhaps finished, is refused with its first file,
+changes nothing, and stops.
 """
 
 import hashlib
@@ -13,45 +13,45 @@ from pathlib import Path
 from shared.errors import UserError
 from shared.files import replacing
 from shared.progress import Progress
-from shared.stores.store import Bucket, Location
+from shared.stores.location import Bucket, Location
 
 _LOCAL = Path("data") / "s3"
 
 
 def local(place: Location) -> Path:
-    """The folder that stands for a place: itself, or data/s3/<bucket>/<prefix> below the working folder."""
+    """The local folder of a location: itself, or data/s3/<bucket>/<prefix> below the working folder."""
     return place if isinstance(place, Path) else _LOCAL / place.name / place.prefix
 
 
-def fetched(place: Location, *, but: str = "/state/") -> Path:
-    """The folder that stands for a place, with all that lies there fetched, for whoever only reads; not what `but` names."""
+def fetched(place: Location) -> Path:
+    """The local folder of a location, with all objects but resume points fetched: for commands that only read runs."""
     if isinstance(place, Bucket):
-        Mirror(place).pull("", lambda key: but not in f"/{key}")
+        Mirror(place).pull("", lambda key: "/state/" not in f"/{key}")
     return local(place)
 
 
 class Mirror:
-    """Raises UserError, as all its methods do, where the bucket fails."""
+    """The bucket's side and the folder's. Every method raises UserError where the bucket fails."""
 
-    def __init__(self, there: Bucket) -> None:
+    def __init__(self, bucket: Bucket) -> None:
         from shared.stores.s3 import S3  # here, because its package is an extra
 
-        self.there, self.here = there, local(there)
-        self._store = S3(there)
-        self._seen: dict[str, str] = {}  # {key: the e-tag of the object that this process has fetched or sent}
+        self.bucket, self.folder = bucket, local(bucket)
+        self._store = S3(bucket)
+        self._seen: dict[str, str] = {}  # {key: e-tag of the object that this process fetched or sent last}
 
     def prepare(self) -> None:
-        """Find out, before anything is trained, that something can be sent."""
+        """Find out, before training, that files can be sent."""
         self._store.prepare()
 
     def pull(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> None:
-        """Fetch what is wanted and lies under a prefix, where it is not here already. What is here alone stays."""
-        found = {key: at for key, at in self._store.objects(prefix).items() if wanted(key)}
-        self._seen |= {key: tag for key, (_, tag) in found.items()}
-        due = {key: size for key, (size, tag) in found.items() if not _same(self.here / key, size, tag)}
+        """Fetch the wanted objects under a prefix whose files differ. Files without an object stay."""
+        objects = {key: facts for key, facts in self._store.objects(prefix).items() if wanted(key)}
+        self._seen |= {key: tag for key, (_, tag) in objects.items()}
+        due = {key: size for key, (size, tag) in objects.items() if not _same(self.folder / key, size, tag)}
         if not due:
             return
-        with Progress(f"fetching {self.there / prefix}", sum(due.values()), "bytes") as progress:
+        with Progress(f"fetching {self.bucket / prefix}", sum(due.values()), "bytes") as progress:
             for key, size in due.items():
                 self._fetch(key, size)
                 progress.advance(size)
@@ -63,20 +63,20 @@ class Mirror:
                 raise FileNotFoundError
         except FileNotFoundError:
             raise UserError(
-                f"{self.there / key} changed while it was read: another process writes it; run the same command again"
+                f"{self.bucket / key} changed while it was read: another process writes it; run the same command again"
             ) from None
-        (self.here / key).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.here / key) as temporary:
+        (self.folder / key).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / key) as temporary:
             temporary.write_bytes(data)
 
     def settle(self, path: Path) -> None:
-        """For a file that several may make at once: the one that is in the bucket first is everybody's."""
+        """Send a file that several processes may make at once; all but the first one fetch that one's."""
         key = self._key(path)
         if key not in self._seen and self._store.put_if(key, path.read_bytes(), None) is None:
             self.pull(key.rpartition("/")[0], lambda each: each == key)
 
     def push(self, path: Path) -> None:
-        """Send a file, or take away what is not here any more. Raises UserError if somebody else has been there since."""
+        """Send a file, or delete the object of a file that is gone. Raises UserError if another process has written it."""
         key = self._key(path)
         if not path.exists():
             self._store.delete(key)
@@ -85,21 +85,21 @@ class Mirror:
         data = path.read_bytes()
         tag = self._store.put_if(key, data, self._seen.get(key))
         if tag is None:
-            at = self._store.objects(key.rpartition("/")[0]).get(key)
-            if at is None or not _same(path, *at):  # it is the same if our own answer was lost
+            facts = self._store.objects(key.rpartition("/")[0]).get(key)
+            if facts is None or not _same(path, *facts):  # it is the same where the answer to an earlier attempt was lost
                 raise UserError(
-                    f"{self.there / key} was written by another process since this one read it, so this one stops and leaves "
+                    f"{self.bucket / key} was written by another process since this one read it, so this one stops and leaves "
                     "all as it is there; run the same command again to go on from that"
                 )
-            tag = at[1]
+            tag = facts[1]
         self._seen[key] = tag
 
     def _key(self, path: Path) -> str:
-        return path.relative_to(self.here).as_posix()
+        return path.relative_to(self.folder).as_posix()
 
 
 def _same(path: Path, size: int, tag: str) -> bool:
-    """Whether a file is that object, whose e-tag is the MD5 of its content (if it is not, the file counts as another one)."""
+    """Whether a file equals an object, by the e-tag, which is mostly the MD5 of the content; where it is not, they differ."""
     try:
         if path.stat().st_size != size:
             return False

@@ -1,15 +1,15 @@
 """A store in an S3 bucket: the same keys as in a folder, and readable by any Zarr tool that reads S3.
 
-Uploads, conditional PUT, LIST, DELETE and signing are obstore's. Bytes come back by presigned URL through http.client, straight
-into the reader's memory: 0.77 core-seconds a gigabyte where obstore's GET takes 1.31 and a bare socket 0.64 (docs/stores.md).
-Whatever fails in passing (no connection, a cut one, 5xx, a stall) is tried again, with growing pauses, for `PATIENCE`.
+Uploads, conditional PUT, LIST, DELETE and signing are obstore's. Downloads go by presigned URL through http.client, straight
+into the reader's memory, which takes less of the processor than obstore's GET (docs/stores.md). Transient failures (no
+connection, a cut one, 5xx, a stall) are retried for `PATIENCE`, with growing pauses.
 
-An object of a block is made where nothing is, and never changed: of two harvests that differ in a last bit one makes it, and
-the other takes over what it finds (`stage`), so whoever writes the ledger entry speaks of the bytes that lie there. What is
-found is believed only if its seal (in its metadata: of owner, key and content) is right: it may be of another cache, or torn.
+The object of a block is created where there is none, and never changed: of two harvests that differ in a last bit one creates
+it, and the other copies its bytes (`stage`), so that both ledger entries are true of it. An object is copied only if its seal
+(in its metadata: of owner, key and content) is right; one of another cache, or a torn one, is written over.
 
-Credentials come from where AWS tools have them, environment and files, and go nowhere: into no file and no message, and neither
-do signed URLs. The errors of obstore and of servers are not passed on but put into words of our own.
+Credentials are read where AWS tools read them, environment and files. They are written into no file and no message, nor are
+signed URLs: errors of obstore and of servers are put into words of our own.
 """
 
 import configparser
@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -37,7 +36,8 @@ from shared.errors import UserError
 from shared.files import UNKNOWN_FREE
 from shared.seal import canonical, crc32c
 from shared.stop import stopping
-from shared.stores.store import Bucket, Staged
+from shared.stores.location import Bucket
+from shared.stores.protocol import Staged
 
 try:
     import obstore
@@ -48,15 +48,15 @@ except ImportError:
 
 T = TypeVar("T")
 
-PATIENCE = 300.0  # seconds for which something that fails in passing is tried again
-FIRST = 4.0  # the same, as long as nobody has answered at all
-LONGEST = 5.0  # seconds between two tries
-STALL = 30.0  # seconds in which no byte arrives, after which a read is begun again
+PATIENCE = 300.0  # seconds for which transient failures are retried
+FIRST = 4.0  # the same, until the first answer of the server
+LONGEST = 5.0  # seconds between two attempts
+STALL = 30.0  # seconds without a byte after which a read is begun again
 _UPLOAD = timedelta(minutes=5)  # for one object; obstore's default of 30 seconds is 2 MB/s at 64 MiB
 _SIGNED_FOR = timedelta(minutes=15)
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 _CREDENTIALS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired")
-_FILES = {  # what we read of the files that AWS tools share, and the variables that go before them
+_FILES = {  # keys of the files in ~/.aws, obstore's names for them, and the variables that override them
     "aws_access_key_id": ("access_key_id", ("AWS_ACCESS_KEY_ID",)),
     "aws_secret_access_key": ("secret_access_key", ("AWS_ACCESS_KEY_ID",)),
     "aws_session_token": ("session_token", ("AWS_ACCESS_KEY_ID",)),
@@ -66,7 +66,7 @@ _FILES = {  # what we read of the files that AWS tools share, and the variables 
 
 
 class Answer(Exception):
-    """A response that is none of those hoped for."""
+    """A response with an unexpected status."""
 
     def __init__(self, status: int, body: bytes = b"") -> None:
         super().__init__(f"status code: {status}: {body.decode(errors='replace')}")
@@ -76,7 +76,7 @@ class S3:
     """A store under a prefix of a bucket."""
 
     def __init__(self, root: Bucket) -> None:
-        self.root: Bucket | Path = root
+        self.root = root
         self._bucket = root.name
         config: Any = {"unsigned_payload": True, **_from_files()}
         self._insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
@@ -86,7 +86,7 @@ class S3:
                 prefix=root.prefix or None,
                 config=config,
                 client_options={"allow_http": self._insecure, "timeout": _UPLOAD, "connect_timeout": timedelta(seconds=10)},
-                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=10)},  # ours is the only one
+                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=10)},  # `_patiently` retries
             )
         except (BaseError, ValueError, TypeError):
             raise UserError(f"{root} cannot be opened: the AWS_* variables or ~/.aws hold something unusable") from None
@@ -94,7 +94,7 @@ class S3:
         self._heard = False
 
     def prepare(self) -> None:
-        """Also that the server heeds conditions: with one that does not, two harvests would spoil each other's blocks."""
+        """Refuse a server that ignores conditions as well: on it two harvests would spoil each other's blocks."""
         key = f"trial-{uuid.uuid4().hex}"
         self.write(key, b"")
         refused = not self.create(key, b"")
@@ -106,17 +106,16 @@ class S3:
             )
 
     def path(self, key: str) -> Bucket:
-        assert isinstance(self.root, Bucket)
         return self.root / key
 
     # --- reading ---
 
     def read(self, key: str, out: memoryview, offset: int = 0) -> int:
-        asked = {"Range": f"bytes={offset}-{offset + len(out) - 1}"}
+        headers = {"Range": f"bytes={offset}-{offset + len(out) - 1}"}
 
         def once() -> int:
-            with self._answer(key, asked, (206, 416)) as response:
-                if response.status == 416:  # nothing lies so far out
+            with self._answer(key, headers, (206, 416)) as response:
+                if response.status == 416:  # the object ends before `offset`
                     response.read()
                     return 0
                 return _fill(out, response)
@@ -127,7 +126,7 @@ class S3:
         return self._fetch(key)[0]
 
     def _fetch(self, key: str) -> tuple[bytes, dict[str, str]]:
-        """All of an object, and its headers by names in small letters."""
+        """The content of an object, and its headers by lower-case name."""
 
         def once() -> tuple[bytes, dict[str, str]]:
             with self._answer(key, {}, (200,)) as response:
@@ -136,8 +135,8 @@ class S3:
         return self._patiently("read", key, once)
 
     @contextlib.contextmanager
-    def _answer(self, key: str, headers: dict[str, str], hoped: tuple[int, ...]) -> Iterator[http.client.HTTPResponse]:
-        """The response to a GET, whose body must be read to its end within."""
+    def _answer(self, key: str, headers: dict[str, str], expected: tuple[int, ...]) -> Iterator[http.client.HTTPResponse]:
+        """The response to a GET; the body must be read to its end within the block."""
         url = urlsplit(obstore.sign(self._store, "GET", key, _SIGNED_FOR))
         if url.scheme != "https" and not self._insecure:
             raise http.client.HTTPException("BadScheme")  # obstore's word for it
@@ -145,7 +144,7 @@ class S3:
         try:
             connection.request("GET", f"{url.path}?{url.query}", headers=headers)
             response = connection.getresponse()
-            if response.status not in hoped:
+            if response.status not in expected:
                 raise Answer(response.status, response.read(1 << 16))
             yield response
             if not response.isclosed():
@@ -163,9 +162,9 @@ class S3:
         return True
 
     def list(self, prefix: str) -> list[str]:
-        found = self._patiently("list", prefix, lambda: obstore.list_with_delimiter(self._store, prefix or None))
-        paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
-        return sorted({path.rpartition("/")[2] for path in paths} - {""})  # some servers list the place itself
+        listing = self._patiently("list", prefix, lambda: obstore.list_with_delimiter(self._store, prefix or None))
+        paths = [*listing["common_prefixes"], *(each["path"] for each in listing["objects"])]
+        return sorted({path.rpartition("/")[2] for path in paths} - {""})  # some servers list the prefix itself
 
     def free(self) -> int:
         return UNKNOWN_FREE
@@ -180,34 +179,35 @@ class S3:
         return self._put(key, data, "create") is not None
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> str | None:
-        """Write where the object with this e-tag lies, or none; the new one's, or None where it is another's by now."""
+        """Write over the object with this e-tag, or where there is none; return the new e-tag, or None where the object has
+        changed."""
         return self._put(key, data, {"e_tag": tag} if tag else "create")
 
     def replace(self, key: str, data: bytes, seen: bytes) -> bool:
         try:
-            there, headers = self._fetch(key)
+            content, headers = self._fetch(key)
         except FileNotFoundError:
             return False
-        return there == seen and self.put_if(key, data, headers["etag"]) is not None
+        return content == seen and self.put_if(key, data, headers["etag"]) is not None
 
     def stage(self, key: str, data: memoryview, owner: str, *, replace: bool) -> Staged:
         seal = _seal(owner, key, data)
         mode: Any = "overwrite" if replace else "create"
         while self._put(key, data, mode, seal) is None:
             mode = "create"
-            with contextlib.suppress(FileNotFoundError):  # it went away again: the next round makes it
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile: the next round creates it
                 theirs, headers = self._fetch(key)
                 if len(theirs) == len(data) and headers.get("x-amz-meta-seal") == _seal(owner, key, theirs):
                     data[:] = theirs
                     break
-                mode = {"e_tag": headers["etag"]}  # it belongs to nothing, and goes if nobody was faster
+                mode = {"e_tag": headers["etag"]}  # a foreign or torn object is written over, unless it has changed meanwhile
         return None
 
     def place(self, staged: dict[str, Staged]) -> None:
-        """They are."""
+        """Staged objects lie in their places."""
 
     def drop(self, staged: Iterable[Staged]) -> None:
-        """What lies there is right, and taken over by whoever makes that block."""
+        """A staged object is right, and copied by the next writer of its block."""
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -221,7 +221,7 @@ class S3:
             self._patiently("delete", prefix, partial(obstore.delete, self._store, paths))
 
     def objects(self, prefix: str) -> dict[str, tuple[int, str]]:
-        """{key: size and e-tag} of everything under a prefix."""
+        """{key: (bytes, e-tag)} of all objects under a prefix."""
 
         def once() -> dict[str, tuple[int, str]]:
             parts = obstore.list(self._store, prefix or None)
@@ -230,30 +230,30 @@ class S3:
         return self._patiently("list", prefix, once)
 
     def _some(self, prefix: str) -> Sequence[str]:
-        """A thousand keys under a prefix, or all there are."""
+        """The first thousand keys under a prefix."""
         return [each["path"] for each in next(iter(obstore.list(self._store, prefix, chunk_size=1000)), [])]
 
     def remove_leftovers(self, prefix: str) -> None:
-        """A PUT leaves nothing half-written."""
+        """An interrupted PUT leaves nothing."""
 
     def _put(self, key: str, data: bytes | memoryview, mode: Any, seal: str = "") -> str | None:
-        """The new e-tag; None if what is there is not what `mode` asks for, which after a lost answer may be `data` itself."""
-        marks: Any = {"seal": seal} if seal else None
+        """The new e-tag; None if the condition in `mode` does not hold, as after a lost answer to a PUT of the same `data`."""
+        metadata: Any = {"seal": seal} if seal else None
         try:
-            made = self._patiently(
+            result = self._patiently(
                 "write",
                 key,
-                lambda: obstore.put(self._store, key, data, mode=mode, attributes=marks, use_multipart=False),
+                lambda: obstore.put(self._store, key, data, mode=mode, attributes=metadata, use_multipart=False),
             )
         except (AlreadyExistsError, PreconditionError, FileNotFoundError):
             return None
-        return made["e_tag"] or ""
+        return result["e_tag"] or ""
 
-    # --- what fails ---
+    # --- failures ---
 
     def _patiently(self, doing: str, key: str, call: Callable[[], T]) -> T:
-        """What `call` gives, tried again while it fails in passing. Raises FileNotFoundError, AlreadyExistsError and
-        PreconditionError as they are, for they are answers, and UserError for all else."""
+        """The result of `call`, retried after transient failures. Raises FileNotFoundError, AlreadyExistsError and
+        PreconditionError, which are answers, and UserError for all else."""
         began, pause = time.monotonic(), 0.0
         while True:
             try:
@@ -265,7 +265,7 @@ class S3:
                 why, lasting = self._why(error)
                 if not why:
                     self._heard = True
-                    raise FileNotFoundError(2, "it is not there") from None
+                    raise FileNotFoundError(2, "there is no such object") from None
                 end = began + (PATIENCE if self._heard else FIRST)
                 if lasting or stopping() or time.monotonic() + pause > end:
                     raise UserError(
@@ -274,15 +274,15 @@ class S3:
             else:
                 self._heard = True
                 return result
-            time.sleep(pause * random.uniform(0.5, 1))  # at once first: a connection that was kept may just be too old
+            time.sleep(pause * random.uniform(0.5, 1))  # none at first: an idle connection may just have been closed
             pause = min(2 * pause or 0.1, LONGEST)
 
     def _why(self, error: Exception) -> tuple[str, bool]:
-        """A failure in our words, and whether it lasts; '' for an object that is not there."""
+        """A failure in our words, and whether retrying is useless; '' for an object that is not there."""
         text = str(error)
         code = (re.findall(r"<Code>(\w+)</Code>", text) or [""])[0]
         status = int((re.findall(r"status code: (\d{3})", text) or ["0"])[0])
-        said = code or f"status {status}"
+        answer = code or f"status {status}"
         self._heard |= status > 0
         if code == "NoSuchBucket":
             return f"there is no bucket {self._bucket} at {self._where()}", True
@@ -293,19 +293,19 @@ class S3:
         if "BadScheme" in text:
             return f"{self._where()} is not https, which is taken only where AWS_ALLOW_HTTP=true is set", True
         if code in _REGION or status in (301, 307, 308) or "configured region" in text:
-            return f"the bucket is in another region ({said}): set AWS_REGION to its own", True
+            return f"the bucket is in another region ({answer}): set AWS_REGION to its own", True
         if code in _CREDENTIALS or status in (401, 403):
             return (
-                f"{self._where()} refuses our credentials ({said}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                f"{self._where()} refuses our credentials ({answer}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
                 "AWS_PROFILE, and what they may do in this bucket",
                 True,
             )
         if status:
-            return f"{self._where()} answers with {said}", 400 <= status < 500 and status not in (408, 409, 425, 429)
+            return f"{self._where()} answers with {answer}", 400 <= status < 500 and status not in (408, 409, 425, 429)
         return f"no whole answer from {self._where()} (is the endpoint right, and the network up?)", False
 
     def _where(self) -> str:
-        """The endpoint, less whatever else may stand in its URL."""
+        """The endpoint without credentials, key and signature."""
         try:
             url = urlsplit(obstore.sign(self._store, "GET", "x", _SIGNED_FOR))
         except (BaseError, ValueError):
@@ -314,7 +314,7 @@ class S3:
 
 
 class _Connections:
-    """Open ones that nobody is using; at the end they are closed."""
+    """Idle connections, for the next request; closed with their store."""
 
     def __init__(self) -> None:
         self._idle: queue.LifoQueue[http.client.HTTPConnection] = queue.LifoQueue()
@@ -337,10 +337,10 @@ def _close_all(idle: "queue.LifoQueue[http.client.HTTPConnection]") -> None:
 
 
 def _fill(out: memoryview, response: http.client.HTTPResponse) -> int:
-    """The whole body into `out`; how much it was. Raises HTTPException for one that ends early, or is too long."""
+    """Read a body into `out`; return its bytes. Raises HTTPException for one that ends early, or is too long."""
     size = int(response.headers.get("Content-Length", "-1"))
     if not 0 <= size <= len(out):
-        raise http.client.HTTPException("a body of another length than was asked for")
+        raise http.client.HTTPException("a body of another length than the range")
     done = 0
     while done < size:
         n = response.readinto(out[done:size])
@@ -351,13 +351,12 @@ def _fill(out: memoryview, response: http.client.HTTPResponse) -> int:
 
 
 def _seal(owner: str, key: str, data: bytes | memoryview) -> str:
-    """Of an object's content, its place and whose it is: eight hexadecimal digits."""
-    said = canonical([owner, key, crc32c(np.frombuffer(data, np.uint8))])
-    return hashlib.sha256(said).hexdigest()[:16]
+    """A checksum of an object's content, key and owner, 16 hexadecimal digits."""
+    return hashlib.sha256(canonical([owner, key, crc32c(np.frombuffer(data, np.uint8))])).hexdigest()[:16]
 
 
 def _from_files() -> dict[str, str]:
-    """Credentials, region and endpoint from ~/.aws, as far as the environment does not say them; obstore reads that alone."""
+    """Credentials, region and endpoint from ~/.aws where the environment, which is all that obstore reads, has none."""
     profile = os.environ.get("AWS_PROFILE", "default")
     config: dict[str, str] = {}
     for variable, usual, section in (
@@ -367,8 +366,8 @@ def _from_files() -> dict[str, str]:
         parser = configparser.RawConfigParser()
         with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
             parser.read(os.path.expanduser(os.environ.get(variable) or usual), encoding="utf-8")
-        found = dict(parser[section]) if parser.has_section(section) else {}
-        for name, (field, instead) in _FILES.items():
-            if name in found and not any(os.environ.get(each) for each in instead):
-                config[field] = found[name]
+        values = dict(parser[section]) if parser.has_section(section) else {}
+        for name, (field, variables) in _FILES.items():
+            if name in values and not any(os.environ.get(each) for each in variables):
+                config[field] = values[name]
     return config

@@ -1,13 +1,13 @@
-"""Blocks of a cache that lies far away (a bucket, a network's disk), kept on this node's own disk.
+"""Copies of a distant cache's blocks (in a bucket, on a network's disk) on this node's own disk.
 
-    <folder>/used                        bytes that are taken, in all
-    <folder>/locks/                      who is fetching what
+    <folder>/used                        bytes of all copies
+    <folder>/locks/                      a lock for each block that is being fetched
     <folder>/<cache>/<layer>-<block>     a block as it lies in the cache
 
-A block that is asked for is fetched whole, compared with the ledger, and stays: nothing is ever evicted, for training goes over
-all blocks in turn, and then what was used longest ago is what comes next. When the size is reached, the other blocks are read
-where they lie. Several processes of a node may share a folder: each block is fetched once, by whoever locks it first. What is
-read from here is checked as everything is; a copy that is damaged goes, and the block is read where it lies.
+A block is fetched whole at its first read, compared with the ledger, and kept. Copies are never evicted: training goes over all
+blocks in turn, so that the least recently used block is the next one. Once the folder is full, further blocks are read in the
+cache itself. Processes of a node may share a folder: each block is fetched once, by the process that locks it first. Copies are
+checked at each read as the cache is; a damaged one is removed, and the block read in the cache.
 """
 
 import contextlib
@@ -22,17 +22,19 @@ from shared.files import locked, make_dir, read_file, remove_leftovers, temporar
 from shared.progress import say
 from shared.units import format_bytes, parse_bytes
 
-_LOCKS = 256  # two blocks that share one wait for each other, which costs little
+_LOCKS = 256  # blocks that share one wait for each other, which costs little
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ScratchConfig:
+    """Where copies of blocks are kept, and how much room they may take."""
+
     folder: Path
-    size: int  # bytes, of all that lies in the folder
+    size: int  # bytes of all files in the folder
 
     @classmethod
     def parse(cls, text: str) -> "ScratchConfig":
-        """'/nvme/scratch:2TB'. Raises UserError."""
+        """Read '/nvme/scratch:2TB'. Raises UserError."""
         folder, _, size = text.rpartition(":")
         if not folder:
             raise UserError(f"{text!r} does not say where and how much: write --scratch DIR:SIZE, such as /nvme/scratch:2TB")
@@ -40,7 +42,7 @@ class ScratchConfig:
 
 
 class Scratch:
-    """Copies of one cache's blocks."""
+    """The copies of one cache's blocks."""
 
     def __init__(self, config: ScratchConfig, digest: str) -> None:
         """Raises UserError where the folder cannot be written to."""
@@ -57,56 +59,56 @@ class Scratch:
     def read(self, layer: int, block: int, out: memoryview, offset: int, size: int, fetch: Callable[[], memoryview]) -> bool:
         """Fill `out` from byte `offset` of a block of `size` bytes; False where there is no copy and no room for one.
 
-        `fetch` gives a block that is not here yet, whole and checked; what it raises is passed on.
+        `fetch` reads a block that has no copy yet, whole and checked; its exceptions are passed on.
         """
         path = self._folder / f"{layer:02d}-{block}"
-        if (found := _read(path, out, offset)) is not None:
-            return found
+        if (complete := _read(path, out, offset)) is not None:
+            return complete
         if self._full:
             return False
         with locked(self._locks / str(crc32(path.name.encode()) % _LOCKS), make=True):
-            if (found := _read(path, out, offset)) is not None:
-                return found
-            mine = self._reserve(path, size)
-            if mine is None:
+            if (complete := _read(path, out, offset)) is not None:
+                return complete
+            reserved = self._reserve(path, size)
+            if reserved is None:
                 return False
             try:
                 data = fetch()
                 out[:] = data[offset : offset + len(out)]
-                self._write(mine, data)
-                os.replace(mine, path)
+                self._write(reserved, data)
+                os.replace(reserved, path)
             except BaseException as error:
-                self._give_back(mine)
+                self._remove(reserved)
                 if not isinstance(error, OSError):
                     raise
-                self._stop(f"cannot write: {error.strerror}")  # the block is at hand all the same
+                self._stop(f"cannot write: {error.strerror}")  # `out` is filled all the same
         return True
 
     def drop(self, layer: int, block: int) -> None:
-        """Remove a copy that is damaged, or of a block that was repaired since."""
-        self._give_back(self._folder / f"{layer:02d}-{block}")
+        """Remove the copy of a block, because it is damaged or the block was repaired since."""
+        self._remove(self._folder / f"{layer:02d}-{block}")
 
     def _reserve(self, path: Path, size: int) -> Path | None:
-        """A file of that size to write into; None where it would be too much."""
-        mine = temporary(path)
+        """An allocated temporary file of `size` bytes; None where it does not fit."""
+        reserved = temporary(path)
         with self._account() as change:
             if not change(size):
                 self._stop("full")
                 return None
             try:
-                fd = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                fd = os.open(reserved, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
                 try:
                     os.posix_fallocate(fd, 0, size)
                 finally:
                     os.close(fd)
             except OSError as error:
-                mine.unlink(missing_ok=True)
+                reserved.unlink(missing_ok=True)
                 change(-size)
                 self._stop(f"cannot write: {error.strerror}")
                 return None
-        return mine
+        return reserved
 
-    def _give_back(self, path: Path) -> None:
+    def _remove(self, path: Path) -> None:
         with self._account() as change, contextlib.suppress(OSError):
             size = path.stat().st_size
             path.unlink()
@@ -120,8 +122,8 @@ class Scratch:
                 err=True,
             )
 
-    def _write(self, mine: Path, data: memoryview) -> None:
-        fd = os.open(mine, os.O_WRONLY | os.O_CLOEXEC)
+    def _write(self, path: Path, data: memoryview) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             write_all(fd, data)
         finally:
@@ -129,7 +131,7 @@ class Scratch:
 
     @contextlib.contextmanager
     def _account(self) -> "Iterator[Callable[..., bool]]":
-        """Alone with the account, a function that changes it: False, and no change, where it would be above the size."""
+        """Lock the count of used bytes and give a function that changes it, or returns False where it would pass the size."""
         path = self._config.folder / "used"
 
         def change(by: int, *, new: bool = False) -> bool:
@@ -144,13 +146,13 @@ class Scratch:
             yield change
 
     def _count(self) -> int:
-        """Bytes of all blocks here, those that are being written included, of whatever cache."""
+        """Bytes of the copies of all caches, those that are being written included."""
         folders = [each for each in self._config.folder.iterdir() if each.is_dir() and each != self._locks]
         return sum(entry.stat().st_size for folder in folders for entry in os.scandir(folder))
 
 
 def _read(path: Path, out: memoryview, offset: int) -> bool | None:
-    """Whether a copy gave all that was asked for; None where there is no copy."""
+    """Whether a copy filled `out`; None where there is no copy."""
     try:
         return read_file(path, out, offset) == len(out)
     except FileNotFoundError:

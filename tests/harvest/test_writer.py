@@ -16,7 +16,7 @@ from shared.cache import Cache
 from shared.errors import UserError
 from shared.files import PAGE
 from shared.seal import crc32c
-from shared.stores.store import Location
+from shared.stores import Location
 from tests.shared.cache.test_cache import SPEC
 
 

@@ -26,7 +26,7 @@ from shared.cache import (
 from shared.errors import UserError
 from shared.files import temporary
 from shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
-from shared.stores.store import Location, open_store
+from shared.stores import Location, open_store
 
 SPEC = CacheSpec(
     model="m",

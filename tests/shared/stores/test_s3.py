@@ -16,8 +16,8 @@ from hypothesis import settings
 from harvest.writer import BlockWriter, WriterConfig, block_stats
 from shared.cache import Cache, _block_key
 from shared.errors import UserError
+from shared.stores import Bucket, Folder, Location, Store, open_store
 from shared.stores.mirror import Mirror
-from shared.stores.store import Bucket, Folder, Location, Store, open_store
 from tests.bucket import BUCKET, KEY, SECRET, Proxy, Server
 from tests.harvest.test_writer import write_at_once
 from tests.shared.cache import test_cache
@@ -221,7 +221,7 @@ def test_an_upload_whose_answer_is_lost_is_known_for_our_own(
     monkeypatch.chdir(tmp_path)
     through(lambda n, head: "lose" if head.startswith(b"PUT") and n % 2 == 0 else "")
     mirror = Mirror(place)
-    path = mirror.here / "a"
+    path = mirror.folder / "a"
     path.parent.mkdir(parents=True)
     for text in ("one", "two", "three"):
         path.write_text(text)

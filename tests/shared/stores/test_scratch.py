@@ -9,8 +9,8 @@ import pytest
 from harvest.writer import block_stats
 from shared.cache import Cache
 from shared.errors import UserError
+from shared.stores import Folder
 from shared.stores.scratch import Scratch, ScratchConfig
-from shared.stores.store import Folder
 from shared.units import parse_bytes
 from tests.shared.cache.test_cache import SPEC
 

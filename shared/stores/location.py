@@ -1,0 +1,42 @@
+"""Places that a command line may name for a cache or for runs: a folder, or a prefix of an S3 bucket."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from shared.errors import UserError
+
+_BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9!_.*'()=+@-]+)*)/?")
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A prefix of an S3 bucket, written s3://bucket/prefix; a Path would make one slash of two."""
+
+    name: str
+    prefix: str = ""  # without slashes at its ends
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """Read s3://bucket/prefix. Raises UserError for any other text."""
+        match = _BUCKET.fullmatch(text)
+        if match is None or {".", ".."} & set(match[2].split("/")):
+            raise UserError(f"{text!r} is not a place in S3: write s3://bucket/prefix, in letters, digits and _.-")
+        return cls(match[1], match[2].strip("/"))
+
+    def __truediv__(self, key: str) -> "Bucket":
+        return Bucket(self.name, f"{self.prefix}/{key}".strip("/"))
+
+    def __str__(self) -> str:
+        return f"s3://{self.name}/{self.prefix}".rstrip("/")
+
+
+Location: TypeAlias = Path | Bucket
+
+
+def parse_location(text: str | Location) -> Location:
+    """Read the value of an option: a folder, or s3://bucket/prefix. Raises UserError."""
+    if not isinstance(text, str):  # an option's default
+        return text
+    return Bucket.parse(text) if text.startswith("s3:") else Path(text)
