@@ -98,7 +98,7 @@ def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path
 def test_no_room(
     cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.stores.folder.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("shared.files.free_bytes", lambda _: 1000)
     monkeypatch.setattr("train.trainer.free_bytes", lambda _: 1000)
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c"), "and 1 KB are free: harvest fewer --layers")
     assert not (tmp_path / "c").exists()

@@ -7,19 +7,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from shared import files
 from shared.errors import UserError
-from shared.files import (
-    create_file,
-    free_bytes,
-    locked,
-    make_dir,
-    publish_file,
-    read_file,
-    remove_leftovers,
-    stage_file,
-    sync_dir,
-    writing,
-)
 from shared.stores.protocol import Staged
 
 
@@ -31,35 +20,35 @@ class Folder:
         self._known: set[Path] = set()  # folders whose names are durable
 
     def prepare(self) -> None:
-        make_dir(self.root.parent)
+        files.make_dir(self.root.parent)
 
     def path(self, key: str) -> Path:
         return self.root / key
 
     def read(self, key: str, out: memoryview, offset: int = 0) -> int:
-        return read_file(self.path(key), out, offset)
+        return files.read_file(self.path(key), out, offset)
 
     def get(self, key: str) -> bytes:
         return self.path(key).read_bytes()
 
     def write(self, key: str, data: bytes | memoryview) -> None:
-        publish_file(self._ready(key), data)
+        files.publish_file(self._ready(key), data)
 
     def replace(self, key: str, data: bytes, seen: bytes) -> bool:
         self.write(key, data)  # the caller holds the lock under which it read `seen`
         return True
 
     def stage(self, key: str, data: memoryview, owner: str, *, replace: bool) -> Staged:
-        return stage_file(self._ready(key), data)
+        return files.stage_file(self._ready(key), data)
 
     def place(self, staged: dict[str, Staged]) -> None:
         paths = {self.path(key): temporary for key, temporary in staged.items() if temporary is not None}
         for path, temporary in paths.items():
-            with writing(path):
+            with files.writing(path):
                 os.replace(temporary, path)
         for folder in {path.parent for path in paths}:
-            with writing(folder):
-                sync_dir(folder)
+            with files.writing(folder):
+                files.sync_dir(folder)
 
     def drop(self, staged: Iterable[Staged]) -> None:
         for temporary in staged:
@@ -68,10 +57,10 @@ class Folder:
                     temporary.unlink(missing_ok=True)
 
     def locked(self, key: str) -> AbstractContextManager[None]:
-        return locked(self.path(key))
+        return files.locked(self.path(key))
 
     def create(self, key: str, data: bytes) -> bool:
-        return create_file(self._ready(key), data)
+        return files.create_file(self._ready(key), data)
 
     def list(self, prefix: str) -> list[str]:
         try:
@@ -86,33 +75,33 @@ class Folder:
 
     def delete(self, key: str) -> None:
         path = self.path(key)
-        with writing(path):
+        with files.writing(path):
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                sync_dir(path.parent)
+                files.sync_dir(path.parent)
 
     def delete_all(self, prefix: str) -> None:
         path = self.path(prefix)
         if path.exists():
-            with writing(path):
+            with files.writing(path):
                 shutil.rmtree(path)
             self._known.clear()
 
     def free(self) -> int:
-        return free_bytes(self.root)
+        return files.free_bytes(self.root)
 
     def remove_leftovers(self, prefix: str) -> None:
-        remove_leftovers(self.path(prefix))
+        files.remove_leftovers(self.path(prefix))
 
     def _ready(self, key: str) -> Path:
         """The key's path, in a folder whose own name is durable."""
         path = self.path(key)
         if path.parent.absolute() not in self._known:
-            with writing(path):
+            with files.writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 for folder in path.absolute().parents:
                     if folder in self._known:
                         break
-                    sync_dir(folder.parent)
+                    files.sync_dir(folder.parent)
                     self._known.add(folder)
         return path

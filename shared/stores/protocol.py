@@ -31,11 +31,11 @@ class Store(Protocol):
         """The location of a key, for messages."""
 
     def read(self, key: str, out: memoryview, offset: int = 0) -> int:
-        """Fill `out` from byte `offset` of an object; return the bytes read, fewer at its end. Raises OSError (FileNotFoundError
-        where there is no object)."""
+        """Fill `out` from byte `offset` of an object; return the bytes read, fewer at its end. Raises FileNotFoundError and
+        other OSErrors."""
 
     def get(self, key: str) -> bytes:
-        """Read a small object whole. Raises OSError (FileNotFoundError where there is none)."""
+        """Read a small object whole. Raises FileNotFoundError and other OSErrors."""
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, over the one that is there."""
