@@ -43,6 +43,7 @@ from bench.peers import ROOT
 from shared import files
 from shared.device import pick_device
 from shared.errors import UserError
+from shared.sites import Site
 from train.kernels.base import TorchKernels, row_norms
 from train.step import StepConfig, TrainingSae, pick_kernels
 
@@ -315,7 +316,7 @@ def language_model(lab: Lab) -> Any:
     if lab.model is None:
         config = ours.lm_config(d=lab.sizes.d, layers=lab.sizes.layers, vocab=lab.sizes.vocab)
         base = ours.base_model(config, torch.bfloat16, lab.device)
-        lab.model = ResidualModel(base, tuple(range(lab.sizes.layers)), lab.device)
+        lab.model = ResidualModel(base, tuple(map(Site, range(lab.sizes.layers))), lab.device)
     return lab.model
 
 
@@ -382,7 +383,7 @@ def _harvest_to(lab: Lab, where: str, folder: Path) -> None:
         runs.run()  # also locks the host buffers, which the next call finds ready
         runs.blocks = list(range(spec.n_blocks))
         seconds = runs.run()
-        damaged = verify(cache, cache.layers, lab.threads).lines
+        damaged = verify(cache, cache.sites, lab.threads).lines
     finally:
         shutil.rmtree(folder / "harvest", ignore_errors=True)
     lab.keep(f"harvest to {where}, tokens/s", rows / seconds, "tokens/s", f"{lab.threads} threads, {runs.note()}")
@@ -524,7 +525,7 @@ def evaluation(lab: Lab) -> None:
     finally:
         shutil.rmtree(folder)
     replaced = [through(sae) for sae in saes]
-    loss = _one_more(lab, lambda n: lm.losses(s.layers // 2, replaced[:n]))
+    loss = _one_more(lab, lambda n: lm.losses(Site(s.layers // 2), replaced[:n]))
     lab.keep("evaluation: tokens spliced for one more SAE", rows / loss, "tokens/s", "middle layer")
     lab.keep("432 checkpoints, 2M rows and 100K tokens each", 432 * (2e6 * metrics + 1e5 * loss) / rows / 3600, "h")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from bench import ours
 from bench.lab import Lab
 from shared.files import PAGE, page_aligned, write_file
+from shared.sites import Site
 from train.kernels.base import TorchKernels
 from train.step import StepConfig, TrainingSae
 
@@ -81,10 +82,10 @@ def activations(lab: Lab) -> None:
     }
     reference = copy.deepcopy(wide).to(cpu)
     tokens = torch.randint(0, s.vocab, (2, s.check_context))
-    layers = tuple(range(s.layers))
+    layers = tuple(map(Site, range(s.layers)))
 
     def run(base: Any, device: torch.device) -> list[Tensor]:
-        taken: dict[int, Tensor] = {}
+        taken: dict[Site, Tensor] = {}
         ResidualModel(base, layers, device).run(tokens, lambda layer, output: taken.update({layer: output.float().cpu()}))
         return [taken[layer] for layer in layers]
 

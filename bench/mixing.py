@@ -28,6 +28,7 @@ from eval.measure.metrics import heldout_blocks, measure
 from shared.cache import Cache
 from shared.presets import get_preset
 from shared.shuffle import permutation, window_rows
+from shared.sites import Site
 from train.kernels.base import Workspace
 from train.loader import ActivationLoader, LoaderConfig
 from train.step import StepConfig, TrainingSae, pick_kernels
@@ -59,7 +60,7 @@ class Order:
             return self._of_blocks(cache, layer, batch, seed)
         blocks = spec.train_blocks if self.kind == FULL else self.blocks
         config = LoaderConfig(batch=batch, window_blocks=blocks, threads=1, seed=seed)
-        return iter(ActivationLoader(cache, layer, config, CPU, last=spec.train_tokens // batch))
+        return iter(ActivationLoader(cache, Site(layer), config, CPU, last=spec.train_tokens // batch))
 
     def _of_blocks(self, cache: Cache, layer: int, batch: int, seed: int) -> Iterator[Tensor]:
         """As the loader had it: blocks in random order, `blocks` at a time, rows permuted among these."""
@@ -69,7 +70,7 @@ class Order:
             some = order[first : first + self.blocks].tolist()
             data = np.empty((len(some), spec.block_rows, spec.d_model), dtype=np.float16)
             for place, block in enumerate(some):
-                cache.read_block(layer, block, data[place])
+                cache.read_block(Site(layer), block, data[place])
             mixed = torch.from_numpy(data).flatten(0, 1)
             rows = torch.cat([rows, mixed[torch.from_numpy(window_rows(len(mixed), seed=seed, epoch=0, window=window))]])
             while len(rows) >= batch:
@@ -102,7 +103,7 @@ def train(cache: Cache, layer: int, order: Order, lambdas: tuple[float, ...], se
             loss.append(result.loss)
             square.append(result.mse)
     snapshots = [sae.snapshot({}, {}) for sae in saes]
-    activations, tallies = measure(heldout_blocks(cache, layer, p.holdout_tokens), snapshots, spec.context)
+    activations, tallies = measure(heldout_blocks(cache, Site(layer), p.holdout_tokens), snapshots, spec.context)
     variance = activations.all.variance / activations.all.n / spec.d_model
     return [
         {

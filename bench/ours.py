@@ -29,6 +29,7 @@ from bench.peers import Load
 from bench.report import Contender
 from shared.files import PAGE, page_aligned
 from shared.presets import get_preset
+from shared.sites import Site
 from train.kernels.base import Workspace
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 from train.trainer import queues
@@ -196,7 +197,7 @@ def new_cache(path: Path, spec: CacheSpec) -> Cache:
     from shared.cache import Cache
 
     shutil.rmtree(path, ignore_errors=True)
-    return Cache.create(path, spec, tuple(range(spec.n_layers)))
+    return Cache.create(path, spec, tuple(map(Site, range(spec.n_layers))))
 
 
 def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
@@ -211,11 +212,11 @@ def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
 def empty(cache: Cache) -> None:
     """Removes every block and its ledger entry; the folders and the tokens stay. New folders' files land on parts of the disk
     that were never written, and on a virtual disk the first write to a place is several times slower than the next."""
-    for layer in cache.layers:
+    for layer in cache.sites:
         for file in cache.block_path(layer, 0).parent.glob("c.*"):
             file.unlink()
     for block in range(cache.spec.n_blocks):
-        cache.entry_path(cache.layers, block).unlink(missing_ok=True)
+        cache.entry_path(cache.sites, block).unlink(missing_ok=True)
 
 
 def fill_random(data: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def write_cache(cache: Cache, *, threads: int) -> float:
 
     spec = cache.spec
     config = WriterConfig(threads=threads, buffers=min(2, spec.n_blocks))
-    with BlockWriter(cache, cache.layers, config, pinned=False, done=lambda block: None) as writer:
+    with BlockWriter(cache, cache.sites, config, pinned=False, done=lambda block: None) as writer:
         buffers = [writer.buffer() for _ in range(config.buffers)]
         for buffer in buffers:
             fill_random(buffer.data)
@@ -252,7 +253,7 @@ def raw(cache: Cache, threads: int, *, direct: bool, write: bool) -> float:
         memory.put(fill_random(page_aligned(spec.block_rows, spec.d_model)))
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if write else os.O_RDONLY
 
-    def work(at: tuple[int, int]) -> None:
+    def work(at: tuple[Site, int]) -> None:
         data = memory.get()
         left = memoryview(data.numpy().data).cast("B")
         with raw_file(cache.block_path(*at), flags, direct) as fd:
@@ -265,7 +266,7 @@ def raw(cache: Cache, threads: int, *, direct: bool, write: bool) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda _: None, range(threads)))  # the threads are there before the clock starts
-        files = [(layer, block) for block in range(spec.n_blocks) for layer in cache.layers]
+        files = [(layer, block) for block in range(spec.n_blocks) for layer in cache.sites]
         return timed(lambda: list(pool.map(work, files)), "cpu")
 
 
@@ -298,7 +299,7 @@ def raw_file(path: Path, flags: int, direct: bool) -> Iterator[int]:
 
 def evict_blocks(cache: Cache) -> None:
     """Every block of the cache out of the page cache. Raises RuntimeError where the system keeps them."""
-    for layer in cache.layers:
+    for layer in cache.sites:
         for block in range(cache.spec.n_blocks):
             path = cache.block_path(layer, block)
             with raw_file(path, os.O_RDONLY, direct=False) as fd:
@@ -367,7 +368,7 @@ def new_loader(
 
     config = LoaderConfig(batch=batch, window_blocks=window)
     config = config if threads is None else replace(config, threads=threads)
-    return ActivationLoader(cache, 0, config, device, last=epochs * cache.spec.train_tokens // batch)
+    return ActivationLoader(cache, Site(0), config, device, last=epochs * cache.spec.train_tokens // batch)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -536,8 +537,8 @@ class Harvest:
         place = torch.randperm(rows).to(self.data.device)
         nonfinite = torch.zeros(layers, dtype=torch.int64, device=self.data.device)
 
-        def store(layer: int, output: Tensor) -> None:
-            nonfinite[layer] += put_rows(output.reshape(-1, d), place, self.data[layer])
+        def store(site: Site, output: Tensor) -> None:
+            nonfinite[site.layer] += put_rows(output.reshape(-1, d), place, self.data[site.layer])
 
         return timed(lambda: self.model.run(tokens, store), self.data.device)
 
@@ -594,7 +595,7 @@ def harvest_runs(load: Load, model: ResidualModel, context: int, vocab: int) -> 
     from harvest.writer import WriterConfig
 
     sequences = max(load.tokens // context, 2)  # two contexts are one pass on a CPU
-    spec = cache_spec(d=load.d, n_layers=len(model.layers), rows=context, context=context, vocab=vocab)
+    spec = cache_spec(d=load.d, n_layers=len(model.sites), rows=context, context=context, vocab=vocab)
     spec = replace(spec, block_sequences=sequences, n_blocks=HARVEST_BLOCKS)
     config = HarvestConfig(device=model.device, writer=WriterConfig(threads=load.threads))
     cache = cache_with_tokens(load.directory / "ours-harvest", spec)
@@ -611,7 +612,7 @@ def forward(load: Load) -> list[Contender]:
     causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False).to(device)
     base = base_model(config, torch.bfloat16, device, like=causal.gpt_neox)
     layers, vocab = config.num_hidden_layers, config.vocab_size
-    model = ResidualModel(base, tuple(range(layers)), device)
+    model = ResidualModel(base, tuple(map(Site, range(layers))), device)
     context = min(CONTEXT, load.tokens)
     data = torch.empty(layers, load.tokens, load.d, dtype=torch.float16, device=device)
     harvest = Harvest(model=model, data=data, context=context, vocab=vocab)

@@ -35,6 +35,7 @@ from shared.cache import Cache
 from shared.lm import harvested_model
 from shared.presets import get_preset
 from shared.runs.sae import Sae
+from shared.sites import Site
 from shared.units import parse_count
 from train.loader import ActivationLoader, LoaderConfig
 
@@ -174,7 +175,7 @@ def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
     config = LoaderConfig(batch=p.batch, window_blocks=p.window_blocks, threads=2, seed=seed)
     shape = (steps, p.batch, cache.spec.d_model)
     out = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-    for step, x in enumerate(ActivationLoader(cache, layer, config, CPU, last=steps)):
+    for step, x in enumerate(ActivationLoader(cache, Site(layer), config, CPU, last=steps)):
         out[step] = x.numpy()
     out.flush()
 
@@ -206,7 +207,7 @@ def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: in
 
 def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
     tokens = cache.spec.holdout_tokens
-    activations, found = heldout(cache, layer, saes, lm, tokens)
+    activations, found = heldout(cache, Site(layer), saes, lm, tokens)
     points = []
     for sae, (tally, losses) in zip(saes, found, strict=True):
         metrics = tally.sparsity() | tally.reconstruction(activations) | losses

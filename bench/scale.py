@@ -34,12 +34,12 @@ import torch
 
 from bench import report, table
 from bench.peers import ROOT
-from harvest.language_model import ResidualModel
-from harvest.neox import Sink
+from harvest.language_model import ResidualModel, Sink
 from harvest.run import HarvestConfig, harvest_blocks, in_turn
 from shared.cache import Cache, CacheSpec
 from shared.errors import UserError
 from shared.progress import Progress
+from shared.sites import Site
 from shared.stores import Folder, Staged
 from shared.units import Shard
 from train.loader import ActivationLoader, LoaderConfig
@@ -192,12 +192,12 @@ class Sleeping(ResidualModel):
     """SIMULATED: in the place of a language model, the time that it takes."""
 
     def __init__(self, cache: Cache, seconds: float) -> None:
-        self.layers, self.device, self.d_model = cache.layers, CPU, cache.spec.d_model
+        self.sites, self.device, self.d_model = cache.sites, CPU, cache.spec.d_model
         self.ran, self._seconds, self._rows = 0, seconds, torch.randn(cache.spec.block_rows, self.d_model)
 
     def run(self, tokens: torch.Tensor, sink: Sink) -> None:
         end = time.monotonic() + self._seconds
-        for layer in self.layers:
+        for layer in self.sites:
             sink(layer, self._rows)
         self.ran += 1
         time.sleep(max(0.0, end - time.monotonic()))
@@ -224,7 +224,7 @@ def _work(folder: Path, point: Point, number: int) -> tuple[float, float, int]:
     model, shard = Sleeping(cache, point.compute[HARVEST] * point.pace), Shard(index=number, count=point.shards)
     _start.wait(_PATIENCE)
     began = time.monotonic()
-    blocks = in_turn(cache.spec, cache.missing(cache.layers).get(cache.layers, []), shard)
+    blocks = in_turn(cache.spec, cache.missing(cache.sites).get(cache.sites, []), shard)
     harvest_blocks(cache, model, blocks, HarvestConfig(device=CPU))
     return began, time.monotonic(), model.ran
 
@@ -233,7 +233,7 @@ def _trainer(cache: Cache, layer: int, point: Point) -> tuple[float, float, int]
     """A layer, whose one stream feeds three settings; a batch is handed to the GPU while it is at work on the one before."""
     config, seconds = LoaderConfig(batch=cache.spec.block_rows, window_blocks=2), point.compute[point.step] * point.pace
     asked = (lambda: False) if point.part == FOLLOW else None
-    loader = ActivationLoader(cache, layer, config, CPU, last=point.blocks, asked=asked)
+    loader = ActivationLoader(cache, Site(layer), config, CPU, last=point.blocks, asked=asked)
     _start.wait(_PATIENCE)
     began = free = time.monotonic()
     for _ in loader:
@@ -253,7 +253,7 @@ def simulate(point: Point) -> Found:
         shared = context.Value("d", 0.0), context.Barrier(processes)
         with ProcessPoolExecutor(processes, context, _begin, shared) as pool:
             began, ended, computed = zip(*pool.map(partial(_work, Path(name), point), range(processes)), strict=True)
-        if cache.missing(cache.layers):
+        if cache.missing(cache.sites):
             raise AssertionError("the harvest left something out")
     twice = sum(computed) - point.blocks if point.shards else 0
     seconds = (max(ended) - min(began)) / point.pace
@@ -262,7 +262,7 @@ def simulate(point: Point) -> Found:
 
 def _new_cache(folder: Path, point: Point) -> Cache:
     """With all tokens, and with all blocks of the layers that are trained if nobody is to harvest them."""
-    cache = Cache.create(folder, point.spec(), tuple(range(LAYERS if point.shards else point.trainers)))
+    cache = Cache.create(folder, point.spec(), tuple(map(Site, range(LAYERS if point.shards else point.trainers))))
     for number in cache.missing_token_chunks():
         cache.commit_tokens(number, np.zeros((cache.spec.token_chunk, cache.spec.context), cache.spec.token_dtype), {}, 0)
     if not point.shards:

@@ -26,9 +26,10 @@ from shared.errors import UserError
 from shared.presets import get_preset
 from shared.progress import say
 from shared.runs.run import Run
+from shared.sites import parse_sites
 from shared.stores import Location
 from shared.stores.mirror import fetched, local
-from shared.units import parse_count, parse_layers
+from shared.units import parse_count
 
 
 @click.group(cls=DefaultRun)
@@ -120,7 +121,7 @@ def export_command(
     config = ExportConfig(
         form=form,
         out=out,
-        layers=parse_layers(layers) if layers else None,
+        layers=parse_sites(layers) if layers else None,
         snapshot=snapshot,
         model=model,
     )
@@ -153,7 +154,7 @@ def pages_command(
         out=out or local(runs) / "pages",
         tokens=parse_count(tokens) if tokens else opened.spec.holdout_tokens,
         snapshot=options["snapshot"],
-        layers=parse_layers(layers) if layers else None,
+        layers=parse_sites(layers) if layers else None,
         model=options["model"],
     )
     skipped = Skipped()

@@ -21,6 +21,7 @@ from shared.cache import Cache
 from shared.errors import Busy, UserError
 from shared.progress import Progress, say
 from shared.runs.run import SNAPSHOTS, made
+from shared.sites import Site
 from shared.stores import Location
 
 LOCAL = "local"
@@ -45,7 +46,7 @@ class RayCommands(Commands):
         self._fleet = fleet
         self._ray: Any = None
 
-    def run(self, stage: Stage, layers: Sequence[int] = ()) -> int:
+    def run(self, stage: Stage, layers: Sequence[Site] = ()) -> int:
         config, n = self.config, self._fleet.workers
         if stage == "harvest":
             shards = [(*config.command(stage, layers), "--shard", f"{i}/{n}") for i in range(n)]
@@ -131,7 +132,7 @@ def _task(argv: tuple[str, ...], threads: int, folder: str) -> tuple[int, str]:
     return code, errors.strip().rpartition("\n")[2] if code else ""
 
 
-def _blocks(path: Location, layers: Sequence[int]) -> Reached:
+def _blocks(path: Location, layers: Sequence[Site]) -> Reached:
     if not Cache.exists(path):
         return 0, 1, "blocks"
     cache = Cache.open(path)
@@ -139,5 +140,5 @@ def _blocks(path: Location, layers: Sequence[int]) -> Reached:
     return total - sum(len(some) * len(blocks) for some, blocks in cache.missing(tuple(layers)).items()), total, "blocks"
 
 
-def _checkpoints(runs: list[Location], layers: Sequence[int]) -> Reached:
+def _checkpoints(runs: list[Location], layers: Sequence[Site]) -> Reached:
     return sum(made(run, layers) for run in runs), SNAPSHOTS * len(runs) * len(layers), "checkpoints"

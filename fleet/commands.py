@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import click
 
+from shared.sites import Site, format_sites
 from shared.stores import Location
-from shared.units import format_layers
 
 Stage = Literal["plan", "harvest", "free", "train", "runs", "eval", "report"]
 _LOOK = 0.5  # seconds between looks at whether it is to stop
@@ -36,10 +36,10 @@ class JobConfig:
     train_options: tuple[str, ...] = ()
     eval_options: tuple[str, ...] = ()
 
-    def command(self, stage: Stage, layers: Sequence[int] = ()) -> tuple[str, ...]:
+    def command(self, stage: Stage, layers: Sequence[Site] = ()) -> tuple[str, ...]:
         """A stage of these layers, as `python -m` takes it. The plan, which names them, is of those that the user wants."""
         wanted = ("--layers", self.layers) if self.layers else ()
-        named = ("--layers", format_layers(layers)) if layers else ()
+        named = ("--layers", format_sites(layers)) if layers else ()
         where = ("--preset", self.preset, "--cache", str(self.cache))
         device = ("--device", self.device) if self.device else ()
         trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
@@ -60,11 +60,11 @@ class Commands:
     def __init__(self, config: JobConfig) -> None:
         self.config = config
 
-    def run(self, stage: Stage, layers: Sequence[int] = ()) -> int:
+    def run(self, stage: Stage, layers: Sequence[Site] = ()) -> int:
         """The exit code, as a shell says it; what the command prints is printed."""
         return start(self.config.command(stage, layers))[0]
 
-    def ask(self, stage: Stage, layers: Sequence[int] = ()) -> str:
+    def ask(self, stage: Stage, layers: Sequence[Site] = ()) -> str:
         """What the command prints to stdout. If it fails it has said why, and this command ends with its exit code."""
         code, said, _ = start(self.config.command(stage, layers), stdout=subprocess.PIPE)
         if code:

@@ -22,7 +22,8 @@ from shared.files import make_dir, owned, remove_leftovers
 from shared.progress import say
 from shared.runs.run import SNAPSHOTS, Run, made
 from shared.seal import seal, sealed
-from shared.units import format_bytes, format_layers, format_seconds
+from shared.sites import Site, format_sites
+from shared.units import format_bytes, format_seconds
 
 STAGES: tuple[Stage, ...] = ("harvest", "train", "eval")
 
@@ -86,7 +87,7 @@ class Job:
             say(self._table(states))
             left = _left(states)
             if stuck := set(tried).intersection(left):
-                raise UserError(f"every stage of layers {format_layers(stuck)} ended well, but not all is there: look above")
+                raise UserError(f"every stage of layers {format_sites(stuck)} ended well, but not all is there: look above")
             if not left:
                 return self._commands.run("report")
             if code := self._make_room([layer for layer, state in states.items() if state.done]):
@@ -97,7 +98,7 @@ class Job:
                 if code := self._stage(stage, tried):
                     return code
 
-    def _make_room(self, done: list[int]) -> int:
+    def _make_room(self, done: list[Site]) -> int:
         """Free these layers' training blocks, those whose checkpoints are all whole as they lie on the disk now."""
         cache = self._cache()
         loaded = [layer for layer in done if cache is not None and cache.freeable(layer)]
@@ -108,14 +109,15 @@ class Job:
             )
         return self._commands.run("free", whole) if whole else 0
 
-    def _stage(self, stage: Stage, layers: tuple[int, ...]) -> int:
-        say(f"\n{stage}: layers {format_layers(layers)}")
+    def _stage(self, stage: Stage, layers: tuple[Site, ...]) -> int:
+        say(f"\n{stage}: layers {format_sites(layers)}")
         began, code = time.time(), None
         try:
             code = self._commands.run(stage, layers)
             return code
         finally:
-            record = {"stage": stage, "layers": list(layers), "began": began, "seconds": time.time() - began, "code": code}
+            named = [site.json for site in layers]
+            record = {"stage": stage, "layers": named, "began": began, "seconds": time.time() - began, "code": code}
             with self._log.open("a") as file:
                 file.write(json.dumps(seal(record)) + "\n")
 
@@ -133,7 +135,7 @@ class Job:
             self._folders = [Run(Path(line)) for line in named.splitlines()]
         return self._folders
 
-    def _look(self) -> dict[int, LayerState]:
+    def _look(self) -> dict[Site, LayerState]:
         cache, runs, spec = self._cache(), self._runs(), self._spec
         if cache is not None:
             cache.remove_leftovers()
@@ -152,11 +154,11 @@ class Job:
             )
         return states
 
-    def _need(self, layers: Sequence[int]) -> Room:
+    def _need(self, layers: Sequence[Site]) -> Room:
         features = self._config.expansion * self._spec.d_model
         return room(self._spec, self._cache(), [run.path for run in self._runs()], layers, features)
 
-    def _windows(self, states: dict[int, LayerState]) -> list[Window]:
+    def _windows(self, states: dict[Site, LayerState]) -> list[Window]:
         """How layers that are not done are parted, as if those that are had been freed."""
         need = self._need(_left(states))
         used = used_bytes(self._cache_path, self._runs_path) - sum(self._need(tuple(states)).there.values())
@@ -185,14 +187,14 @@ class Job:
                     records.append(record)
         return records
 
-    def _table(self, states: dict[int, LayerState]) -> str:
+    def _table(self, states: dict[Site, LayerState]) -> str:
         """A line for each run of layers that are equally far, what it took, and what is left."""
         took = {(stage, layer): 0.0 for stage in STAGES for layer in states}
         for record in self._records():
-            for layer in record["layers"]:
+            for layer in map(Site.of, record["layers"]):
                 if (record["stage"], layer) in took:
                     took[record["stage"], layer] += record["seconds"] / len(record["layers"])
-        groups: list[list[int]] = []
+        groups: list[list[Site]] = []
         for layer, state in states.items():
             if groups and str(states[groups[-1][-1]]) == str(state):
                 groups[-1].append(layer)
@@ -202,12 +204,12 @@ class Job:
         for group in groups:
             seconds = [sum(took[stage, layer] for layer in group) for stage in STAGES]
             times = [format_seconds(s) if s else "" for s in seconds]
-            rows.append((format_layers(group), str(states[group[0]]), *times))
+            rows.append((format_sites(group), str(states[group[0]]), *times))
         rows.append((f"left: {self._outlook(states)}",))
         sizes = [max(len(row[i]) for row in rows[:-1]) for i in range(len(rows[0]))]
         return "\n".join("  ".join(f"{cell:<{n}}" for cell, n in zip(row, sizes, strict=False)).rstrip() for row in rows)
 
-    def _outlook(self, states: dict[int, LayerState]) -> str:
+    def _outlook(self, states: dict[Site, LayerState]) -> str:
         left = _left(states)
         if not left:
             return "nothing"
@@ -226,7 +228,7 @@ class Job:
 def wanted(commands: Commands) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The layers of the job, and the shape of their cache as far as it is known by now."""
     plan = json.loads(commands.ask("plan"))
-    return tuple(plan["layers"]), plan["shape"]
+    return tuple(map(Site.of, plan["layers"])), plan["shape"]
 
 
 def _remove_empty(folder: Path) -> None:
@@ -234,6 +236,6 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _left(states: dict[int, LayerState]) -> list[int]:
+def _left(states: dict[Site, LayerState]) -> list[Site]:
     """The layers of which something is still to be made."""
     return [layer for layer, state in states.items() if not state.done]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from fleet.hours import Rates, Work, measured_rates
 from fleet.room import Window
 from shared.cache import CacheSpec
-from shared.units import format_bytes, format_layers, format_seconds
+from shared.sites import format_sites
+from shared.units import format_bytes, format_seconds
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -21,9 +22,9 @@ class Plan:
         if not self.windows:
             return "nothing is left to be done"
         lines = [
-            f"window {i}: layers {format_layers(w.layers)}, up to {format_bytes(w.peak)}" for i, w in enumerate(self.windows, 1)
+            f"window {i}: layers {format_sites(w.layers)}, up to {format_bytes(w.peak)}" for i, w in enumerate(self.windows, 1)
         ]
-        ends = [w.layers[-1] + 1 for w in self.windows]
+        ends = [w.layers[-1].layer + 1 for w in self.windows]
         whole = sum(ends) / self.spec.n_layers
         lines += [
             f"written in all: {format_bytes(self.written)}",
@@ -49,7 +50,7 @@ class Plan:
         spec, layers = self.spec, len(window.layers)
         tokens = spec.n_blocks * spec.block_rows
         return Work(
-            forward=tokens * (window.layers[-1] + 1) / spec.n_layers,
+            forward=tokens * (window.layers[-1].layer + 1) / spec.n_layers,
             bytes=layers * spec.n_blocks * spec.block_bytes,
             training=layers * self.settings * spec.train_tokens,
         )

@@ -13,6 +13,7 @@ from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
 from shared.errors import UserError
 from shared.files import PAGE
 from shared.runs.run import SNAPSHOTS, made
+from shared.sites import Site
 from shared.units import format_bytes
 
 _HEADER = 8 << 10  # of a checkpoint or a state: its configuration, and what its format adds
@@ -27,18 +28,18 @@ class Room:
 
     tokens: int  # once
     states: int  # while a layer is trained
-    stays: dict[int, int]  # {layer: held-out blocks, entries of the ledger, checkpoints, results}
-    passes: dict[int, int]  # {layer: training blocks}
-    there: dict[int, int]  # {layer: those of them that are there already}
+    stays: dict[Site, int]  # {layer: held-out blocks, entries of the ledger, checkpoints, results}
+    passes: dict[Site, int]  # {layer: training blocks}
+    there: dict[Site, int]  # {layer: those of them that are there already}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Window:
-    layers: tuple[int, ...]
+    layers: tuple[Site, ...]
     peak: int  # bytes on the disk at most
 
 
-def room(spec: CacheSpec, cache: Cache | None, runs: Sequence[Path], layers: Sequence[int], features: int) -> Room:
+def room(spec: CacheSpec, cache: Cache | None, runs: Sequence[Path], layers: Sequence[Site], features: int) -> Room:
     """What these layers need beside what is there, of as many settings as there are run folders."""
     weights = 4 * (2 * features * spec.d_model + features + 2 * spec.d_model)
     sae = _pages(weights + _HEADER)
@@ -68,7 +69,7 @@ def windows(used: int, need: Room, disk: int) -> list[Window]:
     found, rest = [], list(need.stays)
     used += need.tokens
     while rest:
-        peak, taken = used + need.states + sum(need.there[layer] for layer in rest), list[int]()
+        peak, taken = used + need.states + sum(need.there[layer] for layer in rest), list[Site]()
         while rest and (more := peak + need.stays[rest[0]] + need.passes[rest[0]] - need.there[rest[0]]) <= disk:
             peak = more
             taken.append(rest.pop(0))

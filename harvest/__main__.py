@@ -39,8 +39,9 @@ from shared.lm import (
 )
 from shared.presets import Preset, get_preset
 from shared.progress import say
+from shared.sites import Site, format_sites, parse_sites
 from shared.stores import Location, open_store
-from shared.units import ALONE, Shard, format_bytes, format_layers, parse_count, parse_layers, parse_shard
+from shared.units import ALONE, Shard, format_bytes, parse_count, parse_layers, parse_shard
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Job:
 
     preset: Preset
     cache: Location
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     precision: str
     seed: int
     threads: int
@@ -157,7 +158,7 @@ def _job(options: dict[str, Any]) -> Job:
     return Job(
         preset=preset,
         cache=options["cache"] or Path("data") / preset.name,
-        layers=parse_layers(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers),
+        sites=parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers),
         precision=options["precision"],
         seed=options["seed"],
         threads=options["threads"],
@@ -186,7 +187,7 @@ def run_command(device: str | None, shard: Shard, **options: Any) -> None:
     config = job.config(device)
     open_store(job.cache).prepare()
     if not Cache.exists(job.cache):
-        require_space(job.cache, planned_bytes(job.shape(), job.layers))
+        require_space(job.cache, planned_bytes(job.shape(), job.sites))
     opened = job.open()
     spec = opened.spec
     if Cache.exists(job.cache):
@@ -194,24 +195,24 @@ def run_command(device: str | None, shard: Shard, **options: Any) -> None:
         cache.require_same(spec)
         cache.remove_leftovers()
         again = options["layers"] is not None  # whoever names a layer wants all of it
-        require_space(job.cache, remaining_bytes(cache, job.layers, freed=again))
-        cache.add_layers(job.layers)
+        require_space(job.cache, remaining_bytes(cache, job.sites, freed=again))
+        cache.add_sites(job.sites)
         if again:
-            cache.unmark_freed(set(job.layers).intersection(cache.freed()))
+            cache.unmark_freed(set(job.sites).intersection(cache.freed()))
     else:
         require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
-        cache = Cache.create(job.cache, spec, job.layers)
+        cache = Cache.create(job.cache, spec, job.sites)
         cache.remove_leftovers()
-    harvest(cache, job.layers, opened.source, opened.model, config)
+    harvest(cache, job.sites, opened.source, opened.model, config)
     all_totals = cache.totals()
-    for layer, totals in all_totals.items():
-        click.echo(f"layer {layer:2d}: {totals}", err=totals.nonfinite > 0)
+    for site, totals in all_totals.items():
+        click.echo(f"layer {site!s:>2}: {totals}", err=totals.nonfinite > 0)
     for line in notes_on_mixing(all_totals):
         say(line, err=True)
     if freed := cache.freed():
-        say(f"note: layers {format_layers(freed)} were freed but for what is held out; --layers brings them back", err=True)
+        say(f"note: layers {format_sites(freed)} were freed but for what is held out; --layers brings them back", err=True)
     click.echo(
-        f"{job.cache}: layers {format_layers(job.layers)} complete, {spec.train_tokens:,} tokens to train on and "
+        f"{job.cache}: layers {format_sites(job.sites)} complete, {spec.train_tokens:,} tokens to train on and "
         f"{spec.holdout_tokens:,} held out"
     )
 
@@ -224,8 +225,8 @@ def plan_command(as_json: bool, **options: Any) -> None:
     """Bytes, free disk and time of a harvest, before it is begun. Needs neither weights nor text."""
     job = _job(options)
     if as_json:
-        return click.echo(json.dumps({"layers": job.layers, "shape": asdict(job.shape())}))
-    click.echo(str(make_plan(job.cache, job.shape(), job.layers, job.threads)))
+        return click.echo(json.dumps({"layers": [site.json for site in job.sites], "shape": asdict(job.shape())}))
+    click.echo(str(make_plan(job.cache, job.shape(), job.sites, job.threads)))
 
 
 @main.command("verify")
@@ -233,7 +234,7 @@ def plan_command(as_json: bool, **options: Any) -> None:
 def verify_command(preset: str, cache: Location | None, threads: int) -> int:
     """Check every committed block against its checksum; exit code 1 if something is damaged."""
     opened = _open(preset, cache)
-    lines = verify(opened, opened.layers, threads).lines
+    lines = verify(opened, opened.sites, threads).lines
     for line in lines:
         click.echo(line)
     click.echo("damaged" if lines else "every committed block is as it was written")
@@ -263,7 +264,7 @@ def repair_command(
     opened = _open(preset, cache)
     spec, config = opened.spec, HarvestConfig(device=pick_device(device), writer=WriterConfig(threads=threads))
     opened.remove_leftovers()
-    damage = _named(opened, blocks) if blocks else verify(opened, opened.layers, threads)
+    damage = _named(opened, blocks) if blocks else verify(opened, opened.sites, threads)
     if not damage.lines:
         click.echo("repaired nothing: every committed block is as it was written")
         return
@@ -277,7 +278,7 @@ def repair_command(
         )
         n = repair(opened, damage, source, harvested_model(opened, model, revision), config)
     else:  # the arrays' metadata alone: neither model nor text is needed
-        opened.add_layers(())
+        opened.add_sites(())
     click.echo(f"repaired {n} layer blocks" + (" and the tokens" if damage.chunks else ""))
 
 
@@ -286,9 +287,7 @@ def _named(cache: Cache, blocks: str) -> Damage:
     chosen = parse_layers(blocks)
     if max(chosen) >= cache.spec.n_blocks:
         raise UserError(f"{cache.path} has blocks 0-{cache.spec.n_blocks - 1}")
-    return Damage(
-        blocks={(layer, block): "named" for layer in cache.layers for block in chosen if block in cache.wanted(layer)}
-    )
+    return Damage(blocks={(site, block): "named" for site in cache.sites for block in chosen if block in cache.wanted(site)})
 
 
 @main.command("free")
@@ -298,11 +297,11 @@ def _named(cache: Cache, blocks: str) -> Damage:
 def free_command(preset: str, cache: Path | None, threads: int, layers: str, yes: bool) -> None:
     """Remove the training blocks of layers whose SAEs are made. Held-out blocks stay, so that they can still be evaluated."""
     opened = _open(preset, cache)
-    chosen = parse_layers(layers)
-    if absent := set(chosen).difference(opened.layers):
-        raise UserError(f"layers {format_layers(absent)} are not in {opened.path}, which has {format_layers(opened.layers)}")
-    room = sum(len(opened.freeable(layer)) for layer in chosen) * opened.spec.block_bytes
-    what = f"the training blocks of layers {format_layers(chosen)} of {opened.path}, {format_bytes(room)}"
+    chosen = parse_sites(layers)
+    if absent := set(chosen).difference(opened.sites):
+        raise UserError(f"layers {format_sites(absent)} are not in {opened.path}, which has {format_sites(opened.sites)}")
+    room = sum(len(opened.freeable(site)) for site in chosen) * opened.spec.block_bytes
+    what = f"the training blocks of layers {format_sites(chosen)} of {opened.path}, {format_bytes(room)}"
     if not yes:
         with contextlib.suppress(click.Abort):  # nobody to answer
             yes = click.confirm(f"Remove {what}? Held-out blocks stay, all else is harvested again if it is wanted.", err=True)

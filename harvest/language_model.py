@@ -1,8 +1,8 @@
 """Tokens → residual activations: the language model without its head, cut off after the last wanted layer.
 
-Activations are the outputs of the decoder blocks, taken by forward hooks. (`output_hidden_states` will not do: the last
-of them is taken after the final layer norm.) One pass serves all wanted layers. Pythia in bfloat16 on a CPU takes a faster
-way to the same values (harvest/neox.py); every other model, precision and device takes the hooks.
+Activations are the outputs of decoder blocks or of modules in them, taken by forward hooks. (`output_hidden_states` will not
+do: the last of them is taken after the final layer norm.) One pass serves all wanted sites. Pythia in bfloat16 on a CPU takes
+a faster way to the same values (harvest/neox.py); every other model, precision and device takes the hooks.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from harvest.neox import Sink, neox_forward
+from harvest.neox import neox_forward
 from shared.device import send
-from shared.errors import UserError
-from shared.lm import find_blocks, widen
+from shared.lm import find_blocks, hook_module, widen
+from shared.sites import RESID_POST, Site
+
+Sink = Callable[[Site, Tensor], None]
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 
@@ -25,31 +27,29 @@ _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 class ResidualModel:
     """Runs a base model (which it cuts short in place) and hands each wanted block's output to a sink."""
 
-    def __init__(self, base: nn.Module, layers: tuple[int, ...], device: torch.device) -> None:
-        self.device, self.layers = device, layers
+    def __init__(self, base: nn.Module, sites: tuple[Site, ...], device: torch.device) -> None:
+        self.device, self.sites = device, sites
         self._sink: Sink | None = None
         name, blocks = find_blocks(base)
-        if max(layers) >= len(blocks):
-            raise UserError(f"layer {max(layers)} does not exist: the model has layers 0-{len(blocks) - 1}")
-        kept = blocks[: max(layers) + 1]
+        for site in sites:
+            hook_module(base, site).register_forward_hook(self._hook(site))
+        kept = blocks[: max(sites).layer + 1]
         setattr(base, name, kept)
         config = cast(PretrainedConfig, base.config)
         config.num_hidden_layers, self.d_model = len(kept), int(config.hidden_size)
         for norm in _FINAL_NORMS:
             if isinstance(getattr(base, norm, None), nn.Module):
                 setattr(base, norm, nn.Identity())
-        for layer in layers:
-            kept[layer].register_forward_hook(self._hook(layer))
         self.model = base.to(device).eval().requires_grad_(False)
-        self.fast = neox_forward(self.model)
+        self.fast = neox_forward(self.model) if all(site.hook == RESID_POST for site in sites) else None
         if self.fast is None:
             widen(self.model)
 
-    def _hook(self, layer: int) -> Callable[..., None]:
+    def _hook(self, site: Site) -> Callable[..., None]:
         def take(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             # transformers 5 returns a tensor from a block, transformers 4 a tuple that begins with it
             if self._sink is not None:
-                self._sink(layer, output if isinstance(output, Tensor) else output[0])
+                self._sink(site, output if isinstance(output, Tensor) else output[0])
 
         return take
 
@@ -57,7 +57,7 @@ class ResidualModel:
     def run(self, tokens: Tensor, sink: Sink) -> None:
         """tokens int64 [sequences, context] → sink(layer, float [sequences, context, d_model]) in layer order."""
         if self.fast is not None:
-            self.fast.run(tokens, lambda layer, output: sink(layer, output) if layer in self.layers else None)
+            self.fast.run(tokens, lambda layer, output: sink(Site(layer), output) if Site(layer) in self.sites else None)
             return
         self._sink = sink
         try:

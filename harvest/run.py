@@ -29,8 +29,9 @@ from shared.files import UNKNOWN_FREE, existing, write_all
 from shared.lm import Model, load_model, load_tokenizer, tokenizer_hash
 from shared.progress import Progress, say
 from shared.shuffle import block_turns, permutation
+from shared.sites import Site, format_sites
 from shared.stores import Location, open_store
-from shared.units import ALONE, Shard, format_bytes, format_layers, format_seconds
+from shared.units import ALONE, Shard, format_bytes, format_seconds
 
 _PROBE_BYTES = 64 << 20
 _CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
@@ -54,7 +55,7 @@ class Plan:
     """Bytes and time of a harvest that has not begun."""
 
     spec: CacheSpec
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     layer_bytes: int
     total_bytes: int
     free: int
@@ -68,7 +69,7 @@ class Plan:
                 f"tokens      {s.n_blocks * s.block_rows:,} ({s.train_tokens:,} to train on, the rest held out)",
                 f"blocks      {s.n_blocks:,} of {s.block_rows:,} rows, {format_bytes(s.block_bytes)} a layer",
                 f"per layer   {format_bytes(self.layer_bytes)} ({self.layer_bytes:,} bytes)",
-                f"in all      {format_bytes(self.total_bytes)} ({self.total_bytes:,} bytes) for {len(self.layers)} layers",
+                f"in all      {format_bytes(self.total_bytes)} ({self.total_bytes:,} bytes) for {len(self.sites)} layers",
                 "free disk   unknown: the file system does not say"
                 if self.free == UNKNOWN_FREE
                 else f"free disk   {format_bytes(self.free)}: room for {min(fits, 10**6):,} layers of this size",
@@ -80,18 +81,18 @@ class Plan:
         )
 
 
-def planned_bytes(spec: CacheSpec, layers: tuple[int, ...]) -> int:
+def planned_bytes(spec: CacheSpec, sites: tuple[Site, ...]) -> int:
     """What a harvest of these layers writes, ledger included."""
-    ledger = spec.n_blocks * LEDGER_BYTES_PER_LAYER * len(layers)
-    return spec.n_blocks * spec.block_bytes * len(layers) + spec.token_bytes + ledger
+    ledger = spec.n_blocks * LEDGER_BYTES_PER_LAYER * len(sites)
+    return spec.n_blocks * spec.block_bytes * len(sites) + spec.token_bytes + ledger
 
 
-def make_plan(path: Location, spec: CacheSpec, layers: tuple[int, ...], threads: int) -> Plan:
+def make_plan(path: Location, spec: CacheSpec, sites: tuple[Site, ...], threads: int) -> Plan:
     return Plan(
         spec=spec,
-        layers=layers,
+        sites=sites,
         layer_bytes=spec.n_blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER),
-        total_bytes=planned_bytes(spec, layers),
+        total_bytes=planned_bytes(spec, sites),
         free=open_store(path).free(),
         write_rate=probe_write(path, threads) if isinstance(path, Path) else None,
     )
@@ -123,10 +124,10 @@ def probe_write(path: Path, threads: int, seconds: float = 2.0) -> float:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
 
 
-def remaining_bytes(cache: Cache, layers: tuple[int, ...], *, freed: bool = False) -> int:
+def remaining_bytes(cache: Cache, sites: tuple[Site, ...], *, freed: bool = False) -> int:
     """What a harvest of these layers still writes; with `freed` also what was freed of them."""
     spec = cache.spec
-    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(layers, freed=freed).items())
+    blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(sites, freed=freed).items())
     tokens = len(cache.missing_token_chunks()) * spec.token_bytes // spec.token_chunks
     return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
 
@@ -140,7 +141,7 @@ def require_space(path: Location, needed: int) -> None:
         )
 
 
-def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, model: Model, config: HarvestConfig) -> None:
+def harvest(cache: Cache, sites: tuple[Site, ...], source: TextSource, model: Model, config: HarvestConfig) -> None:
     """Bring the cache to the state where every block of every wanted layer is committed. Safe to kill and repeat.
 
     Model and text are those that the cache was compared with; nothing is loaded from anywhere else. Of several shards the
@@ -150,7 +151,7 @@ def harvest(cache: Cache, layers: tuple[int, ...], source: TextSource, model: Mo
         await_tokens(cache, config.shard)
     if cache.missing_token_chunks():
         write_tokens(cache, source, load_tokenizer(str(model.folder), None))
-    for group, blocks in cache.missing(layers).items():
+    for group, blocks in cache.missing(sites).items():
         harvest_blocks(cache, load_residual(cache, group, model, config), in_turn(cache.spec, blocks, config.shard), config)
 
 
@@ -187,9 +188,9 @@ def in_turn(spec: CacheSpec, blocks: list[int], shard: Shard) -> list[int]:
     return mine + [others[i] for i in permutation(len(others), shard.index, shard.count)]
 
 
-def load_residual(cache: Cache, layers: tuple[int, ...], model: Model, config: HarvestConfig) -> ResidualModel:
+def load_residual(cache: Cache, sites: tuple[Site, ...], model: Model, config: HarvestConfig) -> ResidualModel:
     spec = cache.spec
-    loaded = ResidualModel(load_model(str(model.folder), None, spec.precision, head=False), layers, config.device)
+    loaded = ResidualModel(load_model(str(model.folder), None, spec.precision, head=False), sites, config.device)
     if loaded.d_model != spec.d_model:
         raise UserError(f"{model.name} is {loaded.d_model} wide, the cache expects {spec.d_model}: name the right --model")
     announce(config.device)
@@ -205,13 +206,13 @@ def harvest_blocks(
     """
     spec = cache.spec
     shares = Shares()
-    title = f"harvesting layers {format_layers(model.layers)}"
+    title = f"harvesting layers {format_sites(model.sites)}"
     done, counted = spec.n_blocks - len(blocks), time.monotonic()
     with Progress(title, spec.n_blocks * spec.block_rows, "tokens", start=done * spec.block_rows) as progress:
 
         def count() -> int:
             """The blocks that are there by now, whoever made them."""
-            return spec.n_blocks - sum(map(len, cache.missing(model.layers[:1]).values()))
+            return spec.n_blocks - sum(map(len, cache.missing(model.sites[:1]).values()))
 
         def committed(block: int) -> None:
             nonlocal done, counted
@@ -223,13 +224,13 @@ def harvest_blocks(
         cuda = config.device.type == "cuda"
         with (
             BlockWriter(
-                cache, model.layers, config.writer, pinned=cuda, done=committed, replace=replace, by=maker(config.device)
+                cache, model.sites, config.writer, pinned=cuda, done=committed, replace=replace, by=maker(config.device)
             ) as writer,
             ThreadPoolExecutor(1, "inputs") as reader,
         ):
             fill = (_CudaFiller if cuda else _CpuFiller)(cache, model, config, shares)
             began = time.perf_counter()
-            wanted = (block for block in blocks if replace or not cache.has_block(model.layers, block))
+            wanted = (block for block in blocks if replace or not cache.has_block(model.sites, block))
             for inputs in _read_ahead(cache, wanted, reader):
                 buffer = writer.buffer()
                 buffer.tokens = inputs.checksum
@@ -294,7 +295,7 @@ class _CpuFiller:
 
     def __init__(self, cache: Cache, model: ResidualModel, config: HarvestConfig, shares: Shares) -> None:
         self._cache, self._model, self._shares = cache, model, shares
-        self._index = {layer: i for i, layer in enumerate(model.layers)}
+        self._index = {site: i for i, site in enumerate(model.sites)}
         most = max(1, _CPU_TOKENS // cache.spec.context)
         self._step = min(config.forward_sequences, most) if config.device.type == "cpu" else config.forward_sequences
 
@@ -315,9 +316,9 @@ class _CpuFiller:
         for first in range(0, spec.block_sequences, step):
             rows = place[first * spec.context : (first + step) * spec.context]
 
-            def store(layer: int, output: Tensor, rows: Tensor = rows) -> None:
+            def store(site: Site, output: Tensor, rows: Tensor = rows) -> None:
                 began = time.perf_counter()
-                nonfinite[self._index[layer]] += put_rows(output.reshape(-1, spec.d_model), rows, data[self._index[layer]])
+                nonfinite[self._index[site]] += put_rows(output.reshape(-1, spec.d_model), rows, data[self._index[site]])
                 if data.device.type == "cpu":  # elsewhere this only queues it
                     self._shares.copy += time.perf_counter() - began
 
@@ -331,7 +332,7 @@ class _CudaFiller(_CpuFiller):
         super().__init__(cache, model, config, shares)
         shares.overlap = True
         self._device, self._stream = config.device, new_stream(config.device)
-        self._slots = [_Slot.empty(cache.spec, len(model.layers), config.device) for _ in range(2)]
+        self._slots = [_Slot.empty(cache.spec, len(model.sites), config.device) for _ in range(2)]
         self._turns = itertools.cycle(self._slots)
 
     def fill(self, inputs: _Inputs, buffer: Buffer, writer: BlockWriter) -> None:
@@ -378,25 +379,25 @@ class _Slot:
     used: bool = False
 
     @classmethod
-    def empty(cls, spec: CacheSpec, layers: int, device: torch.device) -> "_Slot":
+    def empty(cls, spec: CacheSpec, sites: int, device: torch.device) -> "_Slot":
         began, ran, copying, copied = (new_event(timing=True) for _ in range(4))
         return cls(
-            data=torch.empty(layers, spec.block_rows, spec.d_model, dtype=torch.float16, device=device),
-            nonfinite=torch.zeros(layers, dtype=torch.int64, device=device),
+            data=torch.empty(sites, spec.block_rows, spec.d_model, dtype=torch.float16, device=device),
+            nonfinite=torch.zeros(sites, dtype=torch.int64, device=device),
             began=began, ran=ran, copying=copying, copied=copied,
         )  # fmt: skip
 
 
-def notes_on_mixing(totals: dict[int, LayerTotals]) -> list[str]:
+def notes_on_mixing(totals: dict[Site, LayerTotals]) -> list[str]:
     """A line for each set of layers whose blocks were made on machines of more than one kind."""
-    mixed: dict[str, list[int]] = {}
-    for layer, total in totals.items():
+    mixed: dict[str, list[Site]] = {}
+    for site, total in totals.items():
         if total.mixed:
-            mixed.setdefault(total.mixed, []).append(layer)
+            mixed.setdefault(total.mixed, []).append(site)
     return [
-        f"note: the blocks of layers {format_layers(layers)} were made on machines of several kinds ({what}): all are right, "
+        f"note: the blocks of layers {format_sites(sites)} were made on machines of several kinds ({what}): all are right, "
         "but their last bits are not those that one machine gives"
-        for what, layers in mixed.items()
+        for what, sites in mixed.items()
     ]
 
 
@@ -404,7 +405,7 @@ def notes_on_mixing(totals: dict[int, LayerTotals]) -> list[str]:
 class Damage:
     """What verification found, by name; {layer, block or chunk: a line for people}."""
 
-    blocks: dict[tuple[int, int], str] = field(default_factory=dict)
+    blocks: dict[tuple[Site, int], str] = field(default_factory=dict)
     chunks: dict[int, str] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
 
@@ -413,16 +414,16 @@ class Damage:
         return [*self.blocks.values(), *self.chunks.values(), *(f"{key} is not as it was written" for key in self.metadata)]
 
 
-def verify(cache: Cache, layers: tuple[int, ...], threads: int) -> Damage:
+def verify(cache: Cache, sites: tuple[Site, ...], threads: int) -> Damage:
     """Read everything committed and compare it with its checksums, and every block with the tokens that it is of."""
     spec, damage = cache.spec, Damage(metadata=cache.bad_metadata())
-    work = [(layer, block) for layer in layers for block in sorted(cache.committed(layer).intersection(cache.wanted(layer)))]
+    work = [(site, block) for site in sites for block in sorted(cache.committed(site).intersection(cache.wanted(site)))]
     chunks = range(spec.token_chunks) if work else sorted(cache.written_token_chunks())
     for chunk in chunks:
         if why := _fails(partial(cache.read_token_chunk, chunk)):
             damage.chunks[chunk] = why
 
-    def check(item: tuple[int, int]) -> str | None:
+    def check(item: tuple[Site, int]) -> str | None:
         return _fails(partial(cache.whole_block, *item))
 
     with Progress("verifying", len(work) * spec.block_bytes, "bytes") as progress, ThreadPoolExecutor(threads) as pool:
@@ -442,17 +443,17 @@ def _fails(read: Callable[[], object]) -> str | None:
     return None
 
 
-def _of_other_tokens(cache: Cache, items: list[tuple[int, int]], damaged: set[int]) -> dict[tuple[int, int], str]:
+def _of_other_tokens(cache: Cache, items: list[tuple[Site, int]], damaged: set[int]) -> dict[tuple[Site, int], str]:
     """Blocks whose record says that they were made from other tokens than are there, where those are whole."""
     found, checksums = {}, dict[int, str]()
     per_chunk = cache.spec.token_chunk // cache.spec.block_sequences
-    for layer, block in sorted(items, key=lambda item: item[1]):
+    for site, block in sorted(items, key=lambda item: item[1]):
         if block // per_chunk in damaged:
             continue
         if block not in checksums:
             checksums[block] = cache.tokens_checksum(cache.block_tokens(block))
-        if cache.stats(layer, block).tokens != checksums[block]:
-            found[layer, block] = f"layer {layer} block {block} of {cache.path} was made from other tokens than are there"
+        if cache.stats(site, block).tokens != checksums[block]:
+            found[site, block] = f"layer {site} block {block} of {cache.path} was made from other tokens than are there"
     return found
 
 
@@ -472,13 +473,13 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
         )
 
 
-def free(cache: Cache, layers: tuple[int, ...]) -> None:
+def free(cache: Cache, sites: tuple[Site, ...]) -> None:
     """Remove the training blocks of these layers. Safe to kill and repeat: from its beginning on they count as freed."""
-    cache.mark_freed(layers)
-    work, size = [(layer, block) for layer in layers for block in cache.freeable(layer)], cache.spec.block_bytes
+    cache.mark_freed(sites)
+    work, size = [(site, block) for site in sites for block in cache.freeable(site)], cache.spec.block_bytes
     with Progress("freeing", len(work) * size, "bytes") as progress:
-        for layer, block in work:
-            cache.free_block(layer, block)
+        for site, block in work:
+            cache.free_block(site, block)
             progress.advance(size)
 
 
@@ -489,15 +490,15 @@ def repair(cache: Cache, damage: Damage, source: TextSource, model: Model, confi
     """
     if damage.chunks:
         require_same_text(cache, source, model)
-    cache.add_layers(())
+    cache.add_sites(())
     if damage.chunks:
         write_tokens(cache, source, load_tokenizer(str(model.folder), None), damage.chunks)
-    committed = [(layer, block) for layer in cache.layers for block in cache.committed(layer).intersection(cache.wanted(layer))]
+    committed = [(site, block) for site in cache.sites for block in cache.committed(site).intersection(cache.wanted(site))]
     bad = set(damage.blocks)
     bad |= set(_of_other_tokens(cache, [item for item in committed if item not in bad], set())) if damage.chunks else set()
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[Site, ...], list[int]] = {}
     for block in sorted({block for _, block in bad}):
-        groups.setdefault(tuple(sorted(layer for layer, at in bad if at == block)), []).append(block)
-    for layers, blocks in groups.items():
-        harvest_blocks(cache, load_residual(cache, layers, model, config), blocks, config, replace=True)
+        groups.setdefault(tuple(sorted(site for site, at in bad if at == block)), []).append(block)
+    for sites, blocks in groups.items():
+        harvest_blocks(cache, load_residual(cache, sites, model, config), blocks, config, replace=True)
     return len(bad)

@@ -24,6 +24,7 @@ from torch import Tensor
 from shared.cache import BlockStats, Cache, slice_checksums
 from shared.compile import load
 from shared.files import page_aligned
+from shared.sites import Site
 from shared.stores import Staged
 
 FP16_MAX = 65504.0
@@ -54,7 +55,7 @@ class BlockWriter:
     def __init__(
         self,
         cache: Cache,
-        layers: tuple[int, ...],
+        sites: tuple[Site, ...],
         config: WriterConfig,
         *,
         pinned: bool,
@@ -63,19 +64,19 @@ class BlockWriter:
         by: str = "",
     ) -> None:
         """`by`: what the blocks are made on, for the ledger."""
-        self._cache, self._layers, self._done, self._replace, self._by = cache, layers, done, replace, by
-        shape = (len(layers), cache.spec.block_rows, cache.spec.d_model)
+        self._cache, self._sites, self._done, self._replace, self._by = cache, sites, done, replace, by
+        shape = (len(sites), cache.spec.block_rows, cache.spec.d_model)
         self._free: queue.Queue[Buffer] = queue.Queue()
         for _ in range(config.buffers):
             # Pinned memory is page aligned too, as direct writes want it.
             data = torch.empty(shape, dtype=torch.float16, pin_memory=True) if pinned else page_aligned(*shape)
-            self._free.put(Buffer(data=data, nonfinite=torch.zeros(len(layers), dtype=torch.int64, pin_memory=pinned)))
+            self._free.put(Buffer(data=data, nonfinite=torch.zeros(len(sites), dtype=torch.int64, pin_memory=pinned)))
         self._waiter = ThreadPoolExecutor(1, "waiter")
         self._disk = ThreadPoolExecutor(config.threads, "disk")
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
         self._lock = threading.Lock()
-        self._staged: dict[tuple[int, int], Staged] = {}  # {layer, block: bytes on the disk that are not committed yet}
+        self._staged: dict[tuple[Site, int], Staged] = {}  # {layer, block: bytes on the disk that are not committed yet}
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -99,13 +100,13 @@ class BlockWriter:
     def submit(self, block: int, buffer: Buffer, ready: Callable[[], None] | None = None) -> None:
         """Write a filled buffer; `ready`, called in a thread, returns when it has arrived. The writer gives the buffer back."""
         self._check()
-        job = _BlockJob(block=block, buffer=buffer, left=len(self._layers))
+        job = _BlockJob(block=block, buffer=buffer, left=len(self._sites))
         self._waiter.submit(self._guarded, self._begin, job, ready)
 
     def _begin(self, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
         if ready is not None:
             ready()
-        for index in range(len(self._layers)):
+        for index in range(len(self._sites)):
             self._disk.submit(self._guarded, self._write, job, index)
 
     def _guarded(self, work: Callable[..., None], *args: Any) -> None:
@@ -115,28 +116,28 @@ class BlockWriter:
             self._error = self._error or error
 
     def _write(self, job: "_BlockJob", index: int) -> None:
-        layer = self._layers[index]
-        staged = self._cache.stage_block(layer, job.block, job.buffer.data[index].numpy(), replace=self._replace)
+        site = self._sites[index]
+        staged = self._cache.stage_block(site, job.block, job.buffer.data[index].numpy(), replace=self._replace)
         with self._lock:
-            job.staged[layer] = self._staged[layer, job.block] = staged
+            job.staged[site] = self._staged[site, job.block] = staged
         self._arithmetic.submit(self._guarded, self._take_stats, job, index)  # now: what lies there may be another harvest's
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
         buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
         stats = block_stats(buffer.data[index].numpy(), int(buffer.nonfinite[index]), slice_rows, buffer.tokens)
         with job.lock:
-            job.stats[self._layers[index]] = dataclasses.replace(stats, by=self._by)
+            job.stats[self._sites[index]] = dataclasses.replace(stats, by=self._by)
             job.left -= 1
             last = job.left == 0
         if last:
             self._commit(job)
 
     def _commit(self, job: "_BlockJob") -> None:
-        stats = {layer: job.stats[layer] for layer in self._layers}
+        stats = {site: job.stats[site] for site in self._sites}
         self._cache.commit(job.block, stats, job.staged, replace=self._replace)
         with self._lock:
-            for layer in self._layers:
-                del self._staged[layer, job.block]
+            for site in self._sites:
+                del self._staged[site, job.block]
         self._free.put(job.buffer)
         self._done(job.block)
 
@@ -153,8 +154,8 @@ class _BlockJob:
     buffer: Buffer
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    staged: dict[int, Staged] = field(default_factory=dict)
-    stats: dict[int, BlockStats] = field(default_factory=dict)
+    staged: dict[Site, Staged] = field(default_factory=dict)
+    stats: dict[Site, BlockStats] = field(default_factory=dict)
 
 
 def block_stats(data: NDArray[np.float16], nonfinite: int, slice_rows: int, tokens: str = "") -> BlockStats:

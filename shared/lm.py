@@ -18,6 +18,7 @@ from transformers.utils import logging
 from shared.cache import Cache
 from shared.device import bfloat16_is_slow
 from shared.errors import UserError
+from shared.sites import ANY, HOOKS, Site
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
@@ -260,6 +261,19 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     raise UserError(
         f"{type(base).__name__} is not of the NeoX, GPT-2 or Llama families (its decoder blocks were not found); use another"
     )
+
+
+def hook_module(model: nn.Module, site: Site) -> nn.Module:
+    """The module of a base model whose output is the site's activations. Raises UserError where the model has none."""
+    blocks = find_blocks(model)[1]
+    if site.layer >= len(blocks):
+        raise UserError(f"layer {site.layer} does not exist: the model has layers 0-{len(blocks) - 1}")
+    rows, family = HOOKS[site.hook], cast(PretrainedConfig, model.config).model_type
+    name = rows.get(ANY, rows.get(family))
+    if name is None:
+        known = ", ".join(sorted(rows))
+        raise UserError(f"{site.hook} is not known of a {family} model: harvest another hook, or a model of {known}")
+    return blocks[site.layer].get_submodule(name)
 
 
 def wide_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fleet import cluster
+from shared.sites import parse_sites
 from shared.stores import Bucket
 from shared.stores.mirror import Mirror, fetched
 from tests.bucket import KEY, SECRET, Server, serving
@@ -94,7 +95,7 @@ def test_how_far_a_fleet_is_is_read_in_the_bucket(bucket_cache: str, s3_server: 
     runs = Bucket.parse(s3_server.place())
     for name in ("sae_layer01_final.pt", "sae_layer01_3413.pt", "sae_layer02_final.pt", "config.json"):
         s3.S3(runs / "a").write(name, b"")
-    assert cluster._checkpoints([runs / "a", runs / "b"], (0, 1)) == (2, 24, "checkpoints")
+    assert cluster._checkpoints([runs / "a", runs / "b"], parse_sites("0,1")) == (2, 24, "checkpoints")
 
 
 def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(

@@ -12,10 +12,11 @@ from shared.device import pick_device
 from shared.errors import UserError
 from shared.presets import get_preset
 from shared.progress import say
+from shared.sites import Site, format_sites, parse_sites
 from shared.stores import Bucket, Location
 from shared.stores.mirror import Mirror, local
 from shared.stores.scratch import ScratchConfig
-from shared.units import Shard, format_layers, parse_count, parse_layers, parse_shard
+from shared.units import Shard, parse_count, parse_shard
 from train.loader import FOLLOW_POLL
 from train.recipes import PUBLISHED, RECIPES
 from train.sparsity.settings import parse_settings
@@ -92,9 +93,9 @@ def main(
     if options["follow"]:
         _await_tokens(where)
     opened = Cache.open(where, scratch)
-    layers = parse_layers(options["layers"]) if options["layers"] else _not_freed(opened)
-    layers = layers[shard.index :: shard.count]
-    if not layers:
+    sites = parse_sites(options["layers"]) if options["layers"] else _not_freed(opened)
+    sites = sites[shard.index :: shard.count]
+    if not sites:
         return say(f"shard {shard} has no layer to train: there are fewer of them than shards", err=True)
     chosen: dict[str, Any] = {k: v if options[k] is None else options[k] for k, v in RECIPES[options["recipe"]].items()}
     changed = {k: options[k] for k in ("expansion", "batch", "lr", "lr_warmup", "window_blocks") if options[k] is not None}
@@ -131,9 +132,9 @@ def main(
     name = Path(opened.spec.model).name
     if listing:
         return say("\n".join(str(run.path) for run in run_folders(name, settings, config, run_options)))
-    if not train(opened, name, layers, settings, config, run_options):
+    if not train(opened, name, sites, settings, config, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
-    say(f"trained layers {format_layers(layers)} into {runs}/", err=True)
+    say(f"trained layers {format_sites(sites)} into {runs}/", err=True)
 
 
 def _await_tokens(path: Location) -> None:
@@ -144,14 +145,14 @@ def _await_tokens(path: Location) -> None:
         time.sleep(FOLLOW_POLL)
 
 
-def _not_freed(cache: Cache) -> tuple[int, ...]:
+def _not_freed(cache: Cache) -> tuple[Site, ...]:
     """All layers that can be trained. Raises UserError if there is none."""
     freed = cache.freed()
-    if freed == cache.layers:
+    if freed == cache.sites:
         raise cache.freed_error(freed)
     if freed:
-        say(f"note: layers {format_layers(freed)} were freed and are left out", err=True)
-    return tuple(layer for layer in cache.layers if layer not in freed)
+        say(f"note: layers {format_sites(freed)} were freed and are left out", err=True)
+    return tuple(site for site in cache.sites if site not in freed)
 
 
 if __name__ == "__main__":

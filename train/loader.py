@@ -40,6 +40,7 @@ from shared.files import page_aligned
 from shared.progress import say
 from shared.runs.rows import ALL, Rows, fill
 from shared.shuffle import epoch_slices, window_rows
+from shared.sites import Site
 
 _SPREAD = 0.7  # share of a window's time over which the next but one is read
 _TURNS = 4  # that a reader thread has in a window, at least: with fewer, the last ones of a window would be waited for
@@ -113,7 +114,7 @@ class ActivationLoader:
     def __init__(
         self,
         cache: Cache,
-        layer: int,
+        site: Site,
         config: LoaderConfig,
         device: torch.device,
         *,
@@ -121,7 +122,7 @@ class ActivationLoader:
         last: int,
         asked: Callable[[], bool] | None = None,
     ) -> None:
-        self._cache, self._layer, self._config, self._device = cache, layer, config, device
+        self._cache, self._site, self._config, self._device = cache, site, config, device
         self._first, self._last, self._asked, self._ended = first, last, asked, threading.Event()
         spec = cache.spec
         self._hurry = threading.Event()  # a window is waited for
@@ -199,7 +200,7 @@ class ActivationLoader:
                 return False
             if left and not said and time.perf_counter() - began > _LATE:
                 said = True
-                say(f"layer {self._layer}: waiting for blocks that are not harvested yet", err=True)
+                say(f"layer {self._site}: waiting for blocks that are not harvested yet", err=True)
         return True
 
     def _windows(self, at: int) -> Iterator[_Window]:
@@ -289,10 +290,10 @@ class ActivationLoader:
     def _read_slice(self, block: int, index: int, target: Tensor) -> NDArray[np.bool_]:
         data = target.numpy()
         if self._asked is not None and block not in self._known:
-            while not self._cache.has_block((self._layer,), block):
+            while not self._cache.has_block((self._site,), block):
                 if self._ended.wait(FOLLOW_POLL):
                     raise CancelledError
-        self._cache.read_slice(self._layer, block, index, data)
+        self._cache.read_slice(self._site, block, index, data)
         if self._config.check:
             self._check(block, index, data)
         if self._config.rows.all:
@@ -304,6 +305,6 @@ class ActivationLoader:
     def _check(self, block: int, index: int, data: NDArray[np.float16]) -> None:
         if (known := self._known.get(block)) is not None:
             with contextlib.suppress(UserError):  # the block may have been repaired since: its entry as it is now decides
-                return self._cache.check_slice(self._layer, block, index, data, known)
-        known = self._known[block] = self._cache.stats(self._layer, block)
-        self._cache.check_slice(self._layer, block, index, data, known)
+                return self._cache.check_slice(self._site, block, index, data, known)
+        known = self._known[block] = self._cache.stats(self._site, block)
+        self._cache.check_slice(self._site, block, index, data, known)

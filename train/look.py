@@ -14,6 +14,7 @@ from torch import Tensor
 from shared.cache import Cache
 from shared.runs.rows import Rows, norms, nothing_left
 from shared.shuffle import epoch_slices
+from shared.sites import Site
 
 LONG = 10  # times the median norm
 FLATTERS = 0.5  # share of variance in one direction, in first positions or in long rows, from which FVU says little
@@ -34,7 +35,7 @@ class Look:
     left_out: float  # share of all rows looked at that are not trained on
 
     @classmethod
-    def at(cls, cache: Cache, layer: int, seed: int, *, skip_positions: int = 0, max_norm: float | None = None) -> Self:
+    def at(cls, cache: Cache, site: Site, seed: int, *, skip_positions: int = 0, max_norm: float | None = None) -> Self:
         """At as many rows as a block has, from slices with which training begins: a pure function of the cache and these
         numbers. Raises UserError for what cannot be read, and where no row would be left."""
         spec = cache.spec
@@ -43,8 +44,8 @@ class Look:
         for block, index in (divmod(number, spec.slices) for number in numbers.tolist()):
             places = cache.block_order(block)[index * spec.slice_rows : (index + 1) * spec.slice_rows]
             data = np.empty((len(places), spec.d_model), dtype=np.float16)
-            cache.read_slice(layer, block, index, data)
-            cache.check_slice(layer, block, index, data, cache.stats(layer, block))
+            cache.read_slice(site, block, index, data)
+            cache.check_slice(site, block, index, data, cache.stats(site, block))
             rows.append(torch.from_numpy(data))
             positions.append(torch.from_numpy(places % spec.context))
         return cls.of(torch.cat(rows), torch.cat(positions), skip_positions, max_norm)

@@ -20,9 +20,10 @@ from shared.runs.run import SNAPSHOTS, Run, cache_identity, run_config, snapshot
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL
 from shared.shuffle import epoch_slices
+from shared.sites import Site, format_sites
 from shared.stop import finishing
 from shared.stores.mirror import Mirror
-from shared.units import format_bytes, format_layers
+from shared.units import format_bytes
 from train.kernels.base import TorchKernels, Workspace
 from train.loader import FOLLOW_POLL, ActivationLoader, LoaderConfig
 from train.look import Look
@@ -96,14 +97,14 @@ class RunOptions:
 
 
 def train(
-    cache: Cache, name: str, layers: tuple[int, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
+    cache: Cache, name: str, sites: tuple[Site, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
 ) -> bool:
     """Train every layer at every setting; continue what was begun. Returns whether all of them finished.
 
     Raises UserError for what cannot be done, before anything is written, and where the disk does not take a file.
     SIGTERM and Ctrl-C are raised when the step in hand is done and its state saved.
     """
-    _require_trainable(cache, layers, settings, config, options)
+    _require_trainable(cache, sites, settings, config, options)
     identity = cache_identity(cache)
     runs = run_folders(name, settings, config, options)
     plans = list(zip(runs, [_run_config(setting, config, identity) for setting in settings], strict=True))
@@ -112,19 +113,19 @@ def train(
     for run, wanted in plans:
         run.pull_config()
         run.require_same(wanted)
-    _require_space(cache, runs, layers, config, options.runs)
+    _require_space(cache, runs, sites, config, options.runs)
     machine = _machine(options.device)
     try:
         with finishing() as asked, contextlib.ExitStack() as owned:
             for run, wanted in plans:
-                owned.enter_context(run.claim(layers))
-                run.pull(layers)
+                owned.enter_context(run.claim(sites))
+                run.pull(sites)
                 run.create(wanted, machine)
             announce(options.device)
             _note_other_machine(runs, machine)
             kernels = pick_kernels(config.step.precision, options.device)
             pairs = list(zip(runs, settings, strict=True))
-            return _train_layers(cache, layers, pairs, config, options, kernels, asked)
+            return _train_layers(cache, sites, pairs, config, options, kernels, asked)
     except OSError as error:
         raise UserError(
             f"cannot write to {options.runs} ({error}): put that right and run the same command again to continue"
@@ -133,7 +134,7 @@ def train(
 
 def _train_layers(
     cache: Cache,
-    layers: tuple[int, ...],
+    sites: tuple[Site, ...],
     runs: list[tuple[Run, Setting]],
     config: TrainConfig,
     options: RunOptions,
@@ -142,22 +143,22 @@ def _train_layers(
 ) -> bool:
     whole = True
     with Saver(options.device, most=len(runs)) as saver:
-        for layer in layers:
+        for site in sites:
             if asked():
                 break
-            whole &= _LayerJob(cache, layer, runs, config, options, kernels, saver, asked).run()
+            whole &= _LayerJob(cache, site, runs, config, options, kernels, saver, asked).run()
     return whole
 
 
 def _require_trainable(
-    cache: Cache, layers: tuple[int, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
+    cache: Cache, sites: tuple[Site, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
 ) -> None:
     spec = cache.spec
-    absent = [layer for layer in layers if layer not in cache.layers]
+    absent = [site for site in sites if site not in cache.sites]
     if absent:
         raise UserError(
-            f"layers {format_layers(absent)} are not in {cache.path}, which has {format_layers(cache.layers)}: "
-            f"add them with `python -m harvest --layers {format_layers(absent)}`"
+            f"layers {format_sites(absent)} are not in {cache.path}, which has {format_sites(cache.sites)}: "
+            f"add them with `python -m harvest --layers {format_sites(absent)}`"
         )
     if config.tokens > spec.train_tokens * options.epochs:
         raise UserError(
@@ -175,12 +176,12 @@ def _require_trainable(
         )
     if options.tensorboard:
         _summary_writer()
-    if freed := set(layers).intersection(cache.freed()):
+    if freed := set(sites).intersection(cache.freed()):
         raise cache.freed_error(freed)
-    for layer in () if options.follow else layers:
-        missing = sum(map(len, cache.missing((layer,)).values()))
+    for site in () if options.follow else sites:
+        missing = sum(map(len, cache.missing((site,)).values()))
         if missing:
-            raise UserError(f"layer {layer} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
+            raise UserError(f"layer {site} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
 
 def run_folders(name: str, settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions) -> list[Run]:
@@ -206,15 +207,13 @@ def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:
             say(f"note: begun elsewhere ({', '.join(different)}): the same training, but not bit for bit", err=True)
 
 
-def _require_space(cache: Cache, runs: list[Run], layers: tuple[int, ...], config: TrainConfig, where: Path) -> None:
+def _require_space(cache: Cache, runs: list[Run], sites: tuple[Site, ...], config: TrainConfig, where: Path) -> None:
     """Snapshots of all layers, the resume states of one, and the state that is written before it replaces another."""
     d = cache.spec.d_model
     weights = 2 * config.expansion * d * d * 4
-    snapshots = [
-        run.snapshot_path(layer, label) for run in runs for layer in layers for label in snapshot_tokens(config.tokens)
-    ]
+    snapshots = [run.snapshot_path(site, label) for run in runs for site in sites for label in snapshot_tokens(config.tokens)]
     due = sum(not path.exists() for path in snapshots)
-    states = [run.state_path(layer) for run in runs for layer in layers]
+    states = [run.state_path(site) for run in runs for site in sites]
     there = min(sum(path.stat().st_size for path in states if path.exists()), len(runs) * 3 * weights)
     needed = due * weights + ((len(runs) + 1) * 3 * weights - there if due else 0)
     free = free_bytes(where)
@@ -236,7 +235,7 @@ class _LayerJob:
     def __init__(
         self,
         cache: Cache,
-        layer: int,
+        site: Site,
         runs: list[tuple[Run, Setting]],
         config: TrainConfig,
         options: RunOptions,
@@ -245,31 +244,31 @@ class _LayerJob:
         asked: Callable[[], bool],
     ) -> None:
         """`asked` says whether to stop."""
-        self._cache, self._layer, self._config, self._options, self._saver = cache, layer, config, options, saver
+        self._cache, self._site, self._config, self._options, self._saver = cache, site, config, options, saver
         self._asked = asked
-        due = [(run, setting, run.due(layer)) for run, setting in runs]
+        due = [(run, setting, run.due(site)) for run, setting in runs]
         for run, _, labels in due:
             if not labels:
-                run.drop_state(layer)  # left over if the last run was killed right at its end
+                run.drop_state(site)  # left over if the last run was killed right at its end
         self._jobs: list[_SaeJob] = []
         if not any(labels for _, _, labels in due):
             return
         if options.follow and not self._first_window():
             return
-        look = Look.at(cache, layer, config.seed, skip_positions=config.skip_positions, max_norm=config.max_norm)
+        look = Look.at(cache, site, config.seed, skip_positions=config.skip_positions, max_norm=config.max_norm)
         self._rows = Rows.of(dataclasses.asdict(config), dataclasses.asdict(look))
-        say(f"layer {layer}: {look}", err=True)
+        say(f"layer {site}: {look}", err=True)
         for run, setting, labels in due:
             if labels:
-                self._jobs.append(_SaeJob(run, setting, cache, layer, labels, look, config, options, kernels, saver))
+                self._jobs.append(_SaeJob(run, setting, cache, site, labels, look, config, options, kernels, saver))
 
     def _first_window(self) -> bool:
         """Wait for the blocks with which training begins; False if it was asked to stop meanwhile."""
         spec, window = self._cache.spec, self._config.window_blocks * self._cache.spec.slices
         first = epoch_slices(spec.train_blocks, spec.slices, seed=self._config.seed, epoch=0)[:window] // spec.slices
-        say(f"layer {self._layer}: following the harvest", err=True)
+        say(f"layer {self._site}: following the harvest", err=True)
         for block in first.tolist():
-            while not self._cache.has_block((self._layer,), block):
+            while not self._cache.has_block((self._site,), block):
                 if self._asked():
                     return False
                 time.sleep(FOLLOW_POLL)
@@ -284,7 +283,7 @@ class _LayerJob:
         first = min(job.sae.step_count for job in self._jobs)
         loader = ActivationLoader(
             self._cache,
-            self._layer,
+            self._site,
             LoaderConfig(
                 batch=config.batch,
                 window_blocks=config.window_blocks,
@@ -304,7 +303,7 @@ class _LayerJob:
         slots = len(self._jobs) if ahead else 1
         workspace = Workspace(config.batch, self._cache.spec.d_model, features, config.step.precision, device, slots=slots)
         clock = _Clock(loader)
-        title = f"training layer {self._layer}"
+        title = f"training layer {self._site}"
         with (
             contextlib.ExitStack() as open_,
             Progress(title, config.steps * config.batch, "tokens", start=first * config.batch) as progress,
@@ -366,7 +365,7 @@ class _SaeJob:
         run: Run,
         setting: Setting,
         cache: Cache,
-        layer: int,
+        site: Site,
         due: list[str],
         look: Look,
         config: TrainConfig,
@@ -375,10 +374,11 @@ class _SaeJob:
         saver: Saver,
     ) -> None:
         """`due` are the labels of the snapshots to be made; others are there already."""
-        self._run, self._layer, self._config, self._options, self._saver = run, layer, config, options, saver
+        self._run, self._site, self._config, self._options, self._saver = run, site, config, options, saver
         self._look = look
         d = cache.spec.d_model
-        self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed=config.seed * 1000 + layer)
+        seed = config.seed * 1000 + site.layer
+        self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed)
         self._control = setting.control(config.refit_from, config.controller, hold=holds_l0(dataclasses.asdict(config)))
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
@@ -398,14 +398,14 @@ class _SaeJob:
             self.sae.load_state(tensors, facts["step"])
             self._control.state = type(self._control.state)(**facts["l1"])
         elif why:
-            say(f"{self._run.name} layer {self._layer}: {why}; trained again from its start", err=True)
-        self._run.rewind_metrics(self._layer, self.sae.step_count)
+            say(f"{self._run.name} layer {self._site}: {why}; trained again from its start", err=True)
+        self._run.rewind_metrics(self._site, self.sae.step_count)
 
     def _find_state(self) -> tuple[tuple[dict[str, torch.Tensor], dict[str, Any]] | None, str]:
         """A state to go on from, or why there is none where that is worth saying. All that is due must come after it."""
         first, labels = min(self._snapshots), ", ".join(self._snapshots.values())
         try:
-            found = self._run.load_state(self._layer)
+            found = self._run.load_state(self._site)
         except Damaged as error:
             return None, str(error)
         if found is not None and first <= found[1]["step"]:
@@ -449,7 +449,7 @@ class _SaeJob:
         if done in self._snapshots:
             self._snapshot(self._snapshots[done], result, l1)
         if done == self._config.steps:
-            self._saver.submit({}, lambda _: self._run.drop_state(self._layer))
+            self._saver.submit({}, lambda _: self._run.drop_state(self._site))
         elif save:
             self._save(self._facts())
 
@@ -476,7 +476,7 @@ class _SaeJob:
             "tokens_per_second": round(clock.tokens_per_second, 1),
             "wait_share": round(clock.wait_share, 4),
         }
-        self._run.append_metrics(self._layer, record)
+        self._run.append_metrics(self._site, record)
         if self._board is not None:
             for key in record.keys() - {"step", "tokens"}:
                 self._board.add_scalar(key, record[key], record["tokens"])
@@ -492,13 +492,14 @@ class _SaeJob:
             "alive": self._alive(),
             "activations": dataclasses.asdict(self._look),
         }
-        about = {"layer": self._layer, "snapshot": label, "machine": _machine(self._options.device)}  # the run may be another's
+        # The machine, too: the run may have been begun on another one.
+        about = {"layer": self._site.json, "snapshot": label, "machine": _machine(self._options.device)}
         config = {k: v for k, v in self._run.config().items() if k != SEAL} | about
-        path = self._run.snapshot_path(self._layer, label)
+        path = self._run.snapshot_path(self._site, label)
         tensors = self.sae.snapshot(config, stats, self._control.threshold).tensors()
 
         def write(host: dict[str, torch.Tensor]) -> None:
-            self._run.sync_metrics(self._layer)  # before `final`, with which the layer counts as finished
+            self._run.sync_metrics(self._site)  # before `final`, with which the layer counts as finished
             Sae(**host, config=config, stats=stats).save(path)
             self._run.push(path)
 
@@ -514,7 +515,7 @@ class _SaeJob:
             self._save(self._facts())
 
     def _save(self, facts: dict[str, Any]) -> None:
-        self._saver.submit(self.sae.state(), lambda host: self._run.save_state(self._layer, host, facts))
+        self._saver.submit(self.sae.state(), lambda host: self._run.save_state(self._site, host, facts))
         self._saved = time.monotonic()
 
     def _stop(self, facts: dict[str, Any], result: StepResult) -> None:
@@ -523,17 +524,17 @@ class _SaeJob:
         self._save(facts)
         step = result.step + 1
         tokens = step * self._config.batch
-        self._run.append_metrics(self._layer, {"step": step, "tokens": tokens, "stopped": "not finite"})
+        self._run.append_metrics(self._site, {"step": step, "tokens": tokens, "stopped": "not finite"})
         say(
-            f"\nwarning: {self._run.name} layer {self._layer} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
-            f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._layer)}. Check the cache with "
+            f"\nwarning: {self._run.name} layer {self._site} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
+            f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._site)}. Check the cache with "
             "`python -m harvest verify`, or train with a lower --lr",
             err=True,
         )
 
     def _tensorboard(self) -> Any:
         """Points after this step, of a run that got further before it was killed, are taken back: they come again."""
-        folder = self._run.path / "tensorboard" / f"layer{self._layer:02d}"
+        folder = self._run.path / "tensorboard" / f"layer{self._site.key}"
         return _summary_writer()(str(folder), purge_step=self.sae.step_count * self._config.batch + 1)
 
     def close(self) -> None:

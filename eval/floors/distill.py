@@ -68,8 +68,8 @@ from shared.progress import Progress
 from shared.runs.run import Run, Snapshot
 from shared.runs.sae import Sae
 from shared.seal import canonical, seal, sealed
+from shared.sites import format_sites
 from shared.stop import finishing
-from shared.units import format_layers
 
 Record = dict[str, Any]
 _PREDICTORS = ("predicted", "naive", "log_width")
@@ -207,10 +207,10 @@ def _predictions(cache: Cache, options: DistillOptions, skipped: Skipped) -> lis
     with skipped.leaving_out():
         for run in find_runs(options.runs, cache, skipped):
             with skipped.leaving_out():
-                made = {s.layer: _predict(run, s, options) for s in {s.layer: s for s in run.snapshots()}.values()}
+                made = {s.site: _predict(run, s, options) for s in {s.site: s for s in run.snapshots()}.values()}
                 found += [record for record in made.values() if record]
-                if missing := [layer for layer, record in made.items() if not record]:
-                    layers = format_layers(missing)
+                if missing := [site for site, record in made.items() if not record]:
+                    layers = format_sites(missing)
                     raise UserError(
                         f"layers {layers} of {run.path} have not been evaluated: run `python -m eval`, then this again"
                     )
@@ -220,7 +220,7 @@ def _predictions(cache: Cache, options: DistillOptions, skipped: Skipped) -> lis
 def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Record:
     """Empty where this checkpoint was not evaluated. Raises UserError for a file that is damaged."""
     file = Sae.checksum(snapshot.path)
-    measured = measured_features(run, snapshot.layer, snapshot.label, file)
+    measured = measured_features(run, snapshot.site, snapshot.label, file)
     if measured is None:
         return {}
     features, tokens = measured
@@ -229,7 +229,7 @@ def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Record:
     return {
         "run": run.name,
         "run_digest": run.config()["digest"],
-        "layer": snapshot.layer,
+        "layer": snapshot.site.json,
         "snapshot": snapshot.label,
         "file": file,
         "tokens": tokens,

@@ -44,8 +44,8 @@ from shared.runs.rows import ALL, Rows
 from shared.runs.run import Run, Snapshot, cache_identity, snapshot_tokens
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL, seal, sealed
+from shared.sites import Site, format_sites
 from shared.stop import finishing
-from shared.units import format_layers
 
 Record = dict[str, Any]
 _BASIS = ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation")  # what a record rests on
@@ -126,18 +126,18 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
         with skipped.leaving_out():
             stores[run.name] = _Store(run)
     todo = [(store, s) for store in stores.values() for s in store.missing(config, skipped)]
-    gone = {s.layer for _, s in todo} - set(cache.layers)
+    gone = {s.site for _, s in todo} - set(cache.sites)
     if gone:  # as planned where layers are harvested, trained and deleted in turn
-        say(f"layers {format_layers(gone)} are not in {cache.path}: what was measured of them before is kept", err=True)
-    todo = [(store, s) for store, s in todo if s.layer not in gone]
+        say(f"layers {format_sites(gone)} are not in {cache.path}: what was measured of them before is kept", err=True)
+    todo = [(store, s) for store, s in todo if s.site not in gone]
     if todo:
         lm = _language_model(cache, config)
         announce(config.device)
         with finishing() as asked, Progress("evaluating", len(todo), "SAEs") as progress:
-            for layer in sorted({s.layer for _, s in todo}):
+            for site in sorted({s.site for _, s in todo}):
                 with skipped.leaving_out():
                     _evaluate_layer(
-                        cache, layer, [pair for pair in todo if pair[1].layer == layer], lm, config, skipped, progress, asked
+                        cache, site, [pair for pair in todo if pair[1].site == site], lm, config, skipped, progress, asked
                     )
     for store in stores.values():
         store.tabulate()
@@ -152,7 +152,7 @@ def _language_model(cache: Cache, config: EvalConfig) -> SplicedModel:
 
 def _evaluate_layer(
     cache: Cache,
-    layer: int,
+    site: Site,
     snapshots: list[tuple["_Store", Snapshot]],
     lm: SplicedModel,
     config: EvalConfig,
@@ -166,17 +166,17 @@ def _evaluate_layer(
         opened = []
         for store, snapshot in group:
             with skipped.leaving_out():
-                belongs = store.run.belongs(snapshot.layer, snapshot.label)
+                belongs = store.run.belongs(snapshot.site, snapshot.label)
                 sae = Sae.load(snapshot.path, cache.spec.d_model, belongs=belongs)
                 opened.append((store, snapshot, belongs, sae.to(config.device)))
         progress.advance(len(group) - len(opened))
         for rows in dict.fromkeys(sae.rows for *_, sae in opened):
-            _measure_group(cache, layer, rows, [one for one in opened if one[-1].rows == rows], lm, config, progress)
+            _measure_group(cache, site, rows, [one for one in opened if one[-1].rows == rows], lm, config, progress)
 
 
 def _measure_group(
     cache: Cache,
-    layer: int,
+    site: Site,
     rows: Rows,
     opened: list[tuple["_Store", Snapshot, dict[str, Any], Sae]],
     lm: SplicedModel,
@@ -186,15 +186,15 @@ def _measure_group(
     saes = [sae for *_, sae in opened]
     whole = -(-config.eval_tokens // cache.spec.block_rows) + 1  # blocks, and what comes after them
     activations, found = heldout(
-        cache, layer, saes, lm, config.eval_tokens, rows, config.ablation, lambda: progress.advance(len(saes) / whole)
+        cache, site, saes, lm, config.eval_tokens, rows, config.ablation, lambda: progress.advance(len(saes) / whole)
     )
     for (store, snapshot, belongs, sae), (tally, losses) in zip(opened, found, strict=True):
         metrics, features = tally.finish(activations, config.dead_at, config.alive_above)
-        path = features_path(store.run, layer, snapshot.label)
+        path = features_path(store.run, site, snapshot.label)
         save_features(path, features, tokens=tally.tokens, file=sae.stats[SEAL])
         record = {
             "run": belongs["digest"],
-            "layer": layer,
+            "layer": site.json,
             "snapshot": snapshot.label,
             "trained_tokens": sae.stats["tokens"],
             "lambda": sae.stats["lambda"],
@@ -204,12 +204,12 @@ def _measure_group(
             "file": sae.stats[SEAL],
         }
         store.add({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
-        progress.advance(1 / whole, f"layer {layer} {snapshot.label}")
+        progress.advance(1 / whole, f"layer {site} {snapshot.label}")
 
 
 def heldout(
     cache: Cache,
-    layer: int,
+    site: Site,
     saes: list[Sae],
     lm: SplicedModel,
     tokens: int,
@@ -219,16 +219,16 @@ def heldout(
 ) -> tuple[Activations, list[tuple[Tally, dict[str, Number]]]]:
     """One reading of a layer's held-out activations for all of these SAEs: each one's sums over tokens, and its losses in the
     language model. `after` is called after every block."""
-    activations, tallies = measure(heldout_blocks(cache, layer, tokens, rows), saes, cache.spec.context, after)
+    activations, tallies = measure(heldout_blocks(cache, site, tokens, rows), saes, cache.spec.context, after)
     ablations = [torch.zeros_like, constant(activations.all.mean)]
-    clean, (zero, mean, *spliced) = lm.losses(layer, [only(rows, replace) for replace in (*ablations, *map(through, saes))])
+    clean, (zero, mean, *spliced) = lm.losses(site, [only(rows, replace) for replace in (*ablations, *map(through, saes))])
     losses = [loss_metrics(clean, zero, mean, loss, ablation) for loss in spliced]
     return activations, list(zip(tallies, losses, strict=True))
 
 
-def features_path(run: Run, layer: int, label: str) -> Path:
+def features_path(run: Run, site: Site, label: str) -> Path:
     """Where the statistics of each feature of an SAE are; see eval.metrics.load_features."""
-    return run.path / "results" / "features" / f"layer{layer:02d}_{label}.safetensors"
+    return run.path / "results" / "features" / f"layer{site.key}_{label}.safetensors"
 
 
 def stored_records(run: Run) -> list[Record]:
@@ -236,26 +236,26 @@ def stored_records(run: Run) -> list[Record]:
     Raises UserError for results or a run that are damaged."""
     store = _Store(run)
     for snapshot in run.snapshots():
-        store.files[snapshot.layer, snapshot.label] = Sae.checksum(snapshot.path)
-    return [r for r in store.view(None) if store.files.get((r["layer"], r["snapshot"])) == r["file"]]
+        store.files[snapshot.site, snapshot.label] = Sae.checksum(snapshot.path)
+    return [r for r in store.view(None) if store.files.get((Site.of(r["layer"]), r["snapshot"])) == r["file"]]
 
 
-def measured(run: Run) -> dict[int, set[str]]:
+def measured(run: Run) -> dict[Site, set[str]]:
     """{layer: the labels of those of its snapshots that can be opened and were measured, on any text}. Raises UserError for
     results or a run that are damaged."""
-    store, found = _Store(run), dict[int, set[str]]()
-    known = {(r["layer"], r["snapshot"], r["file"]) for r in store._records}
+    store, found = _Store(run), dict[Site, set[str]]()
+    known = {(Site.of(r["layer"]), r["snapshot"], r["file"]) for r in store._records}
     for snapshot in run.snapshots():
         with contextlib.suppress(Damaged):
-            if (snapshot.layer, snapshot.label, Sae.checksum(snapshot.path)) in known:
-                found.setdefault(snapshot.layer, set()).add(snapshot.label)
+            if (snapshot.site, snapshot.label, Sae.checksum(snapshot.path)) in known:
+                found.setdefault(snapshot.site, set()).add(snapshot.label)
     return found
 
 
-def measured_features(run: Run, layer: int, label: str, file: str) -> tuple[Features, int] | None:
+def measured_features(run: Run, site: Site, label: str, file: str) -> tuple[Features, int] | None:
     """The statistics of each feature of the checkpoint with the checksum `file`, and of how many tokens; None where it was not
     evaluated. Raises UserError where they are damaged."""
-    path = features_path(run, layer, label)
+    path = features_path(run, site, label)
     if not path.exists():
         return None
     features, facts = load_features(path)
@@ -270,7 +270,7 @@ class _Store:
         self.run, self._path = run, run.path / "results" / "metrics.json"
         config = run.config()
         self._labels, self._digest = list(snapshot_tokens(config["train"]["tokens"])), config["digest"]
-        self.files: dict[tuple[int, str], str] = {}  # {(layer, snapshot): checksum of the checkpoint that is there}
+        self.files: dict[tuple[Site, str], str] = {}  # {(layer, snapshot): checksum of the checkpoint that is there}
         self._records = self._read()
 
     def _read(self) -> list[Record]:
@@ -290,7 +290,7 @@ class _Store:
         """The checkpoints that are there and have no record under this config."""
         missing = []
         for snapshot in self.run.snapshots():
-            key = snapshot.layer, snapshot.label
+            key = snapshot.site, snapshot.label
             with skipped.leaving_out():
                 self.files[key] = ""  # if it cannot be read
                 self.files[key] = Sae.checksum(snapshot.path)
@@ -327,9 +327,9 @@ class _Store:
         """By layer and age; of one snapshot the record of the file that is there first, and then the one on the most text."""
 
         def place(r: Record) -> tuple[Any, ...]:
-            other = r["file"] != self.files.get((r["layer"], r["snapshot"]), r["file"])
+            other = r["file"] != self.files.get((Site.of(r["layer"]), r["snapshot"]), r["file"])
             return (
-                r["layer"],
+                Site.of(r["layer"]),
                 self._labels.index(r["snapshot"]),
                 other,
                 -r["eval_tokens"],
@@ -343,7 +343,7 @@ class _Store:
     def _named(self) -> dict[str, Record]:
         named: dict[str, Record] = {}
         for r in self._records:
-            name = f"layer{r['layer']:02d}_{r['snapshot']}"
+            name = f"layer{Site.of(r['layer']).key}_{r['snapshot']}"
             named[f"{name}@{'+'.join(map(str, _basis(r)))}#{r['file']}" if name in named else name] = r
         return named
 
@@ -366,7 +366,7 @@ class _Store:
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
-    return record["layer"], record["snapshot"], record["file"], *_basis(record)
+    return Site.of(record["layer"]), record["snapshot"], record["file"], *_basis(record)
 
 
 def _basis(record: Record) -> tuple[Any, ...]:

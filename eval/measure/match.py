@@ -20,13 +20,14 @@ from shared.files import make_dir, publish_json
 from shared.runs.run import FINAL, Run, Snapshot
 from shared.runs.sae import Sae
 from shared.seal import SEAL
+from shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Matched:
     """One SAE's features among another's."""
 
-    layer: int
+    site: Site
     snapshot: str
     among: str  # which SAE the features were looked for in
     alive_only: bool  # of both; else densities of one were not there
@@ -37,8 +38,8 @@ class Matched:
 
 def match_to_final(run: Run, alive_above: float, device: torch.device) -> list[Matched]:
     """Each earlier snapshot's features among those of the layer's final SAE. Raises UserError if no layer has both."""
-    finals = {s.layer: s for s in run.snapshots() if s.label == FINAL}
-    pairs = [(s, finals[s.layer]) for s in run.snapshots() if s.label != FINAL and s.layer in finals]
+    finals = {s.site: s for s in run.snapshots() if s.label == FINAL}
+    pairs = [(s, finals[s.site]) for s in run.snapshots() if s.label != FINAL and s.site in finals]
     if not pairs:
         raise UserError(f"{run.path} has no layer with an earlier snapshot and a final one: train it to its end first")
     found = [_match((run, mine), (run, final), FINAL, alive_above, device) for mine, final in pairs]
@@ -48,8 +49,8 @@ def match_to_final(run: Run, alive_above: float, device: torch.device) -> list[M
 def match_runs(mine: Run, theirs: Run, alive_above: float, device: torch.device) -> list[Matched]:
     """The features of every snapshot among those of the other run's snapshot of the same layer and name. Raises UserError if
     there is none."""
-    others = {(s.layer, s.label): s for s in theirs.snapshots()}
-    pairs = [(s, others[s.layer, s.label]) for s in mine.snapshots() if (s.layer, s.label) in others]
+    others = {(s.site, s.label): s for s in theirs.snapshots()}
+    pairs = [(s, others[s.site, s.label]) for s in mine.snapshots() if (s.site, s.label) in others]
     if not pairs:
         raise UserError(f"{mine.path} and {theirs.path} have no snapshot of the same layer and name: there is nothing to match")
     name = f"{theirs.name}-seed{theirs.config()['train'].get('seed')}"
@@ -67,14 +68,14 @@ def _match(
     if alive is not None and other_alive is not None:
         rows, other_rows = rows[alive], other_rows[other_alive]
     found = dataclasses.asdict(match(rows, other_rows))
-    return Matched(layer=mine[1].layer, snapshot=mine[1].label, among=among, alive_only=alive_only, **found)
+    return Matched(site=mine[1].site, snapshot=mine[1].label, among=among, alive_only=alive_only, **found)
 
 
 def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Decoder rows [F, d], and which of them are alive [F] if that was measured."""
-    sae = Sae.load(snapshot.path, belongs=run.belongs(snapshot.layer, snapshot.label))
+    sae = Sae.load(snapshot.path, belongs=run.belongs(snapshot.site, snapshot.label))
     rows = sae.w_dec.to(device)
-    measured = measured_features(run, snapshot.layer, snapshot.label, sae.stats[SEAL])
+    measured = measured_features(run, snapshot.site, snapshot.label, sae.stats[SEAL])
     return rows, None if measured is None else (measured[0].density > alive_above).to(device)
 
 
@@ -91,7 +92,7 @@ def match_table(found: list[Matched]) -> str:
             ("-" if v is None else form.format(v)) for v, form in ((m.mean_max_cosine, "{:.4f}"), (m.matched, "{:.2%}"))
         )
         note = "" if m.alive_only else " (dead features included: not evaluated yet)"
-        lines.append(f"{m.layer:>5}  {m.snapshot:>10}  {m.features:>8}  {mean:>15}  {share:>9}  {m.among}{note}")
+        lines.append(f"{m.site:>5}  {m.snapshot:>10}  {m.features:>8}  {mean:>15}  {share:>9}  {m.among}{note}")
     return "\n".join(lines)
 
 

@@ -63,6 +63,7 @@ from shared.files import make_dir, publish_file
 from shared.runs.rows import ALL, Rows
 from shared.runs.sae import Sae
 from shared.seal import seal, sealed
+from shared.sites import Site
 
 DEAD_AT = 1e-5  # density
 MATCHED_ABOVE = 0.7  # cosine from which two features are called the same: Paulo & Belrose, arXiv:2501.16615
@@ -84,7 +85,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def heldout_blocks(cache: Cache, layer: int, tokens: int, rows: Rows = ALL) -> Iterator[Block]:
+def heldout_blocks(cache: Cache, site: Site, tokens: int, rows: Rows = ALL) -> Iterator[Block]:
     """The held-out activations of a layer, a block at a time, on the CPU: of the first `tokens` those that are among `rows`. A
     block's rows are permuted, so its first are a fair sample. Raises UserError for blocks that are not there or damaged."""
     spec = cache.spec
@@ -92,7 +93,7 @@ def heldout_blocks(cache: Cache, layer: int, tokens: int, rows: Rows = ALL) -> I
         n = min(spec.block_rows, tokens - (block - spec.train_blocks) * spec.block_rows)
         if n <= 0:
             return
-        x = torch.from_numpy(cache.whole_block(layer, block))[:n]
+        x = torch.from_numpy(cache.whole_block(site, block))[:n]
         positions = torch.from_numpy(cache.block_order(block) % spec.context)[:n]
         kept = slice(None) if rows.all else rows.kept(x, positions)
         yield x[kept], positions[kept]

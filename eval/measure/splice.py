@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shared.lm import find_blocks, load_model, widen
+from shared.lm import find_blocks, hook_module, load_model, widen
 from shared.runs.rows import Rows
 from shared.runs.sae import Sae
+from shared.sites import Site
 
 Replacement = Callable[[Tensor], Tensor]
 Output = Tensor | tuple[Tensor, ...]  # of a block: some families wrap it
@@ -39,24 +40,26 @@ class SplicedModel:
         self._lm = load_model(model, revision, precision, head=True).to(device)
         widen(self._lm)
         self._tokens = tokens.to(device)
-        base = cast(nn.Module, self._lm.base_model)
-        self._blocks = find_blocks(base)[1]
+        self._base = cast(nn.Module, self._lm.base_model)
+        self._blocks = find_blocks(self._base)[1]
 
     @torch.inference_mode()
-    def losses(self, layer: int, replacements: Sequence[Replacement]) -> tuple[float, list[Loss]]:
-        """The model's own cross-entropy, and for each replacement its loss after the output [n, context, d] of block `layer`
+    def losses(self, site: Site, replacements: Sequence[Replacement]) -> tuple[float, list[Loss]]:
+        """The model's own cross-entropy, and for each replacement its loss after the activations [n, context, d] of the site
         went through it."""
         sequences, context = self._tokens.shape
         vocabulary = int(cast(Any, self._lm).config.vocab_size)
+        earlier, module = self._blocks[: site.layer], hook_module(self._base, site)
         clean, ce, kl = 0.0, [0.0] * len(replacements), [0.0] * len(replacements)
         for tokens in torch.split(self._tokens, max(1, min(_SEQUENCES, _LOGITS // (context * vocabulary)))):
-            with _reading(self._blocks[layer]) as outputs:
+            with _reading([*earlier[-1:], module]) as outputs:
                 log_p = self._log_probabilities(tokens)
-            (output,) = outputs
+            *before, output = outputs
             clean += _nats(log_p, tokens)
             p = log_p.exp()
             for i, replace in enumerate(replacements):
-                with _starting_after(self._blocks[: layer + 1], _replaced(output, replace)):
+                given = {block: stream for stream in before for block in earlier} | {module: _replaced(output, replace)}
+                with _giving(given):
                     log_q = self._log_probabilities(tokens)
                 ce[i] += _nats(log_q, tokens)
                 kl[i] += float(torch.linalg.vecdot(p, torch.sub(log_p, log_q, out=log_q)).sum(dtype=torch.float64))
@@ -98,27 +101,24 @@ def _replaced(output: Output, replace: Replacement) -> Output:
 
 
 @contextlib.contextmanager
-def _reading(block: nn.Module) -> Iterator[list[Output]]:
-    """What the block gives, as a list that grows with every pass."""
+def _reading(modules: Sequence[nn.Module]) -> Iterator[list[Output]]:
+    """The outputs of these modules, as a list that grows in the order in which a pass comes to them."""
     outputs: list[Output] = []
-    handle = block.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    handles = [m.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for m in modules]
     try:
         yield outputs
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
-def _starting_after(blocks: nn.ModuleList, output: Output) -> Iterator[None]:
-    """The blocks compute nothing; the last of them gives `output`."""
-
-    def give(*_args: object, **_kwargs: object) -> Output:
-        return output
-
-    for block in blocks:
-        block.__dict__["forward"] = give  # found before the class's own
+def _giving(outputs: dict[nn.Module, Output]) -> Iterator[None]:
+    """These modules compute nothing: each gives its output here."""
+    for module, output in outputs.items():
+        module.__dict__["forward"] = lambda *_args, output=output, **_kwargs: output  # found before the class's own
     try:
         yield
     finally:
-        for block in blocks:
-            del block.__dict__["forward"]
+        for module in outputs:
+            del module.__dict__["forward"]

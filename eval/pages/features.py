@@ -33,6 +33,7 @@ from torch.nn.functional import normalize
 
 from shared.cache import Cache
 from shared.runs.sae import Sae
+from shared.sites import Site
 
 TOP, SAMPLES, NEAREST, WORDS = 20, 25, 8, 10
 BEFORE, AFTER = 47, 16  # tokens shown around a row: what is before it is what the model had read
@@ -57,7 +58,7 @@ def kept_bytes() -> int:
 Block = tuple[int, Tensor]  # the first row's number, and activations float16 [n, d] in the order of the text
 
 
-def heldout_text(cache: Cache, layer: int, sequences: int) -> Iterator[Block]:
+def heldout_text(cache: Cache, site: Site, sequences: int) -> Iterator[Block]:
     """The held-out activations of a layer in the order of the text, a block at a time, on the CPU: the first `sequences`
     contexts. Raises UserError for blocks that are not there or damaged."""
     spec = cache.spec
@@ -66,7 +67,7 @@ def heldout_text(cache: Cache, layer: int, sequences: int) -> Iterator[Block]:
         n = min(spec.block_sequences, sequences - before)
         if n <= 0:
             return
-        data = cache.whole_block(layer, block)
+        data = cache.whole_block(site, block)
         ordered = np.empty_like(data)
         ordered[cache.block_order(block)] = data
         yield before * spec.context, torch.from_numpy(ordered[: n * spec.context])

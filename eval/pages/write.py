@@ -39,7 +39,7 @@ from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
 from shared.runs.sae import Sae
 from shared.seal import SEAL, canonical, crc32c, seal, sealed
-from shared.units import format_layers
+from shared.sites import Site, format_sites
 
 FORMAT = 1
 CHUNK = 64  # features in a file
@@ -64,7 +64,7 @@ class PagesConfig:
     out: Path
     tokens: int  # held-out ones, rounded down to whole contexts
     snapshot: str = FINAL
-    layers: tuple[int, ...] | None = None  # None: all there are
+    layers: tuple[Site, ...] | None = None  # None: all there are
     model: str | None = None  # where the language model lies, if not where the cache says
 
 
@@ -99,11 +99,11 @@ class _Job:
     identity: Facts  # what its pages are of
 
     @property
-    def layer(self) -> int:
-        return int(self.identity["layer"])
+    def site(self) -> Site:
+        return Site.of(self.identity["layer"])
 
     def folder(self, out: Path) -> Path:
-        return out / self.run.name / f"layer{self.layer:02d}_{self.identity['snapshot']}.{_short(self.identity)}"
+        return out / self.run.name / f"layer{self.site.key}_{self.identity['snapshot']}.{_short(self.identity)}"
 
     def there(self, out: Path) -> Path | None:
         """Whole pages of the same checkpoint from as much text or more."""
@@ -116,7 +116,7 @@ class _Job:
 
     def open(self, cache: Cache, device: torch.device) -> Sae:
         """Raises UserError."""
-        belongs = self.run.belongs(self.layer, self.identity["snapshot"])
+        belongs = self.run.belongs(self.site, self.identity["snapshot"])
         sae = Sae.load(self.path, cache.spec.d_model, belongs=belongs)
         if not all(bool(tensor.isfinite().all()) for tensor in sae.tensors().values()):
             raise UserError(f"{self.path} holds values that are not finite; name an earlier --snapshot")
@@ -140,12 +140,12 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
     if todo:
         to_logits = Unembedding(load_model(str(model.folder), None, "fp32", head=True)).to(config.device)
         announce(config.device)
-        layers = itertools.groupby(todo, lambda job: job.layer)
+        layers = itertools.groupby(todo, lambda job: job.site)
         groups = (fitting(jobs, lambda job: _size(job, spec.d_model), config.device) for _, jobs in layers)
         for group in itertools.chain.from_iterable(groups):
             with skipped.leaving_out():
                 looked = _look(cache, group, sequences, config.device, skipped)
-                with Progress(f"layer {group[0].layer}, neighbours and words", len(looked), "SAEs") as progress:
+                with Progress(f"layer {group[0].site}, neighbours and words", len(looked), "SAEs") as progress:
                     for job, tally in looked:
                         columns, together = tally.columns(to_logits, vocabulary)
                         _write_sae(cache, job, tally, columns, {"together_tokens": together, "text": text}, config.out)
@@ -163,32 +163,32 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
 def _jobs(cache: Cache, runs: Sequence[Run], tokens: int, config: PagesConfig, skipped: Skipped) -> list[_Job]:
     """By layer, then by run: a layer is read once for all."""
     jobs = []
-    gone: set[int] = set()
+    gone: set[Site] = set()
     for run in runs:
         with skipped.leaving_out():
             digest = run.config()["digest"]
             for snapshot in run.snapshots():
-                if snapshot.label != config.snapshot or (config.layers is not None and snapshot.layer not in config.layers):
+                if snapshot.label != config.snapshot or (config.layers is not None and snapshot.site not in config.layers):
                     continue
-                if snapshot.layer not in cache.layers:
-                    gone.add(snapshot.layer)
+                if snapshot.site not in cache.sites:
+                    gone.add(snapshot.site)
                     continue
                 with skipped.leaving_out():
                     identity = {
                         "format": FORMAT,
                         "cache": cache.digest,
                         "run": digest,
-                        "layer": snapshot.layer,
+                        "layer": snapshot.site.json,
                         "snapshot": snapshot.label,
                         "tokens": tokens,
                         "file": Sae.checksum(snapshot.path),
                     }
                     jobs.append(_Job(run=run, path=snapshot.path, identity=identity))
     if gone:
-        say(f"layers {format_layers(gone)} are not in {cache.path}: pages made of them before are kept", err=True)
+        say(f"layers {format_sites(gone)} are not in {cache.path}: pages made of them before are kept", err=True)
     if not jobs and not gone:
         raise UserError(f"there is no {config.snapshot!r} snapshot of these layers to look at; name others")
-    return sorted(jobs, key=lambda job: job.layer)
+    return sorted(jobs, key=lambda job: job.site)
 
 
 def _size(job: _Job, d_model: int) -> int:
@@ -206,7 +206,7 @@ def _look(
             opened.append((job, job.open(cache, device)))
     if not opened:
         return []
-    spec, layer = cache.spec, group[0].layer
+    spec, layer = cache.spec, group[0].site
     tokens = sequences * spec.context
     with Progress(f"layer {layer}", tokens, "tokens") as progress:
         blocks = _shown(features.heldout_text(cache, layer, sequences), progress)

@@ -30,7 +30,8 @@ from eval.report.page import (
 from shared.files import locked, publish_file
 from shared.progress import say
 from shared.runs.run import FINAL, Run, snapshot_tokens
-from shared.units import format_count, format_layers
+from shared.sites import format_sites
+from shared.units import format_count
 from train.sparsity.settings import has_thresholds, holds_l0, restored
 
 Record = dict[str, Any]
@@ -135,7 +136,7 @@ def card(run: Run, records: list[Record], measured: Record | None, sisters: list
         text=place(spec["dataset"]),
         features=train["expansion"] * spec["d_model"],
         tokens=train["tokens"],
-        layers=format_layers({s.layer for s in run.snapshots()}) or "none yet",
+        layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
         setting=_setting(train),
         threshold=has_thresholds(train),
         bos=spec["bos"],

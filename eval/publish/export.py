@@ -22,9 +22,9 @@ from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
 from shared.runs.sae import Sae
 from shared.seal import SEAL
-from shared.units import format_layers
+from shared.sites import Site, format_sites
 
-_FILE = re.compile(r"sae_layer(\d+)_(\w+)\.pt")
+_FILE = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
@@ -34,7 +34,7 @@ class ExportConfig:
 
     form: str  # a key of FORMS
     out: Path
-    layers: tuple[int, ...] | None = None  # None: all there are
+    layers: tuple[Site, ...] | None = None  # None: all there are
     snapshot: str = FINAL
     model: str | None = None  # the language model's name, where a checkpoint does not know it or knows it by another
 
@@ -44,14 +44,14 @@ class Checkpoint:
     """A file and what is said of it where it lies; `run` is None for files of others."""
 
     path: Path
-    layer: int
+    site: Site
     label: str
     run: Run | None = None
 
     @property
     def folder(self) -> Path:
         """Where it goes, in the folder of exports: <run>/layer_12, or layer_12_50M for an earlier snapshot."""
-        name = f"layer_{self.layer}" + ("" if self.label == FINAL else f"_{self.label}")
+        name = f"layer_{self.site}" + ("" if self.label == FINAL else f"_{self.label}")
         return Path(run_name(self.path.parent)) / name
 
 
@@ -96,10 +96,10 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
 def find_checkpoints(places: tuple[Path, ...], config: ExportConfig) -> list[Checkpoint]:
     """What there is of the wanted layers and snapshot; of a file that is named, itself. Raises UserError if it is nothing, or
     a wanted layer is nowhere."""
-    found = [c for place in places for c in _found_at(place, config) if config.layers is None or c.layer in config.layers]
-    missing = set(config.layers or ()) - {c.layer for c in found}
+    found = [c for place in places for c in _found_at(place, config) if config.layers is None or c.site in config.layers]
+    missing = set(config.layers or ()) - {c.site for c in found}
     if missing or not found:
-        what = f"{config.snapshot!r} snapshot" + (f" of layers {format_layers(missing)}" if missing else "")
+        what = f"{config.snapshot!r} snapshot" + (f" of layers {format_sites(missing)}" if missing else "")
         raise UserError(
             f"there is no {what} in {', '.join(map(str, places))}; name another with --runs, --layers or --snapshot"
         )
@@ -110,17 +110,15 @@ def _found_at(place: Path, config: ExportConfig) -> list[Checkpoint]:
     if place.is_file():
         run = Run(place.parent) if _is_run(place.parent) else None
         named = _FILE.fullmatch(place.name)
-        return [Checkpoint(path=place, layer=_layer_of(place, config), label=named[2] if named else place.stem, run=run)]
+        return [Checkpoint(path=place, site=_site_of(place, config), label=named[2] if named else place.stem, run=run)]
     if _is_run(place):
         run = Run(place)
         return [
-            Checkpoint(path=s.path, layer=s.layer, label=s.label, run=run)
-            for s in run.snapshots()
-            if s.label == config.snapshot
+            Checkpoint(path=s.path, site=s.site, label=s.label, run=run) for s in run.snapshots() if s.label == config.snapshot
         ]
     names = [(path, _FILE.fullmatch(path.name)) for path in sorted(place.glob("sae_layer*.pt"))]
     if names:
-        return [Checkpoint(path=p, layer=int(m[1]), label=m[2]) for p, m in names if m and m[2] == config.snapshot]
+        return [Checkpoint(path=p, site=Site.of(m[1]), label=m[2]) for p, m in names if m and m[2] == config.snapshot]
     inside = sorted({path.parent for pattern in ("*/config.json", "*/sae_layer*.pt") for path in place.glob(pattern)})
     return [c for folder in inside for c in _found_at(folder, config)]
 
@@ -136,9 +134,9 @@ def _is_run(folder: Path) -> bool:
     return isinstance(content, dict) and "format" in content
 
 
-def _layer_of(path: Path, config: ExportConfig) -> int:
+def _site_of(path: Path, config: ExportConfig) -> Site:
     if named := _FILE.fullmatch(path.name):
-        return int(named[1])
+        return Site.of(named[1])
     if config.layers is None or len(config.layers) != 1:
         raise UserError(f"the name of {path} does not say which layer it is of: name it with --layers")
     return config.layers[0]
@@ -153,13 +151,13 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     measured = None
     if checkpoint.run and config.form == "saelens":
-        measured = measured_features(checkpoint.run, checkpoint.layer, checkpoint.label, sae.stats[SEAL])
+        measured = measured_features(checkpoint.run, checkpoint.site, checkpoint.label, sae.stats[SEAL])
     spec: dict[str, Any] = sae.config["cache"]["spec"] if sae.config else {}
     # What lies in a folder is known by its hash, and nobody else has that folder.
     commits = {"model": spec.get("model_commit"), "dataset": unpin(str(spec.get("dataset_revision", "sha256:")))}
     hub = {name: spec[name] for name, commit in commits.items() if commit}
     origin = Origin(
-        layer=checkpoint.layer,
+        site=checkpoint.site,
         source=Source(
             run=checkpoint.folder.parent.name,
             file=checkpoint.path.name,
@@ -181,8 +179,8 @@ def _load(checkpoint: Checkpoint) -> Sae:
     content = None if checkpoint.run is not None else _content(checkpoint.path)
     if content is not None and "format" not in _dictionary(content.get("config")):
         return _foreign(checkpoint.path, _dictionary(content.get("model_state", content)))
-    run, layer = checkpoint.run, checkpoint.layer
-    return Sae.load(checkpoint.path, belongs={"layer": layer} if run is None else run.belongs(layer, checkpoint.label))
+    run, site = checkpoint.run, checkpoint.site
+    return Sae.load(checkpoint.path, belongs={"layer": site.json} if run is None else run.belongs(site, checkpoint.label))
 
 
 def _content(path: Path) -> dict[str, Any]:

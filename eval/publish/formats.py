@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.runs.sae import Sae
+from shared.sites import Site
 
 SAELENS_FORM = (
     "6.0.0"  # the form of cfg.json. Without it, or before it, SAELens' loader drops what it does not know, hook_name too
@@ -48,7 +49,7 @@ class Source:
 class Origin:
     """What an SAE is of. None is unknown, and left out of what is written."""
 
-    layer: int
+    site: Site
     source: Source
     model: str | None = None
     context: int | None = None
@@ -75,7 +76,7 @@ def saelens(sae: Sae, origin: Origin) -> Files:
         "model_class_name": "HookedTransformer",
         # TransformerLens centres what is written to the residual stream unless told not to, and x would not be our x
         "model_from_pretrained_kwargs": {"center_writing_weights": False},
-        "hook_name": f"blocks.{origin.layer}.hook_resid_post",
+        "hook_name": f"blocks.{origin.site.layer}.hook_{origin.site.hook}",
         "prepend_bos": origin.bos,
         "context_size": origin.context,
         "dataset_path": origin.dataset,
@@ -114,7 +115,7 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
         "skip_connection": False,
         "transcode": False,
         "d_in": d,
-        "layer": origin.layer,
+        "layer": origin.site.layer,
         "model": origin.model,
         "source": _source(origin),
     }
@@ -131,9 +132,9 @@ def dictionary_learning(sae: Sae, origin: Origin) -> Files:
         "dict_class": _kind("dictionary_learning", sae, origin),
         "activation_dim": sae.w_enc.shape[1],
         "dict_size": sae.w_enc.shape[0],
-        "layer": origin.layer,
+        "layer": origin.site.layer,
         "lm_name": origin.model,
-        "submodule_name": f"resid_post_layer_{origin.layer}",
+        "submodule_name": f"{origin.site.hook}_layer_{origin.site.layer}",
     }
     weights = {"bias": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
     more: dict[str, Tensor] = {}

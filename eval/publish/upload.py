@@ -102,9 +102,9 @@ def prepare(run: Run, publication: Publication) -> None:
     config = ExportConfig(form="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
         for snapshot in finals:
-            checkpoint = Checkpoint(path=snapshot.path, layer=snapshot.layer, label=snapshot.label, run=run)
+            checkpoint = Checkpoint(path=snapshot.path, site=snapshot.site, label=snapshot.label, run=run)
             _put(run, run.path / checkpoint.folder.name, saelens(*open_checkpoint(checkpoint, config)))
-            progress.advance(1, f"layer {snapshot.layer}")
+            progress.advance(1, f"layer {snapshot.site}")
     write_card(run, records, measured, sister_runs(run), publication)
 
 

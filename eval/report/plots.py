@@ -40,6 +40,7 @@ from eval.measure.metrics import Features
 from shared.files import locked, publish_file
 from shared.runs.run import FINAL, Run, snapshot_tokens
 from shared.seal import SEAL, canonical, crc32c
+from shared.sites import Site
 from shared.units import format_count
 
 matplotlib.rcdefaults()  # the user's own style may not fit
@@ -118,9 +119,9 @@ def _kind(train: dict[str, Any]) -> str:
 
 def _of_one_run(data: RunData, skipped: Skipped) -> Pictures:
     pictures, curves = {}, {}
-    for layer in sorted({s.layer for s in data.run.snapshots()}):
+    for layer in sorted({s.site for s in data.run.snapshots()}):
         with skipped.leaving_out():
-            curves[layer] = data.run.metrics(layer)
+            curves[layer.layer] = data.run.metrics(layer)
     if curves:
         drawn = {layer: [[r.get(key) for key, *_ in _CURVES] for r in curve] for layer, curve in curves.items()}
         pictures["1_training_curves"] = _Picture([data.run.name, drawn], lambda: _training_curves(data, curves))
@@ -151,7 +152,7 @@ def _features(data: RunData, skipped: Skipped) -> dict[int, Features]:
     found = {}
     for r in data.latest:
         with skipped.leaving_out():
-            measured = measured_features(data.run, r["layer"], r["snapshot"], r["file"])
+            measured = measured_features(data.run, Site.of(r["layer"]), r["snapshot"], r["file"])
             if measured is not None:
                 found[r["layer"]] = measured[0]
     return found

@@ -37,12 +37,11 @@ from shared.errors import UserError
 from shared.files import page_aligned
 from shared.seal import canonical, crc32c, from_bytes, to_bytes
 from shared.shuffle import block_rows
+from shared.sites import HOOKS, RESID_POST, Site, format_sites, parse_sites
 from shared.stores import Location, Staged, Store, open_store
 from shared.stores.scratch import Scratch, ScratchConfig
-from shared.units import format_layers, parse_layers
 
 FORMAT = 2
-HOOK = "resid_post"
 SLICES = 16  # of a block
 TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
 ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
@@ -221,11 +220,11 @@ class Cache:
 
     def __init__(self, store: Store, spec: CacheSpec, scratch: ScratchConfig | None = None) -> None:
         self._store, self.spec, self.path = store, spec, store.root
-        self._groups: dict[int, list[str]] = {}  # {layer: the names in the ledger that may have its entries}, as last seen
+        self._groups: dict[Site, list[str]] = {}  # {layer: the names in the ledger that may have its entries}, as last seen
         self._chunk: tuple[int, NDArray[Any]] | None = None  # the token chunk read last
         self._digest = spec.digest
         self._scratch = Scratch(scratch, self._digest) if scratch else None
-        self.layers = self._find_layers()
+        self.sites = self._find_sites()
 
     @property
     def digest(self) -> str:
@@ -265,7 +264,7 @@ class Cache:
         return cls(store, spec, scratch)
 
     @classmethod
-    def create(cls, path: Location, spec: CacheSpec, layers: tuple[int, ...]) -> Self:
+    def create(cls, path: Location, spec: CacheSpec, sites: tuple[Site, ...]) -> Self:
         """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec."""
         store = open_store(path)
         if not store.has(_SPEC):
@@ -275,13 +274,13 @@ class Cache:
             store.create(_SPEC, to_bytes({"format": FORMAT, "digest": spec.digest, "spec": dataclasses.asdict(spec)}))
         cache = cls.open(path)
         cache.require_same(spec)
-        cache.add_layers(layers)
+        cache.add_sites(sites)
         return cache
 
-    def add_layers(self, layers: tuple[int, ...]) -> None:
+    def add_sites(self, sites: tuple[Site, ...]) -> None:
         """Make the arrays of these layers where they are not yet; puts right metadata that is not as it should be."""
-        _write_metadata(self._store, self.spec, (*self.layers, *layers))
-        self.layers = self._find_layers()
+        _write_metadata(self._store, self.spec, (*self.sites, *sites))
+        self.sites = self._find_sites()
 
     def discard(self) -> None:
         """Take away a cache in which no block is committed yet: a text that is too short fixes another spec."""
@@ -303,25 +302,26 @@ class Cache:
 
     def remove_leftovers(self) -> None:
         """What dead writers of this host left half-written anywhere in the cache."""
-        prefixes = ["", "ledger", _ZARR, f"{_ZARR}/tokens", f"{_ZARR}/{HOOK}"]
+        prefixes = ["", "ledger", _ZARR, f"{_ZARR}/tokens", *(f"{_ZARR}/{hook}" for hook in HOOKS)]
         prefixes += [f"ledger/{name}" for name in self._store.list("ledger")]
-        prefixes += [f"{_ZARR}/{HOOK}/{name}" for name in self._store.list(f"{_ZARR}/{HOOK}")]
+        prefixes += [f"{_ZARR}/{hook}/{name}" for hook in HOOKS for name in self._store.list(f"{_ZARR}/{hook}")]
         for prefix in prefixes:
             self._store.remove_leftovers(prefix)
 
     def bad_metadata(self) -> list[str]:
         """The arrays' metadata files that are not as they should be."""
-        return [key for key, data in _metadata(self.spec, self.layers).items() if _get(self._store, key) != data]
+        return [key for key, data in _metadata(self.spec, self.sites).items() if _get(self._store, key) != data]
 
-    def _find_layers(self) -> tuple[int, ...]:
-        names = set(self._store.list(f"{_ZARR}/{HOOK}"))
-        return tuple(layer for layer in range(self.spec.n_layers) if f"{layer:02d}" in names)
+    def _find_sites(self) -> tuple[Site, ...]:
+        names = {hook: set(self._store.list(f"{_ZARR}/{hook}")) for hook in HOOKS}
+        sites = (Site(layer, hook) for layer in range(self.spec.n_layers) for hook in sorted(HOOKS))
+        return tuple(site for site in sites if site.array.partition("/")[2] in names[site.hook])
 
     # --- blocks ---
 
-    def block_path(self, layer: int, block: int) -> Path:
+    def block_path(self, site: Site, block: int) -> Path:
         """Of a cache on a disk, as are the other paths."""
-        return self._file(_block_key(layer, block))
+        return self._file(_block_key(site, block))
 
     def _file(self, key: str) -> Path:
         path = self._store.path(key)
@@ -332,91 +332,91 @@ class Cache:
         """Row j of a stored block is activation `order[j]` of its sequences read one after the other."""
         return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
 
-    def stage_block(self, layer: int, block: int, data: NDArray[np.float16], *, replace: bool) -> Staged:
+    def stage_block(self, site: Site, block: int, data: NDArray[np.float16], *, replace: bool) -> Staged:
         """Bring a block's bytes to their place or near it, durable, for `commit`. Raises UserError.
 
         Where a store cannot make room beside another harvest's bytes, `data` is these afterwards: statistics come after this.
         """
-        return self._store.stage(_block_key(layer, block), memoryview(data.data).cast("B"), self._digest, replace=replace)
+        return self._store.stage(_block_key(site, block), memoryview(data.data).cast("B"), self._digest, replace=replace)
 
     def drop(self, staged: Iterable[Staged]) -> None:
         """Take away what was staged and will not be committed."""
         self._store.drop(staged)
 
-    def read_block(self, layer: int, block: int, out: NDArray[np.float16]) -> None:
+    def read_block(self, site: Site, block: int, out: NDArray[np.float16]) -> None:
         """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing, unreadable or short."""
-        self._read(layer, block, out, 0)
+        self._read(site, block, out, 0)
 
-    def check_block(self, layer: int, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+    def check_block(self, site: Site, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
         """Raises UserError naming layer and block if `data` is not what was committed."""
         rows = self.spec.slice_rows
         if slice_checksums(data, rows) != stats.crc32c and not (
-            self._read_anew(layer, block, data, 0) and slice_checksums(data, rows) == stats.crc32c
+            self._read_anew(site, block, data, 0) and slice_checksums(data, rows) == stats.crc32c
         ):
-            raise self._damaged(layer, block, "its checksum does not match")
+            raise self._damaged(site, block, "its checksum does not match")
 
-    def whole_block(self, layer: int, block: int) -> NDArray[np.float16]:
+    def whole_block(self, site: Site, block: int) -> NDArray[np.float16]:
         """[block_rows, d_model], read and checked. Raises UserError naming a block that is not there, or damaged."""
         data = np.empty((self.spec.block_rows, self.spec.d_model), dtype=np.float16)
-        self.read_block(layer, block, data)
-        self.check_block(layer, block, data, self.stats(layer, block))
+        self.read_block(site, block, data)
+        self.check_block(site, block, data, self.stats(site, block))
         return data
 
-    def read_slice(self, layer: int, block: int, index: int, out: NDArray[np.float16]) -> None:
+    def read_slice(self, site: Site, block: int, index: int, out: NDArray[np.float16]) -> None:
         """Fill `out` [rows of that slice, d_model] from disk: rows index · slice_rows … of the block. Raises UserError."""
-        self._read(layer, block, out, index * self.spec.slice_rows * self.spec.d_model * 2)
+        self._read(site, block, out, index * self.spec.slice_rows * self.spec.d_model * 2)
 
-    def check_slice(self, layer: int, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+    def check_slice(self, site: Site, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None:
         """Raises UserError naming layer, block and slice if `data` is not what was committed."""
         wanted, offset = stats.crc32c[8 * index : 8 * index + 8], index * self.spec.slice_rows * self.spec.d_model * 2
-        if crc32c(data) != wanted and not (self._read_anew(layer, block, data, offset) and crc32c(data) == wanted):
-            raise self._damaged(layer, block, f"the checksum of slice {index} does not match")
+        if crc32c(data) != wanted and not (self._read_anew(site, block, data, offset) and crc32c(data) == wanted):
+            raise self._damaged(site, block, f"the checksum of slice {index} does not match")
 
-    def _read(self, layer: int, block: int, out: NDArray[np.float16], offset: int) -> None:
+    def _read(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> None:
         if self._scratch is not None:
             view, size = memoryview(out.data).cast("B"), self.spec.block_bytes
-            if self._scratch.read(layer, block, view, offset, size, partial(self._fetch, layer, block)):
+            if self._scratch.read(site, block, view, offset, size, partial(self._fetch, site, block)):
                 return
-        self._read_there(layer, block, out, offset)
+        self._read_there(site, block, out, offset)
 
-    def _fetch(self, layer: int, block: int) -> memoryview:
+    def _fetch(self, site: Site, block: int) -> memoryview:
         """A block from where the cache lies, checked, in memory that direct writes accept."""
         data: NDArray[np.float16] = page_aligned(self.spec.block_rows, self.spec.d_model).numpy()
-        self._read_there(layer, block, data, 0)
-        self.check_block(layer, block, data, self.stats(layer, block))
+        self._read_there(site, block, data, 0)
+        self.check_block(site, block, data, self.stats(site, block))
         return memoryview(data.data).cast("B")
 
-    def _read_anew(self, layer: int, block: int, out: NDArray[np.float16], offset: int) -> bool:
+    def _read_anew(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> bool:
         """Where the scratch may have given a damaged copy, or an old one: away with it, and the bytes from where they lie."""
         if self._scratch is None:
             return False
-        self._scratch.drop(layer, block)
-        self._read_there(layer, block, out, offset)
+        self._scratch.drop(site, block)
+        self._read_there(site, block, out, offset)
         return True
 
-    def _read_there(self, layer: int, block: int, out: NDArray[np.float16], offset: int) -> None:
+    def _read_there(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> None:
         try:
-            n = self._store.read(_block_key(layer, block), memoryview(out.data).cast("B"), offset)
+            n = self._store.read(_block_key(site, block), memoryview(out.data).cast("B"), offset)
         except OSError as error:
-            if block not in self.wanted(layer):
-                raise self.freed_error((layer,)) from None
-            raise self._damaged(layer, block, error.strerror or "unreadable") from None
+            if block not in self.wanted(site):
+                raise self.freed_error((site,)) from None
+            raise self._damaged(site, block, error.strerror or "unreadable") from None
         if n < out.nbytes:
-            raise self._damaged(layer, block, f"{out.nbytes - n} bytes short")
+            raise self._damaged(site, block, f"{out.nbytes - n} bytes short")
 
-    def _damaged(self, layer: int, block: int, why: str) -> UserError:
+    def _damaged(self, site: Site, block: int, why: str) -> UserError:
         return UserError(
-            f"layer {layer} block {block} of {self.path} is damaged: {why}; "
+            f"layer {site} block {block} of {self.path} is damaged: {why}; "
             f"mend it with `python -m harvest repair --cache {self.path} --blocks {block}`"
         )
 
     # --- ledger ---
 
-    def entry_path(self, layers: tuple[int, ...], block: int) -> Path:
-        return self._file(_entry_key(format_layers(layers), block))
+    def entry_path(self, sites: tuple[Site, ...], block: int) -> Path:
+        return self._file(_entry_key(format_sites(sites), block))
 
     def commit(
-        self, block: int, stats: dict[int, BlockStats], staged: dict[int, Staged] | None = None, *, replace: bool = True
+        self, block: int, stats: dict[Site, BlockStats], staged: dict[Site, Staged] | None = None, *, replace: bool = True
     ) -> None:
         """Put what was staged of a block in its place, and record it once that is durable. Raises UserError.
 
@@ -426,49 +426,47 @@ class Cache:
         with self._store.locked(_SPEC):
             kept = set() if replace else self._having(tuple(stats), block)
             staged = staged or {}
-            self._store.place({_block_key(layer, block): mine for layer, mine in staged.items() if layer not in kept})
-            self._record(block, {layer: s for layer, s in stats.items() if layer not in kept})
-            self._store.drop(mine for layer, mine in staged.items() if layer in kept)
+            self._store.place({_block_key(site, block): mine for site, mine in staged.items() if site not in kept})
+            self._record(block, {site: s for site, s in stats.items() if site not in kept})
+            self._store.drop(mine for site, mine in staged.items() if site in kept)
 
-    def _record(self, block: int, stats: dict[int, BlockStats]) -> None:
+    def _record(self, block: int, stats: dict[Site, BlockStats]) -> None:
         """An entry that is there already keeps its place and is replaced in one step."""
         left, unreadable = dict(stats), []
         for group in self._groups_of(tuple(stats)):
-            key, layers = _entry_key(group, block), _group_layers(group)
+            key, sites = _entry_key(group, block), _group_sites(group)
             data = _get(self._store, key)
-            mine = {layer: left[layer] for layer in layers if layer in left}
+            mine = {site: left[site] for site in sites if site in left}
             if data is None or not mine:
                 continue
             try:
                 there = self._open_entry(group, block, data)
             except ValueError:
                 there = mine
-            if set(there) != set(
-                layers
-            ):  # unreadable, and it says nothing of the other layers either: they are harvested again
+            if set(there) != set(sites):  # unreadable, and it says nothing of the other layers either: they are harvested again
                 unreadable.append(key)
                 continue
             if data != (entry := self._entry(block, there | mine)) and not self._store.replace(key, entry, data):
                 return self._record(block, stats)
-            left = {layer: s for layer, s in left.items() if layer not in mine}
-        if left and not self._store.create(_entry_key(format_layers(left), block), self._entry(block, left)):
+            left = {site: s for site, s in left.items() if site not in mine}
+        if left and not self._store.create(_entry_key(format_sites(left), block), self._entry(block, left)):
             self._record(block, left)  # a file system without locks, and another process was faster
         for key in unreadable:
             self._store.delete(key)
 
-    def _entry(self, block: int, stats: dict[int, BlockStats]) -> bytes:
-        layers = {str(layer): dataclasses.asdict(stats[layer]) for layer in sorted(stats)}
-        return to_bytes({"cache": self._digest, "block": block, "layers": layers})
+    def _entry(self, block: int, stats: dict[Site, BlockStats]) -> bytes:
+        sites = {str(site): dataclasses.asdict(stats[site]) for site in sorted(stats)}
+        return to_bytes({"cache": self._digest, "block": block, "layers": sites})
 
-    def _open_entry(self, group: str, block: int, data: bytes) -> dict[int, BlockStats]:
+    def _open_entry(self, group: str, block: int, data: bytes) -> dict[Site, BlockStats]:
         """Raises ValueError unless this is the entry of that block and those layers of this cache, undamaged."""
         value = from_bytes(data)
         if value.get("cache") != self._digest:
             raise ValueError("it is of another cache")
-        if value.get("block") != block or set(value["layers"]) != {str(layer) for layer in _group_layers(group)}:
+        if value.get("block") != block or set(value["layers"]) != {str(site) for site in _group_sites(group)}:
             raise ValueError("it is of another block or other layers")
         try:
-            stats = {int(layer): BlockStats(**s) for layer, s in value["layers"].items()}
+            stats = {Site.of(site): BlockStats(**s) for site, s in value["layers"].items()}
         except TypeError as error:
             raise ValueError(str(error)) from None
         size = (self.spec.block_bytes, self.spec.block_rows, 8 * self.spec.slices)
@@ -476,74 +474,73 @@ class Cache:
             raise ValueError("it is of blocks of another size")
         return stats
 
-    def committed(self, layer: int) -> set[int]:
+    def committed(self, site: Site) -> set[int]:
         """The committed blocks of a layer, from the names of the ledger's files."""
-        return self._committed((layer,))[layer]
+        return self._committed((site,))[site]
 
-    def _committed(self, layers: tuple[int, ...]) -> dict[int, set[int]]:
+    def _committed(self, sites: tuple[Site, ...]) -> dict[Site, set[int]]:
         """The same of several; every folder of the ledger is listed once."""
-        found: dict[int, set[int]] = {layer: set() for layer in layers}
-        for group in self._groups_of(layers):
+        found: dict[Site, set[int]] = {site: set() for site in sites}
+        for group in self._groups_of(sites):
             blocks = set(self._blocks(group))
-            for layer in set(_group_layers(group)) & set(layers):
-                found[layer] |= blocks
+            for site in set(_group_sites(group)) & set(sites):
+                found[site] |= blocks
         return found
 
-    def has_block(self, layers: tuple[int, ...], block: int) -> bool:
+    def has_block(self, sites: tuple[Site, ...], block: int) -> bool:
         """Whether every one of these layers has the block, committed and there, by now."""
-        return self._having(layers, block) == set(layers)
+        return self._having(sites, block) == set(sites)
 
-    def _having(self, layers: tuple[int, ...], block: int) -> set[int]:
-        groups = [group for group in self._groups_of(layers) if self._store.has(_entry_key(group, block))]
-        recorded = {layer for group in groups for layer in _group_layers(group)} & set(layers)
-        return {layer for layer in recorded if self._store.has(_block_key(layer, block))}
+    def _having(self, sites: tuple[Site, ...], block: int) -> set[Site]:
+        groups = [group for group in self._groups_of(sites) if self._store.has(_entry_key(group, block))]
+        recorded = {site for group in groups for site in _group_sites(group)} & set(sites)
+        return {site for site in recorded if self._store.has(_block_key(site, block))}
 
-    def missing(self, layers: tuple[int, ...], *, freed: bool = False) -> dict[tuple[int, ...], list[int]]:
+    def missing(self, sites: tuple[Site, ...], *, freed: bool = False) -> dict[tuple[Site, ...], list[int]]:
         """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}.
 
         A block whose file is gone is missing, though the ledger speaks of it: somebody made room. With `freed` that holds as
         well where it was done through `free`.
         """
-        everything, committed = range(self.spec.n_blocks), self._committed(layers)
+        everything, committed = range(self.spec.n_blocks), self._committed(sites)
         lacks = {
-            layer: set(everything if freed else self.wanted(layer)) - (committed[layer] & self._stored(layer))
-            for layer in layers
+            site: set(everything if freed else self.wanted(site)) - (committed[site] & self._stored(site)) for site in sites
         }
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[Site, ...], list[int]] = {}
         for block in everything:
-            lacking = tuple(layer for layer in layers if block in lacks[layer])
+            lacking = tuple(site for site in sites if block in lacks[site])
             if lacking:
                 groups.setdefault(lacking, []).append(block)
         return groups
 
-    def stats(self, layer: int, block: int) -> BlockStats:
+    def stats(self, site: Site, block: int) -> BlockStats:
         """The ledger's record of one block of one layer. Raises UserError if there is none, or it is damaged."""
-        group = self._find_entry(layer, block)
+        group = self._find_entry(site, block)
         if group is None:
-            raise UserError(f"layer {layer} block {block} of {self.path} is not harvested: run `python -m harvest` again")
-        return self._read_entry(group, block, layer)[layer]
+            raise UserError(f"layer {site} block {block} of {self.path} is not harvested: run `python -m harvest` again")
+        return self._read_entry(group, block, site)[site]
 
-    def _read_entry(self, group: str, block: int, layer: int) -> dict[int, BlockStats]:
+    def _read_entry(self, group: str, block: int, site: Site) -> dict[Site, BlockStats]:
         key = _entry_key(group, block)
         try:
             return self._open_entry(group, block, self._store.get(key))
         except (OSError, ValueError) as error:
-            raise self._damaged(layer, block, f"its ledger entry {self._store.path(key)} is unreadable ({error})") from None
+            raise self._damaged(site, block, f"its ledger entry {self._store.path(key)} is unreadable ({error})") from None
 
-    def _find_entry(self, layer: int, block: int) -> str | None:
+    def _find_entry(self, site: Site, block: int) -> str | None:
         """By path: a folder holds thousands of entries, and there are few folders."""
-        known = self._first(self._groups.get(layer, []), block)
-        return known if known is not None else self._first(self._find_groups(layer), block)
+        known = self._first(self._groups.get(site, []), block)
+        return known if known is not None else self._first(self._find_groups(site), block)
 
     def _first(self, groups: list[str], block: int) -> str | None:
         return next((group for group in groups if self._store.has(_entry_key(group, block))), None)
 
-    def _find_groups(self, layer: int) -> list[str]:
-        self._groups[layer] = self._groups_of((layer,))
-        return self._groups[layer]
+    def _find_groups(self, site: Site) -> list[str]:
+        self._groups[site] = self._groups_of((site,))
+        return self._groups[site]
 
-    def _groups_of(self, layers: tuple[int, ...]) -> list[str]:
-        return [name for name in self._store.list("ledger") if set(_group_layers(name)) & set(layers)]
+    def _groups_of(self, sites: tuple[Site, ...]) -> list[str]:
+        return [name for name in self._store.list("ledger") if set(_group_sites(name)) & set(sites)]
 
     def _blocks(self, group: str) -> Iterator[int]:
         for name in self._store.list(f"ledger/{group}"):
@@ -551,81 +548,81 @@ class Cache:
             if stem.isdecimal() and int(stem) < self.spec.n_blocks and name == _entry_key(group, int(stem)).rpartition("/")[2]:
                 yield int(stem)
 
-    def _stored(self, layer: int) -> set[int]:
-        names = set(self._store.list(f"{_ZARR}/{HOOK}/{layer:02d}"))
+    def _stored(self, site: Site) -> set[int]:
+        names = set(self._store.list(f"{_ZARR}/{site.array}"))
         return {block for block in range(self.spec.n_blocks) if f"c.{block}.0" in names}
 
     # --- room for other layers ---
 
-    def freed(self) -> tuple[int, ...]:
+    def freed(self) -> tuple[Site, ...]:
         """The layers whose training blocks were removed on purpose. Raises UserError for a record that is damaged."""
         names = self._store.list("ledger/freed")
-        return tuple(layer for layer in self.layers if f"{layer:02d}.json" in names and self._is_freed(layer))
+        return tuple(site for site in self.sites if f"{site.key}.json" in names and self._is_freed(site))
 
-    def _is_freed(self, layer: int) -> bool:
-        key = _freed_key(layer)
+    def _is_freed(self, site: Site) -> bool:
+        key = _freed_key(site)
         try:
-            if from_bytes(self._store.get(key)) == self._freed_record(layer):
+            if from_bytes(self._store.get(key)) == self._freed_record(site):
                 return True
             raise ValueError("it is of another cache or layer")
         except FileNotFoundError:
             return False
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self._store.path(key)} is unreadable ({error}): delete it, and free layer {layer} again if it was freed"
+                f"{self._store.path(key)} is unreadable ({error}): delete it, and free layer {site} again if it was freed"
             ) from None
 
-    def _freed_record(self, layer: int) -> dict[str, Any]:
-        return {"cache": self._digest, "freed": layer}
+    def _freed_record(self, site: Site) -> dict[str, Any]:
+        return {"cache": self._digest, "freed": site.json}
 
-    def freed_error(self, layers: Iterable[int]) -> UserError:
+    def freed_error(self, sites: Iterable[Site]) -> UserError:
         return UserError(
-            f"the training blocks of layers {format_layers(layers)} of {self.path} were freed: "
-            f"harvest them again with `python -m harvest --layers {format_layers(layers)}`"
+            f"the training blocks of layers {format_sites(sites)} of {self.path} were freed: "
+            f"harvest them again with `python -m harvest --layers {format_sites(sites)}`"
         )
 
-    def wanted(self, layer: int) -> range:
+    def wanted(self, site: Site) -> range:
         """The blocks that ought to be there: of a layer that was freed the held-out ones alone."""
-        return range(self.spec.train_blocks if self._is_freed(layer) else 0, self.spec.n_blocks)
+        return range(self.spec.train_blocks if self._is_freed(site) else 0, self.spec.n_blocks)
 
-    def mark_freed(self, layers: Iterable[int]) -> None:
+    def mark_freed(self, sites: Iterable[Site]) -> None:
         """From now on these layers' training blocks count as removed, which `free_block` does."""
-        for layer in layers:
-            self._store.write(_freed_key(layer), to_bytes(self._freed_record(layer)))
+        for site in sites:
+            self._store.write(_freed_key(site), to_bytes(self._freed_record(site)))
 
-    def unmark_freed(self, layers: Iterable[int]) -> None:
+    def unmark_freed(self, sites: Iterable[Site]) -> None:
         """From now on these layers' training blocks are missing, and are harvested again."""
-        for layer in layers:
-            self._store.delete(_freed_key(layer))
+        for site in sites:
+            self._store.delete(_freed_key(site))
 
-    def freeable(self, layer: int) -> list[int]:
+    def freeable(self, site: Site) -> list[int]:
         """The training blocks that are there."""
-        return sorted(block for block in self._stored(layer) if block < self.spec.train_blocks)
+        return sorted(block for block in self._stored(site) if block < self.spec.train_blocks)
 
-    def free_block(self, layer: int, block: int) -> None:
+    def free_block(self, site: Site, block: int) -> None:
         """Remove a training block of a layer that is marked; its ledger entry stays. Raises UserError."""
-        assert block not in self.wanted(layer)
-        self._store.delete(_block_key(layer, block))
+        assert block not in self.wanted(site)
+        self._store.delete(_block_key(site, block))
 
     # --- all blocks together ---
 
-    def totals(self) -> "dict[int, LayerTotals]":
+    def totals(self) -> "dict[Site, LayerTotals]":
         """Every layer's blocks taken together, from one reading of the ledger. Raises UserError for a damaged entry."""
-        totals: dict[int, LayerTotals] = {}
-        seen: set[tuple[int, int]] = set()
-        for group in self._groups_of(tuple(range(self.spec.n_layers))):
-            blocks, read = list(self._blocks(group)), partial(self._read_entry, group, layer=_group_layers(group)[0])
+        totals: dict[Site, LayerTotals] = {}
+        seen: set[tuple[Site, int]] = set()
+        for group in self._groups_of(self.sites):
+            blocks, read = list(self._blocks(group)), partial(self._read_entry, group, site=_group_sites(group)[0])
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 for block, entry in zip(blocks, pool.map(read, blocks), strict=True):
-                    for layer, stats in entry.items():
-                        if (layer, block) not in seen:
-                            seen.add((layer, block))
-                            totals[layer] = totals.get(layer, LayerTotals()).plus(stats, self.spec.d_model)
+                    for site, stats in entry.items():
+                        if (site, block) not in seen:
+                            seen.add((site, block))
+                            totals[site] = totals.get(site, LayerTotals()).plus(stats, self.spec.d_model)
         return dict(sorted(totals.items()))
 
-    def layer(self, layer: int) -> Layer:
+    def layer(self, layer: int | Site) -> Layer:
         """A layer's rows in the order of the text, for notebooks. Raises UserError if it is not in the cache."""
-        return Layer(self, layer)
+        return Layer(self, Site(layer) if isinstance(layer, int) else layer)
 
     # --- tokens ---
 
@@ -720,16 +717,16 @@ class Cache:
 # --- keys and metadata ---
 
 
-def _block_key(layer: int, block: int) -> str:
-    return f"{_ZARR}/{HOOK}/{layer:02d}/c.{block}.0"  # side by side: no directory (and no fsync of one) for each
+def _block_key(site: Site, block: int) -> str:
+    return f"{_ZARR}/{site.array}/c.{block}.0"  # side by side: no directory (and no fsync of one) for each
 
 
 def _entry_key(group: str, block: int) -> str:
     return f"ledger/{group}/{block:08d}.json"
 
 
-def _freed_key(layer: int) -> str:
-    return f"ledger/freed/{layer:02d}.json"
+def _freed_key(site: Site) -> str:
+    return f"ledger/freed/{site.key}.json"
 
 
 def _chunk_key(chunk: int) -> str:
@@ -740,13 +737,13 @@ def _token_entry_key(chunk: int) -> str:
     return f"ledger/tokens/{chunk:08d}.json"
 
 
-def _group_layers(name: str) -> tuple[int, ...]:
+def _group_sites(name: str) -> tuple[Site, ...]:
     """The layers that a folder of the ledger is for; none if it is not one of ours."""
     try:
-        layers = parse_layers(name)
+        sites = parse_sites(name)
     except UserError:
         return ()
-    return layers if format_layers(layers) == name else ()
+    return sites if format_sites(sites) == name else ()
 
 
 def _get(store: Store, key: str) -> bytes | None:
@@ -760,16 +757,16 @@ def _spelt(spec: CacheSpec) -> str:
     return f"{spec.model} at commit {spec.model_commit}" if spec.model_commit else spec.model
 
 
-def _metadata(spec: CacheSpec, layers: tuple[int, ...]) -> dict[str, bytes]:
+def _metadata(spec: CacheSpec, sites: tuple[Site, ...]) -> dict[str, bytes]:
     """{key: content} of every metadata file of the Zarr group, a pure function of the spec."""
-    attributes = {"format": FORMAT, "digest": spec.digest, "hook_point": HOOK, "spec": dataclasses.asdict(spec)}
+    attributes = {"format": FORMAT, "digest": spec.digest, "hook_point": RESID_POST, "spec": dataclasses.asdict(spec)}
     files = {
         "": _node("group", attributes=attributes),
-        f"{HOOK}/": _node("group", attributes={}),
         "tokens/": _array((spec.sequences, spec.context), (spec.token_chunk, spec.context), spec.token_dtype.name, 0),
     }
     shape, chunk = (spec.n_blocks * spec.block_rows, spec.d_model), (spec.block_rows, spec.d_model)
-    files |= {f"{HOOK}/{layer:02d}/": _array(shape, chunk, "float16", 0.0) for layer in layers}
+    files |= {f"{hook}/": _node("group", attributes={}) for hook in sorted({RESID_POST, *(site.hook for site in sites)})}
+    files |= {f"{site.array}/": _array(shape, chunk, "float16", 0.0) for site in sites}
     return {f"{_ZARR}/{folder}zarr.json": (json.dumps(node, indent=1) + "\n").encode() for folder, node in files.items()}
 
 
@@ -791,8 +788,8 @@ def _array(shape: tuple[int, ...], chunk: tuple[int, ...], data_type: str, fill:
     )
 
 
-def _write_metadata(store: Store, spec: CacheSpec, layers: tuple[int, ...]) -> None:
-    for key, data in _metadata(spec, layers).items():
+def _write_metadata(store: Store, spec: CacheSpec, sites: tuple[Site, ...]) -> None:
+    for key, data in _metadata(spec, sites).items():
         if _get(store, key) != data:
             store.write(key, data)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError
-from shared.units import format_layers
+from shared.sites import Site, format_sites
 
 if TYPE_CHECKING:
     from shared.cache import Cache
@@ -28,11 +28,11 @@ _Gather: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[Any]]  # (block,
 class Layer:
     """One layer's activations, float16 [rows, d_model]."""
 
-    def __init__(self, cache: "Cache", layer: int) -> None:
+    def __init__(self, cache: "Cache", site: Site) -> None:
         """Raises UserError for a layer that is not in the cache."""
-        if layer not in cache.layers:
-            raise UserError(f"layer {layer} is not in {cache.path}: it has layers {format_layers(cache.layers)}")
-        self.cache, self.layer, self.tokens = cache, layer, Tokens(cache)
+        if site not in cache.sites:
+            raise UserError(f"layer {site} is not in {cache.path}: it has layers {format_sites(cache.sites)}")
+        self.cache, self.site, self.tokens = cache, site, Tokens(cache)
         self._block: _Block | None = None  # the last one, as far as it was read
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Layer:
     def _gather(self, block: int, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         kept, self._block = self._block, None  # after a failure nothing is kept: the block may be repaired by the next time
         if kept is None or kept.block != block:
-            kept = _Block(self.cache, self.layer, block)
+            kept = _Block(self.cache, self.site, block)
         values = kept.rows(rows)
         self._block = kept
         return values
@@ -77,9 +77,9 @@ class Layer:
 class _Block:
     """A block in memory, in the order of the file, slice by slice as they are wanted."""
 
-    def __init__(self, cache: "Cache", layer: int, block: int) -> None:
+    def __init__(self, cache: "Cache", site: Site, block: int) -> None:
         spec = cache.spec
-        self._cache, self._layer, self.block, self._stats = cache, layer, block, cache.stats(layer, block)
+        self._cache, self._site, self.block, self._stats = cache, site, block, cache.stats(site, block)
         self._data = np.empty((spec.block_rows, spec.d_model), np.float16)
         self._read = np.zeros(spec.slices, bool)
         self._place = np.empty(spec.block_rows, np.int64)  # where each row of the text is stored
@@ -91,8 +91,8 @@ class _Block:
         for index in map(int, np.unique(places // size)):
             if not self._read[index]:
                 part = self._data[index * size : (index + 1) * size]
-                self._cache.read_slice(self._layer, self.block, index, part)
-                self._cache.check_slice(self._layer, self.block, index, part, self._stats)
+                self._cache.read_slice(self._site, self.block, index, part)
+                self._cache.check_slice(self._site, self.block, index, part, self._stats)
                 self._read[index] = True
         return self._data[places]
 

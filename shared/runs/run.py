@@ -31,6 +31,7 @@ from shared.files import create_file, make_dir, owned, remove, remove_leftovers,
 from shared.progress import say
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
+from shared.sites import Site
 from shared.stores import Location, open_store
 from shared.stores.mirror import Mirror
 from shared.units import format_count
@@ -38,6 +39,7 @@ from shared.units import format_count
 FORMAT = 2
 SNAPSHOTS = 6
 FINAL = "final"  # the label of the last
+_SNAPSHOT = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")  # site, label
 
 # Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
 _ADDED: dict[str, Any] = {
@@ -79,10 +81,10 @@ def snapshot_tokens(tokens: int) -> dict[str, int]:
     return {format_count(mark): mark for mark in marks} | {FINAL: tokens}
 
 
-def made(run: Location, layers: Iterable[int]) -> int:
+def made(run: Location, sites: Iterable[Site]) -> int:
     """How many checkpoints of these layers a run has, by their names: enough for whoever waits for them."""
     names = open_store(run).list("")
-    return sum(bool(re.fullmatch(rf"sae_layer{layer:02d}_\w+\.pt", name)) for layer in layers for name in names)
+    return sum(bool(re.fullmatch(rf"sae_layer{re.escape(site.key)}_\w+\.pt", name)) for site in sites for name in names)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Snapshot:
     """A checkpoint file and what its name says."""
 
     path: Path
-    layer: int
+    site: Site
     label: str
 
 
@@ -170,10 +172,10 @@ class Run:
         if self._mirror is not None:
             self._mirror.pull(self.name, lambda key: key == f"{self.name}/config.json")
 
-    def pull(self, layers: Iterable[int]) -> None:
+    def pull(self, sites: Iterable[Site]) -> None:
         """All that belongs to these layers, which must be claimed."""
         if self._mirror is not None:
-            mine = "|".join(f"{layer:02d}" for layer in layers)
+            mine = "|".join(re.escape(site.key) for site in sites)
             of_mine = re.compile(rf"[^/]+/(sae_layer({mine})_\w+\.pt|metrics/layer({mine})\.jsonl|state/layer({mine})/[^/]+)")
             self._mirror.pull(self.name, lambda key: of_mine.fullmatch(key) is not None)
 
@@ -185,7 +187,7 @@ class Run:
     # --- who writes ---
 
     @contextlib.contextmanager
-    def claim(self, layers: Iterable[int]) -> Iterator[None]:
+    def claim(self, sites: Iterable[Site]) -> Iterator[None]:
         """Own these layers until the block or the process ends. Raises UserError naming another owner."""
         new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         make_dir(self.path)
@@ -193,8 +195,8 @@ class Run:
             sync_dir(path.parent)
         try:
             with contextlib.ExitStack() as stack:
-                for layer in layers:
-                    stack.enter_context(self._claim(layer))
+                for site in sites:
+                    stack.enter_context(self._claim(site))
                 yield
         finally:
             for folder in (self.path / "state", self.path):
@@ -202,54 +204,54 @@ class Run:
                     folder.rmdir()  # if nothing came of it
 
     @contextlib.contextmanager
-    def _claim(self, layer: int) -> Iterator[None]:
-        path = self._owner_path(layer)
+    def _claim(self, site: Site) -> Iterator[None]:
+        path = self._owner_path(site)
         try:
             with owned(path) as owner:
                 if owner:
                     raise Busy(
-                        f"layer {layer} of {self.path} is being trained by {owner}: wait until it ends, or train other --layers"
+                        f"layer {site} of {self.path} is being trained by {owner}: wait until it ends, or train other --layers"
                     )
-                self._sweep(layer)
+                self._sweep(site)
                 yield
         finally:
             with contextlib.suppress(OSError):
                 path.parent.rmdir()  # if there is no state
 
-    def _owner_path(self, layer: int) -> Path:
-        return self.state_path(layer).parent / "owner"
+    def _owner_path(self, site: Site) -> Path:
+        return self.state_path(site).parent / "owner"
 
-    def _sweep(self, layer: int) -> None:
+    def _sweep(self, site: Site) -> None:
         """Remove what a kill left half-written."""
-        places = ((self.path, f"*sae_layer{layer:02d}_*"), (self.path / "metrics", f"*layer{layer:02d}*"))
-        for folder, name in (*places, (self._owner_path(layer).parent, "*")):
+        places = ((self.path, f"*sae_layer{site.key}_*"), (self.path / "metrics", f"*layer{site.key}.jsonl*"))
+        for folder, name in (*places, (self._owner_path(site).parent, "*")):
             for path in folder.glob(f"{name}.tmp"):
                 remove(path)
 
     # --- snapshots ---
 
-    def snapshot_path(self, layer: int, label: str) -> Path:
-        return self.path / f"sae_layer{layer:02d}_{label}.pt"
+    def snapshot_path(self, site: Site, label: str) -> Path:
+        return self.path / f"sae_layer{site.key}_{label}.pt"
 
     def snapshots(self) -> list[Snapshot]:
         """All checkpoints that are there, by layer and then by age."""
         labels = list(snapshot_tokens(self.config()["train"]["tokens"]))
-        matches = [(path, re.fullmatch(r"sae_layer(\d+)_(\w+)\.pt", path.name)) for path in self.path.glob("sae_layer*.pt")]
-        found = [Snapshot(path=path, layer=int(m[1]), label=m[2]) for path, m in matches if m and m[2] in labels]
-        return sorted(found, key=lambda s: (s.layer, labels.index(s.label)))
+        matches = [(path, _SNAPSHOT.fullmatch(path.name)) for path in self.path.glob("sae_layer*.pt")]
+        found = [Snapshot(path=path, site=Site.of(m[1]), label=m[2]) for path, m in matches if m and m[2] in labels]
+        return sorted(found, key=lambda s: (s.site, labels.index(s.label)))
 
-    def belongs(self, layer: int, label: str) -> dict[str, Any]:
+    def belongs(self, site: Site, label: str) -> dict[str, Any]:
         """What the config of a checkpoint says in its place, and in no other."""
-        return {"layer": layer, "snapshot": label, "digest": self.config()["digest"]}
+        return {"layer": site.json, "snapshot": label, "digest": self.config()["digest"]}
 
-    def due(self, layer: int) -> list[str]:
+    def due(self, site: Site) -> list[str]:
         """The labels of a layer's snapshots that are missing or damaged. Reads all there are. Raises UserError for one that is
         whole and belongs elsewhere: it may be the only copy."""
         due = []
         for label in snapshot_tokens(self.config()["train"]["tokens"]):
-            path = self.snapshot_path(layer, label)
+            path = self.snapshot_path(site, label)
             try:
-                Sae.check(path, belongs=self.belongs(layer, label))
+                Sae.check(path, belongs=self.belongs(site, label))
             except Damaged as error:
                 due.append(label)
                 if path.exists():
@@ -258,33 +260,33 @@ class Run:
 
     # --- the training curve ---
 
-    def metrics_path(self, layer: int) -> Path:
-        return self.path / "metrics" / f"layer{layer:02d}.jsonl"
+    def metrics_path(self, site: Site) -> Path:
+        return self.path / "metrics" / f"layer{site.key}.jsonl"
 
-    def metrics(self, layer: int) -> list[dict[str, Any]]:
+    def metrics(self, site: Site) -> list[dict[str, Any]]:
         """The records, without a last line that is not whole: it is being written, or a crash cut it. Raises UserError if
         another line is damaged."""
         records = []
-        for number, line in enumerate(self._metrics_lines(layer), 1):
+        for number, line in enumerate(self._metrics_lines(site), 1):
             record = _parse(line)
             if record is None:
-                raise UserError(f"line {number} of {self.metrics_path(layer)} is damaged: delete that line to use the others")
+                raise UserError(f"line {number} of {self.metrics_path(site)} is damaged: delete that line to use the others")
             records.append(record)
         return [{k: v for k, v in record.items() if k != SEAL} for record in records]
 
-    def _metrics_lines(self, layer: int) -> list[bytes]:
-        path = self.metrics_path(layer)
+    def _metrics_lines(self, site: Site) -> list[bytes]:
+        path = self.metrics_path(site)
         return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
-    def append_metrics(self, layer: int, record: dict[str, Any]) -> None:
+    def append_metrics(self, site: Site, record: dict[str, Any]) -> None:
         """Durable after `sync_metrics`."""
-        path = self.metrics_path(layer)
+        path = self.metrics_path(site)
         path.parent.mkdir(exist_ok=True)
         with path.open("ab", buffering=0) as file:
             file.write(json.dumps(seal(record)).encode() + b"\n")
 
-    def sync_metrics(self, layer: int) -> None:
-        path = self.metrics_path(layer)
+    def sync_metrics(self, site: Site) -> None:
+        path = self.metrics_path(site)
         if path.exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -292,10 +294,10 @@ class Run:
             sync_dir(self.path)
             self.push(path)
 
-    def rewind_metrics(self, layer: int, step: int) -> None:
+    def rewind_metrics(self, site: Site, step: int) -> None:
         """Drop, in one move, the records after `step`, which a resumed run writes again, and what is damaged."""
-        path, kept = self.metrics_path(layer), []
-        for number, line in enumerate(self._metrics_lines(layer), 1):
+        path, kept = self.metrics_path(site), []
+        for number, line in enumerate(self._metrics_lines(site), 1):
             record = _parse(line)
             if record is None:
                 say(f"line {number} of {path} is damaged, and dropped", err=True)
@@ -307,48 +309,48 @@ class Run:
 
     # --- resume state ---
 
-    def state_path(self, layer: int) -> Path:
-        return self.path / "state" / f"layer{layer:02d}" / "state.safetensors"
+    def state_path(self, site: Site) -> Path:
+        return self.path / "state" / f"layer{site.key}" / "state.safetensors"
 
-    def save_state(self, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def save_state(self, site: Site, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Replace the resume state in one move: tensors, and a small JSON of everything else. The curve is durable before."""
-        path = self.state_path(layer)
+        path = self.state_path(site)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.sync_metrics(layer)
+        self.sync_metrics(site)
         host = {k: v.cpu() for k, v in tensors.items()}
-        save_sealed(path, facts | self._state_belongs(layer), host)
+        save_sealed(path, facts | self._state_belongs(site), host)
         sync_dir(path.parent.parent)
         sync_dir(self.path)
         self.push(path)
 
-    def load_state(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load_state(self, site: Site) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Raises `Damaged` for what is not as it was written, and UserError for the state of another layer or run."""
-        path = self.state_path(layer)
+        path = self.state_path(site)
         if not path.exists():
             return None
         try:
             tensors, said = load_sealed(path)
         except ValueError as error:
             raise Damaged(f"{path} is damaged ({error})") from None
-        mine = self._state_belongs(layer)
+        mine = self._state_belongs(site)
         if any(said.get(k) != v for k, v in mine.items()):
             whose = "this" if said.get("run") == mine["run"] else "another"
             raise UserError(
-                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {layer} of this one: "
+                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {site} of this one: "
                 "put it back where it belongs, or delete it to train this layer from the start"
             )
         return tensors, {k: v for k, v in said.items() if k not in mine}
 
-    def _state_belongs(self, layer: int) -> dict[str, Any]:
-        return {"layer": layer, "run": self.config()["digest"]}
+    def _state_belongs(self, site: Site) -> dict[str, Any]:
+        return {"layer": site.json, "run": self.config()["digest"]}
 
-    def drop_state(self, layer: int) -> None:
+    def drop_state(self, site: Site) -> None:
         """Remove it, half a state that a kill left beside it included."""
-        folder = self.state_path(layer).parent
+        folder = self.state_path(site).parent
         for path in folder.iterdir() if folder.exists() else ():
             if path.name != "owner":
                 remove(path)
-        self.push(self.state_path(layer))
+        self.push(self.state_path(site))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

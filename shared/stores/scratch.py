@@ -20,6 +20,7 @@ from zlib import crc32
 from shared.errors import UserError
 from shared.files import locked, make_dir, read_file, remove_leftovers, temporary, write_all
 from shared.progress import say
+from shared.sites import Site
 from shared.units import format_bytes, parse_bytes
 
 _LOCKS = 256  # blocks that share one wait for each other, which costs little
@@ -56,12 +57,12 @@ class Scratch:
                 remove_leftovers(each)
             change(self._count(), new=True)
 
-    def read(self, layer: int, block: int, out: memoryview, offset: int, size: int, fetch: Callable[[], memoryview]) -> bool:
+    def read(self, site: Site, block: int, out: memoryview, offset: int, size: int, fetch: Callable[[], memoryview]) -> bool:
         """Fill `out` from byte `offset` of a block of `size` bytes; False where there is no copy and no room for one.
 
         `fetch` reads a block that has no copy yet, whole and checked; its exceptions are passed on.
         """
-        path = self._folder / f"{layer:02d}-{block}"
+        path = self._folder / f"{site.key}-{block}"
         if (complete := _read(path, out, offset)) is not None:
             return complete
         if self._full:
@@ -84,9 +85,9 @@ class Scratch:
                 self._stop(f"cannot write: {error.strerror}")  # `out` is filled all the same
         return True
 
-    def drop(self, layer: int, block: int) -> None:
+    def drop(self, site: Site, block: int) -> None:
         """Remove the copy of a block, because it is damaged or the block was repaired since."""
-        self._remove(self._folder / f"{layer:02d}-{block}")
+        self._remove(self._folder / f"{site.key}-{block}")
 
     def _reserve(self, path: Path, size: int) -> Path | None:
         """An allocated temporary file of `size` bytes; None where it does not fit."""

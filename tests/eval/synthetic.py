@@ -19,6 +19,7 @@ from shared.cache import CacheSpec
 from shared.runs.run import Run, run_config, snapshot_tokens
 from shared.runs.sae import Sae
 from shared.seal import seal
+from shared.sites import Site
 from train.sparsity.l1 import L1Setting
 from train.trainer import TrainConfig
 
@@ -73,7 +74,7 @@ def make_runs(folder: Path, *, layers: int = 24, model: str = "EleutherAI/pythia
 
 
 def _curve(run: Run, layer: int, l1: float, l0: float) -> None:
-    path = run.metrics_path(layer)
+    path = run.metrics_path(Site(layer))
     path.parent.mkdir(exist_ok=True)
     steps = 9155
     lines = []
@@ -99,13 +100,13 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
         b_enc=torch.zeros(8),
         b_pre=torch.zeros(4),
         b_dec=torch.zeros(4),
-        config=run.belongs(layer, label) | {"cache": run.config()["cache"]},
+        config=run.belongs(Site(layer), label) | {"cache": run.config()["cache"]},
         stats={"tokens": tokens, "lambda": l1, "age": age},
     )
     file = f"{layer:04x}{tokens // 1_000_000:04x}"
     if latest:  # the others cost a second of fsync, and nobody opens them
-        sae.save(run.snapshot_path(layer, label))
-        file = Sae.checksum(run.snapshot_path(layer, label))
+        sae.save(run.snapshot_path(Site(layer), label))
+        file = Sae.checksum(run.snapshot_path(Site(layer), label))
     l0 *= (1 + math.exp(-6 * age)) * (0.8 + 0.5 * depth)
     density = torch.exp(torch.randn(FEATURES, generator=generator, dtype=torch.float64) * 1.8)
     density = (density * (l0 / density.sum())).clamp(max=0.9)
@@ -120,7 +121,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
         l0_by_position=torch.full((1024,), l0),
     )
     if latest:
-        save_features(features_path(run, layer, label), features, tokens=2_031_616, file=file)
+        save_features(features_path(run, Site(layer), label), features, tokens=2_031_616, file=file)
     statistics = Statistics.measured(density, square)
     assert statistics.alpha is not None
     fvu = (0.02 + 0.11 * depth) * (150 / l0) ** 0.5 * (1 + math.exp(-5 * age))

@@ -19,6 +19,7 @@ from fleet.room import Room, Window, used_bytes, windows
 from shared.cache import Cache
 from shared.errors import Busy, UserError
 from shared.runs.run import Run
+from shared.sites import Site, format_sites, parse_sites
 from tests.conftest import TRAIN_ARGS, invoke
 
 L1 = "3e-3"
@@ -107,8 +108,8 @@ def test_a_job_in_windows_stopped_between_commands(config: JobConfig, runs_path:
     assert commands.ran == ["train", "eval", "report"]
     assert 0.5 * config.disk < max(seen) <= config.disk
     cache = Cache.open(config.cache)
-    assert cache.freed() == (0, 1)
-    assert [len(cache.freeable(layer)) for layer in range(3)] == [0, 0, 40]
+    assert cache.freed() == parse_sites("0,1")
+    assert [len(cache.freeable(Site(layer))) for layer in range(3)] == [0, 0, 40]
     ours, wanted = weights(config.runs), weights(runs_path)
     assert len(ours) == 3 * 6 * 5 and ours.keys() == wanted.keys()
     assert all(torch.equal(ours[k], wanted[k]) for k in ours)
@@ -136,7 +137,7 @@ def test_what_was_done_by_hand_goes_on(trained: JobConfig, capfd: pytest.Capture
 
 def test_a_layer_is_freed_only_when_its_checkpoints_are_whole_and_measured(trained: JobConfig) -> None:
     runs = [Run(path) for path in sorted(trained.runs.iterdir())]
-    missing, damaged = runs[0].snapshot_path(2, "final"), runs[1].snapshot_path(0, "final")
+    missing, damaged = runs[0].snapshot_path(Site(2), "final"), runs[1].snapshot_path(Site(0), "final")
     missing.unlink()  # layer 2 is wanted again
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:20_000] + bytes([whole[20_000] ^ 1]) + whole[20_001:])
@@ -198,7 +199,7 @@ def test_a_plan_says_windows_bytes_and_passes(config: JobConfig) -> None:
 
 
 def test_windows_fit_beside_all_that_stays() -> None:
-    layers = range(6)
+    layers = parse_sites("0-5")
     need = Room(
         tokens=10,
         states=5,
@@ -208,12 +209,12 @@ def test_windows_fit_beside_all_that_stays() -> None:
     )
     found = windows(0, need, 70)
     # 10 + 5 + 2 · 24 = 63; then 18 stays: 18 + 5 + 24 = 47 beside which a second has no room; and so on
-    assert [(w.layers, w.peak) for w in found] == [((0, 1), 63), ((2,), 47), ((3,), 51), ((4,), 55), ((5,), 59)]
+    assert [(format_sites(w.layers), w.peak) for w in found] == [("0-1", 63), ("2", 47), ("3", 51), ("4", 55), ("5", 59)]
     with pytest.raises(UserError, match="layer 5 needs 59 B"):
         windows(0, need, 58)
     # after a kill: what is there of layers 0 and 1 has its place in them, and in the way of none that come later
-    begun = dataclasses.replace(need, there=need.there | {0: 15, 1: 3})
+    begun = dataclasses.replace(need, there=need.there | {Site(0): 15, Site(1): 3})
     assert windows(0, begun, 70) == found
-    assert windows(0, dataclasses.replace(begun, there=begun.there | {5: 8}), 70)[0] == Window(
-        layers=(0,), peak=10 + 5 + 24 + 3 + 8
+    assert windows(0, dataclasses.replace(begun, there=begun.there | {Site(5): 8}), 70)[0] == Window(
+        layers=parse_sites("0"), peak=10 + 5 + 24 + 3 + 8
     )

@@ -10,22 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harvest.language_model import ResidualModel
-from harvest.neox import Sink
+from harvest.language_model import ResidualModel, Sink
 from harvest.run import HarvestConfig, Shares, await_tokens, harvest_blocks, in_turn, planned_bytes, probe_write
 from harvest.tokens import TextSource
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.lm import harvested_model, hash_files, load_model, open_model
+from shared.sites import Site, parse_sites
 from shared.units import ALONE, Shard
 from tests.conftest import Cli
 
 CPU = torch.device("cpu")
 
 
-def residuals(lm: Path, tokens: torch.Tensor, precision: str = "bf16") -> dict[int, torch.Tensor]:
-    found: dict[int, torch.Tensor] = {}
-    model = ResidualModel(load_model(str(lm), None, precision, head=False), (0, 1, 2), CPU)
+def residuals(lm: Path, tokens: torch.Tensor, precision: str = "bf16") -> dict[Site, torch.Tensor]:
+    found: dict[Site, torch.Tensor] = {}
+    model = ResidualModel(load_model(str(lm), None, precision, head=False), parse_sites("0,1,2"), CPU)
     model.run(tokens, lambda layer, output: found.__setitem__(layer, output.float()))
     return found
 
@@ -37,7 +37,7 @@ def test_every_row_is_the_activation_its_place_says(lm: Path, cache: Cache) -> N
         wanted = residuals(lm, torch.from_numpy(cache.block_tokens(block)))
         order, out = cache.block_order(block), np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
         assert sorted(order) == list(range(spec.block_rows))
-        for layer in cache.layers:
+        for layer in cache.sites:
             cache.read_block(layer, block, out)
             flat = wanted[layer].reshape(-1, spec.d_model).numpy()
             np.testing.assert_allclose(out, flat[order], rtol=1e-3, atol=1e-3)
@@ -46,7 +46,7 @@ def test_every_row_is_the_activation_its_place_says(lm: Path, cache: Cache) -> N
 def test_bf16_stays_near_fp32(lm: Path, cache: Cache) -> None:
     tokens = torch.from_numpy(cache.block_tokens(0))
     half, full = residuals(lm, tokens), residuals(lm, tokens, "fp32")
-    for layer in cache.layers:
+    for layer in cache.sites:
         assert (half[layer] - full[layer]).norm() / full[layer].norm() < 0.02
 
 
@@ -55,11 +55,11 @@ def test_blocks_come_out_the_same_in_any_order_and_batch(lm: Path, cache: Cache,
     shutil.copytree(cache.path, other)
     copy = Cache.open(other)
     for block in (3, 1):
-        for layer in copy.layers:
+        for layer in copy.sites:
             copy.block_path(layer, block).unlink()
-    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), (0, 1, 2), CPU)
+    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
     harvest_blocks(copy, model, [3, 1], HarvestConfig(device=CPU, forward_sequences=16))
-    for layer in copy.layers:
+    for layer in copy.sites:
         for block in (1, 3):
             assert copy.block_path(layer, block).read_bytes() == cache.block_path(layer, block).read_bytes()
 
@@ -82,9 +82,9 @@ def test_the_next_block_is_read_while_one_runs(lm: Path, cache: Cache, tmp_path:
 
     monkeypatch.setattr(Cache, "block_tokens", watched)
     monkeypatch.setattr(ResidualModel, "run", patient)
-    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), (0, 1, 2), CPU)
+    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
     harvest_blocks(copy, model, [3, 1], HarvestConfig(device=CPU), replace=True)
-    assert copy.block_path(0, 1).read_bytes() == cache.block_path(0, 1).read_bytes()
+    assert copy.block_path(Site(0), 1).read_bytes() == cache.block_path(Site(0), 1).read_bytes()
 
 
 def written_bytes(path: Path) -> int:
@@ -92,10 +92,10 @@ def written_bytes(path: Path) -> int:
 
 
 def test_a_plan_says_what_a_harvest_writes(cli: Cli, cache: Cache, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
-    assert planned_bytes(cache.spec, cache.layers) == pytest.approx(written_bytes(cache.path), rel=0.01)
+    assert planned_bytes(cache.spec, cache.sites) == pytest.approx(written_bytes(cache.path), rel=0.01)
     result = cli("harvest", "plan", *harvest_args[:-2], "--cache", tmp_path / "none")
     assert result.code == 0, result.err
-    assert f"({planned_bytes(cache.spec, cache.layers):,} bytes)" in result.out
+    assert f"({planned_bytes(cache.spec, cache.sites):,} bytes)" in result.out
     for word in ("free disk", "write probe", "room for"):
         assert word in result.out
     assert not (tmp_path / "none").exists()
@@ -110,16 +110,16 @@ def test_the_published_job_is_planned_without_model_or_hub(cli: Cli, tmp_path: P
 
 def test_totals_are_those_of_all_blocks_together(cache: Cache) -> None:
     spec, totals = cache.spec, cache.totals()
-    assert list(totals) == [0, 1, 2]
+    assert tuple(totals) == parse_sites("0-2")
     data = np.empty((spec.n_blocks, spec.block_rows, spec.d_model), dtype=np.float16)
     for block in range(spec.n_blocks):
-        cache.read_block(2, block, data[block])
+        cache.read_block(Site(2), block, data[block])
     x = data.astype(np.float64)
-    n, mean, m2 = totals[2].moments
+    n, mean, m2 = totals[Site(2)].moments
     assert n == x.size
     assert mean == pytest.approx(x.mean(), abs=1e-7)
     assert m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-6)
-    assert totals[2].max_norm == pytest.approx(np.linalg.norm(x, axis=2).max(), rel=1e-6)
+    assert totals[Site(2)].max_norm == pytest.approx(np.linalg.norm(x, axis=2).max(), rel=1e-6)
 
 
 def test_a_second_run_has_nothing_to_do(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...]) -> None:
@@ -131,12 +131,15 @@ def test_a_second_run_has_nothing_to_do(cli: Cli, cache_path: Path, harvest_args
 def test_layers_can_be_added_later(cli: Cli, cache: Cache, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
     path = tmp_path / "c"
     assert cli("harvest", *harvest_args, "--cache", path, "--layers", 1).code == 0
-    assert Cache.open(path).layers == (1,)
+    assert Cache.open(path).sites == parse_sites("1")
     assert cli("harvest", *harvest_args, "--cache", path, "--layers", "0-2").code == 0
-    assert Cache.open(path).layers == (0, 1, 2)
+    assert Cache.open(path).sites == parse_sites("0-2")
     for layer in range(3):
         for block in range(cache.spec.n_blocks):
-            assert Cache.open(path).block_path(layer, block).read_bytes() == cache.block_path(layer, block).read_bytes()
+            assert (
+                Cache.open(path).block_path(Site(layer), block).read_bytes()
+                == cache.block_path(Site(layer), block).read_bytes()
+            )
 
 
 def test_damage_is_found_named_and_mended(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
@@ -144,21 +147,21 @@ def test_damage_is_found_named_and_mended(cli: Cli, cache_path: Path, harvest_ar
     shutil.copytree(cache_path, path)
     cache = Cache.open(path)
     assert cli("harvest", "verify", "--cache", path).code == 0
-    flipped = bytearray(cache.block_path(1, 7).read_bytes())
+    flipped = bytearray(cache.block_path(Site(1), 7).read_bytes())
     flipped[100] ^= 1
-    cache.block_path(1, 7).write_bytes(flipped)
-    cache.block_path(2, 9).unlink()
+    cache.block_path(Site(1), 7).write_bytes(flipped)
+    cache.block_path(Site(2), 9).unlink()
     cache.token_chunk_path(1).write_bytes(b"")
     result = cli("harvest", "verify", "--cache", path)
     assert result.code == 1
     assert "layer 1 block 7 " in result.out
     assert "layer 2 block 9 " in result.out
     assert "token chunk 1" in result.out
-    untouched = cache.block_path(1, 8).stat().st_mtime_ns
+    untouched = cache.block_path(Site(1), 8).stat().st_mtime_ns
     mended = cli("harvest", "repair", "--cache", path, "--device", "cpu")
     assert mended.code == 0, mended.err
     assert "repaired 2 layer blocks and the tokens" in mended.out
-    assert cache.block_path(1, 8).stat().st_mtime_ns == untouched
+    assert cache.block_path(Site(1), 8).stat().st_mtime_ns == untouched
     for file in cache_path.rglob("c.*"):
         assert (path / file.relative_to(cache_path)).read_bytes() == file.read_bytes()
     named = cli("harvest", "repair", "--cache", path, "--blocks", "4", "--device", "cpu")
@@ -172,14 +175,14 @@ def test_values_that_do_not_fit_are_reported(lm: Path, cache: Cache, tmp_path: P
     base = load_model(str(lm), None, "fp32", head=False)
     with torch.no_grad():
         base.get_submodule("layers.1.mlp.dense_4h_to_h").bias[3] = 1e6  # type: ignore[operator]
-    harvest_blocks(copy, ResidualModel(base, (0, 1, 2), CPU), [5], HarvestConfig(device=CPU), replace=True)
+    harvest_blocks(copy, ResidualModel(base, parse_sites("0,1,2"), CPU), [5], HarvestConfig(device=CPU), replace=True)
     totals = copy.totals()
-    assert totals[0].nonfinite == 0
-    assert totals[1].nonfinite == cache.spec.block_rows
-    assert totals[2].nonfinite >= cache.spec.block_rows
-    assert f"WARNING: {cache.spec.block_rows} values did not fit float16" in str(totals[1])
+    assert totals[Site(0)].nonfinite == 0
+    assert totals[Site(1)].nonfinite == cache.spec.block_rows
+    assert totals[Site(2)].nonfinite >= cache.spec.block_rows
+    assert f"WARNING: {cache.spec.block_rows} values did not fit float16" in str(totals[Site(1)])
     out = np.empty((cache.spec.block_rows, cache.spec.d_model), dtype=np.float16)
-    copy.read_block(1, 5, out)
+    copy.read_block(Site(1), 5, out)
     assert np.isfinite(out).all()
     assert (out[:, 3] == 65504).all()
 
@@ -187,7 +190,7 @@ def test_values_that_do_not_fit_are_reported(lm: Path, cache: Cache, tmp_path: P
 def test_shares_are_of_the_whole_time(lm: Path, cache: Cache, tmp_path: Path) -> None:
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
-    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), (0, 1, 2), CPU)
+    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
     shares = harvest_blocks(copy, model, [5], HarvestConfig(device=CPU), replace=True)
     assert shares.forward > 0 and shares.copy > 0 and shares.wait > 0
     assert shares.forward + shares.copy + shares.wait == pytest.approx(shares.total)
@@ -245,10 +248,10 @@ def test_blocks_of_machines_of_several_kinds_are_said(
 ) -> None:
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
-    assert {copy.stats(0, block).by for block in range(44)} == {f"cpu, threads: {torch.get_num_threads()}"}
+    assert {copy.stats(Site(0), block).by for block in range(44)} == {f"cpu, threads: {torch.get_num_threads()}"}
     assert "several kinds" not in cli("harvest", "verify", "--cache", copy.path).err
     for layer in (0, 1):
-        copy.commit(5, {layer: dataclasses.replace(copy.stats(layer, 5), by="H100")})
+        copy.commit(5, {Site(layer): dataclasses.replace(copy.stats(Site(layer), 5), by="H100")})
     for command in (("harvest", *harvest_args, "--cache", copy.path), ("harvest", "verify", "--cache", copy.path)):
         result = cli(*command)
         assert result.code == 0
@@ -288,7 +291,7 @@ def other_weights(folder: Path) -> None:
 
 
 def test_repair_touches_nothing_unless_model_and_text_are_the_caches(cli: Cli, small: Cache, tmp_path: Path) -> None:
-    flip(small.block_path(1, 2))
+    flip(small.block_path(Site(1), 2))
     flip(small.token_chunk_path(0))
     damaged = content(small)
     repair = ("harvest", "repair", "--cache", small.path, "--device", "cpu")
@@ -321,10 +324,10 @@ def test_repair_brings_back_every_byte(cli: Cli, small: Cache) -> None:
     whole = content(small)
     (entry,) = (p for p in small.path.glob("ledger/0-1/*1.json"))
     for damage in (
-        [lambda: flip(small.block_path(0, 0)), lambda: small.block_path(1, 1).unlink()],
+        [lambda: flip(small.block_path(Site(0), 0)), lambda: small.block_path(Site(1), 1).unlink()],
         [lambda: flip(entry), lambda: flip(small.token_entry_path(0))],
         [lambda: small.token_chunk_path(0).unlink(), lambda: flip(small.path / "activations.zarr" / "tokens" / "zarr.json")],
-        [lambda: entry.write_bytes(small.entry_path((0, 1), 2).read_bytes())],
+        [lambda: entry.write_bytes(small.entry_path(parse_sites("0,1"), 2).read_bytes())],
         [lambda: small.token_entry_path(0).unlink()],
     ):
         for harm in damage:
@@ -340,12 +343,12 @@ def test_repair_brings_back_every_byte(cli: Cli, small: Cache) -> None:
 def test_repair_of_named_blocks_does_these_alone(cli: Cli, small: Cache) -> None:
     whole = content(small)
     for block in (1, 2):
-        small.entry_path((0, 1), block).unlink()  # as after a kill
-    flip(small.block_path(0, 0))
+        small.entry_path(parse_sites("0,1"), block).unlink()  # as after a kill
+    flip(small.block_path(Site(0), 0))
     result = cli("harvest", "repair", "--cache", small.path, "--blocks", 0, "--device", "cpu")
     assert result.code == 0, result.err
-    assert small.committed(0) == small.committed(1) == {0}
-    assert small.block_path(0, 0).read_bytes() == whole["activations.zarr/resid_post/00/c.0.0"]
+    assert small.committed(Site(0)) == small.committed(Site(1)) == {0}
+    assert small.block_path(Site(0), 0).read_bytes() == whole["activations.zarr/resid_post/00/c.0.0"]
     assert cli("harvest", "repair", "--cache", small.path, "--blocks", 3).code == 2
 
 
@@ -354,12 +357,12 @@ def test_activations_are_never_made_of_tokens_that_are_damaged(cli: Cli, small: 
     result = cli("harvest", *small_args(tmp_path, layers="0-2"))
     assert result.code == 2
     assert "token chunk 0 of" in result.err and "harvest repair" in result.err
-    assert small.committed(2) == set()
+    assert small.committed(Site(2)) == set()
 
 
 def test_blocks_of_other_tokens_are_found_and_made_again(cli: Cli, small: Cache) -> None:
     whole = content(small)
-    stats = {layer: dataclasses.replace(small.stats(layer, 1), tokens="12345678") for layer in (0, 1)}
+    stats = {s: dataclasses.replace(small.stats(s, 1), tokens="12345678") for s in parse_sites("0,1")}
     small.commit(1, stats)
     result = cli("harvest", "verify", "--cache", small.path)
     assert result.code == 1
@@ -380,7 +383,7 @@ def test_the_model_that_is_named_is_the_model_that_is_loaded(cli: Cli, small: Ca
     assert result.code == 0, result.err
     wanted = residuals(tmp_path / "first", torch.from_numpy(small.block_tokens(0)))[2].reshape(-1, 32).numpy()
     out = np.empty((small.spec.block_rows, small.spec.d_model), dtype=np.float16)
-    small.read_block(2, 0, out)
+    small.read_block(Site(2), 0, out)
     np.testing.assert_allclose(out, wanted[small.block_order(0)], rtol=1e-3, atol=1e-3)
 
 

@@ -15,6 +15,7 @@ from harvest.tokens import _encode, _take, _token_batches, require_one_context, 
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.lm import load_tokenizer
+from shared.sites import Site, parse_sites
 from tests.conftest import documents
 
 
@@ -41,7 +42,7 @@ def test_continues_after_every_chunk(
     monkeypatch.setattr("harvest.tokens._DOCUMENTS", 7)
     monkeypatch.setattr("harvest.documents._PIECE", 3000)  # some documents are longer: pieces fall into several batches
     monkeypatch.setattr("harvest.tokens._CHARACTERS", 2000)
-    again = Cache.create(tmp_path / "c", cache.spec, (0,))
+    again = Cache.create(tmp_path / "c", cache.spec, parse_sites("0"))
     tokenizer, written = load_tokenizer(str(lm), None), []
 
     class Stop(Exception):
@@ -66,7 +67,7 @@ def test_text_that_runs_out_leaves_nothing_behind(lm: Path, text: Path, cache: C
     short = tmp_path / "short.jsonl"
     short.write_text("".join(text.read_text().splitlines(keepends=True)[:3]))
     spec = dataclasses.replace(cache.spec, n_blocks=200, holdout_blocks=1)
-    big = Cache.create(tmp_path / "c", spec, (0,))
+    big = Cache.create(tmp_path / "c", spec, parse_sites("0"))
     with pytest.raises(UserError, match=r"ends after \d+ tokens, 102400 are wanted; ask for at most --tokens \d+"):
         write_tokens(big, source(short), load_tokenizer(str(lm), None))
     assert not list((tmp_path / "c").iterdir())
@@ -175,7 +176,7 @@ def test_bos_begins_every_context_if_it_is_asked_for(
     require_one_context(source(text), tokenizer, spec)
     require_one_context(source(text), load_tokenizer(str(lm), None), cache.spec)
     assert capsys.readouterr().err == ""
-    made = Cache.create(tmp_path / "c", spec, (0,))
+    made = Cache.create(tmp_path / "c", spec, parse_sites("0"))
     write_tokens(made, source(text), tokenizer)
     got = made.read_tokens(0, spec.sequences)
     assert set(got[:, 0]) == {399}
@@ -194,5 +195,5 @@ def test_a_cache_with_blocks_is_never_taken_away(lm: Path, text: Path, cache_pat
     short.write_text("".join(text.read_text().splitlines(keepends=True)[:3]))
     with pytest.raises(UserError, match="has committed blocks and is kept"):
         write_tokens(cache, source(short), load_tokenizer(str(lm), None))
-    assert cache.committed(0) == Cache.open(cache_path).committed(0)
-    assert cache.block_path(0, 0).exists()
+    assert cache.committed(Site(0)) == Cache.open(cache_path).committed(Site(0))
+    assert cache.block_path(Site(0), 0).exists()

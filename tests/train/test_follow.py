@@ -12,6 +12,7 @@ import pytest
 from shared.cache import Cache
 from shared.files import publish_file
 from shared.shuffle import block_turns
+from shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
 from train.step import Begun, StepResult, TrainingSae
@@ -31,7 +32,7 @@ class Harvest:
             self._entry(self.cache, block).unlink()
 
     def _entry(self, cache: Cache, block: int) -> Path:
-        return cache.entry_path(cache.layers, block)
+        return cache.entry_path(cache.sites, block)
 
     def go_on(self, blocks: int) -> None:
         for block in self._turns[:blocks]:
@@ -125,7 +126,7 @@ def test_a_signal_does_not_wait_for_the_harvest(
 def test_damage_is_no_reason_to_wait(cli: Cli, harvest: Harvest, tmp_path: Path) -> None:
     harvest.go_on(FIRST)
     for block in range(40):
-        harvest.cache.block_path(1, block).write_bytes(bytes(harvest.cache.spec.block_bytes))
+        harvest.cache.block_path(Site(1), block).write_bytes(bytes(harvest.cache.spec.block_bytes))
     result = cli(*ARGS, "--cache", harvest.cache.path, "--runs", tmp_path / "r", "--follow")
     assert result.code == 2 and "layer 1 block " in result.err and "is damaged" in result.err
 

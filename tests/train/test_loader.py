@@ -13,6 +13,7 @@ import torch
 from bench.ours import cache_spec
 from shared.cache import BlockStats, Cache, slice_checksums
 from shared.errors import UserError
+from shared.sites import Site, parse_sites
 from train import loader as module
 from train.loader import ActivationLoader, LoaderConfig
 
@@ -21,14 +22,14 @@ CPU = torch.device("cpu")
 
 def batches(cache: Cache, *, first: int = 0, last: int, batch: int = 96, layer: int = 1, **options: int) -> list[torch.Tensor]:
     config = LoaderConfig(batch=batch, window_blocks=options.get("window", 3), threads=2, seed=options.get("seed", 0))
-    return [x.clone() for x in ActivationLoader(cache, layer, config, CPU, first=first, last=last)]
+    return [x.clone() for x in ActivationLoader(cache, Site(layer), config, CPU, first=first, last=last)]
 
 
 def all_rows(cache: Cache, layer: int = 1) -> np.ndarray:  # type: ignore[type-arg]
     spec = cache.spec
     data = np.empty((spec.train_tokens, spec.d_model), dtype=np.float16)
     for block in range(spec.train_blocks):
-        cache.read_block(layer, block, data[block * spec.block_rows : (block + 1) * spec.block_rows])
+        cache.read_block(Site(layer), block, data[block * spec.block_rows : (block + 1) * spec.block_rows])
     return data
 
 
@@ -69,14 +70,14 @@ def test_slices_need_not_be_equally_long(tmp_path: Path, first: int) -> None:
 def numbered_cache(path: Path, *, rows: int, blocks: int) -> Cache:
     """One layer over one dimension; row i of it is i."""
     spec = cache_spec(d=1, n_layers=1, rows=rows * blocks, context=rows)
-    cache = Cache.create(path, replace(spec, block_sequences=1, n_blocks=blocks), (0,))
+    cache = Cache.create(path, replace(spec, block_sequences=1, n_blocks=blocks), parse_sites("0"))
     for block in range(blocks):
         data = np.arange(rows * block, rows * (block + 1), dtype=np.float16)[:, None]
         stats = BlockStats(
             bytes=data.nbytes, rows=rows, crc32c=slice_checksums(data, cache.spec.slice_rows),
             tokens="0" * 8, mean=0.0, m2=1.0, max_norm=1.0, nonfinite=0,
         )  # fmt: skip
-        cache.commit(block, {0: stats}, {0: cache.stage_block(0, block, data, replace=False)})
+        cache.commit(block, {Site(0): stats}, {Site(0): cache.stage_block(Site(0), block, data, replace=False)})
     return cache
 
 
@@ -86,19 +87,19 @@ def test_a_block_repaired_during_training_counts_as_it_is_now(tmp_path: Path, mo
     check = Cache.check_slice
 
     def count(self: Cache, layer: int, block: int, *args: Any) -> None:
-        check(self, layer, block, *args)
+        check(self, Site(layer), block, *args)
         checked.append(block)
 
     monkeypatch.setattr(Cache, "check_slice", count)
     cache, other = numbered_cache(tmp_path / "c", rows=32, blocks=2), numbered_cache(tmp_path / "other", rows=32, blocks=3)
-    loader = iter(ActivationLoader(cache, 0, LoaderConfig(batch=32, window_blocks=1, threads=1), CPU, last=4))
+    loader = iter(ActivationLoader(cache, Site(0), LoaderConfig(batch=32, window_blocks=1, threads=1), CPU, last=4))
     rows = [next(loader)]
     deadline = time.monotonic() + 20
     while len(checked) < 32 and time.monotonic() < deadline:  # the first epoch is read whole, the second not begun
         time.sleep(0.01)
     data = np.empty((32, 1), np.float16)
-    other.read_block(0, 2, data)
-    cache.commit(1, {0: other.stats(0, 2)}, {0: cache.stage_block(0, 1, data, replace=True)})
+    other.read_block(Site(0), 2, data)
+    cache.commit(1, {Site(0): other.stats(Site(0), 2)}, {Site(0): cache.stage_block(Site(0), 1, data, replace=True)})
     rows += loader
     assert sorted(torch.cat(rows[:2])[:, 0].tolist()) == list(range(64))
     assert sorted(torch.cat(rows[2:])[:, 0].tolist()) == [*range(32), *range(64, 96)]
@@ -134,9 +135,9 @@ def test_layers_are_seen_in_the_same_order(cache: Cache) -> None:
 def test_damage_met_in_training_names_block_and_slice(cache: Cache, tmp_path: Path) -> None:
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
-    data = bytearray(copy.block_path(1, 4).read_bytes())
+    data = bytearray(copy.block_path(Site(1), 4).read_bytes())
     data[0] ^= 255
-    copy.block_path(1, 4).write_bytes(data)
+    copy.block_path(Site(1), 4).write_bytes(data)
     with pytest.raises(UserError, match=r"layer 1 block 4 .*checksum of slice 0 .*repair"):
         batches(copy, last=200)
 
@@ -149,13 +150,13 @@ def test_the_next_windows_are_read_while_one_is_used_and_no_further(cache: Cache
     def count(
         self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
     ) -> None:
-        read(self, layer, block, index, out)
+        read(self, Site(layer), block, index, out)
         slices.append((block, index))
 
     monkeypatch.setattr(Cache, "read_slice", count)
     config = LoaderConfig(batch=2 * cache.spec.block_rows, window_blocks=2, threads=2)  # a batch is a window
     expected = iter((64, 96, 128, 160, 160))
-    for _ in ActivationLoader(cache, 1, config, CPU, last=5):
+    for _ in ActivationLoader(cache, Site(1), config, CPU, last=5):
         wanted, deadline = next(expected), time.monotonic() + 20
         while len(slices) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -173,7 +174,7 @@ def test_a_window_is_read_as_fast_as_it_is_used_up_and_faster_where_it_is_waited
         self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
     ) -> None:
         seen.append(time.perf_counter())
-        read(self, layer, block, index, out)
+        read(self, Site(layer), block, index, out)
 
     load = ActivationLoader._load
 
@@ -185,7 +186,7 @@ def test_a_window_is_read_as_fast_as_it_is_used_up_and_faster_where_it_is_waited
     monkeypatch.setattr(Cache, "read_slice", timed)
     monkeypatch.setattr(ActivationLoader, "_load", in_hand)
     config = LoaderConfig(batch=4 * cache.spec.block_rows, window_blocks=4, threads=16)  # a batch is a window
-    loader = iter(ActivationLoader(cache, 1, config, CPU, last=4))
+    loader = iter(ActivationLoader(cache, Site(1), config, CPU, last=4))
     next(loader)
     time.sleep(2.0)
     began = time.perf_counter()
@@ -202,10 +203,10 @@ def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> No
 
     def slow(self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
         time.sleep(0.003)
-        read(self, layer, block, index, out)
+        read(self, Site(layer), block, index, out)
 
     monkeypatch.setattr(Cache, "read_slice", slow)
-    loader = ActivationLoader(cache, 1, LoaderConfig(batch=512, window_blocks=2, threads=1), CPU, last=8)
+    loader = ActivationLoader(cache, Site(1), LoaderConfig(batch=512, window_blocks=2, threads=1), CPU, last=8)
     assert len(list(loader)) == 8
     assert loader.waited > 0.2  # 128 reads of 3 ms in turn, less what overlapped
 
@@ -221,7 +222,7 @@ def test_orders_are_drawn_by_reader_threads_and_waited_for(cache: Cache, monkeyp
         return draw(n_rows, **key)
 
     monkeypatch.setattr(module, "window_rows", slow)
-    loader = ActivationLoader(cache, 1, LoaderConfig(batch=512, window_blocks=20, threads=2), CPU, last=21)
+    loader = ActivationLoader(cache, Site(1), LoaderConfig(batch=512, window_blocks=20, threads=2), CPU, last=21)
     assert len(list(loader)) == 21
     assert len(threads) == 2 and all(name.startswith("reader") for name in threads)
     assert loader.waited > 0.15

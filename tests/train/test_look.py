@@ -6,6 +6,7 @@ import torch
 
 from shared.cache import Cache
 from shared.shuffle import epoch_slices
+from shared.sites import Site
 from train.look import Look
 
 
@@ -66,4 +67,4 @@ def test_a_layer_is_looked_at_where_training_begins(cache: Cache) -> None:
         order = cache.block_order(block)[index * size : (index + 1) * size]
         rows.append(np.asarray(whole)[order])
         positions.append(order % spec.context)
-    assert Look.at(cache, 1, seed=3) == of(np.concatenate(rows), np.concatenate(positions))
+    assert Look.at(cache, Site(1), seed=3) == of(np.concatenate(rows), np.concatenate(positions))

@@ -12,6 +12,7 @@ from torch import Tensor
 from eval.measure.metrics import heldout_blocks, largest_cosine, measure
 from shared.cache import Cache
 from shared.runs.sae import Sae
+from shared.sites import Site
 from tests.conftest import Cli, invoke
 from train.kernels.base import Workspace
 from train.step import StepConfig, TrainingSae, pick_kernels
@@ -87,7 +88,7 @@ def test_a_real_run_is_as_good_as_it_was(cli: Cli, real: Path, tmp_path: Path, p
     result = cli("train", *where, *TRAIN, "--precision", precision)
     assert result.code == 0, result.err
     cache, (path,) = Cache.open(real), tmp_path.glob("*/sae_layer02_final.pt")
-    activations, (tally,) = measure(heldout_blocks(cache, 2, 8_192), [Sae.load(path)], cache.spec.context)
+    activations, (tally,) = measure(heldout_blocks(cache, Site(2), 8_192), [Sae.load(path)], cache.spec.context)
     found = tally.sparsity() | tally.reconstruction(activations)
     assert found["l0"] == pytest.approx(51.60, rel=0.01)
     assert found["fvu"] == pytest.approx(0.2539, rel=0.005)

@@ -14,6 +14,7 @@ import torch
 from shared.cache import Cache
 from shared.runs.run import Run, snapshot_tokens
 from shared.runs.sae import Sae
+from shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
 from train.kernels.base import Workspace
 from train.recipes import RECIPES
@@ -43,13 +44,13 @@ def test_a_run_folder_is_complete(runs_path: Path, cache: Cache) -> None:
     assert [p.name.split("x4-")[1] for p in folders] == sorted(NAMES)
     for folder in folders:
         run = Run(folder)
-        labels = [(s.layer, s.label) for s in run.snapshots()]
+        labels = [(s.site.layer, s.label) for s in run.snapshots()]
         assert len(labels) == 18  # six snapshots of three layers
         assert labels[5] == (0, "final")
         assert not list((folder / "state").rglob("*.safetensors"))
         assert run.config()["cache"]["spec"]["tokenizer_sha256"] == cache.spec.tokenizer_sha256
         for layer in range(3):
-            curve = run.metrics(layer)
+            curve = run.metrics(Site(layer))
             assert curve[-1]["tokens"] == 20_480
             assert curve[-1]["loss"] < curve[0]["loss"]
             for key in ("mse", "l1", "l0", "lambda", "alive", "tokens_per_second", "wait_share"):
@@ -60,7 +61,7 @@ def test_settings_do_what_they_say(runs_path: Path) -> None:
     """Less λ, more active features; the adaptive one rests over the first fifth and is steered to the last step."""
     by_name = {p.name.split("x4-")[1]: Run(p) for p in runs_path.iterdir() if p.is_dir()}
     for layer in range(3):
-        sparse, rich, adaptive = (by_name[n].metrics(layer) for n in NAMES)
+        sparse, rich, adaptive = (by_name[n].metrics(Site(layer)) for n in NAMES)
         assert sparse[-1]["l0"] < rich[-1]["l0"]
         assert {r["lambda"] for r in adaptive if r["step"] <= 16} == {5e-3}
         last = [r["lambda"] for r in adaptive if r["step"] > 66]
@@ -78,7 +79,7 @@ def test_a_setting_that_comes_later_catches_up_with_the_others(
         stop_after(monkeypatch, calls)
         before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/state/layer01/*")}
         assert cli("train", *args, "--l1", l1).code == 143
-        states = [Run(path).load_state(1) for path in tmp_path.iterdir()]
+        states = [Run(path).load_state(Site(1)) for path in tmp_path.iterdir()]
         assert sorted(state[1]["step"] for state in states if state is not None) == steps
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
         monkeypatch.undo()
@@ -119,10 +120,10 @@ def test_shards_together_are_one_process(cli: Cli, runs_path: Path, cache_path: 
         assert f"trained layers {layers} into" in result.err
     same(finals(tmp_path), finals(runs_path))
     run = Run(next(tmp_path.iterdir()))
-    run.snapshot_path(0, "final").unlink()
+    run.snapshot_path(Site(0), "final").unlink()
     torch.set_num_threads(threads + 1)
     assert cli("train", *args, "--layers", 0).code == 0
-    made = {s.label: Sae.load(s.path).config["machine"]["threads"] for s in run.snapshots() if s.layer == 0}
+    made = {s.label: Sae.load(s.path).config["machine"]["threads"] for s in run.snapshots() if s.site == Site(0)}
     assert made.pop("final") == threads + 1
     assert set(made.values()) == {threads}
 
@@ -138,7 +139,7 @@ def test_a_random_decoder_is_a_run_of_its_own_on_the_same_batches(
     assert run.config()["digest"] != trained.config()["digest"]
     first, *_, last = (Sae.load(s.path) for s in run.snapshots())
     assert torch.equal(first.w_dec, last.w_dec) and not torch.equal(first.w_enc, last.w_enc)
-    ours, theirs = run.metrics(1), trained.metrics(1)
+    ours, theirs = run.metrics(Site(1)), trained.metrics(Site(1))
     assert ours[0]["l0"] == pytest.approx(theirs[0]["l0"], rel=0.05)  # the same SAE at the start, the same batches
     assert ours[-1]["mse"] > theirs[-1]["mse"]
 
@@ -187,7 +188,7 @@ def test_resumes_bit_for_bit(
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k})
     timeless = {"tokens_per_second", "wait_share"}
     for folder in tmp_path.iterdir():
-        mine, whole = Run(folder).metrics(1), Run(runs_path / folder.name).metrics(1)
+        mine, whole = Run(folder).metrics(Site(1)), Run(runs_path / folder.name).metrics(Site(1))
         assert [{k: v for k, v in r.items() if k not in timeless} for r in mine] == [
             {k: v for k, v in r.items() if k not in timeless} for r in whole
         ]
@@ -224,7 +225,7 @@ def test_a_signal_costs_no_work(
     assert stopped.code == code
     assert stopped.err.splitlines()[-1].endswith("run the same command again to continue")
     for folder in tmp_path.iterdir():
-        state = Run(folder).load_state(1)
+        state = Run(folder).load_state(Site(1))
         assert state is not None and state[1]["step"] == 31 + ahead
         assert [p.name for p in (folder / "state" / "layer01").iterdir()] == ["state.safetensors"]
     calls = 61
@@ -252,11 +253,11 @@ def again(cli: Cli, cache_path: Path, run: Run, *more: object) -> Result:
 def test_what_is_missing_or_damaged_is_made_again(cli: Cli, cache_path: Path, one: Run) -> None:
     """An empty final, a snapshot deleted in the middle, a flipped byte: the same files as before, and no others touched."""
     before = contents(one)
-    one.snapshot_path(0, "final").write_bytes(b"")
-    one.snapshot_path(1, "6826").unlink()
+    one.snapshot_path(Site(0), "final").write_bytes(b"")
+    one.snapshot_path(Site(1), "6826").unlink()
     flipped = bytearray(before["sae_layer02_3413.pt"])
     flipped[len(flipped) // 2] ^= 1
-    one.snapshot_path(2, "3413").write_bytes(flipped)
+    one.snapshot_path(Site(2), "3413").write_bytes(flipped)
     kept = {p: p.stat().st_mtime_ns for p in one.path.glob("*.pt")}
     result = again(cli, cache_path, one)
     assert result.code == 0, result.err
@@ -264,7 +265,7 @@ def test_what_is_missing_or_damaged_is_made_again(cli: Cli, cache_path: Path, on
     after = contents(one)
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before if name.endswith((".pt", "config.json")))
-    assert [len(one.metrics(layer)) for layer in range(3)] == [80] * 3
+    assert [len(one.metrics(Site(layer))) for layer in range(3)] == [80] * 3
     changed = {p.name for p, t in kept.items() if p.stat().st_mtime_ns != t}
     assert changed == {"sae_layer00_final.pt", "sae_layer02_3413.pt"}
 
@@ -277,7 +278,7 @@ def test_a_snapshot_before_the_state_that_is_gone_is_made_again(
     save = Run.save_state
 
     def stop_at_40(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        save(self, layer, tensors, facts)
+        save(self, Site(layer), tensors, facts)
         if facts["step"] >= 40:
             raise OSError(28, "No space left on device")
 
@@ -286,7 +287,7 @@ def test_a_snapshot_before_the_state_that_is_gone_is_made_again(
     assert full.code == 2 and "No space left" in full.err and "Traceback" not in full.err
     assert not list(one.path.rglob("*.tmp"))
     monkeypatch.undo()
-    one.snapshot_path(0, "6826").unlink()
+    one.snapshot_path(Site(0), "6826").unlink()
     result = again(cli, cache_path, one, "--layers", 0)
     assert result.code == 0, result.err
     assert "must be made again, and the state is of a later step; trained again from its start" in result.err
@@ -299,10 +300,10 @@ def test_a_state_that_is_damaged_or_anothers(cli: Cli, cache_path: Path, one: Ru
     before = contents(one)
     for path in one.path.glob("sae_layer00_*"):
         path.unlink()
-    one.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
-    path = one.state_path(0)
+    one.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
+    path = one.state_path(Site(0))
     path.parent.mkdir()
-    shutil.move(one.state_path(1), path)
+    shutil.move(one.state_path(Site(1)), path)
     refused = again(cli, cache_path, one, "--layers", 0)
     assert refused.code == 2
     assert "is the state of layer 1 of this run, not of layer 0" in refused.err
@@ -315,8 +316,8 @@ def test_a_state_that_is_damaged_or_anothers(cli: Cli, cache_path: Path, one: Ru
 
 
 def test_a_second_trainer_of_a_layer_is_refused(cli: Cli, cache_path: Path, one: Run) -> None:
-    one.snapshot_path(2, "final").unlink()
-    with one.claim([2]):
+    one.snapshot_path(Site(2), "final").unlink()
+    with one.claim([Site(2)]):
         before = contents(one)
         result = again(cli, cache_path, one)
         assert result.code == 3
@@ -343,14 +344,14 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
     save = Run.save_state
 
     def stop(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        save(self, layer, tensors, facts)
+        save(self, Site(layer), tensors, facts)
         monkeypatch.setattr(Run, "save_state", save)  # a second signal would mean now, wherever the trainer is
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("train.trainer._summary_writer", lambda: Writer)
     monkeypatch.setattr(Run, "save_state", stop)
     assert again(cli, cache_path, one, "--layers", 0, "--save-minutes", 0, "--tensorboard").code == 143
-    state = one.load_state(0)
+    state = one.load_state(Site(0))
     assert state is not None
     assert again(cli, cache_path, one, "--layers", 0, "--tensorboard").code == 0
     assert writers[0]["purge"] == 1
@@ -360,7 +361,7 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
 
 
 def test_another_machine_is_said(cli: Cli, cache_path: Path, one: Run) -> None:
-    one.snapshot_path(0, "final").unlink()
+    one.snapshot_path(Site(0), "final").unlink()
     torch.set_num_threads(torch.get_num_threads() + 1)
     assert "not bit for bit" in again(cli, cache_path, one, "--layers", 0).err
 
@@ -380,7 +381,7 @@ def test_training_goes_on_while_a_state_is_written(
     def slow(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
         assert reached.wait(60), "training waited"
         states.append((facts["step"], int(tensors["last_active"].max())))
-        save(self, layer, tensors, facts)
+        save(self, Site(layer), tensors, facts)
 
     monkeypatch.setattr(TrainingSae, "finish", watched)
     monkeypatch.setattr(Run, "save_state", slow)
@@ -401,18 +402,18 @@ def test_a_state_is_never_ahead_of_its_snapshots_nor_dropped_before_the_last(
     save, drop, seen = Run.save_state, Run.drop_state, []
 
     def labels(self: Run, layer: int) -> list[str]:
-        return [s.label for s in self.snapshots() if s.layer == layer]
+        return [s.label for s in self.snapshots() if s.site.layer == layer]
 
     def checked_save(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, int]) -> None:
         due = [label for label, tokens in snapshot_tokens(20_480).items() if tokens // 256 <= facts["step"]]
         assert labels(self, layer) == due
         seen.append(len(due))
-        save(self, layer, tensors, facts)
+        save(self, Site(layer), tensors, facts)
 
     def checked_drop(self: Run, layer: int) -> None:
         assert labels(self, layer)[-1] == "final"
         seen.append(-1)
-        drop(self, layer)
+        drop(self, Site(layer))
 
     monkeypatch.setattr(Run, "save_state", checked_save)
     monkeypatch.setattr(Run, "drop_state", checked_drop)
@@ -461,12 +462,12 @@ def test_a_setting_that_diverges_stops_alone(
     assert result.code == 2
     assert "l1-3e-3-fixed layer 1 stopped at 7,936 tokens: loss nan" in result.err
     stopped, other = (Run(next(tmp_path.glob(f"*{n}"))) for n in NAMES[:2])
-    assert stopped.metrics(1)[-1] == {"step": 31, "tokens": 7936, "stopped": "not finite"}
-    state = stopped.load_state(1)
+    assert stopped.metrics(Site(1))[-1] == {"step": 31, "tokens": 7936, "stopped": "not finite"}
+    state = stopped.load_state(Site(1))
     assert state is not None
     assert state[1]["step"] == 30
     assert all(torch.isfinite(t).all() for t in state[0].values())
-    assert other.snapshot_path(1, "final").exists()
+    assert other.snapshot_path(Site(1), "final").exists()
     monkeypatch.setattr(TrainingSae, "begin", begin)
     assert cli("train", *TRAIN_ARGS, *args).code == 0
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k and "adaptive" not in k})
@@ -481,7 +482,7 @@ def test_options_reach_the_step(cli: Cli, cache_path: Path, tmp_path: Path) -> N
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())["train"]
     assert config["step"]["l1_reduction"] == "mean"
     assert (config["lr"], config["lr_warmup"], config["l1_warmup"], config["seed"], config["tokens"]) == (2e-3, 5, 7, 3, 5000)
-    curve = Run(next(tmp_path.iterdir())).metrics(0)
+    curve = Run(next(tmp_path.iterdir())).metrics(Site(0))
     assert curve[0]["lambda"] == pytest.approx(1e-2 / 7)
     assert curve[-1]["lambda"] == pytest.approx(1e-2)
 
@@ -548,7 +549,7 @@ def test_a_refit_leaves_l0_and_lowers_the_error(cli: Cli, others: Path, cache_pa
     args = ("--cache", cache_path, "--runs", tmp_path, *OTHERS, "--l1", "3e-3", "--refit-kind", kind)
     assert cli("train", *TRAIN_ARGS, *args).code == 0
     (run,) = map(Run, tmp_path.iterdir())
-    curve = run.metrics(1)
+    curve = run.metrics(Site(1))
     before, after = (next(record for record in reversed(curve) if bool(record["lambda"]) is refit) for refit in (True, False))
     assert after["lambda"] == 0.0
     assert after["l0"] == pytest.approx(before["l0"], rel=0.1)
@@ -567,21 +568,21 @@ def test_without_a_refit_its_kind_changes_nothing(cli: Cli, cache_path: Path, tm
 
 def test_l0_is_held_at_the_target_in_the_refit_and_through_the_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*adaptive-5e-3-l0-12-best")))
-    assert [record["l0"] for record in run.metrics(1)][-9:] == [12.0] * 9
+    assert [record["l0"] for record in run.metrics(Site(1))][-9:] == [12.0] * 9
     assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)
 
 
 def test_batchtopk_keeps_as_many_of_other_text_through_its_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*x4-batchtopk-12-best")))
-    assert {record["l0"] for record in run.metrics(1)} == {12.0}
+    assert {record["l0"] for record in run.metrics(Site(1))} == {12.0}
     assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)
 
 
 def l0_held_out(run: Run, cache: Cache) -> float:
     """Of the last snapshot of layer 1, which must have thresholds."""
-    saved = Sae.load(run.snapshot_path(1, "final"))
+    saved = Sae.load(run.snapshot_path(Site(1), "final"))
     held_out = torch.empty(cache.spec.block_rows, cache.spec.d_model, dtype=torch.float16)
-    cache.read_block(1, cache.spec.train_blocks, held_out.numpy())
+    cache.read_block(Site(1), cache.spec.train_blocks, held_out.numpy())
     assert saved.threshold is not None and float(saved.threshold.min()) > 0
     return float((saved.encode(held_out.float()) > 0).sum(1).double().mean())
 

@@ -32,6 +32,7 @@ from shared.cache import Cache
 from shared.errors import UserError
 from shared.runs.run import Run
 from shared.runs.sae import Sae
+from shared.sites import Site
 from tests.conftest import Cli
 
 D, F, CONTEXT = 16, 50, 7
@@ -261,31 +262,31 @@ def test_moments_in_pieces_are_those_of_all(sizes: list[int], seed: int) -> None
 
 
 def test_only_held_out_rows_are_read_each_with_its_position(cache: Cache) -> None:
-    spec, blocks = cache.spec, list(heldout_blocks(cache, 1, 10**9))
+    spec, blocks = cache.spec, list(heldout_blocks(cache, Site(1), 10**9))
     assert len(blocks) == spec.holdout_blocks
     tokens = heldout_tokens(cache, 10**9)
     assert torch.equal(tokens[: spec.block_sequences], torch.from_numpy(cache.block_tokens(spec.train_blocks)))
     assert len(tokens) == spec.holdout_blocks * spec.block_sequences
     for i, (rows, positions) in enumerate(blocks):
         stored = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
-        cache.read_block(1, spec.train_blocks + i, stored)
+        cache.read_block(Site(1), spec.train_blocks + i, stored)
         assert torch.equal(rows, torch.from_numpy(stored))
         in_order = np.empty_like(positions)
         in_order[cache.block_order(spec.train_blocks + i)] = positions
         assert in_order.tolist() == list(range(spec.context)) * spec.block_sequences
-    assert [len(rows) for rows, _ in heldout_blocks(cache, 1, spec.block_rows + 100)] == [spec.block_rows, 100]
+    assert [len(rows) for rows, _ in heldout_blocks(cache, Site(1), spec.block_rows + 100)] == [spec.block_rows, 100]
 
 
 def test_a_damaged_held_out_block_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Cache.read_block
 
     def flip(self: Cache, layer: int, block: int, out: Any) -> None:
-        read(self, layer, block, out)
+        read(self, Site(layer), block, out)
         out[5, 3] += 1
 
     monkeypatch.setattr(Cache, "read_block", flip)
     with pytest.raises(UserError, match="layer 1 block 40 .* checksum"):
-        next(heldout_blocks(cache, 1, 100))
+        next(heldout_blocks(cache, Site(1), 100))
 
 
 def test_largest_cosines_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +345,7 @@ def one_run(runs_path: Path, tmp_path: Path) -> Run:
     source = next(p for p in sorted(runs_path.iterdir()) if p.is_dir())
     run = Run(tmp_path / "runs" / source.name)
     run.path.mkdir(parents=True)
-    for file in (source / "config.json", *[s.path for s in Run(source).snapshots() if s.layer == 1][-2:]):
+    for file in (source / "config.json", *[s.path for s in Run(source).snapshots() if s.site == Site(1)][-2:]):
         shutil.copy2(file, run.path)
     shutil.copytree(source / "metrics", run.path / "metrics")
     return run
@@ -357,7 +358,7 @@ def test_records_of_an_evaluation(
 
     def count(self: Cache, layer: int, block: int, out: Any) -> None:
         blocks.append((layer, block))
-        read(self, layer, block, out)
+        read(self, Site(layer), block, out)
 
     monkeypatch.setattr(Cache, "read_block", count)
     args = ("--preset", "demo", "--cache", cache.path, "--runs", one_run.path, "--device", "cpu", "--ce-tokens", 320)
@@ -370,12 +371,12 @@ def test_records_of_an_evaluation(
     assert len(records) == 2
     record = records["layer01_final"]
     assert record["tokens"] == record["eval_tokens"] == spec.holdout_tokens
-    direct = measure(heldout_blocks(cache, 1, 10**9), [Sae.load(one_run.snapshot_path(1, "final"))], spec.context)
+    direct = measure(heldout_blocks(cache, Site(1), 10**9), [Sae.load(one_run.snapshot_path(Site(1), "final"))], spec.context)
     wanted, features = direct[1][0].finish(direct[0], 1e-5, 1e-5)
     assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
     assert 0 < record["kl_div_with_sae"] < record["kl_div_with_ablation"]
     assert record["ce_recovered"] == record["ce_loss_score"]
-    saved, facts = load_features(features_path(one_run, 1, "final"))
+    saved, facts = load_features(features_path(one_run, Site(1), "final"))
     assert torch.allclose(saved.mean_square, features.mean_square, rtol=1e-6)
     assert (int(facts["tokens"]), facts["file"]) == (record["tokens"], record["file"])
 
@@ -403,10 +404,10 @@ def test_records_of_an_evaluation(
     assert again["alive"] < record["alive"]
     assert again["dead_share"] > record["dead_share"]
     assert again["ce_recovered"] != again["ce_loss_score"] == pytest.approx(record["ce_loss_score"], rel=1e-6)
-    assert load_features(features_path(one_run, 1, "final"))[1]["tokens"] == str(record["tokens"])
+    assert load_features(features_path(one_run, Site(1), "final"))[1]["tokens"] == str(record["tokens"])
     blocks.clear()
     assert cli(*command, *options).code == 0
     assert blocks == []
-    features_path(one_run, 1, "final").unlink()
+    features_path(one_run, Site(1), "final").unlink()
     assert cli(*command, *options).code == 0
     assert blocks == held_out[:2]

@@ -14,6 +14,7 @@ from eval.measure.splice import Loss, Replacement, SplicedModel, constant, throu
 from shared.cache import Cache
 from shared.runs.run import Run
 from shared.runs.sae import Sae
+from shared.sites import Site
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def test_clean_loss_is_transformers_own(spliced: SplicedModel, reference: Any, t
     with torch.no_grad():
         wanted = float(reference(input_ids=tokens, labels=tokens).loss)
     for layer in range(3):
-        clean, losses = spliced.losses(layer, [])
+        clean, losses = spliced.losses(Site(layer), [])
         assert clean == pytest.approx(wanted, rel=1e-5)
         assert losses == []
 
@@ -68,16 +69,16 @@ def test_losses_are_those_of_the_model_under_hooks(
     spliced: SplicedModel, reference: Any, tokens: Tensor, layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = reference.base_model.layers[layer]
-    _, losses = spliced.losses(layer, random_replacements())
+    _, losses = spliced.losses(Site(layer), random_replacements())
     for replace, got in zip(random_replacements(), losses, strict=True):
         ce, kl = hooked(reference, block, tokens, replace)
         assert got.ce == pytest.approx(ce, rel=1e-5)
         assert got.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)
     assert losses[0].kl > 0.01
     assert abs(losses[2].kl) < 1e-9
-    assert losses[2].ce == pytest.approx(spliced.losses(layer, [])[0], rel=1e-6)
+    assert losses[2].ce == pytest.approx(spliced.losses(Site(layer), [])[0], rel=1e-6)
     monkeypatch.setattr("eval.measure.splice._LOGITS", 1)  # a sequence at a time
-    for one, got in zip(spliced.losses(layer, random_replacements())[1], losses, strict=True):
+    for one, got in zip(spliced.losses(Site(layer), random_replacements())[1], losses, strict=True):
         assert (one.ce, one.kl) == (pytest.approx(got.ce, rel=1e-6), pytest.approx(got.kl, rel=1e-5, abs=1e-9))
 
 
@@ -103,7 +104,7 @@ def test_other_families(model: Any, tokens: Tensor, tmp_path: Path) -> None:
     spliced = SplicedModel(str(tmp_path), None, "fp32", CPU, tokens)
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
     for layer in range(3):
-        (shift, zeros, *_) = spliced.losses(layer, random_replacements())[1]
+        (shift, zeros, *_) = spliced.losses(Site(layer), random_replacements())[1]
         for got, replace in ((shift, random_replacements()[0]), (zeros, torch.zeros_like)):
             ce, kl = hooked(model, blocks[layer], tokens, replace)
             assert got.ce == pytest.approx(ce, rel=1e-5)
@@ -115,21 +116,21 @@ def test_zeros_after_the_last_block_leave_the_head_alone(spliced: SplicedModel, 
     with torch.no_grad():
         logits = reference.get_output_embeddings()(reference.base_model.final_layer_norm(torch.zeros(32)))
         wanted = float(nn.functional.cross_entropy(logits.expand(tokens[:, 1:].numel(), -1), tokens[:, 1:].flatten()))
-    assert spliced.losses(2, [torch.zeros_like])[1][0].ce == pytest.approx(wanted, rel=1e-5)
+    assert spliced.losses(Site(2), [torch.zeros_like])[1][0].ce == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was(spliced: SplicedModel) -> None:
-    before = spliced.losses(1, [])
+    before = spliced.losses(Site(1), [])
     with pytest.raises(ZeroDivisionError):
-        spliced.losses(1, [torch.zeros_like, lambda x: x / (1 // 0)])
-    assert spliced.losses(1, []) == before
+        spliced.losses(Site(1), [torch.zeros_like, lambda x: x / (1 // 0)])
+    assert spliced.losses(Site(1), []) == before
     assert not any("forward" in vars(block) or block._forward_hooks for block in spliced._blocks)
 
 
 def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs_path: Path) -> None:
     """The error seen by a hook in the running model, over all held-out text, is the MSE over the cached rows."""
     run = Run(next(p for p in runs_path.iterdir() if p.is_dir()))
-    sae = Sae.load(run.snapshot_path(1, "final"))
+    sae = Sae.load(run.snapshot_path(Site(1), "final"))
     model = SplicedModel(str(lm), None, cache.spec.precision, CPU, heldout_tokens(cache, 10**9))
     errors, replace = [], through(sae)
 
@@ -137,9 +138,9 @@ def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs
         errors.append((sae.decode(sae.encode(x.float())) - x.float()).square().flatten())
         return replace(x)
 
-    model.losses(1, [watch])
+    model.losses(Site(1), [watch])
     live = float(torch.cat(errors).mean())
-    activations, (tally,) = measure(heldout_blocks(cache, 1, 10**9), [sae], cache.spec.context)
+    activations, (tally,) = measure(heldout_blocks(cache, Site(1), 10**9), [sae], cache.spec.context)
     assert live == pytest.approx(tally.reconstruction(activations)["mse"], rel=0.01)
 
 
@@ -168,8 +169,8 @@ def test_products_in_float32_are_no_further_from_float64(lm: Path, tokens: Tenso
     found = []
     for slow in (False, True):
         monkeypatch.setattr(shared.lm, "bfloat16_is_slow", lambda slow=slow: slow)
-        found.append(SplicedModel(str(lm), None, "bf16", CPU, tokens).losses(1, replacements))
-    _, wanted = exact.losses(1, replacements)
+        found.append(SplicedModel(str(lm), None, "bf16", CPU, tokens).losses(Site(1), replacements))
+    _, wanted = exact.losses(Site(1), replacements)
     assert found[0] != found[1]
     apart = [max(abs(loss.kl / want.kl - 1) for loss, want in zip(losses, wanted, strict=True)) for _, losses in found]
     assert apart[1] < 1.5 * apart[0], apart

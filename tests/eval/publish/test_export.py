@@ -19,6 +19,7 @@ from shared.cache import Cache
 from shared.errors import UserError
 from shared.runs.run import Run
 from shared.runs.sae import Sae
+from shared.sites import Site
 from tests.conftest import Cli
 
 SAELENS_KEYS = {"W_enc": (64, 256), "b_enc": (256,), "W_dec": (256, 64), "b_dec": (64,)}
@@ -102,7 +103,7 @@ FORWARD: dict[str, Forward] = {
 
 def written(form: str, sae: Sae, folder: Path, **known: Any) -> Path:
     folder.mkdir()
-    for name, content in FORMS[form](sae, Origin(layer=1, source=Source(run="r", file="a.pt"), **known)).items():
+    for name, content in FORMS[form](sae, Origin(site=Site(1), source=Source(run="r", file="a.pt"), **known)).items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -180,7 +181,7 @@ def test_every_layer_of_every_run(cli: Cli, form: str, runs_path: Path, cache: C
         Path(run.name) / f"layer_{layer}" for run in runs for layer in (0, 2)
     )
     for run in map(Run, runs):
-        sae = Sae.load(run.snapshot_path(2, "final"))
+        sae = Sae.load(run.snapshot_path(Site(2), "final"))
         x = torch.from_numpy(cache.layer(2)[-300:]).float()
         z, xhat = FORWARD[form](tmp_path / run.name / "layer_2", x)
         exact_z, exact_xhat = in_float64(sae, x)

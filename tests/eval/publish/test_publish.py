@@ -24,6 +24,7 @@ from shared.files import temporary
 from shared.runs.run import Run, run_config
 from shared.runs.sae import Sae
 from shared.seal import SEAL
+from shared.sites import Site
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.hub import TOKEN, Hub
 from tests.eval.synthetic import make_distilled, make_runs
@@ -121,7 +122,7 @@ def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tm
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("active features of each token: [[")
     out = torch.load(tmp_path / "out.pt")
-    sae = Sae.load(run.snapshot_path(1, "final"))
+    sae = Sae.load(run.snapshot_path(Site(1), "final"))
     torch.testing.assert_close(out["z"], sae.encode(out["x"]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["xhat"], sae.decode(out["z"]), rtol=1e-5, atol=1e-5)
     assert 0 < float((out["z"] > 0).float().mean()) < 1
@@ -346,4 +347,4 @@ def test_made_up_runs_have_the_form_of_real_ones(run: Run, tmp_path: Path) -> No
     assert names(results[made_up.name][0]) == names(stored_records(run)[0])
     assert made_up.config().keys() == run.config().keys()
     assert made_up.config()["train"].keys() == run.config()["train"].keys()
-    assert made_up.metrics(0)[0].keys() <= run.metrics(0)[0].keys()
+    assert made_up.metrics(Site(0))[0].keys() <= run.metrics(Site(0))[0].keys()

@@ -20,6 +20,7 @@ from eval.report.page import CAPTIONS, text_table, warnings, write_report
 from eval.report.plots import plot_runs
 from shared.errors import UserError
 from shared.runs.run import Run, run_config
+from shared.sites import Site
 from tests.eval.browser import PHONE, Browser
 from tests.eval.synthetic import make_distilled, make_runs
 
@@ -165,7 +166,7 @@ def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Publish
 def test_training_without_l1_says_so_and_counts_begin_at_nothing(
     published: Published,
 ) -> None:
-    data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(0)
+    data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(Site(0))
     flat = [r | {"lambda": 0.0, "alive": 1024} for r in curve]
     axes = plots._training_curves(data, {0: flat}).axes
     assert [text.get_text() for text in axes[2].texts] == ["no L1"]

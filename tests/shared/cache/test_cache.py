@@ -26,6 +26,7 @@ from shared.cache import (
 from shared.errors import UserError
 from shared.files import temporary
 from shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
+from shared.sites import Site, parse_sites
 from shared.stores import Location, open_store
 
 SPEC = CacheSpec(
@@ -89,14 +90,17 @@ def test_sizes_of_the_published_job() -> None:
     assert spec.token_bytes == pytest.approx(600e6, rel=0.01)
 
 
+SITES = (Site(0), Site(1), Site(2), Site(2, "mlp_out"))
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Whatever two harvesters commit, one over the other, and whatever is lost: missing is wanted less committed and there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.place = self.new_place()
-        self.caches = [Cache.create(self.place, SPEC, (0, 1)), Cache.create(self.place, SPEC, (2, 3))]
-        self.committed: dict[tuple[int, int], BlockStats] = {}
+        self.caches = [Cache.create(self.place, SPEC, SITES[:2]), Cache.create(self.place, SPEC, SITES[2:])]
+        self.committed: dict[tuple[Site, int], BlockStats] = {}
 
     def new_place(self) -> Location:
         return Path(tempfile.mkdtemp())
@@ -104,11 +108,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(
         who=st.integers(0, 1),
         block=st.integers(0, 5),
-        layers=st.sets(st.integers(0, 3), min_size=1),
+        layers=st.sets(st.sampled_from(SITES), min_size=1),
         value=st.integers(0, 3),
         replace=st.booleans(),
     )
-    def commit(self, who: int, block: int, layers: set[int], value: int, replace: bool) -> None:
+    def commit(self, who: int, block: int, layers: set[Site], value: int, replace: bool) -> None:
         data = np.full((8, 3), value, np.float16)
         stats = dataclasses.replace(STATS, crc32c=slice_checksums(data, SPEC.slice_rows), mean=float(value))
         cache = self.caches[who]
@@ -117,16 +121,16 @@ class LedgerMachine(RuleBasedStateMachine):
         for layer in layers:
             self.committed[layer, block] = stats if replace else self.committed.get((layer, block), stats)
 
-    @rule(layer=st.integers(0, 3), block=st.integers(0, 5))
-    def lose(self, layer: int, block: int) -> None:
+    @rule(layer=st.sampled_from(SITES), block=st.integers(0, 5))
+    def lose(self, layer: Site, block: int) -> None:
         open_store(self.place).delete(_block_key(layer, block))
         self.committed.pop((layer, block), None)
 
     @invariant()
     def missing_is_the_difference(self) -> None:
-        wanted = {(layer, block) for layer in range(4) for block in range(6)}
+        wanted = {(layer, block) for layer in SITES for block in range(6)}
         for cache in self.caches:
-            missing = cache.missing((0, 1, 2, 3))
+            missing = cache.missing(SITES)
             listed = [(layer, block) for group, blocks in missing.items() for layer in group for block in blocks]
             assert len(listed) == len(set(listed))
             assert set(listed) == wanted - set(self.committed)
@@ -152,8 +156,8 @@ TestLedger = LedgerMachine.TestCase
 def test_any_zarr_tool_reads_what_is_stored(cache: Cache) -> None:
     spec, out = cache.spec, np.empty((cache.spec.block_rows, cache.spec.d_model), dtype=np.float16)
     group = zarr.open_group(str(cache.path / "activations.zarr"), mode="r")
-    for layer in cache.layers:
-        array = group[f"resid_post/{layer:02d}"]
+    for layer in cache.sites:
+        array = group[layer.array]
         assert isinstance(array, zarr.Array)
         assert array.shape == (spec.n_blocks * spec.block_rows, spec.d_model)
         for block in (0, 17, spec.n_blocks - 1):
@@ -170,7 +174,7 @@ def test_any_zarr_tool_reads_what_is_stored(cache: Cache) -> None:
 
 def test_the_ledger_tells_the_truth(cache: Cache) -> None:
     out = np.empty((cache.spec.block_rows, cache.spec.d_model), dtype=np.float16)
-    for layer in cache.layers:
+    for layer in cache.sites:
         cache.read_block(layer, 3, out)
         stats, x = cache.stats(layer, 3), out.astype(np.float64)
         cache.check_block(layer, 3, out, stats)
@@ -182,26 +186,26 @@ def test_the_ledger_tells_the_truth(cache: Cache) -> None:
 
 def test_a_changed_byte_is_named_by_layer_and_block(cache: Cache) -> None:
     out = np.empty((cache.spec.block_rows, cache.spec.d_model), dtype=np.float16)
-    cache.read_block(1, 2, out)
+    cache.read_block(Site(1), 2, out)
     out[5, 7] += 1
     with pytest.raises(UserError, match=r"layer 1 block 2 .*checksum.*repair"):
-        cache.check_block(1, 2, out, cache.stats(1, 2))
+        cache.check_block(Site(1), 2, out, cache.stats(Site(1), 2))
 
 
 def test_slices_are_read_and_checked_alone(cache: Cache) -> None:
     spec = cache.spec
-    whole, stats = np.empty((spec.block_rows, spec.d_model), dtype=np.float16), cache.stats(1, 2)
-    cache.read_block(1, 2, whole)
+    whole, stats = np.empty((spec.block_rows, spec.d_model), dtype=np.float16), cache.stats(Site(1), 2)
+    cache.read_block(Site(1), 2, whole)
     assert (spec.slice_rows, spec.slices) == (32, 16)
     out = np.empty((spec.slice_rows, spec.d_model), dtype=np.float16)
     for index in (0, 7, 15):
-        cache.read_slice(1, 2, index, out)
+        cache.read_slice(Site(1), 2, index, out)
         np.testing.assert_array_equal(out, whole[index * 32 : (index + 1) * 32])
-        cache.check_slice(1, 2, index, out, stats)
+        cache.check_slice(Site(1), 2, index, out, stats)
         with pytest.raises(
             UserError, match=f"layer 1 block 2 .*slice {15 - index} does not match" if index != 7 else "slice 8"
         ):
-            cache.check_slice(1, 2, 15 - index if index != 7 else 8, out, stats)
+            cache.check_slice(Site(1), 2, 15 - index if index != 7 else 8, out, stats)
 
 
 @pytest.mark.parametrize(
@@ -216,19 +220,19 @@ def test_slices_cover_a_block_of_any_size(rows: int, slice_rows: int, slices: in
 
 
 def test_a_missing_or_short_file_is_named(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0,))
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     out = np.empty((8, 3), dtype=np.float16)
     with pytest.raises(UserError, match="layer 0 block 4 .*No such file"):
-        cache.read_block(0, 4, out)
-    cache.block_path(0, 4).write_bytes(b"x" * 40)
+        cache.read_block(Site(0), 4, out)
+    cache.block_path(Site(0), 4).write_bytes(b"x" * 40)
     with pytest.raises(UserError, match="8 bytes short"):
-        cache.read_block(0, 4, out)
-    cache.block_path(0, 4).unlink()
-    cache.block_path(0, 4).mkdir()
+        cache.read_block(Site(0), 4, out)
+    cache.block_path(Site(0), 4).unlink()
+    cache.block_path(Site(0), 4).mkdir()
     with pytest.raises(UserError, match="layer 0 block 4 .*Is a directory"):
-        cache.read_block(0, 4, out)
+        cache.read_block(Site(0), 4, out)
     with pytest.raises(UserError, match="layer 0 block 4 .*is not harvested"):
-        cache.stats(0, 4)
+        cache.stats(Site(0), 4)
 
 
 def test_what_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -250,12 +254,12 @@ def test_what_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             Cache.open(tmp_path / name)
         with pytest.raises(UserError, match=message):
-            Cache.create(tmp_path / name, SPEC, (0,))
+            Cache.create(tmp_path / name, SPEC, parse_sites("0"))
         assert [p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()] == [meta]
 
 
 def test_every_flip_in_what_says_which_cache_it_is_is_noticed(tmp_path: Path) -> None:
-    Cache.create(tmp_path / "c", SPEC, (0,))
+    Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     path = tmp_path / "c" / "cache.json"
     whole = path.read_bytes()
     for at in range(len(whole) - 1):  # the last byte is a newline
@@ -268,32 +272,32 @@ def test_every_flip_in_what_says_which_cache_it_is_is_noticed(tmp_path: Path) ->
         with pytest.raises(UserError, match="damaged"):
             Cache.open(tmp_path / "c")
     path.unlink()  # as the line says
-    Cache.create(tmp_path / "c", SPEC, (0,))
+    Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     assert path.read_bytes() == whole
 
 
 def test_a_file_of_that_name_that_is_anothers_stays(tmp_path: Path) -> None:
     (tmp_path / "cache.json").write_text('{"packages": []}')
-    for use in (lambda: Cache.open(tmp_path), lambda: Cache.create(tmp_path, SPEC, (0,))):
+    for use in (lambda: Cache.open(tmp_path), lambda: Cache.create(tmp_path, SPEC, parse_sites("0"))):
         with pytest.raises(UserError, match="cache.json is not of an activation cache; choose another folder"):
             use()
     assert [p.name for p in tmp_path.iterdir()] == ["cache.json"]
 
 
 def test_a_cache_of_another_format_is_refused(tmp_path: Path) -> None:
-    Cache.create(tmp_path / "c", SPEC, (0,))
+    Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     (tmp_path / "c" / "cache.json").write_bytes(to_bytes({"format": 3}))
     with pytest.raises(UserError, match="format 3, and this program reads format 2"):
         Cache.open(tmp_path / "c")
 
 
 def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0, 1))
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
     Cache.open(tmp_path / "c").require_same(SPEC)
     with pytest.raises(UserError, match=r"context is 4 there, 8 here; seed is 0 there, 1 here"):
         cache.require_same(dataclasses.replace(SPEC, context=8, seed=1))
     with pytest.raises(UserError, match=r"seed is 0 there, 1 here"):
-        Cache.create(tmp_path / "c", dataclasses.replace(SPEC, seed=1), (0,))
+        Cache.create(tmp_path / "c", dataclasses.replace(SPEC, seed=1), parse_sites("0"))
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(CacheSpec)])
@@ -310,7 +314,7 @@ def test_the_digest_is_part_of_the_format() -> None:
 
 def test_a_creation_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
     """Whatever lies there without cache.json, of the same settings or of others, the same command makes the cache."""
-    whole = Cache.create(tmp_path / "whole", SPEC, (0, 1))
+    whole = Cache.create(tmp_path / "whole", SPEC, parse_sites("0,1"))
     files = {p.relative_to(whole.path): p.read_bytes() for p in whole.path.rglob("*") if p.is_file()}
     for other in (SPEC, dataclasses.replace(SPEC, context=8)):
         for n in range(len(files)):
@@ -318,8 +322,10 @@ def test_a_creation_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
             for file, _ in list(files.items())[:n]:
                 if file.name != "cache.json":
                     (path / file).parent.mkdir(parents=True, exist_ok=True)
-                    (path / file).write_bytes((Cache.create(tmp_path / "o", other, (0, 1)).path / file).read_bytes())
-            Cache.create(path, SPEC, (0, 1))
+                    (path / file).write_bytes(
+                        (Cache.create(tmp_path / "o", other, parse_sites("0,1")).path / file).read_bytes()
+                    )
+            Cache.create(path, SPEC, parse_sites("0,1"))
             assert {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()} == files
         shutil.rmtree(tmp_path / "o", ignore_errors=True)
 
@@ -327,7 +333,7 @@ def test_a_creation_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
 def test_of_many_creators_all_have_the_same_cache(tmp_path: Path) -> None:
     def create(i: int) -> "Cache | UserError":
         try:
-            return Cache.create(tmp_path / "c", dataclasses.replace(SPEC, seed=i % 2), (i % 4,))
+            return Cache.create(tmp_path / "c", dataclasses.replace(SPEC, seed=i % 2), (Site(i % 4),))
         except UserError as error:
             return error
 
@@ -340,89 +346,90 @@ def test_of_many_creators_all_have_the_same_cache(tmp_path: Path) -> None:
     refused = [str(c) for c in made if not isinstance(c, Cache)]
     assert len(refused) == 8
     assert all("seed is" in line for line in refused)
-    assert Cache.open(tmp_path / "c").layers == ((0, 2) if spec.seed == 0 else (1, 3))
+    assert Cache.open(tmp_path / "c").sites == parse_sites("0,2" if spec.seed == 0 else "1,3")
     assert Cache.open(tmp_path / "c").bad_metadata() == []
 
 
 def test_a_ledger_beside_arrays_that_are_gone_counts_as_nothing(tmp_path: Path) -> None:
     for spec in (SPEC, dataclasses.replace(SPEC, seed=1)):  # whose entries they are
-        cache = Cache.create(tmp_path / "c", spec, (0, 1))
-        staged = {layer: cache.stage_block(layer, 2, np.zeros((8, 3), np.float16), replace=False) for layer in (0, 1)}
-        cache.commit(2, {0: STATS, 1: STATS}, staged)
+        cache = Cache.create(tmp_path / "c", spec, parse_sites("0,1"))
+        staged = {s: cache.stage_block(s, 2, np.zeros((8, 3), np.float16), replace=False) for s in parse_sites("0,1")}
+        cache.commit(2, {Site(0): STATS, Site(1): STATS}, staged)
         cache.commit_tokens(0, np.zeros((32, 4), np.uint16), {}, 0)
         shutil.rmtree(tmp_path / "c" / "activations.zarr")
         (tmp_path / "c" / "cache.json").unlink()
-        again = Cache.create(tmp_path / "c", SPEC, (0, 1))
-        assert again.missing((0, 1)) == {(0, 1): [0, 1, 2, 3, 4, 5]}
+        again = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
+        assert again.missing(parse_sites("0,1")) == {parse_sites("0,1"): [0, 1, 2, 3, 4, 5]}
         assert again.missing_token_chunks() == [0]
-        assert not again.has_block((0,), 2)
+        assert not again.has_block(parse_sites("0"), 2)
         (tmp_path / "c" / "cache.json").unlink()
         shutil.rmtree(tmp_path / "c" / "activations.zarr")
 
 
 def test_another_caches_blocks_are_not_thrown_away_for_a_lost_file(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0,))
-    cache.commit(2, {0: STATS})
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
+    cache.commit(2, {Site(0): STATS})
     (tmp_path / "c" / "cache.json").unlink()
     with pytest.raises(UserError, match=r"1 ledger entries of a cache with other settings, whose cache.json is gone"):
-        Cache.create(tmp_path / "c", dataclasses.replace(SPEC, seed=1), (0,))
-    assert Cache.create(tmp_path / "c", SPEC, (0,)).stats(0, 2) == STATS
+        Cache.create(tmp_path / "c", dataclasses.replace(SPEC, seed=1), parse_sites("0"))
+    assert Cache.create(tmp_path / "c", SPEC, parse_sites("0")).stats(Site(0), 2) == STATS
 
 
 def test_a_cache_with_blocks_is_never_discarded(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0,))
-    cache.commit(2, {0: STATS})
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
+    cache.commit(2, {Site(0): STATS})
     with pytest.raises(UserError, match="has committed blocks and is kept"):
         cache.discard()
-    assert Cache.open(tmp_path / "c").stats(0, 2) == STATS
-    cache.entry_path((0,), 2).unlink()
+    assert Cache.open(tmp_path / "c").stats(Site(0), 2) == STATS
+    cache.entry_path(parse_sites("0"), 2).unlink()
     cache.discard()
     assert list((tmp_path / "c").iterdir()) == []
 
 
 def test_every_flip_in_an_entry_is_a_damaged_block(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0,))
-    cache.commit(2, {0: STATS})
-    path = cache.entry_path((0,), 2)
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
+    cache.commit(2, {Site(0): STATS})
+    path = cache.entry_path(parse_sites("0"), 2)
     whole = path.read_bytes()
-    assert cache.stats(0, 2) == STATS
+    assert cache.stats(Site(0), 2) == STATS
     for at in range(len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(UserError, match=r"layer 0 block 2 .*ledger entry .*unreadable.*repair"):
-            cache.stats(0, 2)
+            cache.stats(Site(0), 2)
         with pytest.raises(UserError, match=r"layer 0 block 2 .*repair"):
             cache.totals()
-    cache.commit(2, {0: STATS})  # what repair does
+    cache.commit(2, {Site(0): STATS})  # what repair does
     assert path.read_bytes() == whole
 
 
 def test_entries_from_before_their_maker_was_recorded_are_read(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0,))
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     for block, by in enumerate(("", "cpu, threads: 2", "cpu, threads: 2")):
-        cache.commit(block, {0: dataclasses.replace(STATS, by=by)})
-    path = cache.entry_path((0,), 0)
+        cache.commit(block, {Site(0): dataclasses.replace(STATS, by=by)})
+    path = cache.entry_path(parse_sites("0"), 0)
     entry = from_bytes(path.read_bytes())
     del entry["layers"]["0"]["by"]
     path.write_bytes(to_bytes(entry))
-    assert cache.stats(0, 0) == STATS
-    assert cache.totals()[0].mixed == "1 on unknown, 2 on cpu, threads: 2"
+    assert cache.stats(Site(0), 0) == STATS
+    assert cache.totals()[Site(0)].mixed == "1 on unknown, 2 on cpu, threads: 2"
     path.unlink()
-    assert cache.totals()[0].mixed == ""
+    assert cache.totals()[Site(0)].mixed == ""
 
 
 def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:
     cache, other = (
-        Cache.create(tmp_path / name, spec, (0, 1, 2)) for name, spec in (("c", SPEC), ("d", dataclasses.replace(SPEC, seed=1)))
+        Cache.create(tmp_path / name, spec, parse_sites("0,1,2"))
+        for name, spec in (("c", SPEC), ("d", dataclasses.replace(SPEC, seed=1)))
     )
-    cache.commit(2, {0: STATS, 1: STATS})
-    cache.commit(3, {2: STATS})
-    other.commit(4, {0: STATS, 1: STATS})
-    entry = cache.entry_path((0, 1), 2).read_bytes()
+    cache.commit(2, {Site(0): STATS, Site(1): STATS})
+    cache.commit(3, {Site(2): STATS})
+    other.commit(4, {Site(0): STATS, Site(1): STATS})
+    entry = cache.entry_path(parse_sites("0,1"), 2).read_bytes()
     for source, layers, block, why in (
-        (entry, (0, 1), 5, "another block"),
-        (entry, (1, 2), 2, "other layers"),
-        (entry, (0,), 4, "other layers"),
-        (other.entry_path((0, 1), 4).read_bytes(), (0, 1), 4, "another cache"),
+        (entry, parse_sites("0,1"), 5, "another block"),
+        (entry, parse_sites("1,2"), 2, "other layers"),
+        (entry, parse_sites("0"), 4, "other layers"),
+        (other.entry_path(parse_sites("0,1"), 4).read_bytes(), parse_sites("0,1"), 4, "another cache"),
     ):
         path = cache.entry_path(layers, block)
         path.parent.mkdir(exist_ok=True)
@@ -433,57 +440,57 @@ def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:
 
 
 def test_an_entry_of_another_size_is_damage(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0,))
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     for change in ({"rows": 7}, {"bytes": 47}, {"crc32c": "0" * 56}):
-        cache.commit(1, {0: dataclasses.replace(STATS, **change)})  # type: ignore[arg-type]
+        cache.commit(1, {Site(0): dataclasses.replace(STATS, **change)})  # type: ignore[arg-type]
         with pytest.raises(UserError, match="layer 0 block 1 .*another size"):
-            cache.stats(0, 1)
-        cache.entry_path((0,), 1).unlink()
+            cache.stats(Site(0), 1)
+        cache.entry_path(parse_sites("0"), 1).unlink()
 
 
 def test_an_unreadable_entry_of_several_layers_gives_way_to_what_is_harvested_again(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0, 1))
-    cache.commit(2, {0: STATS, 1: STATS})
-    cache.entry_path((0, 1), 2).write_bytes(b"{}")
-    cache.commit(2, {1: STATS})
-    assert cache.stats(1, 2) == STATS
-    assert cache.committed(0) == set()  # nothing is known of it any more
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
+    cache.commit(2, {Site(0): STATS, Site(1): STATS})
+    cache.entry_path(parse_sites("0,1"), 2).write_bytes(b"{}")
+    cache.commit(2, {Site(1): STATS})
+    assert cache.stats(Site(1), 2) == STATS
+    assert cache.committed(Site(0)) == set()  # nothing is known of it any more
 
 
 def test_foreign_things_in_a_cache_are_passed_over(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0, 1))
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
     for name in ("@eaDir", "0-1 copy", "00-01", "1-0", "x", ".snapshot"):
         (tmp_path / "c" / "ledger" / name).mkdir(parents=True)
         (tmp_path / "c" / "activations.zarr" / "resid_post" / name).mkdir()
-    cache.commit(2, {0: STATS, 1: STATS})
+    cache.commit(2, {Site(0): STATS, Site(1): STATS})
     for name in ("2.json", "00000099.json", "00000003.json.bak", "x.json"):
-        cache.entry_path((0, 1), 2).with_name(name).write_text("{}")
+        cache.entry_path(parse_sites("0,1"), 2).with_name(name).write_text("{}")
     (tmp_path / "c" / "ledger" / "notes.txt").touch()
-    assert cache.committed(0) == {2}
-    assert Cache.open(tmp_path / "c").layers == (0, 1)
-    assert list(cache.totals()) == [0, 1]
+    assert cache.committed(Site(0)) == {2}
+    assert Cache.open(tmp_path / "c").sites == parse_sites("0,1")
+    assert tuple(cache.totals()) == parse_sites("0,1")
 
 
 def test_damaged_metadata_is_named_and_made_again(tmp_path: Path) -> None:
-    cache = Cache.create(tmp_path / "c", SPEC, (0, 1))
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
     metas = sorted((tmp_path / "c").rglob("zarr.json"))
     assert len(metas) == 5
     for meta in metas:
         whole = meta.read_bytes()
         meta.write_bytes(whole[:-20])
         assert cache.bad_metadata() == [str(meta.relative_to(tmp_path / "c"))]
-        Cache.open(tmp_path / "c").add_layers(())
+        Cache.open(tmp_path / "c").add_sites(parse_sites(""))
         assert meta.read_bytes() == whole
         meta.unlink()
         assert len(cache.bad_metadata()) == 1
-        Cache.open(tmp_path / "c").add_layers((1,))
+        Cache.open(tmp_path / "c").add_sites(parse_sites("1"))
         assert meta.read_bytes() == whole
 
 
 def token_cache(path: Path) -> "tuple[Cache, np.ndarray[tuple[int, int], np.dtype[np.uint16]]]":
     """Three chunks of tokens, the last of them not full."""
     spec = dataclasses.replace(SPEC, n_blocks=33)
-    cache = Cache.create(path, spec, (0,))
+    cache = Cache.create(path, spec, parse_sites("0"))
     tokens = np.zeros((96, 4), np.uint16)
     tokens[: spec.sequences] = np.arange(264).reshape(66, 4)
     for chunk in range(3):
@@ -533,7 +540,7 @@ def test_other_tokens_than_the_ledger_has_are_never_written(tmp_path: Path) -> N
 
 def test_nothing_is_left_of_a_writer_that_died(tmp_path: Path) -> None:
     path = tmp_path / "c"
-    Cache.create(path, SPEC, (0,)).commit(1, {0: STATS})
+    Cache.create(path, SPEC, parse_sites("0")).commit(1, {Site(0): STATS})
     folders = [path, path / "ledger", path / "ledger" / "0", path / "activations.zarr"]
     folders += [path / "activations.zarr" / "tokens", path / "activations.zarr" / "resid_post" / "00"]
     before = sorted(path.rglob("*"))
@@ -553,27 +560,27 @@ def _dead_pid() -> int:
 def test_listing_a_full_size_ledger_is_quick(tmp_path: Path) -> None:
     """Not a speed test: a bound that only an accidental read of every entry would break (9,155 blocks at full size)."""
     spec = dataclasses.replace(SPEC, n_blocks=9155)
-    cache = Cache.create(tmp_path / "c", spec, (0,))
-    folder = cache.entry_path((0,), 0).parent
+    cache = Cache.create(tmp_path / "c", spec, parse_sites("0"))
+    folder = cache.entry_path(parse_sites("0"), 0).parent
     folder.mkdir(parents=True)
     for block in range(9155):
         (folder / f"{block:08d}.json").touch()  # empty: reading one would fail
-        cache.block_path(0, block).touch()
-    assert len(cache.committed(0)) == 9155
-    assert cache.missing((0,)) == {}
+        cache.block_path(Site(0), block).touch()
+    assert len(cache.committed(Site(0))) == 9155
+    assert cache.missing(parse_sites("0")) == {}
 
 
 def test_an_entry_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was published since, in a folder that was not there; no folder is listed for one that is known."""
-    cache = Cache.create(tmp_path / "c", SPEC, (0, 1))
-    cache.commit(2, {0: STATS, 1: STATS})
-    assert cache.stats(1, 2) == STATS
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
+    cache.commit(2, {Site(0): STATS, Site(1): STATS})
+    assert cache.stats(Site(1), 2) == STATS
     other = dataclasses.replace(STATS, nonfinite=5)
-    Cache.open(tmp_path / "c").commit(3, {1: other})
-    assert cache.stats(1, 3) == other
+    Cache.open(tmp_path / "c").commit(3, {Site(1): other})
+    assert cache.stats(Site(1), 3) == other
 
     def listed(*_: object) -> None:
         raise AssertionError("a folder was listed")
 
     monkeypatch.setattr(os, "listdir", listed)
-    assert (cache.stats(1, 2), cache.stats(1, 3)) == (STATS, other)
+    assert (cache.stats(Site(1), 2), cache.stats(Site(1), 3)) == (STATS, other)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache
 from shared.errors import UserError
+from shared.sites import Site
 from tests.conftest import ROOT
 
 
@@ -101,7 +102,7 @@ def test_what_are_no_rows_is_refused(cache: Cache) -> None:
 def test_damage_is_found_where_it_is_read_and_nowhere_else(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    path = cache.block_path(1, 2)
+    path = cache.block_path(Site(1), 2)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -124,7 +125,7 @@ def test_a_slice_is_read_once_for_neighbouring_rows(cache: Cache, monkeypatch: p
 
     def counted(self: Cache, layer: int, block: int, index: int, out: Any) -> None:
         read.append((block, index))
-        original(self, layer, block, index, out)
+        original(self, Site(layer), block, index, out)
 
     monkeypatch.setattr(Cache, "read_slice", counted)
     spec, layer = cache.spec, cache.layer(0)

@@ -18,6 +18,7 @@ from shared.runs.rows import ALL, Rows, fill, norms
 from shared.runs.run import Run
 from shared.runs.sae import Sae
 from shared.shuffle import window_rows
+from shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli
 from train.loader import ActivationLoader, LoaderConfig
 
@@ -27,7 +28,7 @@ LAYER, BATCH = 1, 160  # an epoch is 128 batches
 
 def stream(cache: Cache, rows: Rows, *, first: int = 0, last: int = 128, threads: int = 2, batch: int = BATCH) -> torch.Tensor:
     config = LoaderConfig(batch=batch, window_blocks=3, threads=threads, rows=rows)
-    return torch.cat([x.clone() for x in ActivationLoader(cache, LAYER, config, CPU, first=first, last=last)])
+    return torch.cat([x.clone() for x in ActivationLoader(cache, Site(LAYER), config, CPU, first=first, last=last)])
 
 
 def text_rows(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +96,7 @@ def test_a_run_trains_and_is_measured_without_them(cli: Cli, cache_path: Path, c
     assert "of rows are not trained on; in the others mean over deviation" in result.err
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert {"skip_positions": 3, "max_norm": 1.2}.items() <= Run(folder).config()["train"].items()
-    assert Run(folder).metrics(LAYER)[-1]["tokens"] == 20_480
+    assert Run(folder).metrics(Site(LAYER))[-1]["tokens"] == 20_480
     assert "skip_positions is 3 there, 0 here" in cli(*train[:-2], "--max-norm", 1.2).err
     assert "max_norm is 1.2 there, None here" in cli(*train).err
 
@@ -104,7 +105,7 @@ def test_a_run_trains_and_is_measured_without_them(cli: Cli, cache_path: Path, c
     final = json.loads((folder / "results" / "metrics.json").read_bytes())[f"layer{LAYER:02d}_final"]
     sae = Sae.load(folder / f"sae_layer{LAYER:02d}_final.pt")
     longest = 1.2 * sae.stats["activations"]["median_norm"]
-    x, positions = (torch.cat(parts) for parts in zip(*heldout_blocks(cache, LAYER, 10**9), strict=True))
+    x, positions = (torch.cat(parts) for parts in zip(*heldout_blocks(cache, Site(LAYER), 10**9), strict=True))
     wide = x.double()
     wide = wide[(positions >= 3) & (wide.square().sum(1).sqrt() <= longest)]
     assert 1000 < len(wide) == final["tokens"] < 1856

@@ -18,6 +18,7 @@ from shared.files import temporary
 from shared.runs.run import Run, run_config, snapshot_tokens
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL
+from shared.sites import Site
 from tests.conftest import ROOT
 
 TRAIN: dict[str, Any] = {"tokens": 60, "lr": 1e-3}
@@ -159,32 +160,32 @@ def test_a_checkpoint_in_the_place_of_another_is_refused_by_name(tmp_path: Path)
     run = new_run(tmp_path / "r")
     mine = sae()
     mine.config = run.config() | {"layer": 3, "snapshot": "10"}
-    mine.save(run.snapshot_path(3, "10"))
-    Sae.load(run.snapshot_path(3, "10"), belongs=run.belongs(3, "10"))
+    mine.save(run.snapshot_path(Site(3), "10"))
+    Sae.load(run.snapshot_path(Site(3), "10"), belongs=run.belongs(Site(3), "10"))
     with pytest.raises(UserError, match=r"sae_layer03_10.pt does not belong here: it says layer 3, not layer 4; put it back"):
-        Sae.load(run.snapshot_path(3, "10"), belongs=run.belongs(4, "10"))
-    run.snapshot_path(3, "20").write_bytes(run.snapshot_path(3, "10").read_bytes())
+        Sae.load(run.snapshot_path(Site(3), "10"), belongs=run.belongs(Site(4), "10"))
+    run.snapshot_path(Site(3), "20").write_bytes(run.snapshot_path(Site(3), "10").read_bytes())
     with pytest.raises(UserError, match="it says snapshot 10, not snapshot 20"):
-        run.due(3)
-    assert run.snapshot_path(3, "20").exists()
+        run.due(Site(3))
+    assert run.snapshot_path(Site(3), "20").exists()
     other = new_run(tmp_path / "other", TRAIN | {"lr": 1e-2})
     with pytest.raises(UserError, match="it says digest"):
-        Sae.check(run.snapshot_path(3, "10"), belongs=other.belongs(3, "10"))
+        Sae.check(run.snapshot_path(Site(3), "10"), belongs=other.belongs(Site(3), "10"))
 
 
 def test_what_is_due_is_what_is_not_there_whole(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     labels = list(snapshot_tokens(60))
-    assert run.due(1) == labels
+    assert run.due(Site(1)) == labels
     for label in labels:
         mine = sae()
         mine.config = run.config() | {"layer": 1, "snapshot": label}
-        mine.save(run.snapshot_path(1, label))
-    assert run.due(1) == []
-    run.snapshot_path(1, "20").unlink()
-    run.snapshot_path(1, "40").write_bytes(run.snapshot_path(1, "40").read_bytes()[:700])
-    run.snapshot_path(1, "final").write_bytes(b"")
-    assert run.due(1) == ["20", "40", "final"]
+        mine.save(run.snapshot_path(Site(1), label))
+    assert run.due(Site(1)) == []
+    run.snapshot_path(Site(1), "20").unlink()
+    run.snapshot_path(Site(1), "40").write_bytes(run.snapshot_path(Site(1), "40").read_bytes()[:700])
+    run.snapshot_path(Site(1), "final").write_bytes(b"")
+    assert run.due(Site(1)) == ["20", "40", "final"]
 
 
 def test_a_folder_holds_one_configuration(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_layer_has_one_owner(tmp_path: Path) -> None:
     """Another process is told who it is; after a kill nobody is; nothing is left of an owner that ends."""
     run = new_run(tmp_path / "r")
     said = rf"layer 2 of .* is being trained by process {os.getpid()} on"
-    with run.claim([1, 2]), pytest.raises(UserError, match=said), run.claim([3, 2]):
+    with run.claim([Site(1), Site(2)]), pytest.raises(UserError, match=said), run.claim([3, 2]):
         pass
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
     hold = (
@@ -253,12 +254,12 @@ def test_a_layer_has_one_owner(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", hold, run.path], cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"mine\n"
-        with pytest.raises(UserError, match=f"process {other.pid} on"), run.claim([1]):
+        with pytest.raises(UserError, match=f"process {other.pid} on"), run.claim([Site(1)]):
             pass
-        run.state_path(1).with_suffix(".tmp").write_bytes(b"half")
+        run.state_path(Site(1)).with_suffix(".tmp").write_bytes(b"half")
         other.send_signal(signal.SIGKILL)
         other.wait()
-    with run.claim([1]):
+    with run.claim([Site(1)]):
         assert [p.name for p in (run.path / "state" / "layer01").iterdir()] == ["owner"]
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
 
@@ -266,73 +267,73 @@ def test_a_layer_has_one_owner(tmp_path: Path) -> None:
 def test_metrics_after_the_cursor_are_dropped(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
-        run.append_metrics(2, {"step": step})
-    with run.metrics_path(2).open("a") as file:
+        run.append_metrics(Site(2), {"step": step})
+    with run.metrics_path(Site(2)).open("a") as file:
         file.write('{"step": 40, "lo')  # a crash in the middle of a line
-    assert run.metrics(2) == [{"step": 10}, {"step": 20}, {"step": 30}]
-    run.rewind_metrics(2, 20)
-    assert run.metrics(2) == [{"step": 10}, {"step": 20}]
+    assert run.metrics(Site(2)) == [{"step": 10}, {"step": 20}, {"step": 30}]
+    run.rewind_metrics(Site(2), 20)
+    assert run.metrics(Site(2)) == [{"step": 10}, {"step": 20}]
     assert not list(run.path.rglob("*.tmp"))
 
 
 def test_a_rewind_that_is_interrupted_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
-        run.append_metrics(2, {"step": step})
-    before = run.metrics_path(2).read_bytes()
+        run.append_metrics(Site(2), {"step": step})
+    before = run.metrics_path(Site(2)).read_bytes()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.rewind_metrics(2, 20)
-    assert run.metrics_path(2).read_bytes() == before
+        run.rewind_metrics(Site(2), 20)
+    assert run.metrics_path(Site(2)).read_bytes() == before
 
 
 def test_a_damaged_line_of_the_curve_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
-        run.append_metrics(2, {"step": step, "l0": 1.5})
-    run.metrics_path(2).write_bytes(run.metrics_path(2).read_bytes().replace(b'20, "l0": 1', b'20, "l0": 7'))
+        run.append_metrics(Site(2), {"step": step, "l0": 1.5})
+    run.metrics_path(Site(2)).write_bytes(run.metrics_path(Site(2)).read_bytes().replace(b'20, "l0": 1', b'20, "l0": 7'))
     with pytest.raises(UserError, match=r"line 2 of .*layer02.jsonl is damaged"):
-        run.metrics(2)
-    run.rewind_metrics(2, 30)
-    assert [r["step"] for r in run.metrics(2)] == [10, 30]
+        run.metrics(Site(2))
+    run.rewind_metrics(Site(2), 30)
+    assert [r["step"] for r in run.metrics(Site(2))] == [10, 30]
     assert "line 2 of" in capsys.readouterr().err
 
 
 def test_state_survives_and_says_when_it_is_damaged(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
-    assert run.load_state(1) is None
+    assert run.load_state(Site(1)) is None
     tensors = {"a": torch.randn(3), "b": torch.arange(4, dtype=torch.int32)}
-    run.save_state(1, tensors, {"step": 7, "l1": 0.1 + 0.2})
-    loaded = run.load_state(1)
+    run.save_state(Site(1), tensors, {"step": 7, "l1": 0.1 + 0.2})
+    loaded = run.load_state(Site(1))
     assert loaded is not None
     assert loaded[1] == {"step": 7, "l1": 0.1 + 0.2}
     assert all(torch.equal(loaded[0][k], tensors[k]) for k in tensors)
-    good = run.state_path(1).read_bytes()
+    good = run.state_path(Site(1)).read_bytes()
     for content in (*flips(good, 3), b"\x00" * 50, good[:-1], b""):
-        run.state_path(1).write_bytes(content)
+        run.state_path(Site(1)).write_bytes(content)
         try:
-            again = run.load_state(1)
+            again = run.load_state(Site(1))
         except Damaged:
             continue
         assert again is not None and again[1] == loaded[1]  # padding
         assert all(torch.equal(again[0][k], tensors[k]) for k in tensors)
-    run.drop_state(1)
-    assert run.load_state(1) is None
+    run.drop_state(Site(1))
+    assert run.load_state(Site(1)) is None
 
 
 def test_the_state_of_another_layer_or_run_is_refused_by_name(tmp_path: Path) -> None:
     run, other = new_run(tmp_path / "r"), new_run(tmp_path / "other", TRAIN | {"lr": 1e-2})
-    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    run.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
     for target, message in ((run, "state of layer 1 of this run, not of layer 2"), (other, "of another run, not of layer 2")):
-        path = target.state_path(2)
+        path = target.state_path(Site(2))
         path.parent.mkdir(parents=True)
-        path.write_bytes(run.state_path(1).read_bytes())
+        path.write_bytes(run.state_path(Site(1)).read_bytes())
         with pytest.raises(UserError, match=message) as caught:
-            target.load_state(2)
+            target.load_state(Site(2))
         assert not isinstance(caught.value, Damaged)
 
 
@@ -350,13 +351,13 @@ def full_disk() -> Iterator[None]:
 
 def test_a_write_that_fails_says_why_and_leaves_what_was_there(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
-    sae().save(run.snapshot_path(1, "final"))
-    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    sae().save(run.snapshot_path(Site(1), "final"))
+    run.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with full_disk(), pytest.raises(UserError, match=r"cannot write .*sae_layer01_final.pt: File too large"):
-        sae(64, 64).save(run.snapshot_path(1, "final"))
+        sae(64, 64).save(run.snapshot_path(Site(1), "final"))
     with full_disk(), pytest.raises(UserError, match=r"cannot write [^:]*/state.safetensors: .*File too large"):
-        run.save_state(1, {"a": torch.randn(5000)}, {"step": 8})
+        run.save_state(Site(1), {"a": torch.randn(5000)}, {"step": 8})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -371,22 +372,22 @@ def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda a, b: (b.suffix != ".tmp" and calls.append("replace")) or replace(a, b))
-    sae().save(run.snapshot_path(1, "final"))
+    sae().save(run.snapshot_path(Site(1), "final"))
     assert calls == ["sae_layer01_final.pt.tmp", "replace", "r"]
-    run.append_metrics(1, {"step": 7})
+    run.append_metrics(Site(1), {"step": 7})
     calls.clear()
-    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
+    run.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
     assert calls == ["layer01.jsonl", "metrics", "r", "state.safetensors.tmp", "replace", "layer01", "state", "r"]
 
 
 def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
-    run.save_state(1, {"a": torch.zeros(3)}, {"step": 7})
-    run.state_path(1).with_suffix(".tmp").write_bytes(b"half")
-    (run.state_path(1).parent / ".state.safetensors.1.tmp").mkdir()
-    run.drop_state(1)
+    run.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
+    run.state_path(Site(1)).with_suffix(".tmp").write_bytes(b"half")
+    (run.state_path(Site(1)).parent / ".state.safetensors.1.tmp").mkdir()
+    run.drop_state(Site(1))
     assert list((run.path / "state" / "layer01").iterdir()) == []
-    run.drop_state(1)
+    run.drop_state(Site(1))
 
 
 def test_a_run_from_before_an_option_was_there_is_one_without_it(tmp_path: Path) -> None:

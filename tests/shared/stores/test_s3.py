@@ -16,6 +16,7 @@ from hypothesis import settings
 from harvest.writer import BlockWriter, WriterConfig, block_stats
 from shared.cache import Cache, _block_key
 from shared.errors import UserError
+from shared.sites import Site, parse_sites
 from shared.stores import Bucket, Folder, Location, Store, open_store
 from shared.stores.mirror import Mirror
 from tests.bucket import BUCKET, KEY, SECRET, Proxy, Server
@@ -110,7 +111,7 @@ def test_the_ledger_in_a_bucket(s3_server: Server) -> None:
 
 def stored(cache: Cache, layer: int, block: int) -> np.ndarray:
     """A block as it lies there, if the ledger speaks of it."""
-    return cache.whole_block(layer, block)
+    return cache.whole_block(Site(layer), block)
 
 
 def of(value: float) -> np.ndarray:
@@ -120,11 +121,13 @@ def of(value: float) -> np.ndarray:
 def test_of_two_harvests_of_a_block_whoever_records_it_speaks_of_what_lies_there(place: Bucket) -> None:
     """Their bytes differ in the last bit. Each is first with one layer; either may write the entry, or both."""
     for block, order in enumerate(("one", "other", "both")):
-        one, other = Cache.create(place, SPEC, (0, 2)), Cache.open(place)
-        mine, theirs = {layer: of(1.0) for layer in (0, 2)}, {layer: of(1.001) for layer in (0, 2)}
-        staged_mine = {0: one.stage_block(0, block, mine[0], replace=False)}
-        staged_theirs = {layer: other.stage_block(layer, block, theirs[layer], replace=False) for layer in (2, 0)}
-        staged_mine[2] = one.stage_block(2, block, mine[2], replace=False)
+        one, other = Cache.create(place, SPEC, parse_sites("0,2")), Cache.open(place)
+        mine, theirs = {s: of(1.0) for s in parse_sites("0,2")}, {s: of(1.001) for s in parse_sites("0,2")}
+        staged_mine = {Site(0): one.stage_block(Site(0), block, mine[Site(0)], replace=False)}
+        staged_theirs = {
+            layer: other.stage_block(layer, block, theirs[layer], replace=False) for layer in parse_sites("0,2")[::-1]
+        }
+        staged_mine[Site(2)] = one.stage_block(Site(2), block, mine[Site(2)], replace=False)
         for cache, data, staged in ((one, mine, staged_mine), (other, theirs, staged_theirs)):
             if order in ("both", "one" if cache is one else "other"):
                 stats = {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}
@@ -135,10 +138,10 @@ def test_of_two_harvests_of_a_block_whoever_records_it_speaks_of_what_lies_there
 
 
 def test_many_harvests_at_once_leave_a_ledger_that_is_true(place: Bucket) -> None:
-    Cache.create(place, SPEC, (0, 2))
+    Cache.create(place, SPEC, parse_sites("0,2"))
     write_at_once(place)
     cache = Cache.open(place)
-    assert cache.missing((0, 2)) == {}
+    assert cache.missing(parse_sites("0,2")) == {}
     for block in range(SPEC.n_blocks):
         for layer in (0, 2):
             assert len(np.unique(stored(cache, layer, block))) == 1
@@ -146,34 +149,34 @@ def test_many_harvests_at_once_leave_a_ledger_that_is_true(place: Bucket) -> Non
 
 @pytest.mark.parametrize("what", ["of another cache", "of another block", "damaged", "short"])
 def test_what_lies_in_a_block_s_place_and_is_not_of_it_is_written_over(place: Bucket, what: str) -> None:
-    cache, store, data = Cache.create(place, SPEC, (0,)), S3(place), of(2.0)
+    cache, store, data = Cache.create(place, SPEC, parse_sites("0")), S3(place), of(2.0)
     if what == "of another cache":
-        store.stage(_block_key(0, 1), memoryview(of(1.0).data).cast("B"), "another digest", replace=False)
+        store.stage(_block_key(Site(0), 1), memoryview(of(1.0).data).cast("B"), "another digest", replace=False)
     elif what == "of another block":
         store._put(
-            _block_key(0, 1),
+            _block_key(Site(0), 1),
             of(1.0).tobytes(),
             "create",
-            s3._seal(cache.digest, _block_key(0, 2), of(1.0).tobytes()),
+            s3._seal(cache.digest, _block_key(Site(0), 2), of(1.0).tobytes()),
         )
     elif what == "damaged":
         store._put(
-            _block_key(0, 1),
+            _block_key(Site(0), 1),
             of(1.0).tobytes(),
             "create",
-            s3._seal(cache.digest, _block_key(0, 1), of(3.0).tobytes()),
+            s3._seal(cache.digest, _block_key(Site(0), 1), of(3.0).tobytes()),
         )
     else:
-        store.write(_block_key(0, 1), b"short")
-    staged = cache.stage_block(0, 1, data, replace=False)
-    cache.commit(1, {0: block_stats(data, 0, SPEC.slice_rows)}, {0: staged}, replace=False)
+        store.write(_block_key(Site(0), 1), b"short")
+    staged = cache.stage_block(Site(0), 1, data, replace=False)
+    cache.commit(1, {Site(0): block_stats(data, 0, SPEC.slice_rows)}, {Site(0): staged}, replace=False)
     assert (stored(cache, 0, 1) == 2.0).all()
 
 
 def test_two_that_change_an_entry_at_once_lose_nothing(place: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has made another layer's block again and puts it into the entry that both have read."""
-    cache = Cache.create(place, SPEC, (0, 1))
-    data = {layer: of(layer) for layer in (0, 1)}
+    cache = Cache.create(place, SPEC, parse_sites("0,1"))
+    data = {layer: of(layer.layer) for layer in parse_sites("0,1")}
     staged = {layer: cache.stage_block(layer, 3, data[layer], replace=False) for layer in data}
     cache.commit(3, {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}, staged)
     both, replace = threading.Barrier(2), S3.replace
@@ -189,8 +192,8 @@ def test_two_that_change_an_entry_at_once_lose_nothing(place: Bucket, monkeypatc
 
     def again(layer: int) -> None:
         mine, new = Cache.open(place), of(layer + 10)
-        token = mine.stage_block(layer, 3, new, replace=True)
-        mine.commit(3, {layer: block_stats(new, 0, SPEC.slice_rows)}, {layer: token}, replace=True)
+        token = mine.stage_block(Site(layer), 3, new, replace=True)
+        mine.commit(3, {Site(layer): block_stats(new, 0, SPEC.slice_rows)}, {Site(layer): token}, replace=True)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(again, (0, 1)))
@@ -207,9 +210,12 @@ def test_a_server_that_heeds_no_conditions_is_refused(place: Bucket, monkeypatch
 
 
 def test_zarr_reads_what_lies_in_a_bucket(place: Bucket) -> None:
-    cache, data = Cache.create(place, SPEC, (0, 2)), np.random.default_rng(0).standard_normal((8, 3)).astype(np.float16)
-    stats = {2: block_stats(data, 0, SPEC.slice_rows)}
-    cache.commit(3, stats, {2: cache.stage_block(2, 3, data, replace=False)})
+    cache, data = (
+        Cache.create(place, SPEC, parse_sites("0,2")),
+        np.random.default_rng(0).standard_normal((8, 3)).astype(np.float16),
+    )
+    stats = {Site(2): block_stats(data, 0, SPEC.slice_rows)}
+    cache.commit(3, stats, {Site(2): cache.stage_block(Site(2), 3, data, replace=False)})
     group = zarr.open_group(zarr.storage.ObjectStore(S3(place)._store, read_only=True), path="activations.zarr", mode="r")
     np.testing.assert_array_equal(group["resid_post/02"][3 * 8 : 4 * 8], data)
     assert group.attrs["digest"] == cache.digest
@@ -256,8 +262,8 @@ def through(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Thro
 def test_what_fails_in_passing_is_tried_again(through: Through, place: Bucket, what: str | float, share: float) -> None:
     """Requests are spoiled; what is written and read is right, and said to be there once."""
     with_proxy = through(lambda n, head: what if random.Random(n).random() < share else "")
-    cache = Cache.create(place, SPEC, (0, 2))
-    with BlockWriter(cache, (0, 2), WriterConfig(threads=2), pinned=False, done=lambda _: None) as writer:
+    cache = Cache.create(place, SPEC, parse_sites("0,2"))
+    with BlockWriter(cache, parse_sites("0,2"), WriterConfig(threads=2), pinned=False, done=lambda _: None) as writer:
         for block in range(3):
             buffer = writer.buffer()
             buffer.data.fill_(float(block))
@@ -271,12 +277,18 @@ def test_what_fails_in_passing_is_tried_again(through: Through, place: Bucket, w
 def test_a_server_that_stays_away_is_one_line(through: Through, place: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = threading.Event()
     through(lambda n, head: "503" if dead.is_set() else "")
-    cache = Cache.create(place, SPEC, (0,))
+    cache = Cache.create(place, SPEC, parse_sites("0"))
     data = of(1.0)
-    cache.commit(0, {0: block_stats(data, 0, SPEC.slice_rows)}, {0: cache.stage_block(0, 0, data, replace=False)})
+    cache.commit(
+        0, {Site(0): block_stats(data, 0, SPEC.slice_rows)}, {Site(0): cache.stage_block(Site(0), 0, data, replace=False)}
+    )
     dead.set()
     monkeypatch.setattr(s3, "PATIENCE", 0.5)
-    for use in (lambda: stored(cache, 0, 0), lambda: cache.commit(1, {0: STATS}), lambda: cache.missing((0,))):
+    for use in (
+        lambda: stored(cache, 0, 0),
+        lambda: cache.commit(1, {Site(0): STATS}),
+        lambda: cache.missing(parse_sites("0")),
+    ):
         with pytest.raises(UserError, match=r"cannot \w+ s3://.*: http://.* answers with status 503; put that right and run"):
             use()
     dead.clear()

@@ -9,6 +9,7 @@ import pytest
 from harvest.writer import block_stats
 from shared.cache import Cache
 from shared.errors import UserError
+from shared.sites import Site, parse_sites
 from shared.stores import Folder
 from shared.stores.scratch import Scratch, ScratchConfig
 from shared.units import parse_bytes
@@ -20,9 +21,12 @@ SIZE = SPEC.block_bytes  # of a block
 @pytest.fixture
 def far(tmp_path: Path) -> Path:
     """A cache whose block b of layer l is l·10 + b."""
-    cache = Cache.create(tmp_path / "far", SPEC, (0, 1))
+    cache = Cache.create(tmp_path / "far", SPEC, parse_sites("0,1"))
     for block in range(SPEC.n_blocks):
-        data = {layer: np.full((SPEC.block_rows, SPEC.d_model), layer * 10 + block, np.float16) for layer in (0, 1)}
+        data = {
+            layer: np.full((SPEC.block_rows, SPEC.d_model), layer.layer * 10 + block, np.float16)
+            for layer in parse_sites("0,1")
+        }
         staged = {layer: cache.stage_block(layer, block, data[layer], replace=False) for layer in data}
         cache.commit(block, {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}, staged)
     return tmp_path / "far"
@@ -51,9 +55,9 @@ def read_all(cache: Cache, layers: tuple[int, ...] = (0, 1)) -> None:
         for block in range(SPEC.n_blocks):
             for index in range(SPEC.slices):
                 out = np.empty((SPEC.slice_rows, SPEC.d_model), np.float16)
-                cache.read_slice(layer, block, index, out)
-                cache.check_slice(layer, block, index, out, cache.stats(layer, block))
-                assert (out == layer * 10 + block).all()
+                cache.read_slice(Site(layer), block, index, out)
+                cache.check_slice(Site(layer), block, index, out, cache.stats(Site(layer), block))
+                assert (out == layer.layer * 10 + block).all()
 
 
 def kept(tmp_path: Path) -> int:
@@ -95,13 +99,13 @@ def test_a_damaged_copy_goes_and_the_block_is_read_where_it_lies(tmp_path: Path,
     copy.write_bytes(damage)
     cache = Cache.open(far, config(tmp_path, 12))
     read_all(cache)
-    assert (cache.whole_block(1, 3) == 13).all()
+    assert (cache.whole_block(Site(1), 3) == 13).all()
     copy.write_bytes(damage)
-    assert (cache.whole_block(1, 3) == 13).all()
+    assert (cache.whole_block(Site(1), 3) == 13).all()
 
 
 def test_damage_in_the_cache_itself_is_said_and_not_kept(tmp_path: Path, far: Path) -> None:
-    path = Cache.open(far).block_path(0, 2)
+    path = Cache.open(far).block_path(Site(0), 2)
     path.write_bytes(b"\xff" * SIZE)
     with pytest.raises(UserError, match=r"layer 0 block 2 .* is damaged: its checksum"):
         read_all(Cache.open(far, config(tmp_path, 12)))
