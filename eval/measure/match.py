@@ -20,14 +20,13 @@ from shared.files import make_dir, publish_json
 from shared.runs.run import FINAL, Run, Snapshot
 from shared.runs.sae import Sae
 from shared.seal import SEAL
-from shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Matched:
     """One SAE's features among another's."""
 
-    site: Site
+    layer: int | str  # as in JSON
     snapshot: str
     among: str  # which SAE the features were looked for in
     alive_only: bool  # of both; else densities of one were not there
@@ -68,7 +67,7 @@ def _match(
     if alive is not None and other_alive is not None:
         rows, other_rows = rows[alive], other_rows[other_alive]
     found = dataclasses.asdict(match(rows, other_rows))
-    return Matched(site=mine[1].site, snapshot=mine[1].label, among=among, alive_only=alive_only, **found)
+    return Matched(layer=mine[1].site.json, snapshot=mine[1].label, among=among, alive_only=alive_only, **found)
 
 
 def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +91,7 @@ def match_table(found: list[Matched]) -> str:
             ("-" if v is None else form.format(v)) for v, form in ((m.mean_max_cosine, "{:.4f}"), (m.matched, "{:.2%}"))
         )
         note = "" if m.alive_only else " (dead features included: not evaluated yet)"
-        lines.append(f"{m.site:>5}  {m.snapshot:>10}  {m.features:>8}  {mean:>15}  {share:>9}  {m.among}{note}")
+        lines.append(f"{m.layer:>5}  {m.snapshot:>10}  {m.features:>8}  {mean:>15}  {share:>9}  {m.among}{note}")
     return "\n".join(lines)
 
 

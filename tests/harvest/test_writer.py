@@ -121,13 +121,13 @@ def test_a_block_of_another_harvest_stays_and_is_replaced_on_request(tmp_path: P
         cache.check_block(Site(layer), 1, out, cache.stats(Site(layer), 1))
         return float(out[0, 0])
 
-    write((0, 2), 1.0, replace=False)
-    write((0, 2), 2.0, replace=False)
+    write(parse_sites("0,2"), 1.0, replace=False)
+    write(parse_sites("0,2"), 2.0, replace=False)
     assert (stored(0), stored(2)) == (1.0, 1.0)
-    write((2,), 3.0, replace=True)
+    write(parse_sites("2"), 3.0, replace=True)
     assert (stored(0), stored(2)) == (1.0, 3.0)
     cache.block_path(Site(0), 1).unlink()
-    write((0,), 4.0, replace=False)
+    write(parse_sites("0"), 4.0, replace=False)
     assert (stored(0), stored(2)) == (4.0, 3.0)
     assert [p.parent.name for p in tmp_path.glob("c/ledger/*/*.json")] == ["0,2"]
 

@@ -86,8 +86,8 @@ def test_a_block_repaired_during_training_counts_as_it_is_now(tmp_path: Path, mo
     checked: list[int] = []
     check = Cache.check_slice
 
-    def count(self: Cache, layer: int, block: int, *args: Any) -> None:
-        check(self, Site(layer), block, *args)
+    def count(self: Cache, site: Site, block: int, *args: Any) -> None:
+        check(self, site, block, *args)
         checked.append(block)
 
     monkeypatch.setattr(Cache, "check_slice", count)
@@ -201,9 +201,9 @@ def test_a_window_is_read_as_fast_as_it_is_used_up_and_faster_where_it_is_waited
 def test_waiting_is_counted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Cache.read_slice
 
-    def slow(self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
+    def slow(self: Cache, site: Site, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]") -> None:
         time.sleep(0.003)
-        read(self, Site(layer), block, index, out)
+        read(self, site, block, index, out)
 
     monkeypatch.setattr(Cache, "read_slice", slow)
     loader = ActivationLoader(cache, Site(1), LoaderConfig(batch=512, window_blocks=2, threads=1), CPU, last=8)

@@ -277,8 +277,8 @@ def test_a_snapshot_before_the_state_that_is_gone_is_made_again(
     shutil.rmtree(one.path)
     save = Run.save_state
 
-    def stop_at_40(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        save(self, Site(layer), tensors, facts)
+    def stop_at_40(self: Run, site: Site, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        save(self, site, tensors, facts)
         if facts["step"] >= 40:
             raise OSError(28, "No space left on device")
 
@@ -343,8 +343,8 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
     shutil.rmtree(one.path)
     save = Run.save_state
 
-    def stop(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        save(self, Site(layer), tensors, facts)
+    def stop(self: Run, site: Site, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        save(self, site, tensors, facts)
         monkeypatch.setattr(Run, "save_state", save)  # a second signal would mean now, wherever the trainer is
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -378,10 +378,10 @@ def test_training_goes_on_while_a_state_is_written(
             reached.set()
         return finish(self, begun, **options)  # type: ignore[arg-type]
 
-    def slow(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
+    def slow(self: Run, site: Site, tensors: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
         assert reached.wait(60), "training waited"
         states.append((facts["step"], int(tensors["last_active"].max())))
-        save(self, Site(layer), tensors, facts)
+        save(self, site, tensors, facts)
 
     monkeypatch.setattr(TrainingSae, "finish", watched)
     monkeypatch.setattr(Run, "save_state", slow)
@@ -401,19 +401,19 @@ def test_a_state_is_never_ahead_of_its_snapshots_nor_dropped_before_the_last(
     """After a crash at any moment a resumed run makes every snapshot that is not there."""
     save, drop, seen = Run.save_state, Run.drop_state, []
 
-    def labels(self: Run, layer: int) -> list[str]:
-        return [s.label for s in self.snapshots() if s.site.layer == layer]
+    def labels(self: Run, site: Site) -> list[str]:
+        return [s.label for s in self.snapshots() if s.site.site == site]
 
-    def checked_save(self: Run, layer: int, tensors: dict[str, torch.Tensor], facts: dict[str, int]) -> None:
+    def checked_save(self: Run, site: Site, tensors: dict[str, torch.Tensor], facts: dict[str, int]) -> None:
         due = [label for label, tokens in snapshot_tokens(20_480).items() if tokens // 256 <= facts["step"]]
-        assert labels(self, layer) == due
+        assert labels(self, site) == due
         seen.append(len(due))
-        save(self, Site(layer), tensors, facts)
+        save(self, site, tensors, facts)
 
-    def checked_drop(self: Run, layer: int) -> None:
-        assert labels(self, layer)[-1] == "final"
+    def checked_drop(self: Run, site: Site) -> None:
+        assert labels(self, site)[-1] == "final"
         seen.append(-1)
-        drop(self, Site(layer))
+        drop(self, site)
 
     monkeypatch.setattr(Run, "save_state", checked_save)
     monkeypatch.setattr(Run, "drop_state", checked_drop)

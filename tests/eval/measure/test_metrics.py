@@ -280,8 +280,8 @@ def test_only_held_out_rows_are_read_each_with_its_position(cache: Cache) -> Non
 def test_a_damaged_held_out_block_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Cache.read_block
 
-    def flip(self: Cache, layer: int, block: int, out: Any) -> None:
-        read(self, Site(layer), block, out)
+    def flip(self: Cache, site: Site, block: int, out: Any) -> None:
+        read(self, site, block, out)
         out[5, 3] += 1
 
     monkeypatch.setattr(Cache, "read_block", flip)
@@ -356,15 +356,15 @@ def test_records_of_an_evaluation(
 ) -> None:
     spec, read, blocks = cache.spec, Cache.read_block, []
 
-    def count(self: Cache, layer: int, block: int, out: Any) -> None:
-        blocks.append((layer, block))
-        read(self, Site(layer), block, out)
+    def count(self: Cache, site: Site, block: int, out: Any) -> None:
+        blocks.append((site, block))
+        read(self, site, block, out)
 
     monkeypatch.setattr(Cache, "read_block", count)
     args = ("--preset", "demo", "--cache", cache.path, "--runs", one_run.path, "--device", "cpu", "--ce-tokens", 320)
     command = ("eval", "--numbers-only", *args)
     assert cli(*command).code == 0
-    held_out = [(1, block) for block in range(spec.train_blocks, spec.n_blocks)]
+    held_out = [(Site(1), block) for block in range(spec.train_blocks, spec.n_blocks)]
     assert blocks == held_out, "each held-out block is read once for all SAEs of a layer"
 
     records = json.loads((one_run.path / "results" / "metrics.json").read_text())

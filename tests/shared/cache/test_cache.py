@@ -479,7 +479,7 @@ def test_damaged_metadata_is_named_and_made_again(tmp_path: Path) -> None:
         whole = meta.read_bytes()
         meta.write_bytes(whole[:-20])
         assert cache.bad_metadata() == [str(meta.relative_to(tmp_path / "c"))]
-        Cache.open(tmp_path / "c").add_sites(parse_sites(""))
+        Cache.open(tmp_path / "c").add_sites(())
         assert meta.read_bytes() == whole
         meta.unlink()
         assert len(cache.bad_metadata()) == 1

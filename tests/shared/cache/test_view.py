@@ -123,9 +123,9 @@ def test_a_slice_is_read_once_for_neighbouring_rows(cache: Cache, monkeypatch: p
     read: list[tuple[int, int]] = []
     original = Cache.read_slice
 
-    def counted(self: Cache, layer: int, block: int, index: int, out: Any) -> None:
+    def counted(self: Cache, site: Site, block: int, index: int, out: Any) -> None:
         read.append((block, index))
-        original(self, Site(layer), block, index, out)
+        original(self, site, block, index, out)
 
     monkeypatch.setattr(Cache, "read_slice", counted)
     spec, layer = cache.spec, cache.layer(0)

@@ -245,12 +245,12 @@ def test_a_layer_has_one_owner(tmp_path: Path) -> None:
     """Another process is told who it is; after a kill nobody is; nothing is left of an owner that ends."""
     run = new_run(tmp_path / "r")
     said = rf"layer 2 of .* is being trained by process {os.getpid()} on"
-    with run.claim([Site(1), Site(2)]), pytest.raises(UserError, match=said), run.claim([3, 2]):
+    with run.claim([Site(1), Site(2)]), pytest.raises(UserError, match=said), run.claim([Site(3), Site(2)]):
         pass
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
     hold = (
-        "import sys, time; from pathlib import Path; from train.runs import Run\n"
-        "with Run(Path(sys.argv[1])).claim([1]):\n    print('mine', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from shared.runs.run import Run; from shared.sites import Site\n"
+        "with Run(Path(sys.argv[1])).claim([Site(1)]):\n    print('mine', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, run.path], cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"mine\n"

@@ -124,9 +124,7 @@ def test_of_two_harvests_of_a_block_whoever_records_it_speaks_of_what_lies_there
         one, other = Cache.create(place, SPEC, parse_sites("0,2")), Cache.open(place)
         mine, theirs = {s: of(1.0) for s in parse_sites("0,2")}, {s: of(1.001) for s in parse_sites("0,2")}
         staged_mine = {Site(0): one.stage_block(Site(0), block, mine[Site(0)], replace=False)}
-        staged_theirs = {
-            layer: other.stage_block(layer, block, theirs[layer], replace=False) for layer in parse_sites("0,2")[::-1]
-        }
+        staged_theirs = {s: other.stage_block(s, block, theirs[s], replace=False) for s in parse_sites("0,2")[::-1]}
         staged_mine[Site(2)] = one.stage_block(Site(2), block, mine[Site(2)], replace=False)
         for cache, data, staged in ((one, mine, staged_mine), (other, theirs, staged_theirs)):
             if order in ("both", "one" if cache is one else "other"):

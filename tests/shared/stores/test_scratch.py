@@ -23,10 +23,8 @@ def far(tmp_path: Path) -> Path:
     """A cache whose block b of layer l is l·10 + b."""
     cache = Cache.create(tmp_path / "far", SPEC, parse_sites("0,1"))
     for block in range(SPEC.n_blocks):
-        data = {
-            layer: np.full((SPEC.block_rows, SPEC.d_model), layer.layer * 10 + block, np.float16)
-            for layer in parse_sites("0,1")
-        }
+        shape, sites = (SPEC.block_rows, SPEC.d_model), parse_sites("0,1")
+        data = {site: np.full(shape, site.layer * 10 + block, np.float16) for site in sites}
         staged = {layer: cache.stage_block(layer, block, data[layer], replace=False) for layer in data}
         cache.commit(block, {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}, staged)
     return tmp_path / "far"
@@ -57,7 +55,7 @@ def read_all(cache: Cache, layers: tuple[int, ...] = (0, 1)) -> None:
                 out = np.empty((SPEC.slice_rows, SPEC.d_model), np.float16)
                 cache.read_slice(Site(layer), block, index, out)
                 cache.check_slice(Site(layer), block, index, out, cache.stats(Site(layer), block))
-                assert (out == layer.layer * 10 + block).all()
+                assert (out == layer * 10 + block).all()
 
 
 def kept(tmp_path: Path) -> int:
