@@ -81,7 +81,7 @@ class Job:
             return self._run()
 
     def _run(self) -> int:
-        tried: tuple[int, ...] = ()
+        tried: tuple[Site, ...] = ()
         while True:
             states = self._look()
             say(self._table(states))
@@ -225,7 +225,7 @@ class Job:
         return text
 
 
-def wanted(commands: Commands) -> tuple[tuple[int, ...], dict[str, Any]]:
+def wanted(commands: Commands) -> tuple[tuple[Site, ...], dict[str, Any]]:
     """The layers of the job, and the shape of their cache as far as it is known by now."""
     plan = json.loads(commands.ask("plan"))
     return tuple(map(Site.of, plan["layers"])), plan["shape"]

@@ -148,9 +148,9 @@ def test_the_next_windows_are_read_while_one_is_used_and_no_further(cache: Cache
     read = Cache.read_slice
 
     def count(
-        self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
+        self: Cache, site: Site, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
     ) -> None:
-        read(self, Site(layer), block, index, out)
+        read(self, site, block, index, out)
         slices.append((block, index))
 
     monkeypatch.setattr(Cache, "read_slice", count)
@@ -171,10 +171,10 @@ def test_a_window_is_read_as_fast_as_it_is_used_up_and_faster_where_it_is_waited
     read, seen, count = Cache.read_slice, list[float](), 64  # slices of four blocks
 
     def timed(
-        self: Cache, layer: int, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
+        self: Cache, site: Site, block: int, index: int, out: "np.ndarray[tuple[int, ...], np.dtype[np.float16]]"
     ) -> None:
         seen.append(time.perf_counter())
-        read(self, Site(layer), block, index, out)
+        read(self, site, block, index, out)
 
     load = ActivationLoader._load
 
