@@ -32,7 +32,7 @@ from eval.measure.evaluate import heldout
 from eval.measure.metrics import heldout_tokens
 from eval.measure.splice import SplicedModel
 from shared.cache import Cache
-from shared.lm import harvested_model
+from shared.identity import harvested_model
 from shared.presets import get_preset
 from shared.runs.sae import Sae
 from shared.sites import Site

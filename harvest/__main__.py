@@ -27,16 +27,8 @@ from shared.cache import Cache, CacheSpec
 from shared.cli import CACHE, DEVICE, PRESET, DefaultRun, options, run
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.lm import (
-    Model,
-    harvested_model,
-    load_config,
-    load_tokenizer,
-    open_model,
-    require_model,
-    tokenizer_hash,
-    unpin,
-)
+from shared.identity import Model, harvested_model, open_model, tokenizer_hash, unpin
+from shared.lm import load_config, load_tokenizer, require_model
 from shared.presets import Preset, get_preset
 from shared.progress import say
 from shared.sites import Site, format_sites, parse_sites

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from shared.errors import UserError
-from shared.lm import dataset_commit, hash_files, unreachable
+from shared.identity import dataset_commit, hash_files, unreachable
 
 if TYPE_CHECKING:  # imported where text is read: whoever harvests from tokens that are there needs neither
     from datasets import IterableDataset

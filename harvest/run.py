@@ -26,7 +26,8 @@ from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec, LayerTotals
 from shared.device import announce, maker, new_event, new_stream, send
 from shared.errors import UserError
 from shared.files import UNKNOWN_FREE, existing, write_all
-from shared.lm import Model, load_model, load_tokenizer, tokenizer_hash
+from shared.identity import Model, tokenizer_hash
+from shared.lm import load_model, load_tokenizer
 from shared.progress import Progress, say
 from shared.shuffle import block_turns, permutation
 from shared.sites import Site, format_sites

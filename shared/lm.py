@@ -1,12 +1,7 @@
-"""Language models: which one it is, loading it and its tokeniser, and finding its parts."""
+"""Language models: loading one and its tokenizer, finding its parts, and its products on CPUs without bfloat16."""
 
-import hashlib
-import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,9 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from shared.cache import Cache
 from shared.device import bfloat16_is_slow
 from shared.errors import UserError
+from shared.identity import unreachable
 from shared.sites import ANY, HOOKS, Site
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,133 +22,9 @@ _NAMED = 3  # weights named in a refusal
 # What a checkpoint may hold beyond the model: heads, and what older versions stored of masks and rotations, which is computed.
 _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 _NUMBERED = re.compile(r"\.\d+\.")
-_HASHED_WHOLE = 1 << 32  # files up to this size together are hashed whole, of larger ones samples
-_PIECE = 8 << 20  # bytes hashed in one go
-_SAMPLES = 64  # of a large file that is not weights
-_SAMPLE = 1 << 20
-_TENSOR_SAMPLE = 4 << 10  # at the beginning, the middle and the end of every tensor: a fine-tuned layer shows
-_LONGEST_HEADER = 100 << 20  # of a safetensors file, by its definition
-_COMMIT = re.compile("[0-9a-f]{40}")
-_IS_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")  # the files that make a model what it is
-_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-
 # Its load report lists the head that is left out on purpose, so `load_model` reads it; its bars say nothing at this size.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-
-def hash_files(files: list[Path]) -> str:
-    """'sha256:…' of files by content, in this order, wherever they lie and whatever they are called.
-
-    Of more than 4 GiB only samples of every file are read: the header of weights and parts of each tensor, or places spread
-    over the file. Raises UserError.
-    """
-    digest = hashlib.sha256()
-    try:
-        whole = sum(f.stat().st_size for f in files) <= _HASHED_WHOLE
-        for path in files:
-            kind = "".join(suffix for suffix in path.suffixes[-2:] if suffix[1:].isalpha())
-            digest.update(f"{kind} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                for start, size in [(0, path.stat().st_size)] if whole else _sampled(path):
-                    file.seek(start)
-                    while size > 0 and (piece := file.read(min(size, _PIECE))):
-                        digest.update(piece)
-                        size -= len(piece)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; put that right and run again") from None
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _sampled(path: Path) -> Iterator[tuple[int, int]]:
-    """(start, bytes) of what is read of a large file."""
-    size = path.stat().st_size
-    tensors = _tensors(path, size) if path.suffix == ".safetensors" else None
-    if tensors is None:
-        yield from ((i * max(0, size - _SAMPLE) // (_SAMPLES - 1), _SAMPLE) for i in range(_SAMPLES))
-        return
-    header, spans = tensors
-    yield 0, header
-    for start, end in spans:
-        n = min(_TENSOR_SAMPLE, end - start)
-        yield from ((header + at, n) for at in sorted({start, (start + end - n) // 2, end - n}))
-
-
-def _tensors(path: Path, size: int) -> tuple[int, list[tuple[int, int]]] | None:
-    """(bytes before the first tensor, where each one begins and ends after that); None where the file is no safetensors."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            entries = json.loads(file.read(length)) if length <= min(size, _LONGEST_HEADER) else {}
-            spans = [tuple(map(int, v["data_offsets"])) for k, v in entries.items() if k != "__metadata__"]
-            return (8 + length, sorted((start, end) for start, end in spans)) if spans else None
-        except (ValueError, AttributeError, TypeError, KeyError):
-            return None
-
-
-def unpin(revision: str) -> str | None:
-    """A recorded revision as the hub takes it: None for something local, which is known by its hash."""
-    return None if revision.startswith("sha256:") else revision
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Model:
-    """A language model that was looked at: what is loaded from its folder is what the hash is of."""
-
-    name: str  # as it was asked for
-    folder: Path
-    commit: str  # of the hub; "" for a local folder
-    sha256: str  # of configuration and weights, 'sha256:…'
-
-
-def open_model(model: str, revision: str | None) -> Model:
-    """Find a model, and download it where it is on the hub; a branch's name becomes its commit. Raises UserError."""
-    folder, commit = Path(model), ""
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")):
-            raise UserError(f"there is no model at {model}: name the folder where it lies now with --model")
-        folder = _download(model, revision)
-        commit = folder.name
-    files = sorted({f for pattern in _IS_MODEL for f in folder.glob(pattern) if f.is_file() and not f.name.startswith(".")})
-    return Model(name=model, folder=folder, commit=commit, sha256=hash_files(files))
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """The folder of one commit of a hub model, named after it."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = [*_IS_MODEL, *_TOKENIZER]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub's client has a dozen of them, all meaning "not there"
-        raise unreachable(f"the model {model}", error) from None
-
-
-def harvested_model(cache: Cache, model: str | None = None, revision: str | None = None) -> Model:
-    """The model that a cache was harvested from, where it lay then or where it is said to lie now. Raises UserError."""
-    spec = cache.spec
-    opened = open_model(model, revision) if model else open_model(spec.model, spec.model_branch or None)
-    if spec.differences(replace(spec, model_revision=opened.sha256)):
-        was = f" (that was commit {spec.model_commit})" if spec.model_commit else ""
-        raise UserError(f"{opened.name} is not the model {cache.path} was harvested from{was}: name its folder with --model")
-    return opened
-
-
-def dataset_commit(dataset: str, revision: str | None) -> str:
-    """The commit of a hub dataset that a branch's name, or none, stands for now. Raises UserError."""
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(dataset, revision=revision).sha)
-    except Exception as error:
-        raise unreachable(f"the dataset {dataset}", error) from None
-
-
-def unreachable(what: str, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0][:200]
-    return UserError(f"cannot load {what}: {reason}; give a local path, or check the name, revision and connection")
 
 
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -169,10 +40,6 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
     backend.no_padding()
     backend.encode_special_tokens = True
     return tokenizer
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def load_config(model: str, revision: str | None) -> PretrainedConfig:

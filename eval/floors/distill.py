@@ -63,7 +63,8 @@ from shared.cache import Cache
 from shared.device import announce, device_kind
 from shared.errors import UserError
 from shared.files import locked, make_dir, remove_leftovers, replacing, sync_dir
-from shared.lm import harvested_model, load_config, load_model
+from shared.identity import harvested_model
+from shared.lm import load_config, load_model
 from shared.progress import Progress
 from shared.runs.run import Run, Snapshot
 from shared.runs.sae import Sae

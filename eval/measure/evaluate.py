@@ -38,7 +38,7 @@ from shared.cache import Cache
 from shared.device import announce, fitting
 from shared.errors import UserError
 from shared.files import locked, remove_leftovers, replacing, sync_dir
-from shared.lm import harvested_model
+from shared.identity import harvested_model
 from shared.progress import Progress, say
 from shared.runs.rows import ALL, Rows
 from shared.runs.run import Run, Snapshot, cache_identity, snapshot_tokens

@@ -34,7 +34,8 @@ from shared.cache import Cache
 from shared.device import announce, fitting
 from shared.errors import UserError
 from shared.files import locked, make_dir, publish_json, remove_leftovers, replacing, sync_dir, write_file
-from shared.lm import Unembedding, harvested_model, load_model, load_tokenizer, tokenizer_hash
+from shared.identity import harvested_model, tokenizer_hash
+from shared.lm import Unembedding, load_model, load_tokenizer
 from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
 from shared.runs.sae import Sae

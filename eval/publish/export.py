@@ -17,7 +17,7 @@ from eval.measure.evaluate import measured_features
 from eval.publish.formats import FORMS, Files, Origin, Source
 from shared.errors import UserError
 from shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file
-from shared.lm import unpin
+from shared.identity import unpin
 from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
 from shared.runs.sae import Sae

@@ -15,7 +15,8 @@ from harvest.run import HarvestConfig, Shares, await_tokens, harvest_blocks, in_
 from harvest.tokens import TextSource
 from shared.cache import Cache
 from shared.errors import UserError
-from shared.lm import harvested_model, hash_files, load_model, open_model
+from shared.identity import harvested_model, open_model
+from shared.lm import load_model
 from shared.sites import Site, parse_sites
 from shared.units import ALONE, Shard
 from tests.conftest import Cli
@@ -433,36 +434,6 @@ def test_a_datasets_branch_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dataclasses.replace(source, revision="b" * 40).pinned_revision() == "b" * 40
     with pytest.raises(UserError, match="cannot load the dataset org/text"):
         dataclasses.replace(source, revision="v2").pinned_revision()
-
-
-def test_files_are_known_by_content_not_by_name(tmp_path: Path) -> None:
-    for name, data in (("a.jsonl", b"one"), ("b.jsonl", b"one"), ("c.jsonl", b"two"), ("d.txt", b"one")):
-        (tmp_path / name).write_bytes(data)
-    a, b, c, d = (hash_files([tmp_path / name]) for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.txt"))
-    assert a == b
-    assert len({a, c, d}) == 3
-    assert hash_files([tmp_path / "a.jsonl", tmp_path / "c.jsonl"]) != hash_files([tmp_path / "c.jsonl", tmp_path / "a.jsonl"])
-    with pytest.raises(UserError, match="cannot read .*none: No such file"):
-        hash_files([tmp_path / "none"])
-
-
-def test_of_large_weights_every_tensor_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.lm._HASHED_WHOLE", 1000)
-    path = tmp_path / "m.safetensors"
-    tensors = {f"layers.{i}.weight": torch.full((64, 4096), float(i)) for i in range(4)} | {"none": torch.empty(0)}
-    seen = set()
-    for changed in (None, 0, 1, 2, 3):
-        save_file({k: v + 1 if k == f"layers.{changed}.weight" else v for k, v in tensors.items()}, path)
-        seen.add(hash_files([path]))
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 100)  # no weights at all
-    seen.add(hash_files([path]))
-    path.write_bytes(b"")
-    seen.add(hash_files([path]))
-    (tmp_path / "big.txt").write_bytes(bytes(3 << 20))
-    text = hash_files([tmp_path / "big.txt"])
-    flip(tmp_path / "big.txt", (3 << 20) - 1)
-    assert hash_files([tmp_path / "big.txt"]) != text
-    assert len(seen) == 7
 
 
 def test_a_probe_of_the_disk_leaves_nothing_and_makes_no_folder(tmp_path: Path) -> None:
