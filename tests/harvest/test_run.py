@@ -382,7 +382,7 @@ def test_the_model_that_is_named_is_the_model_that_is_loaded(cli: Cli, small: Ca
     assert "model_revision is" in refused.err
     result = cli("harvest", *small_args(tmp_path, model="first", layers="0-2"))
     assert result.code == 0, result.err
-    wanted = residuals(tmp_path / "first", torch.from_numpy(small.block_tokens(0)))[2].reshape(-1, 32).numpy()
+    wanted = residuals(tmp_path / "first", torch.from_numpy(small.block_tokens(0)))[Site(2)].reshape(-1, 32).numpy()
     out = np.empty((small.spec.block_rows, small.spec.d_model), dtype=np.float16)
     small.read_block(Site(2), 0, out)
     np.testing.assert_allclose(out, wanted[small.block_order(0)], rtol=1e-3, atol=1e-3)
