@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from harvest.run import (
 from harvest.tokens import TextSource, require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
-from shared.cli import CACHE, DEVICE, PRESET, DefaultRun, options, run
+from shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.identity import Model, harvested_model, open_model, tokenizer_hash, unpin
@@ -33,7 +33,7 @@ from shared.presets import Preset, get_preset
 from shared.progress import say
 from shared.sites import Site, format_sites, parse_sites
 from shared.stores import Location, open_store
-from shared.units import ALONE, Shard, format_bytes, parse_count, parse_layers, parse_shard
+from shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Job:
     preset: Preset
     cache: Location
     sites: tuple[Site, ...]
-    precision: str
-    seed: int
-    threads: int
-    bos: bool = False
-    shard: Shard = ALONE
+    threads: int = option("Threads for the disk.", 4, type=click.IntRange(1))
+    bos: bool = option("Begin every context with the tokenizer's BOS, as Llama and Gemma expect.", False, is_flag=True)
+    precision: str = option("", "bf16", type=click.Choice(["bf16", "fp32"]))
+    seed: int = option("Of the order inside blocks.", 0, type=click.IntRange(0))
+    shard: Shard = option("This process is i of n at work on the same cache, such as 0/8.", ALONE, type=parse_shard)
 
     @property
     def source(self) -> TextSource:
@@ -105,57 +105,26 @@ class Opened:
     spec: CacheSpec
 
 
-_common = options(
-    PRESET,
-    CACHE,
-    click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads for the disk."),
-)
+_common = options(PRESET, CACHE, options_of(Job, "threads"))
 _settings = options(
-    click.option("--model", help="Hub id or local folder of a causal language model."),
-    click.option("--revision", help="The model's revision on the hub."),
-    click.option("--dataset", help="Hub id, local file or folder (jsonl, parquet, text)."),
-    click.option("--dataset-revision", help="The dataset's revision on the hub."),
-    click.option("--split", help="Split of a hub dataset, or of a folder whose file names say one; all for every file."),
-    click.option("--text-column", help="Column that holds the text."),
-    click.option("--tokens", help="Tokens to train on, such as 300M."),
-    click.option("--holdout-tokens", help="Tokens held out for evaluation."),
-    click.option("--context", type=click.IntRange(2), help="Tokens in a context."),
-    click.option("--block-sequences", type=click.IntRange(1), help="Contexts in a block."),
-    click.option(
-        "--forward-sequences", type=click.IntRange(1), help="Contexts in one forward pass; on a CPU 2,048 tokens at most."
-    ),
-    click.option("--bos", is_flag=True, help="Begin every context with the tokenizer's BOS, as Llama and Gemma expect."),
+    options_of(Preset),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
-    click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order inside blocks."),
+    options_of(Job, "bos", "precision", "seed"),
 )
-
-_PRESET_OPTIONS = (
-    "model", "revision", "dataset", "dataset_revision", "split", "text_column", "context", "block_sequences",
-    "forward_sequences",
-)  # fmt: skip
 
 
 def _job(options: dict[str, Any]) -> Job:
     preset = get_preset(options["preset"])
-    changes = {k: options[k] for k in _PRESET_OPTIONS if options[k] is not None}
-    changes |= {k: parse_count(options[k]) for k in ("tokens", "holdout_tokens") if options[k] is not None}
-    if "dataset" in changes and "dataset_revision" not in changes:
-        changes["dataset_revision"] = None
+    changes = {f.name: options[f.name] for f in fields(Preset) if options.get(f.name) is not None}
+    if "dataset" in changes:
+        changes.setdefault("dataset_revision", None)
     if "model" in changes:
         changes.setdefault("revision", None)
         changes |= _model_shape(changes["model"], changes["revision"])
     preset = replace(preset, **changes)
-    preset.require_files()
-    return Job(
-        preset=preset,
-        cache=options["cache"] or Path("data") / preset.name,
-        sites=parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers),
-        precision=options["precision"],
-        seed=options["seed"],
-        threads=options["threads"],
-        bos=options["bos"],
-    )
+    sites = parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers)
+    cache = options.pop("cache") or Path("data") / preset.name
+    return filled(Job, options | {"preset": preset}, cache=cache, sites=sites)
 
 
 def _model_shape(model: str, revision: str | None) -> dict[str, Any]:
@@ -172,10 +141,10 @@ def main() -> None:
 @_common
 @_settings
 @DEVICE
-@click.option("--shard", type=parse_shard, default="0/1", help="This process is i of n at work on the same cache, such as 0/8.")
-def run_command(device: str | None, shard: Shard, **options: Any) -> None:
+@options_of(Job, "shard")
+def run_command(device: str | None, **options: Any) -> None:
     """Fill the cache (the default command); run it again to continue, or to add layers."""
-    job = replace(_job(options), shard=shard)
+    job = _job(options)
     config = job.config(device)
     open_store(job.cache).prepare()
     if not Cache.exists(job.cache):

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
+from shared.cli import option
 from shared.errors import UserError
+from shared.units import parse_count
 
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
 
@@ -14,22 +18,22 @@ class Preset:
 
     name: str
     # what is read
-    model: str
-    revision: str | None
-    dataset: str
-    dataset_revision: str | None
-    split: str
-    text_column: str
+    model: str = option("Hub id or local folder of a causal language model.")
+    revision: str | None = option("The model's revision on the hub.")
+    dataset: str = option("Hub id, local file or folder (jsonl, parquet, text).")
+    dataset_revision: str | None = option("The dataset's revision on the hub.")
+    split: str = option("Split of a hub dataset, or of a folder whose file names say one; all for every file.")
+    text_column: str = option("Column that holds the text.")
     # the shape of the model, so that a plan needs neither model nor hub
     n_layers: int
     d_model: int
     vocab_size: int
     # the cache
-    context: int
-    tokens: int
-    holdout_tokens: int
-    block_sequences: int
-    forward_sequences: int  # sequences in one forward pass
+    tokens: int = option("Tokens to train on, such as 300M.", type=parse_count)
+    holdout_tokens: int = option("Tokens held out for evaluation.", type=parse_count)
+    context: int = option("Tokens in a context.", type=click.IntRange(2))
+    block_sequences: int = option("Contexts in a block.", type=click.IntRange(1))
+    forward_sequences: int = option("Contexts in one forward pass; on a CPU 2,048 tokens at most.", type=click.IntRange(1))
     # the SAEs
     expansion: int
     l1: str
@@ -39,15 +43,6 @@ class Preset:
     window_blocks: int
     # evaluation
     ce_tokens: int
-
-    def require_files(self) -> None:
-        """Raise UserError where the demo's model or text is meant, and this is an installed package, which has neither."""
-        for place in (self.model, self.dataset):
-            if Path(place).is_relative_to(_DEMO) and not Path(place).exists():
-                raise UserError(
-                    f"{place} is not there: the demo's model and text come with the repository and not with an installed "
-                    "package; clone the repository and run this in it, or name --model and --dataset"
-                )
 
 
 PRESETS = {

@@ -25,8 +25,10 @@ class Shard:
 ALONE = Shard(index=0, count=1)
 
 
-def parse_shard(text: str) -> Shard:
+def parse_shard(text: str | Shard) -> Shard:
     """'2/8' → the third of eight. Raises UserError."""
+    if isinstance(text, Shard):  # an option's default
+        return text
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"{text!r} is not a shard: they are counted from 0, so that eight of them are 0/8 to 7/8")
