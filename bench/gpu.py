@@ -161,15 +161,13 @@ def three(lab: Lab) -> None:
 def recipes(lab: Lab) -> None:
     """Steps of the recipes that came after the published one, then what they have that it has not, alone."""
     s = lab.sizes
-    refit = replace(new_steps(lab, 1, "sparse"), refit=True)
     config = StepConfig(decoder_norm="free", sparse_below=1.0)
     sae = TrainingSae(s.d, s.features, config, lab.kernels, lab.device, 0)
-    free = replace(refit, saes=[sae], refit=False)
+    free = replace(new_steps(lab, 1, "sparse"), saes=[sae])
     topk = replace(free, keep=s.common_l0)
     positive = min(2000, s.features // 8)
     for name, steps, l0 in (
         ("free rows, sparse step", free, s.common_l0),
-        ("refit step", refit, s.common_l0),
         (f"BatchTopK step from {positive} a token", topk, positive),
     ):
         ours.set_l0(steps.saes[0], l0)

@@ -35,14 +35,12 @@ class Recipe:
     """What a step can do that the published one does not."""
 
     decoder_norm: str = "unit"
-    refit: bool = False
     keep: float | None = None  # of the nominal L0
 
 
 RECIPES = {
     "": Recipe(),
     ", free rows": Recipe(decoder_norm="free"),
-    ", refit": Recipe(refit=True),
     ", BatchTopK": Recipe(decoder_norm="free", keep=0.5),
 }
 
@@ -161,9 +159,7 @@ Gradients = dict[str, Tensor]  # by parameter; "loss" among them
 
 def autograd(sae: TrainingSae, x: Tensor, recipe: Recipe, kept: Tensor) -> Gradients:
     """Loss and gradients in float64, from the formula and nothing else; of BatchTopK, given which entries it kept."""
-    leaves = {name: getattr(sae, name).double().clone() for name in NAMES}
-    for name in ("w_dec", "b_dec") if recipe.refit else NAMES:
-        leaves[name].requires_grad_()
+    leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in NAMES}
     wide = x.double()
     pre = (wide - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"]
     z = torch.relu(pre) if recipe.keep is None else pre * kept
@@ -171,7 +167,7 @@ def autograd(sae: TrainingSae, x: Tensor, recipe: Recipe, kept: Tensor) -> Gradi
     weighted = z * leaves["w_dec"].norm(dim=1) if recipe.decoder_norm == "free" else z
     loss = (out - wide).square().mean() + L1 * weighted.sum(1).mean()
     loss.backward()
-    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()} | {"loss": loss}
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None} | {"loss": loss}
 
 
 def step_gradients(sae: TrainingSae, x: Tensor, recipe: Recipe) -> tuple[Gradients, Tensor]:
@@ -180,7 +176,7 @@ def step_gradients(sae: TrainingSae, x: Tensor, recipe: Recipe) -> tuple[Gradien
     workspace = ours.workspace(len(x), sae.d, sae.n_features, sae.device)
     keep = None if recipe.keep is None else recipe.keep * nominal_l0(sae.n_features)
     begun = sae.begin(x, workspace, keep)
-    result = sae.finish(begun, lr=0.0, l1=L1, workspace=workspace, refit=recipe.refit)
+    result = sae.finish(begun, lr=0.0, l1=L1, workspace=workspace)
     w_enc, w_dec, bias = (10 * sae.state()[f"m.{name}"].double() for name in ("w_enc", "w_dec", "bias"))
     biases = torch.split(bias, [sae.n_features, sae.d, sae.d])
     gradients = dict(zip(NAMES, (w_enc, w_dec, *biases), strict=True))

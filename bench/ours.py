@@ -65,7 +65,6 @@ class Steps:
     tokens: int
     batches: int = 1
     keep: float | None = None
-    refit: bool = False
     result: StepResult | None = None  # the first SAE's last one
 
     def run(self) -> float:
@@ -92,7 +91,7 @@ class Steps:
     def _finish(self, which: int, begun: list[Begun | None]) -> None:
         one, begun[which] = begun[which], None
         if one is not None:
-            result = self.saes[which].finish(one, lr=LR, l1=L1, workspace=self.workspace, refit=self.refit)
+            result = self.saes[which].finish(one, lr=LR, l1=L1, workspace=self.workspace)
             self.result = self.result if which else result
 
     def note(self) -> str:

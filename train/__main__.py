@@ -48,17 +48,15 @@ from train.trainer import RunOptions, TrainConfig, run_folders, train
     type=click.Choice(list(RECIPES)),
     default=PUBLISHED,
     show_default=True,
-    help="Where the defaults of the next five come from.",
+    help="Where the defaults of the next three come from.",
 )
 @click.option("--decoder-norm", type=click.Choice(["unit", "free"]), help="free: of any norm, by which L1 is weighted.")
 @click.option("--lr-decay", type=Number(0, 1), help="Share of the run, at its end, over which lr falls to zero.")
-@click.option("--refit", type=Number(0, 0.5), help="Share of the run, at its end, without L1.")
 @click.option(
-    "--refit-kind",
-    type=click.Choice(["decoder", "topk"]),
-    help="What is trained then: the decoder alone; topk: all, with L0 held by keeping each batch's largest activations.",
+    "--hold-l0",
+    type=Number(0, 0.5),
+    help="Share of the run, at its end, without L1: L0 is held by keeping each batch's largest activations.",
 )
-@click.option("--l1-warmup", type=click.IntRange(0), help="Steps over which λ rises.")
 @click.option("--window-blocks", type=click.IntRange(1), help="Blocks shuffled together.")
 @click.option("--skip-positions", type=click.IntRange(0), default=0, show_default=True, help="Of each context, not trained on.")
 @click.option("--max-norm", type=Number(1), help="Rows longer than this many medians are not trained on [default: all are].")
@@ -104,9 +102,7 @@ def main(
         | changed,
         tokens=parse_count(options["tokens"]) if options["tokens"] else min(p.tokens, opened.spec.train_tokens),
         lr_decay=chosen["lr_decay"],
-        l1_warmup=chosen["l1_warmup"],
-        refit=chosen["refit"],
-        refit_kind=chosen["refit_kind"],
+        hold_l0=chosen["hold_l0"],
         skip_positions=options["skip_positions"],
         max_norm=options["max_norm"],
         seed=options["seed"],

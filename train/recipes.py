@@ -3,6 +3,6 @@
 PUBLISHED = "published"
 
 RECIPES: dict[str, dict[str, float | str]] = {
-    PUBLISHED: {"decoder_norm": "unit", "lr_decay": 0.0, "refit": 0.0, "refit_kind": "decoder", "l1_warmup": 0},
-    "best": {"decoder_norm": "free", "lr_decay": 0.0, "refit": 0.2, "refit_kind": "topk", "l1_warmup": 0},
+    PUBLISHED: {"decoder_norm": "unit", "lr_decay": 0.0, "hold_l0": 0.0},
+    "best": {"decoder_norm": "free", "lr_decay": 0.0, "hold_l0": 0.2},
 }

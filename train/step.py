@@ -136,7 +136,6 @@ class TrainingSae:
         # What the products read; Adam writes them in the pass in which it has the row at hand.
         self._enc, self._dec = self.w_enc.to(self._compute, copy=True), self.w_dec.to(self._compute, copy=True)
         self._norms = torch.ones(n_features, dtype=self._master, device=device)  # of the rows, where they are free
-        self._refitted = False  # whether the last step let rows that were of unit norm leave it
 
     def _parameters(self) -> dict[str, Tensor]:
         return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias}
@@ -157,14 +156,10 @@ class TrainingSae:
         """Start b_pre at the mean of some activations [tokens, d]."""
         self.b_pre.copy_(x.double().mean(0))
 
-    def step(
-        self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, keep: float | None = None, refit: bool = False
-    ) -> StepResult:
+    def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, keep: float | None = None) -> StepResult:
         """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite.
-
-        `keep` leaves nothing but the keep · B largest activations of the batch. `refit` trains the decoder
-        and its bias alone, with rows of any norm: L0 stays, and at l1 = 0 what L1 took from the activations comes back."""
-        return self.finish(self.begin(x, workspace, keep), lr=lr, l1=l1, workspace=workspace, refit=refit)
+        `keep` leaves nothing but the keep · B largest activations of the batch."""
+        return self.finish(self.begin(x, workspace, keep), lr=lr, l1=l1, workspace=workspace)
 
     def begin(self, x: Tensor, workspace: Workspace, keep: float | None = None) -> Begun:
         """Encode a batch. As many steps as the workspace has slots may be begun before the first of them is finished: then the
@@ -179,7 +174,7 @@ class TrainingSae:
             counts = Late(torch.cat([self.kernels.counts(activation), least.double()[None]]))
         return Begun(x=x, centred=centred, z=z, activation=activation, counts=counts)
 
-    def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace, refit: bool = False) -> StepResult:
+    def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
         """Decode, go back, and update; see `step`."""
         x, centred, z, activation = begun.x, begun.centred, begun.z, begun.activation
         batch, below = x.shape[0], self.config.sparse_below
@@ -214,34 +209,30 @@ class TrainingSae:
         if self._free:
             db_enc = self.kernels.unfold_(dw_enc, dw_dec, db_enc, self.w_enc, self.w_dec, self.b_enc, self._norms)
         db_dec = g.sum(0, dtype=self._master)
-        d_bias = db_dec if refit else torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
-        matrices = [grad for grad, wanted in ((dw_enc, not refit), (dw_dec, self._trains_decoder)) if wanted]
+        d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
+        matrices = [dw_enc, dw_dec] if self._trains_decoder else [dw_enc]
         square_norm = sum(self.kernels.square_sum(grad) for grad in matrices)
         norm = (square_norm + d_bias.double().square().sum()).sqrt()
         late = torch.stack([square.double(), norm])
         self._whole.logical_and_(torch.isfinite(late).all())
-        self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr, refit)
+        self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr)
         return report(late=Late(late))
 
     def _update(
-        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, feature_count: Tensor, grad_norm: Tensor, lr: float, refit: bool
+        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, feature_count: Tensor, grad_norm: Tensor, lr: float
     ) -> None:
         """Clip, Adam and the unit norm, or nothing where a step was not finite: that is settled on the device."""
         self.step_count += 1
-        self._refitted = refit
         self.last_active.masked_fill_((feature_count > 0) & self._whole, self.step_count)
         c, m = self.config, self.moments
         clip = (c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
         clip = torch.where(self._whole, clip, math.nan)
         adam = AdamStep(step=self.step_count, lr=lr, clip=clip, beta1=c.beta1, beta2=c.beta2)
         update = self.kernels.adam_
-        if not refit:
-            update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
+        update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
         if self._trains_decoder:
-            unit_norm = not (self._free or refit)
-            update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=unit_norm, copy=self._dec)
-        bias, m_bias, v_bias = (t[None, -len(d_bias) :] for t in (self.bias, m["m.bias"], m["v.bias"]))
-        update(bias, m_bias, v_bias, d_bias.to(self._master)[None], adam)
+            update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=not self._free, copy=self._dec)
+        update(self.bias[None], m["m.bias"][None], m["v.bias"][None], d_bias.to(self._master)[None], adam)
         if self._free:
             self._fold()
 
@@ -273,9 +264,7 @@ class TrainingSae:
         )
         if threshold is not None:
             sae.threshold = torch.full_like(self.b_enc, threshold)  # of what the products see
-        if self._free or self._refitted:
+        if self._free:
             norms = row_norms(self.w_dec)
             sae.w_enc, sae.w_dec, sae.b_enc = sae.w_enc * norms[:, None], sae.w_dec / norms[:, None], sae.b_enc * norms
-            if sae.threshold is not None and not self._free:
-                sae.threshold *= norms
         return sae

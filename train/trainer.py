@@ -30,7 +30,7 @@ from train.look import Look
 from train.recipes import PUBLISHED
 from train.saver import Saver
 from train.sparsity.l1 import ControllerConfig
-from train.sparsity.settings import Setting, holds_l0, refit_from
+from train.sparsity.settings import Setting, held_fields, hold_from
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 
@@ -43,10 +43,8 @@ class TrainConfig:
     batch: int = 32_768
     lr: float = 3e-4
     lr_warmup: int = 0  # steps
-    lr_decay: float = 0.0  # share of the run, at its end or before the refit, over which lr falls to zero
-    l1_warmup: int = 0  # steps
-    refit: float = 0.0  # share of the run, at its end, in which the squared error alone counts
-    refit_kind: str = "decoder"  # or "topk": all of it, and L0 is held by keeping the largest activations of each batch
+    lr_decay: float = 0.0  # share of the run, at its end or before L0 is held, over which lr falls to zero
+    hold_l0: float = 0.0  # share of the run, at its end, without L1: L0 is held by keeping each batch's largest activations
     seed: int = 0
     window_blocks: int = 16
     skip_positions: int = 0  # first positions of each context that are not trained on
@@ -61,23 +59,23 @@ class TrainConfig:
         return self.tokens // self.batch
 
     @property
-    def refit_from(self) -> int:
-        """See `train.sparsity.settings.refit_from`."""
-        return refit_from(self.steps, self.refit)
+    def hold_from(self) -> int:
+        """The step from which L0 is held; the number of steps where it never is."""
+        return hold_from(self.steps, self.hold_l0)
 
     def lr_at(self, step: int) -> float:
-        """Up over `lr_warmup` steps, down over `lr_decay`; a refit begins at the whole lr and ends at zero."""
-        lr, left = self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup)), self.refit_from - step
+        """Up over `lr_warmup` steps, down over `lr_decay`; where L0 is held, from the whole lr down to zero."""
+        lr, left = self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup)), self.hold_from - step
         if left <= 0:
-            return lr * (self.steps - step) / (self.steps - self.refit_from)
+            return lr * (self.steps - step) / (self.steps - self.hold_from)
         return lr * min(1.0, left / max(1.0, self.lr_decay * self.steps))
 
-    def decoder_alone_at(self, step: int) -> bool:
-        return step >= self.refit_from and self.refit_kind == "decoder"
-
-    def l1_share_at(self, step: int) -> float:
-        """Of λ, in force at this step."""
-        return min(1.0, (step + 1) / max(1, self.l1_warmup)) if step < self.refit_from else 0.0
+    def fields(self) -> dict[str, Any]:
+        """The configuration as config.json has it: under the names that earlier versions wrote, so that digests stay."""
+        fields: dict[str, Any] = {}
+        for name, value in dataclasses.asdict(self).items():
+            fields |= held_fields(value) if name == "hold_l0" else {name: value}
+        return fields
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -193,7 +191,7 @@ def run_folders(name: str, settings: tuple[Setting, ...], config: TrainConfig, o
 
 
 def _run_config(setting: Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
-    return run_config(dataclasses.asdict(config) | {"l1": dataclasses.asdict(setting)}, cache)
+    return run_config(config.fields() | {"l1": dataclasses.asdict(setting)}, cache)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -379,7 +377,7 @@ class _SaeJob:
         d = cache.spec.d_model
         seed = config.seed * 1000 + site.layer
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed)
-        self._control = setting.control(config.refit_from, config.controller, hold=holds_l0(dataclasses.asdict(config)))
+        self._control = setting.control(config.hold_from, config.controller, hold=config.hold_from < config.steps)
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
         self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}
@@ -432,8 +430,8 @@ class _SaeJob:
             return
         begun, self._begun, step = self._begun, None, self.sae.step_count
         config, facts, l1 = self._config, self._facts(), self._control.value
-        refit, l1_now = config.decoder_alone_at(step), l1 * config.l1_share_at(step)
-        result = self.sae.finish(begun, lr=config.lr_at(step), l1=l1_now, workspace=workspace, refit=refit)
+        l1_now = l1 if step < config.hold_from else 0.0
+        result = self.sae.finish(begun, lr=config.lr_at(step), l1=l1_now, workspace=workspace)
         self._control.update(step, result.l0, result.least)
         done = step + 1
         log = done % self._log_every == 0 or done == self._config.steps

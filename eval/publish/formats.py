@@ -31,7 +31,7 @@ KINDS = {
     "sparsify": {"relu": "topk"},
     "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE"},
 }
-_WORDS = {"threshold": "thresholds, as BatchTopK and --refit-kind topk leave"}
+_WORDS = {"threshold": "thresholds, as BatchTopK and --hold-l0 leave"}
 Files = dict[str, bytes]
 
 

@@ -71,6 +71,13 @@ def _without(config: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _removed(train: dict[str, Any]) -> str:
+    """What a run was trained with that training has no longer, in words; nothing for most."""
+    refit, kind = train.get("refit", 0.0), train.get("refit_kind", "decoder")
+    options = {"--l1-warmup": train.get("l1_warmup"), f"--refit-kind {kind}": (kind == "topk") != (refit > 0)}
+    return " and ".join(option for option, used in options.items() if used)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
@@ -140,6 +147,11 @@ class Run:
         there = self.config()
         if there["digest"] == wanted["digest"]:
             return
+        if gone := _removed(there["train"]):
+            raise UserError(
+                f"{self.path} was trained with {gone}, which this version cannot do: it can be evaluated and published, but "
+                "only the version that began it can train it further; choose another --runs folder"
+            )
         pairs = [
             ("", _ADDED | there["train"], _ADDED | wanted["train"]),
             ("the cache's ", there["cache"]["spec"], wanted["cache"]["spec"]),

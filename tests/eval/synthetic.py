@@ -56,7 +56,7 @@ def make_runs(folder: Path, *, layers: int = 24, model: str = "EleutherAI/pythia
         run = Run(folder / f"pythia-410m-saes-x32-l1-{setting}")
         run.path.mkdir(parents=True)
         target = l0 if setting == "adaptive" else None
-        train = dataclasses.asdict(TrainConfig(tokens=TOKENS)) | {"l1": dataclasses.asdict(L1Setting(init=l1, target=target))}
+        train = TrainConfig(tokens=TOKENS).fields() | {"l1": dataclasses.asdict(L1Setting(init=l1, target=target))}
         run.create(run_config(train, cache), {"device": "cpu", "threads": 2, "torch": torch.__version__})
         records = []
         for layer in range(layers):

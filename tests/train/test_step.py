@@ -66,12 +66,10 @@ def autograd(
     return float(loss.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def gradients(
-    sae: TrainingSae, x: Tensor, l1: float, keep: int | None = None, *, refit: bool = False
-) -> tuple[float, bool, dict[str, Tensor]]:
+def gradients(sae: TrainingSae, x: Tensor, l1: float, keep: int | None = None) -> tuple[float, bool, dict[str, Tensor]]:
     """What the step hands to Adam: from the first moment after one step, which is (1 − β₁) times the gradient."""
     workspace = Workspace(len(x), sae.d, sae.n_features, sae.config.precision, CPU)
-    result = sae.step(x, lr=0.0, l1=l1, workspace=workspace, keep=keep, refit=refit)
+    result = sae.step(x, lr=0.0, l1=l1, workspace=workspace, keep=keep)
     m = {name.removeprefix("m."): 10 * tensor.double() for name, tensor in sae.moments.items() if name.startswith("m.")}
     parts = torch.split(m.pop("bias"), [sae.n_features, sae.d, sae.d])
     return result.loss, result.sparse, m | dict(zip(("b_enc", "b_pre", "b_dec"), parts, strict=True))
@@ -93,19 +91,16 @@ def test_float64_step_is_autograd_exactly(sparse_below: float, reduction: str) -
     assert worst(got, wanted) < 1e-12
 
 
-@pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("keep", [None, 3])
 @pytest.mark.parametrize("norm", ["unit", "free"])
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
-def test_every_option_in_float64_is_autograd_exactly(sparse_below: float, norm: str, keep: int | None, refit: bool) -> None:
-    """Free rows, a choice among the batch, a refit, in every combination; a refit leaves alone what it does not train."""
+def test_every_option_in_float64_is_autograd_exactly(sparse_below: float, norm: str, keep: int | None) -> None:
+    """Free rows and a choice among the batch, in every combination."""
     sae, x = problem(1, "fp64", sparse_below, norm=norm)
     wanted_loss, wanted = autograd(sae, x, 0.05, "sum", keep)
-    loss, sparse, got = gradients(sae, x, 0.05, keep, refit=refit)
+    loss, sparse, got = gradients(sae, x, 0.05, keep)
     assert sparse == bool(sparse_below)
     assert loss == pytest.approx(wanted_loss, rel=1e-12)
-    if refit:
-        assert not any(got.pop(name).any() or not wanted.pop(name).any() for name in ("w_enc", "b_enc", "b_pre"))
     assert worst(got, wanted) < 1e-12
 
 
@@ -150,39 +145,35 @@ def test_dense_and_sparse_steps_train_the_same_sae(native: bool) -> None:
 
 @pytest.mark.parametrize("norm", ["unit", "free"])
 def test_adam_is_torchs_adam(norm: str) -> None:
-    """Thirty steps against torch.optim.Adam with clipping, renormalising after every step; the last five are a refit."""
+    """Thirty steps against torch.optim.Adam with clipping, renormalising after every step."""
     sae, _ = problem(6, "fp64", 0.0, norm=norm)
     sae.config = StepConfig(precision="fp64", sparse_below=0.0, clip_norm=0.05)
     leaves = {name: getattr(sae, name).clone().requires_grad_() for name in WEIGHTS}
     optimiser = torch.optim.Adam(leaves.values(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
     workspace = Workspace(B, D, F, "fp64", CPU)
-    for step in range(30):
-        refit, x = step >= 25, torch.randn(B, D).half()
-        trained = [leaf for name, leaf in leaves.items() if not refit or name in ("w_dec", "b_dec")]
+    for _ in range(30):
+        x = torch.randn(B, D).half()
         z = torch.relu((x.double() - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
         residual = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"] - x.double()
         penalty = (z * leaves["w_dec"].norm(dim=1) if norm == "free" else z).sum(1).mean()
         optimiser.zero_grad()
-        (residual.square().mean() + (0.0 if refit else 0.05) * penalty).backward()
-        for leaf in leaves.values():
-            leaf.grad = leaf.grad if any(leaf is other for other in trained) else None
-        torch.nn.utils.clip_grad_norm_(trained, 0.05)
+        (residual.square().mean() + 0.05 * penalty).backward()
+        torch.nn.utils.clip_grad_norm_(leaves.values(), 0.05)
         optimiser.step()
-        if norm == "unit" and not refit:
+        if norm == "unit":
             with torch.no_grad():
                 leaves["w_dec"] /= leaves["w_dec"].norm(dim=1, keepdim=True)
-        sae.step(x, lr=1e-2, l1=0.0 if refit else 0.05, workspace=workspace, refit=refit)
+        sae.step(x, lr=1e-2, l1=0.05, workspace=workspace)
     for name, leaf in leaves.items():
         torch.testing.assert_close(getattr(sae, name), leaf.detach(), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("keep", [None, 5])
-@pytest.mark.parametrize("norm", ["unit", "free"])
-def test_a_snapshot_with_rows_folded_to_unit_norm_reconstructs_as_before(norm: str, keep: int | None) -> None:
-    sae, x = problem(13, "fp64", 1.0, norm=norm)
+def test_a_snapshot_with_rows_folded_to_unit_norm_reconstructs_as_before(keep: int | None) -> None:
+    sae, x = problem(13, "fp64", 1.0, norm="free")
     workspace, wide = Workspace(B, D, F, "fp64", CPU), x.double()
     for _ in range(5):
-        result = sae.step(x, lr=0.05, l1=0.0, workspace=workspace, keep=keep, refit=True)
+        result = sae.step(x, lr=0.05, l1=0.0, workspace=workspace, keep=keep)
     spread = sae.w_dec.norm(dim=1)
     assert float(spread.max() / spread.min()) > 1.05
     threshold = None if keep is None else 0.999 * result.least
@@ -190,7 +181,7 @@ def test_a_snapshot_with_rows_folded_to_unit_norm_reconstructs_as_before(norm: s
     torch.testing.assert_close(saved.w_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
     z = torch.relu((wide - sae.b_pre) @ sae.w_enc.t() + sae.b_enc)
     if keep is not None:
-        z = z * (z * (spread if norm == "free" else 1.0) > threshold)
+        z = z * (z * spread > threshold)
         assert 0 < int((z > 0).sum()) < keep * B * 1.2
     assert torch.equal(saved.encode(wide) > 0, z > 0)
     torch.testing.assert_close(saved.decode(saved.encode(wide)), z @ sae.w_dec + sae.b_dec + sae.b_pre)

@@ -17,7 +17,6 @@ from shared.runs.sae import Sae
 from shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
 from train.kernels.base import Workspace
-from train.recipes import RECIPES
 from train.step import Begun, StepResult, TrainingSae
 from train.trainer import RunOptions, TrainConfig
 
@@ -476,26 +475,23 @@ def test_a_setting_that_diverges_stops_alone(
 def test_options_reach_the_step(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     result = cli(
         "train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--l1", "1e-2", "--layers", "0", "--tokens", "5k",
-        "--l1-reduction", "mean", "--lr", "2e-3", "--lr-warmup", 5, "--l1-warmup", 7, "--seed", 3, "--epochs", 1,
+        "--l1-reduction", "mean", "--lr", "2e-3", "--lr-warmup", 5, "--seed", 3, "--epochs", 1,
     )  # fmt: skip
     assert result.code == 0, result.err
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())["train"]
     assert config["step"]["l1_reduction"] == "mean"
-    assert (config["lr"], config["lr_warmup"], config["l1_warmup"], config["seed"], config["tokens"]) == (2e-3, 5, 7, 3, 5000)
-    curve = Run(next(tmp_path.iterdir())).metrics(Site(0))
-    assert curve[0]["lambda"] == pytest.approx(1e-2 / 7)
-    assert curve[-1]["lambda"] == pytest.approx(1e-2)
+    assert (config["lr"], config["lr_warmup"], config["seed"], config["tokens"]) == (2e-3, 5, 3, 5000)
+    assert Run(next(tmp_path.iterdir())).metrics(Site(0))[-1]["lambda"] == pytest.approx(1e-2)
 
 
-def test_the_rate_falls_over_its_share_and_a_refit_has_a_fall_of_its_own() -> None:
-    config = TrainConfig(tokens=1000, batch=1, lr=1.0, lr_warmup=10, lr_decay=0.2, refit=0.1, l1_warmup=50)
-    lr, l1 = zip(*((config.lr_at(step), config.l1_share_at(step)) for step in range(config.steps)), strict=True)
-    assert config.refit_from == 900
+def test_the_rate_falls_over_its_share_and_has_a_fall_of_its_own_where_l0_is_held() -> None:
+    config = TrainConfig(tokens=1000, batch=1, lr=1.0, lr_warmup=10, lr_decay=0.2, hold_l0=0.1)
+    lr = [config.lr_at(step) for step in range(config.steps)]
+    assert config.hold_from == 900
     assert (lr[0], lr[9], lr[700], lr[800], lr[899]) == pytest.approx((0.1, 1, 1, 0.5, 0.005))
     assert (lr[900], lr[950], lr[999]) == pytest.approx((1, 0.5, 0.01))
-    assert (l1[24], l1[49], l1[899], l1[900]) == (0.5, 1, 1, 0)
     plain = TrainConfig(tokens=1000, batch=1, lr=1.0)
-    assert {(plain.lr_at(step), plain.l1_share_at(step)) for step in range(1000)} == {(1.0, 1.0)}
+    assert {plain.lr_at(step) for step in range(1000)} == {1.0}
 
 
 def test_a_recipe_is_defaults_that_options_win_over(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
@@ -504,8 +500,8 @@ def test_a_recipe_is_defaults_that_options_win_over(cli: Cli, cache_path: Path, 
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-l1-1e-2-fixed-best")
     train = Run(folder).config()["train"]
-    best = RECIPES["best"] | {"lr_decay": 0.5}
-    assert {name: (train | train["step"])[name] for name in best} == best
+    wanted = {"decoder_norm": "free", "lr_decay": 0.5, "refit": 0.2, "refit_kind": "topk", "l1_warmup": 0}
+    assert {name: (train | train["step"])[name] for name in wanted} == wanted
     saved = Sae.load(next(folder.glob("*final.pt")))
     torch.testing.assert_close(saved.w_dec.norm(dim=1), torch.ones(len(saved.w_dec)))
 
@@ -536,7 +532,7 @@ def others(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_other_recipes_and_settings_resume_bit_for_bit(
     cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int, ahead: bool
 ) -> None:
-    """Killed before the refit, and in it; and with steps begun a batch ahead, as on a GPU."""
+    """Killed before L0 is held, and after; and with steps begun a batch ahead, as on a GPU."""
     monkeypatch.setattr("train.trainer.queues", lambda device: ahead)
     kill_in_step(monkeypatch, cli, kill_at, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
@@ -544,29 +540,18 @@ def test_other_recipes_and_settings_resume_bit_for_bit(
     same(finals(tmp_path), finals(others))
 
 
-@pytest.mark.parametrize("kind", ["decoder", "topk"])
-def test_a_refit_leaves_l0_and_lowers_the_error(cli: Cli, others: Path, cache_path: Path, tmp_path: Path, kind: str) -> None:
-    args = ("--cache", cache_path, "--runs", tmp_path, *OTHERS, "--l1", "3e-3", "--refit-kind", kind)
-    assert cli("train", *TRAIN_ARGS, *args).code == 0
-    (run,) = map(Run, tmp_path.iterdir())
+def test_holding_l0_lowers_the_error(others: Path) -> None:
+    run = Run(next(others.glob("*l1-3e-3-fixed-best")))
     curve = run.metrics(Site(1))
-    before, after = (next(record for record in reversed(curve) if bool(record["lambda"]) is refit) for refit in (True, False))
+    before, after = (next(record for record in reversed(curve) if bool(record["lambda"]) is l1) for l1 in (True, False))
     assert after["lambda"] == 0.0
     assert after["l0"] == pytest.approx(before["l0"], rel=0.1)
     assert after["mse"] < before["mse"]
     thresholds = [Sae.load(s.path).threshold is not None for s in run.snapshots()]
-    assert thresholds[0] is False and thresholds[-1] is (kind == "topk")
+    assert thresholds[0] is False and thresholds[-1] is True
 
 
-def test_without_a_refit_its_kind_changes_nothing(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
-    """λ is steered to a multiple of the target where a refit is to hold L0 at it."""
-    args = (*TRAIN_ARGS, "--cache", cache_path, "--l1", "adaptive:5e-3@100", "--layers", 0, "--tokens", "5k")
-    for kind in ("decoder", "topk"):
-        assert cli("train", *args, "--runs", tmp_path / kind, "--refit", 0, "--refit-kind", kind).code == 0
-    same(finals(tmp_path / "decoder"), finals(tmp_path / "topk"))
-
-
-def test_l0_is_held_at_the_target_in_the_refit_and_through_the_threshold(others: Path, cache: Cache) -> None:
+def test_l0_is_held_at_the_target_at_the_end_and_through_the_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*adaptive-5e-3-l0-12-best")))
     assert [record["l0"] for record in run.metrics(Site(1))][-9:] == [12.0] * 9
     assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)

@@ -84,15 +84,20 @@ def restored(fields: dict[str, Any]) -> Setting:
     raise UserError(f"a setting of {', '.join(fields)} is not known here: use the version that trained it")
 
 
-def refit_from(steps: int, share: float) -> int:
-    """The step at which L1 has done its work: λ is steered until then, and the rest is a refit."""
+def hold_from(steps: int, share: float) -> int:
+    """The step at which L1 has done its work: λ is steered until then, and L0 is held for the rest of the run."""
     return steps - round(share * steps)
+
+
+def held_fields(share: float) -> dict[str, Any]:
+    """How config.json says that L0 is held at the end: as one kind of refit, from when there was another."""
+    return {"l1_warmup": 0, "refit": share, "refit_kind": "topk" if share else "decoder"}
 
 
 def holds_l0(train: Mapping[str, Any]) -> bool:
     """Whether training by a run's `config["train"]` ends with steps that hold L0 by a choice among each batch."""
     steps = train["tokens"] // train["batch"]
-    return train.get("refit_kind") == "topk" and refit_from(steps, train.get("refit", 0.0)) < steps
+    return train.get("refit_kind") == "topk" and hold_from(steps, train.get("refit", 0.0)) < steps
 
 
 def has_thresholds(train: Mapping[str, Any]) -> bool:

@@ -221,6 +221,23 @@ def test_a_run_from_before_there_was_a_field_is_the_run_that_says_nothing_by_it(
         assert run_config(TRAIN | more, CACHE)["train"].items() >= {k: v for k, v in more.items() if k != "step"}.items()
 
 
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        ({"l1_warmup": 7}, "--l1-warmup"),
+        ({"refit": 0.1}, "--refit-kind decoder"),
+        ({"refit_kind": "topk"}, "--refit-kind topk"),
+    ],
+)
+def test_a_run_by_an_option_that_is_gone_is_read_but_not_trained_further(
+    tmp_path: Path, more: dict[str, Any], option: str
+) -> None:
+    run = new_run(tmp_path / "r", TRAIN | more)
+    with pytest.raises(UserError, match=rf"was trained with {option}, which this version cannot do: it can be evaluated"):
+        run.require_same(run_config(TRAIN, CACHE))
+    assert run.config()["train"] == TRAIN | more and run.snapshots() == []
+
+
 def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     good = run.config_path.read_bytes()

@@ -23,7 +23,7 @@ def test_a_fixed_setting_stays() -> None:
 
 
 def test_l1_has_no_say_after_its_steps() -> None:
-    """Where a refit follows them."""
+    """Where L0 is held from then on."""
     controller = L1Controller(L1Setting(init=3e-4, target=64), 400, ControllerConfig())
     for step in range(400):
         controller.update(step, 100)

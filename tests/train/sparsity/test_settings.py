@@ -1,13 +1,17 @@
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 from shared.errors import UserError
+from shared.runs.run import run_config
+from train.recipes import RECIPES
 from train.sparsity.batchtopk import BatchTopK
 from train.sparsity.l1 import ControllerConfig, L1Setting
 from train.sparsity.settings import KINDS, Setting, has_thresholds, holds_l0, parse_settings, restored
+from train.step import StepConfig
 from train.trainer import TrainConfig
 
 ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64"
@@ -64,14 +68,35 @@ def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_fro
     assert (whole.value, whole.keep_at(0), whole.keep_at(999)) == (0.0, 8, 8)
 
 
-@pytest.mark.parametrize("refit", [0.0, 0.001, 0.2])
-@pytest.mark.parametrize("kind", ["decoder", "topk"])
-def test_a_config_says_whether_l0_is_held_and_saes_have_thresholds(refit: float, kind: str) -> None:
+DIGESTS = {
+    ("3e-4", "published"): "9c700db41e0c98b9be930123ed50e7020397306cee6946473d8b9782c4230809",
+    ("3e-4", "best"): "a985318f99f3574896bf4f742a13e3554bcfd91723d2c16f656fa55a60753dd8",
+    ("adaptive:1e-3@64", "published"): "2efdcc0867cc031d70567567ffd7710650839375dc84dc672fce506a3c5d5d78",
+    ("adaptive:1e-3@64", "best"): "272ac3ef815e7946042711404df95d393837bddfd9cd3eb5769b39de580a2b48",
+    ("batchtopk:64", "published"): "b7569313711f8abae8199a35a036d833b3ff908c53a35004e6b715ce098b72dc",
+    ("batchtopk:64", "best"): "c136107373acf4b7b5898f8ede00fa03facd2d906079c123c8f4a3963633be89",
+}
+
+
+@pytest.mark.parametrize(("text", "recipe"), DIGESTS)
+def test_digests_are_those_of_runs_that_exist(text: str, recipe: str) -> None:
+    """Of runs from before there were names of kinds, and while there were other refits."""
+    chosen = dict[str, Any](RECIPES[recipe])
+    step = StepConfig(decoder_norm=chosen.pop("decoder_norm"))
+    fields = TrainConfig(tokens=300_000_000, step=step, **chosen).fields()
+    (setting,) = parse_settings(text)
+    run = run_config(fields | {"l1": dataclasses.asdict(setting)}, {"digest": "abc", "spec": {}})
+    assert run["digest"] == DIGESTS[text, recipe]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.2])
+def test_a_config_says_whether_l0_is_held_and_saes_have_thresholds(share: float) -> None:
     """A thousandth of a hundred steps is none."""
-    config = TrainConfig(tokens=100, batch=1, refit=refit, refit_kind=kind)
-    held = kind == "topk" and config.refit_from < config.steps
-    train = dataclasses.asdict(config)
-    assert holds_l0(train) is held is (kind == "topk" and refit == 0.2)
+    config = TrainConfig(tokens=100, batch=1, hold_l0=share)
+    held = config.hold_from < config.steps
+    train = config.fields()
+    assert holds_l0(train) is held is (share == 0.2)
+    assert not holds_l0(train | {"refit_kind": "decoder"})  # which an earlier version had
     assert has_thresholds(train | {"l1": dataclasses.asdict(L1Setting(init=1e-3))}) is held
     assert has_thresholds(train | {"l1": dataclasses.asdict(BatchTopK(k=64))}) is True
     assert has_thresholds({"tokens": 100, "batch": 1, "l1": {"init": 1e-3, "target": None}}) is False  # of an earlier version
