@@ -31,8 +31,8 @@ from shared.files import PAGE, page_aligned
 from shared.presets import get_preset
 from shared.sites import Site
 from train.kernels.base import Workspace
+from train.layer import queues
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
-from train.trainer import queues
 
 # zarr and transformers are imported where they are needed: a GPU machine may have neither, and can still time the step.
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ handed out only when a reader thread has seen its copies arrive, so that whateve
 """
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -308,3 +309,52 @@ class ActivationLoader:
                 return self._cache.check_slice(self._site, block, index, data, known)
         known = self._known[block] = self._cache.stats(self._site, block)
         self._cache.check_slice(self._site, block, index, data, known)
+
+
+class AlignedLoader:
+    """Batches of several sites at a time, row by row of the same tokens: orders know no site, so that they are aligned by
+    construction. Where rows are left out by their norm there may be one site only, for each site would leave out others."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        sites: Sequence[Site],
+        config: LoaderConfig,
+        device: torch.device,
+        **span: Any,
+    ) -> None:
+        """`span` is ActivationLoader's first, last and asked."""
+        assert len(sites) == 1 or config.rows.longest == math.inf
+        self._loaders = {site: ActivationLoader(cache, site, config, device, **span) for site in sites}
+
+    def __iter__(self) -> Iterator[dict[Site, Tensor]]:
+        """Yields {site: float16 [batch, d_model]}."""
+        for batches in zip(*self._loaders.values(), strict=True):
+            yield dict(zip(self._loaders, batches, strict=True))
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for the disk."""
+        return sum(loader.waited for loader in self._loaders.values())
+
+
+class Clock:
+    """Speed since a little while ago, and the share of all time spent waiting for the loader."""
+
+    def __init__(self, loader: AlignedLoader) -> None:
+        self._loader = loader
+        self._began = self._mark = time.perf_counter()
+        self._mark_step: int | None = None
+        self.tokens_per_second = 0.0
+
+    def tick(self, step: int, batch: int) -> None:
+        now = time.perf_counter()
+        if self._mark_step is None:
+            self._mark_step = step
+        elif now - self._mark >= 1.0:
+            self.tokens_per_second = (step - self._mark_step) * batch / (now - self._mark)
+            self._mark, self._mark_step = now, step
+
+    @property
+    def wait_share(self) -> float:
+        return self._loader.waited / max(time.perf_counter() - self._began, 1e-9)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
+from shared.cli import Number, option
 from shared.runs.sae import Sae
 from train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
 
@@ -23,15 +25,22 @@ from train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Work
 class StepConfig:
     """What the step computes. `precision` is of the products; masters are float32 (float64 for fp64)."""
 
-    l1_reduction: str = "sum"
+    l1_reduction: str = option("", "sum", type=click.Choice(["sum", "mean"]))
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
-    precision: str = "bf16"
-    # share of active entries under which the step follows them alone; 0 never does, None leaves it to the kernels
-    sparse_below: float | None = None
-    decoder: str = "trained"  # or "random": the directions stay as they were drawn, a baseline for what training them is worth
-    decoder_norm: str = "unit"  # or "free": rows of any norm, and the L1 term is λ · Σ z_i ‖w_i‖, which no norm can evade
+    precision: str = option("Of the products.", "bf16", type=click.Choice(["bf16", "fp32"]))
+    # 0 never follows the active entries alone, None leaves it to the kernels
+    sparse_below: float | None = option("Share of active entries under which a step is sparse.", None, type=Number(0, 1))
+    decoder: str = option(
+        "random: its directions stay as drawn, a baseline in a run of its own.",
+        "trained",
+        type=click.Choice(["trained", "random"]),
+    )
+    # "free": the L1 term is λ · Σ z_i ‖w_i‖, which no norm can evade
+    decoder_norm: str = option(
+        "free: of any norm, by which L1 is weighted.", "unit", preset=True, type=click.Choice(["unit", "free"])
+    )
 
 
 class Late:

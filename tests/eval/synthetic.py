@@ -20,8 +20,8 @@ from shared.runs.run import Run, run_config, snapshot_tokens
 from shared.runs.sae import Sae
 from shared.seal import seal
 from shared.sites import Site
+from train.config import TrainConfig
 from train.sparsity.l1 import L1Setting
-from train.trainer import TrainConfig
 
 SETTINGS = {"3e-4-fixed": (3e-4, 90.0), "8e-5-fixed": (8e-5, 320.0), "adaptive": (5e-4, 150.0)}  # λ and the L0 it ends at
 TOKENS, D_MODEL, FEATURES = 300_000_000, 1024, 4096

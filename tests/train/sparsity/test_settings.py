@@ -4,15 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from train.recipes import RECIPES
 
 from shared.errors import UserError
 from shared.runs.run import run_config
-from train.recipes import RECIPES
+from train.config import TrainConfig
 from train.sparsity.batchtopk import BatchTopK
 from train.sparsity.l1 import ControllerConfig, L1Setting
 from train.sparsity.settings import KINDS, Setting, has_thresholds, holds_l0, parse_settings, restored
 from train.step import StepConfig
-from train.trainer import TrainConfig
 
 ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64"
 
