@@ -1,4 +1,4 @@
-"""triton_rows.put_rows against to_float16 and index_copy_.
+"""cuda.put_rows against to_float16 and index_copy_.
 
 In processes of their own, for the reason given in tests/train/kernels/test_cuda.py.
 """
@@ -31,9 +31,9 @@ def rows_module() -> Any:
     """Imported here: in other processes of this file triton may be missing, or be imported the other way."""
     if INTERPRETED:
         mend_interpreter()
-    from harvest import triton_rows
+    from harvest import cuda
 
-    return triton_rows
+    return cuda
 
 
 def every_float(dtype: torch.dtype) -> Tensor:
