@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from harvest.hub import open_text, refuse_local_split
+from harvest.pieces import TextSource
 from harvest.run import (
     Damage,
     HarvestConfig,
@@ -21,7 +23,7 @@ from harvest.run import (
     require_space,
     verify,
 )
-from harvest.tokens import TextSource, require_one_context
+from harvest.tokens import require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec
 from shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
@@ -49,10 +51,9 @@ class Job:
     seed: int = option("Of the order inside blocks.", 0, type=click.IntRange(0))
     shard: Shard = option("This process is i of n at work on the same cache, such as 0/8.", ALONE, type=parse_shard)
 
-    @property
-    def source(self) -> TextSource:
+    def source(self, revision: str | None) -> TextSource:
         p = self.preset
-        return TextSource(dataset=p.dataset, revision=p.dataset_revision, split=p.split, column=p.text_column)
+        return open_text(dataset=p.dataset, revision=revision, split=p.split, column=p.text_column)
 
     def config(self, device: str | None) -> HarvestConfig:
         return HarvestConfig(
@@ -81,8 +82,8 @@ class Job:
         model = open_model(p.model, p.revision)
         shape = replace(self, preset=replace(p, **_model_shape(str(model.folder), None))).shape()
         tokenizer = load_tokenizer(str(model.folder), None)
-        revision = self.source.pinned_revision()
-        source = replace(self.source, revision=unpin(revision))
+        revision = self.source(p.dataset_revision).pinned_revision()
+        source = self.source(unpin(revision))
         require_one_context(source, tokenizer, shape)
         spec = replace(
             shape,
@@ -122,6 +123,8 @@ def _job(options: dict[str, Any]) -> Job:
         changes.setdefault("revision", None)
         changes |= _model_shape(changes["model"], changes["revision"])
     preset = replace(preset, **changes)
+    if options["split"] is not None:
+        refuse_local_split(preset.dataset)
     sites = parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers)
     cache = options.pop("cache") or Path("data") / preset.name
     return filled(Job, options | {"preset": preset}, cache=cache, sites=sites)
@@ -231,7 +234,7 @@ def repair_command(
         return
     n = 0
     if damage.blocks or damage.chunks:
-        source = TextSource(
+        source = open_text(
             dataset=dataset or spec.dataset,
             revision=unpin(spec.dataset_revision),
             split=spec.split,

@@ -1,171 +1,80 @@
-"""Where text comes from: documents of local files or of a hub dataset, in order, each with the place to go on from.
+"""Documents of local files, in order, each with the byte or row at which it comes again.
 
-Local files are read here, the column that holds the text and nothing else, so that a path is a path, every failure names its
-file and row, and a place is exact: file, position in it, row. Hub datasets are streamed by `datasets`.
+The column that holds the text is read and nothing else: a path is a path, every failure names its file and row, and a resume
+point is exact.
 """
 
 import bz2
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+from harvest.pieces import FilePoint, Piece, ResumePoint, Row, StreamPoint, column_of, reason, split_bytes, split_rows
 from shared.errors import UserError
-from shared.identity import dataset_commit, hash_files, unreachable
+from shared.identity import hash_files, unreachable
 
-if TYPE_CHECKING:  # imported where text is read: whoever harvests from tokens that are there needs neither
-    from datasets import IterableDataset
-
-_PIECE = 4 << 20  # bytes of a document tokenised in one go: a tokeniser needs 150 bytes of memory for each
-_NULLS = 256  # rows in a row without text are a column that is not there any more
 _ARRAY_BYTES = 256 << 20  # of a JSON array, which has to be read whole
+_PACKED = 4 << 10  # bytes of zstandard unpacked at once: of the emptiest text they make 128 MiB
 _ROWS = 16  # of a parquet file decoded at once
+_STRINGS = ("string", "large_string", "string_view", "null")  # pyarrow's names of what is text
 _KINDS = {"jsonl": "json", "ndjson": "json", "json": "json", "parquet": "parquet", "txt": "txt", "text": "txt"}
 _COMPRESSIONS = ("gz", "xz", "zst", "bz2")
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 _HIDDEN = tuple("._@#$~")  # what file managers, NAS boxes and half-done copies put beside files, and nobody's text
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside data
 _CACHE = ("activations.zarr", "cache.json")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Piece:
-    """A document, or a part of a long one."""
+class LocalText:
+    """The files of text at a path: a TextSource."""
 
-    place: dict[str, Any]  # where to open the source to begin with this piece again
-    text: str
-    ends: bool  # the document is complete with it
-    where: str  # for people: file and row
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class TextSource:
-    """A dataset and the column of it that holds the text."""
-
-    dataset: str
-    revision: str | None
-    split: str
+    dataset: str  # the path
     column: str
 
     @property
-    def local_files(self) -> list[Path]:
-        """The files to read, in order; none for a hub dataset. Raises UserError for a path that holds no text."""
+    def files(self) -> list[Path]:
+        """The files to read, in order. Raises UserError for a path that holds no text."""
         path = Path(self.dataset)
-        if path.exists():
-            return text_files(path, self.split)
-        if path.is_absolute() or self.dataset.startswith((".", "~")) or kind_of(path):
+        if not path.exists():
             raise unreachable(f"the dataset {self.dataset}", FileNotFoundError("there is no such file or folder"))
-        return []
+        return text_files(path)
 
     def pinned_revision(self) -> str:
-        """The hub's commit, or a hash of local files. Raises UserError if the source cannot be reached."""
-        if files := self.local_files:
-            return hash_files(files)
-        return dataset_commit(self.dataset, self.revision)
+        """'sha256:…' of the files' content. Raises UserError."""
+        return hash_files(self.files)
 
-    def pieces(self, place: dict[str, Any] | None = None) -> Iterator[Piece]:
-        """Every document from a place on, from the first without one. Raises UserError at whatever is no text."""
-        files, place = self.local_files, place or {}
-        nulls, skip, row = 0, place.get("piece", 0), None
-        for row in self._local(files, place) if files else self._hub(place):
-            text = self._text(row)
-            nulls = nulls + 1 if row.value is None else 0
-            if nulls == _NULLS:
-                raise UserError(f"{row.where}: column {self.column!r} has been empty for {nulls} rows; leave such rows out")
-            for number, (part, last) in enumerate(_parted(text)):
-                if number >= skip:
-                    ends = row.ends and last
-                    yield Piece(place={**row.place, "piece": number}, text=part, ends=ends, where=row.where)
-            skip = 0
-        if row is None and not place:
-            raise UserError(f"the dataset {self.dataset} is empty")
+    def pieces(self, start: ResumePoint | None = None) -> Iterator[Piece]:
+        """Every document from `start` on. Raises UserError at whatever is no text."""
+        assert not isinstance(start, StreamPoint), "a cache of local files is compared with local files alone"
+        return split_rows(self._rows(start or FilePoint()), self.dataset, self.column, start)
 
-    def _text(self, row: "_Row") -> str:
-        if row.value is None:
-            return ""
-        if not isinstance(row.value, str):
-            kind = type(row.value).__name__
-            raise UserError(f"{row.where}: column {self.column!r} holds {kind}, not text; name another with --text-column")
-        try:
-            row.value.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{row.where}: its text holds half a surrogate pair, which is no character; mend that row"
-            ) from None
-        return row.value
-
-    # --- local files ---
-
-    def _local(self, files: list[Path], place: dict[str, Any]) -> Iterator["_Row"]:
-        position, row = place.get("position", 0), place.get("row", 0)
-        for number in range(place.get("file", 0), len(files)):
-            path = files[number]
-            read = {"json": _json_rows, "parquet": _parquet_rows, "txt": _txt_rows}[kind_of(path) or ""]
-            row_seen = row
+    def _rows(self, start: FilePoint) -> Iterator[Row]:
+        for number, path in enumerate(self.files[start.file :], start.file):
+            point = start if number == start.file else FilePoint(file=number)
+            done = point.row
             try:
-                for at in read(path, self.column, position, row):
-                    row_seen = at.place["row"] + 1
-                    yield _Row(place={"file": number, **at.place}, value=at.value, where=at.where, ends=at.ends)
+                for row in _READERS[kind_of(path) or ""](path, self.column, point):
+                    done = row.point.row + 1
+                    yield row
             except UserError:
                 raise
-            except (
-                Exception
-            ) as error:  # of the system, five compressions and parquet: a cut file is an EOFError, or any of them
-                raise UserError(f"{path}, after row {row_seen}: {_reason(error)}; is the file whole? copy it again") from None
-            position = row = 0
-
-    # --- the hub ---
-
-    def _hub(self, place: dict[str, Any]) -> Iterator["_Row"]:
-        where = f"the dataset {self.dataset}"
-        try:
-            stream = self._stream()
-            if place:
-                stream.load_state_dict(place["stream"])
-            rows = iter(stream)
-        except Exception as error:  # the hub's client, the network, and whatever describes a dataset
-            raise unreachable(where, error) from None
-        for number in itertools.count(place.get("row", 0)):
-            try:
-                before = stream.state_dict()
-                record = next(rows, None)
-            except Exception as error:
-                if number == 0:
-                    raise unreachable(where, error) from None
-                raise UserError(f"{where}, after row {number}: {_reason(error)}; run again to continue there") from None
-            if record is None:
-                return
-            here = f"{where}, row {number + 1}"
-            yield _Row(place={"stream": before, "row": number}, value=_column(record, self.column, here), where=here)
-
-    def _stream(self) -> "IterableDataset":
-        from datasets import load_dataset
-
-        return load_dataset(self.dataset, revision=self.revision, split=self.split, streaming=True)
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class _Row:
-    """What a reader finds: a document, or the next piece of a text file, not looked at yet."""
-
-    place: dict[str, Any]
-    value: Any
-    where: str
-    ends: bool = True
+            except Exception as error:  # of the system, five compressions and parquet: a cut file gives any of them
+                raise UserError(f"{path}, after row {done}: {reason(error)}; is the file whole? copy it again") from None
 
 
 # --- which files are text ---
+
+
+def is_local(dataset: str) -> bool:
+    """Whether a dataset's name means a path, be it there or not; any other is the hub's."""
+    path = Path(dataset)
+    return path.exists() or path.is_absolute() or dataset.startswith((".", "~")) or kind_of(path) is not None
 
 
 def kind_of(path: Path) -> str | None:
@@ -176,24 +85,22 @@ def kind_of(path: Path) -> str | None:
     return None if compressed and kind == "parquet" else kind
 
 
-def text_files(path: Path, split: str) -> list[Path]:
-    """The files of text at a path, sorted: the file itself, or those below a folder.
+def text_files(path: Path) -> list[Path]:
+    """The files of text at a path, sorted: the file itself, or all those below a folder.
 
     Below a folder text is what is named *.jsonl, *.json, *.parquet or *.txt, all of one kind; not what is hidden (a name that
-    begins with one of ._@#$~), a cache, or a description that `datasets` writes. Folders that are links are followed. A split
-    is read from the names of files and folders (train-00000.parquet, test/a.jsonl). Raises UserError where that leaves nothing,
-    or leaves it open what is meant.
+    begins with one of ._@#$~), a cache, or a description that `datasets` writes. Folders that are links are followed. Raises
+    UserError where that leaves nothing, or leaves it open what is meant.
     """
     if not path.is_dir():
         if not path.is_file() or kind_of(path) is None:
             raise UserError(f"{path} is not a file of text: give one out of {_known()}, or a folder of them")
-        return _of_split(path, [path], split)
+        return [path]
     files = sorted(_below(path, set()))
-    kinds = {kind_of(file) for file in files}
-    if len(kinds) != 1:
-        found = f"it has {_one_of_each(files)}" if files else "it has none"
-        raise UserError(f"{path}: expected files of one kind out of {_known()}; {found}: name one file, or put them apart")
-    return _of_split(path, files, split)
+    if len({kind_of(file) for file in files}) != 1:
+        has = f"it has {_one_of_each(files)}" if files else "it has none"
+        raise UserError(f"{path}: expected files of one kind out of {_known()}; {has}: name one file, or put them apart")
+    return files
 
 
 def _known() -> str:
@@ -228,40 +135,43 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
             yield path
 
 
-def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
-    """Those of a split, which names of files or folders say; all of them where no name says anything or split is 'all'."""
-    named = {file: _split_named(file.relative_to(path) if file != path else Path(file.name), split) for file in files}
-    found = sorted({name for name in named.values() if name is not None})
-    wanted = _canonical(split)
-    if split == "all" or (not found and wanted == "train") or (files == [path] and wanted == "train"):
-        return files
-    if None in named.values() and found and files != [path]:
-        other = next(file for file, name in named.items() if name is None)
-        raise UserError(
-            f"{path} has splits ({', '.join(found)}) by its names, but {other} is of none: use --split all or move it"
-        )
-    chosen = [file for file, name in named.items() if name == wanted]
-    if not chosen:
-        has = f"its names say {', '.join(found)}" if found else "no name in it says one"
-        raise UserError(f"{path} has no split {split!r}: {has}; name another --split, or all")
-    return chosen
-
-
-def _canonical(split: str) -> str:
-    return next((name for name, words in _SPLITS.items() if split.lower() in words), split.lower())
-
-
-def _split_named(path: Path, wanted: str) -> str | None:
-    """The split that a file's name says, or the nearest folder's; None if none of them does."""
-    for part in reversed(path.parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            name = _canonical(word)
-            if name in _SPLITS or name == wanted.lower():
-                return name
-    return None
-
-
 # --- reading them ---
+
+
+class _Zstd(io.RawIOBase):
+    """The content of a file of zstandard frames, of any window up to the 2 GiB of `zstd --long=31`."""
+
+    def __init__(self, path: Path) -> None:
+        from zstandard import ZstdDecompressor
+
+        self._file = path.open("rb")
+        self._decompressor = ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None  # the one that has begun and not ended
+        self._packed, self._content = b"", memoryview(b"")  # read and not given yet
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, out: Any) -> int:
+        while not self._content:
+            packed = self._packed or self._file.read(_PACKED)
+            if not packed and self._frame is not None:
+                raise EOFError("its last frame is cut off")
+            if not packed:
+                return 0
+            self._unpack(packed)
+        n = min(len(out), len(self._content))
+        out[:n], self._content = self._content[:n], self._content[n:]
+        return n
+
+    def _unpack(self, packed: bytes) -> None:
+        frame = self._frame or self._decompressor.decompressobj()
+        self._content = memoryview(frame.decompress(packed))
+        self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
@@ -273,10 +183,8 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
             return bz2.open(path, "rb")
         case ".xz":
             return lzma.open(path, "rb")
-        case ".zst":  # pyarrow brings zstandard along
-            import pyarrow as pa
-
-            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+        case ".zst":
+            return io.BufferedReader(_Zstd(path), 1 << 20)
     return path.open("rb")
 
 
@@ -288,22 +196,27 @@ def _skip(file: IO[bytes] | gzip.GzipFile, position: int) -> None:
         position -= n
 
 
-def _json_rows(path: Path, column: str, position: int, row: int) -> Iterator[_Row]:
-    """One object a line; position is the line's first byte. Or one array, whose objects are counted."""
+def _json_rows(path: Path, column: str, start: FilePoint) -> Iterator[Row]:
+    """One object a line; the position is the line's first byte. Or one array, whose objects are counted."""
     with _open(path) as file:
         if _begins_with_array(path):
-            for i, record in enumerate(_read_array(path, file)[position:], position):
+            for i, record in enumerate(_read_array(path, file)[start.position :], start.position):
                 where = f"{path}, object {i + 1}"
-                yield _Row(place={"position": i, "row": i}, value=_column(record, column, where), where=where)
+                yield Row(point=_at(start, i, i), value=column_of(record, column, where), where=where)
             return
+        position, row = start.position, start.row
         _skip(file, position)
         while line := file.readline():
             where = f"{path}, line {row + 1}"
             if line.strip():
-                yield _Row(
-                    place={"position": position, "row": row}, value=_column(_json(line, where), column, where), where=where
-                )
+                value = column_of(_json(line, where), column, where)
+                yield Row(point=_at(start, position, row), value=value, where=where)
             position, row = position + len(line), row + 1
+
+
+def _at(start: FilePoint, position: int, row: int) -> FilePoint:
+    """A row of the file in which `start` is."""
+    return FilePoint(file=start.file, position=position, row=row)
 
 
 def _begins_with_array(path: Path) -> bool:
@@ -315,9 +228,9 @@ def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile) -> list[Any]:
     data = file.read(_ARRAY_BYTES + 1)
     if len(data) > _ARRAY_BYTES:
         raise UserError(f"{path} is one JSON array of more than {_ARRAY_BYTES >> 20} MiB: write one object a line instead")
-    found = _json(data, str(path))
-    assert isinstance(found, list)
-    return found
+    records = _json(data, str(path))
+    assert isinstance(records, list)
+    return records
 
 
 def _json(data: bytes, where: str) -> Any:
@@ -331,100 +244,53 @@ def _json(data: bytes, where: str) -> Any:
         raise UserError(f"{where}: it is not JSON ({error}); put one object on each line, or leave that line out") from None
 
 
-def _column(record: Any, column: str, where: str) -> Any:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object with a field {column!r}, found {type(record).__name__}")
-    if column not in record:
-        has = ", ".join(sorted(map(str, record))) or "none"
-        raise UserError(f"{where}: it has no column {column!r}; it has {has}: name one with --text-column")
-    return record[column]
-
-
-def _parquet_rows(path: Path, column: str, position: int, row: int) -> Iterator[_Row]:
-    """Position and row are both the row's number in the file."""
+def _parquet_rows(path: Path, column: str, start: FilePoint) -> Iterator[Row]:
+    """The rows of one string column; position and row are both the row's number in the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pa.OSFile(str(path)) as source, pq.ParquetFile(source, buffer_size=1 << 20) as file:
-        schema = file.schema_arrow
-        _column(dict.fromkeys(schema.names), column, str(path))
-        kind = schema.field(column).type
+        column_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
+        kind = file.schema_arrow.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (
-            pa.types.is_string(value)
-            or pa.types.is_large_string(value)
-            or pa.types.is_null(value)
-            or str(value) == "string_view"
-        ):
+        if str(value) not in _STRINGS:
             raise UserError(
                 f"{path}: column {column!r} holds {kind}, not text; write it as string, or name another with --text-column"
             )
         first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            if first + rows > position:
-                yield from _group_rows(file, group, column, first, position, path)
+            if first + rows > start.position:
+                yield from _group_rows(path, file, group, column, first, start)
             first += rows
 
 
-def _group_rows(file: Any, group: int, column: str, row: int, position: int, path: Path) -> Iterator[_Row]:
+def _group_rows(path: Path, file: Any, group: int, column: str, first: int, start: FilePoint) -> Iterator[Row]:
+    """The rows of a row group from `start` on; `first` is the number of the group's first row."""
     for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[column], use_threads=False):
         values = batch.column(0)
-        for i in range(max(0, position - row), len(values)):
-            where = f"{path}, row {row + i + 1}"
+        for row in range(max(first, start.position), first + len(values)):
+            where = f"{path}, row {row + 1}"
             try:
-                value = values[i].as_py()
+                value = values[row - first].as_py()
             except UnicodeDecodeError:
                 raise UserError(f"{where}: it is not UTF-8; write the column again as strings") from None
-            yield _Row(place={"position": row + i, "row": row + i}, value=value, where=where)
-        row += len(values)
+            yield Row(point=_at(start, row, row), value=value, where=where)
+        first += len(values)
 
 
-def _txt_rows(path: Path, column: str, position: int, row: int) -> Iterator[_Row]:
-    """The whole file is one document, its line ends as they lie, given piece by piece. Position is a piece's first byte."""
+def _txt_rows(path: Path, column: str, start: FilePoint) -> Iterator[Row]:
+    """The whole file as one document, its line ends as they lie, in parts; the position is a part's first byte."""
+    position = start.position
     with _open(path) as file:
         _skip(file, position)
-        data = file.read(_PIECE)
-        while data:
-            whole = len(data) < _PIECE
-            piece = data if whole else data[: _cut(data)]
+        for part, last in split_bytes(file.read):
             try:
-                text = piece.decode("utf-8" if position else "utf-8-sig")
+                text = part.decode("utf-8" if position else "utf-8-sig")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, byte {position + error.start}: it is not UTF-8; save the file as UTF-8") from None
-            yield _Row(place={"position": position, "row": 0}, value=text, where=str(path), ends=whole)
-            position += len(piece)
-            data = b"" if whole else data[len(piece) :] + file.read(_PIECE - len(data) + len(piece))
+            yield Row(point=_at(start, position, 0), value=text, where=str(path), ends=last)
+            position += len(part)
 
 
-def _parted(text: str) -> Iterator[tuple[str, bool]]:
-    """(part, whether it is the last): a long text in pieces of at most `_PIECE` bytes."""
-    if len(text) <= _PIECE // 4 or len(data := text.encode()) <= _PIECE:
-        yield text, True
-        return
-    at = 0
-    while len(data) - at > _PIECE:
-        cut = at + _cut(data[at : at + _PIECE])
-        yield data[at:cut].decode(), False
-        at = cut
-    yield data[at:].decode(), True
-
-
-def _cut(data: bytes) -> int:
-    """Where to part a long text: before a single space, because tokenisers begin a word with its space.
-
-    There byte-pair tokenisers make of both sides what they make of the whole. Without any such space it is between characters.
-    """
-    at = len(data) - 1
-    while (at := data.rfind(b" ", 1, at)) > 0:
-        if not data[at - 1 : at].isspace() and not data[at + 1 : at + 2].isspace():
-            return at
-    at = len(data) - 1
-    while at > 0 and data[at] & 0xC0 == 0x80:
-        at -= 1
-    return at or len(data)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:200]
-    return text or type(error).__name__
+_READERS = {"json": _json_rows, "parquet": _parquet_rows, "txt": _txt_rows}

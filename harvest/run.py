@@ -20,7 +20,8 @@ from torch import Tensor
 
 from harvest.language_model import ResidualModel
 from harvest.neox import put_rows
-from harvest.tokens import TextSource, write_tokens
+from harvest.pieces import TextSource
+from harvest.tokens import write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig
 from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec, LayerTotals
 from shared.device import announce, maker, new_event, new_stream, send
@@ -463,6 +464,7 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
     tokenizer = load_tokenizer(str(model.folder), None)
     here = replace(
         cache.spec,
+        dataset=source.dataset,
         dataset_revision=source.pinned_revision(),
         tokenizer_sha256=tokenizer_hash(tokenizer),
         separator=tokenizer.eos_token_id,

@@ -1,22 +1,22 @@
 """Text → tokens: documents from any source, one after the other, cut into contexts.
 
 The whole token array is written before any activation, so that every later block can be computed by anybody, in any
-order. It is written chunk by chunk, and after each chunk a ledger remembers where in the source the next one begins:
-a killed run continues there without tokenising anything twice.
+order. It is written chunk by chunk, and each chunk's ledger entry holds the resume point of the next: a killed run continues
+there without tokenising anything twice.
 """
 
 import itertools
 import sys
 from collections.abc import Collection, Iterator
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harvest.documents import Piece
-from harvest.documents import TextSource as TextSource
+from harvest.pieces import Piece, ResumePoint, TextSource, resume_point
 from shared.cache import Cache, CacheSpec
 from shared.errors import UserError
 from shared.progress import Progress
@@ -24,6 +24,25 @@ from shared.progress import Progress
 # Tokenised in one call, over all cores: as many documents as there are in so many characters, and no more than these.
 _DOCUMENTS = 256
 _CHARACTERS = 2 << 20
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _BatchStart:
+    """Where a batch of pieces begins, as ledger entries hold it: the resume point, and a checksum of the piece there."""
+
+    point: ResumePoint
+    checksum: int  # CRC-32
+
+    @classmethod
+    def of(cls, piece: Piece) -> Self:
+        return cls(point=piece.point, checksum=crc32(piece.text.encode()))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(point=resume_point(value["place"]), checksum=value["text"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"place": asdict(self.point), "text": self.checksum}
 
 
 def require_one_context(source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> None:
@@ -73,12 +92,12 @@ def write_tokens(
 def _write_chunks(
     cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase, chunks: range, progress: Progress
 ) -> None:
-    """Consecutive chunks, from the last place in the text before them that the ledger knows."""
+    """Write consecutive chunks, reading from the last resume point before them that the ledger knows."""
     spec, per_context = cache.spec, _text_tokens(cache.spec)
-    at, state, skip = _resume(cache, chunks.start)
+    at, start, skip = _resume(cache, chunks.start)
     pending = np.empty(0, dtype=spec.token_dtype)
-    for found, batch in _token_batches(source, tokenizer, spec, state):
-        pending = np.concatenate([pending, batch.astype(spec.token_dtype)[skip:]])
+    for batch, tokens in _token_batches(source, tokenizer, spec, start):
+        pending = np.concatenate([pending, tokens.astype(spec.token_dtype)[skip:]])
         skip = 0
         while at < chunks.stop:
             n = min(spec.token_chunk, spec.sequences - at * spec.token_chunk)
@@ -86,7 +105,8 @@ def _write_chunks(
                 break
             text, pending = pending[: n * per_context].reshape(n, per_context), pending[n * per_context :]
             if at in chunks:
-                cache.commit_tokens(at, _chunk(cache, text, _context_start(tokenizer, spec)), found, len(batch) - pending.size)
+                data = _chunk(cache, text, _context_start(tokenizer, spec))
+                cache.commit_tokens(at, data, batch.to_json(), len(tokens) - pending.size)
             at += 1
             progress.update(min(at * spec.token_chunk, spec.sequences) * spec.context)
         if at == chunks.stop:
@@ -94,38 +114,36 @@ def _write_chunks(
     _refuse_short_text(cache, source, at * spec.token_chunk + pending.size // per_context)
 
 
-def _resume(cache: Cache, chunk: int) -> tuple[int, dict[str, Any] | None, int]:
-    """(chunk, the text's state, tokens to skip there) from which on `chunk` is come by, as near to it as the ledger knows."""
+def _resume(cache: Cache, chunk: int) -> tuple[int, _BatchStart | None, int]:
+    """(chunk, where to read, tokens to skip there): the nearest start at or before `chunk` that the ledger knows."""
     for before in range(chunk - 1, -1, -1):
         try:
-            known = cache.token_chunk(before)
+            entry = cache.token_chunk(before)
+            return before + 1, _BatchStart.from_json(entry.source), entry.skip
         except UserError:  # damaged; the one before it will do
             continue
-        return before + 1, known.source, known.skip
     return 0, None, 0
 
 
 def _token_batches(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, state: dict[str, Any] | None
-) -> Iterator[tuple[dict[str, Any], NDArray[np.int64]]]:
-    """(where the source is to be opened for this batch, its documents' tokens each followed by the separator).
-
-    A state holds a checksum of the text that it leads to. Raises UserError if it leads to another.
-    """
-    pieces = source.pieces(state and state["place"])
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, start: _BatchStart | None
+) -> Iterator[tuple[_BatchStart, NDArray[np.int64]]]:
+    """(start of a batch of documents, their tokens with the separator after each). Raises UserError if the text at `start` is
+    another than when it was written down."""
+    pieces = source.pieces(start.point if start else None)
     while batch := _take(pieces):
-        found = {"place": batch[0].place, "text": crc32(batch[0].text.encode())}
-        if state is not None and found["text"] != state["text"]:
+        began = _BatchStart.of(batch[0])
+        if start is not None and began.checksum != start.checksum:
             raise UserError(
                 f"{source.dataset} does not go on where tokenising stopped ({batch[0].where}): it has changed, or this version "
                 "of `datasets` resumes wrongly; put the text back, install another version, or harvest into another folder"
             )
-        state = None
+        start = None
         separator = [tokenizer.eos_token_id]
         ids = (doc + separator if piece.ends else doc for piece, doc in zip(batch, _encode(tokenizer, batch), strict=True))
         tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64)
         _require_known(tokens, tokenizer, spec)
-        yield found, tokens
+        yield began, tokens
 
 
 def _take(pieces: Iterator[Piece]) -> list[Piece]:
@@ -140,7 +158,7 @@ def _take(pieces: Iterator[Piece]) -> list[Piece]:
 def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[Piece]) -> list[list[int]]:
     encode = tokenizer.backend_tokenizer.encode_batch_fast
     try:
-        return [found.ids for found in encode([piece.text for piece in batch], add_special_tokens=False)]
+        return [encoding.ids for encoding in encode([piece.text for piece in batch], add_special_tokens=False)]
     except Exception as error:  # whatever a tokeniser cannot take
         if len(batch) == 1:
             raise UserError(f"{batch[0].where}: the tokenizer fails on it ({error}); leave that row out") from None

@@ -22,7 +22,7 @@ class Preset:
     revision: str | None = option("The model's revision on the hub.")
     dataset: str = option("Hub id, local file or folder (jsonl, parquet, text).")
     dataset_revision: str | None = option("The dataset's revision on the hub.")
-    split: str = option("Split of a hub dataset, or of a folder whose file names say one; all for every file.")
+    split: str = option("Split of a hub dataset; of a local folder every file is read.")
     text_column: str = option("Column that holds the text.")
     # the shape of the model, so that a plan needs neither model nor hub
     n_layers: int

@@ -1,32 +1,34 @@
-"""Which files are text, and what is read from them: every place to go on from, every failure by file and row."""
+"""Which files are text, and what is read from them: every resume point, every failure by file and row."""
 
 import bz2
 import gzip
 import json
 import lzma
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
-from harvest import documents as module
-from harvest.documents import TextSource
+from harvest.documents import LocalText
+from harvest.pieces import TextSource, resume_point
 from shared.errors import UserError
 
 TEXTS = [f"document {i}, with an é\nand two lines" for i in range(40)]
 
 
-def source(path: Path | str, column: str = "text", split: str = "train") -> TextSource:
-    return TextSource(dataset=str(path), revision=None, split=split, column=column)
+def source(path: Path, column: str = "text") -> TextSource:
+    return LocalText(dataset=str(path), column=column)
 
 
-def read(path: Path, **options: str) -> list[str]:
+def read(path: Path) -> list[str]:
     """The documents, put together again from their pieces."""
     documents = [""]
-    for piece in source(path, **options).pieces():
+    for piece in source(path).pieces():
         documents[-1] += piece.text
         if piece.ends:
             documents.append("")
@@ -34,9 +36,9 @@ def read(path: Path, **options: str) -> list[str]:
     return documents
 
 
-def refused(path: Path, message: str, **options: str) -> None:
+def refused(path: Path, message: str, column: str = "text") -> None:
     with pytest.raises(UserError, match=message) as error:
-        list(source(path, **options).pieces())
+        list(source(path, column).pieces())
     assert "\n" not in str(error.value)
 
 
@@ -45,10 +47,10 @@ def lines(texts: list[str], **extra: object) -> bytes:
 
 
 def zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as file:
-        file.write(data)
-    return bytes(sink.getvalue().to_pybytes())
+    """Packed as by `zstd --long=28` from a pipe: with a window that decompressors refuse unless they are told."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
 
 
 COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
@@ -60,7 +62,7 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 @pytest.fixture(params=[*COMPRESSED, "array.json", "t.parquet", "t.txt", "folder"])
 def any_kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same 40 documents in every kind of file (as txt one document), in pieces of at most 25 bytes."""
-    monkeypatch.setattr(module, "_PIECE", 25)
+    monkeypatch.setattr("harvest.pieces._PIECE", 25)
     path = tmp_path / str(request.param)
     if path.name in COMPRESSED:
         compress = COMPRESSED[path.name]
@@ -83,23 +85,13 @@ def test_every_kind_of_file_gives_the_same_documents(any_kind: Path) -> None:
     assert read(any_kind) == (["".join(TEXTS)] if any_kind.suffix == ".txt" else TEXTS)
 
 
-def test_every_piece_is_a_place_to_go_on_from(any_kind: Path) -> None:
+def test_every_piece_has_a_resume_point(any_kind: Path) -> None:
     pieces = list(source(any_kind).pieces())
     assert max(len(piece.text.encode()) for piece in pieces) <= 25 + 3  # a byte order mark is read, and is no text
     assert len(pieces) > 60
     for i in range(0, len(pieces), 3):
-        place = json.loads(json.dumps(pieces[i].place))
-        assert list(source(any_kind).pieces(place)) == pieces[i:]
-
-
-def test_long_texts_are_parted_before_a_single_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 16)
-    for text in ("one two  three\n four five six seven eight", "é" * 50, "a" * 33, "  " * 20):
-        parts = [part for part, _ in module._parted(text)]
-        assert "".join(parts) == text
-        assert [last for _, last in module._parted(text)] == [False] * (len(parts) - 1) + [True]
-        assert all(0 < len(part.encode()) <= 16 for part in parts)
-    assert [part for part, _ in module._parted("one two  three four five")] == ["one two  three", " four five"]
+        point = resume_point(json.loads(json.dumps(asdict(pieces[i].point))))
+        assert list(source(any_kind).pieces(point)) == pieces[i:]
 
 
 # --- which files ---
@@ -168,33 +160,11 @@ def test_folders_that_leave_it_open_what_is_meant(tmp_path: Path) -> None:
     refused(tmp_path / "none.jsonl", "there is no such file or folder")
 
 
-@pytest.mark.parametrize(
-    "form", ["{}-00000-of-00001.jsonl", "data/{}.jsonl", "{}/a.jsonl", "c4-{}.00000-of-01024.jsonl", "x_{}2.jsonl"]
-)
-def test_splits_are_read_from_names(tmp_path: Path, form: str) -> None:
-    for name in ("train", "test", "validation", "unsupervised"):
-        path = tmp_path / form.format(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(lines([name]))
-    (tmp_path / form.format("unsupervised")).unlink()
-    for split in ("train", "test", "validation"):
-        assert read(tmp_path, split=split) == [split]
-    assert read(tmp_path, split="valid") == ["validation"]
-    assert sorted(read(tmp_path, split="all")) == ["test", "train", "validation"]
-    refused(tmp_path, "has no split 'extra': its names say test, train, validation", split="extra")
-
-
-def test_splits_that_no_name_says(tmp_path: Path) -> None:
-    for name in ("a", "how-to-train", "extra"):
+def test_a_folder_is_every_file_of_it_whatever_names_say(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001", "test/a", "validation"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.jsonl").write_bytes(lines([name]))
-    refused(tmp_path, "has splits .train. by its names, but .*a.jsonl is of none: use --split all")
-    assert read(tmp_path, split="all") == ["a", "extra", "how-to-train"]
-    (tmp_path / "how-to-train.jsonl").unlink()
-    assert read(tmp_path) == ["a", "extra"]
-    refused(tmp_path, "has no split 'test': no name in it says one", split="test")
-    refused(tmp_path / "a.jsonl", "has no split 'test'", split="test")
-    (tmp_path / "test.jsonl").write_bytes(lines(["named"]))
-    assert read(tmp_path / "test.jsonl") == read(tmp_path / "test.jsonl", split="test") == ["named"]
+    assert read(tmp_path) == ["test/a", "train-00000-of-00001", "validation"]
 
 
 # --- what is no text ---
@@ -266,7 +236,7 @@ def test_parquet_strings_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_txt_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 16)
+    monkeypatch.setattr("harvest.pieces._PIECE", 16)
     (tmp_path / "t.txt").write_bytes(b"a text of some length, caf\xe9")
     refused(tmp_path / "t.txt", "t.txt, byte 26: it is not UTF-8")
 
@@ -285,52 +255,6 @@ def test_files_that_were_cut_off(tmp_path: Path, name: str, share: float) -> Non
 
 
 def test_an_array_too_long_to_be_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ARRAY_BYTES", 100)
+    monkeypatch.setattr("harvest.documents._ARRAY_BYTES", 100)
     (tmp_path / "t.json").write_text(json.dumps([{"text": t} for t in TEXTS]))
     refused(tmp_path / "t.json", "is one JSON array of more than 0 MiB: write one object a line")
-
-
-# --- the hub ---
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that stands for a dataset on the hub: streamed by `datasets`."""
-    path = tmp_path / "hub.jsonl"
-    path.write_bytes(lines(TEXTS))
-
-    def stream(self: TextSource) -> Any:
-        from datasets import load_dataset
-
-        return load_dataset("json", data_files=str(path), split="train", streaming=True)
-
-    monkeypatch.setattr(TextSource, "_stream", stream)
-    return path
-
-
-def test_a_hub_dataset_goes_on_at_every_row(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 25)
-    pieces = list(source("some/dataset").pieces())
-    assert [piece.ends for piece in pieces].count(True) == 40
-    for i in (0, 1, 2, 40, len(pieces) - 1):
-        place = json.loads(json.dumps(pieces[i].place))
-        assert [p.text for p in source("some/dataset").pieces(place)] == [p.text for p in pieces[i:]]
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (b'{"n": 1, "text": "cut', "the dataset some/dataset"),
-        (b'{"n": 1, "text": 5}\n', "the dataset some/dataset|row 41: column 'text' holds int"),
-        (b'{"n": 1}\n' * 300, "row 296: column 'text' has been empty for 256 rows"),
-    ],
-)
-def test_what_goes_wrong_in_a_hub_dataset_is_one_line(hub: Path, more: bytes, message: str) -> None:
-    hub.write_bytes(lines(TEXTS) + more)
-    refused("some/dataset", message)  # type: ignore[arg-type]
-
-
-def test_hub_datasets_that_cannot_be_opened(hub: Path) -> None:
-    refused("some/dataset", "row 1: it has no column 'body'; it has n, text", column="body")  # type: ignore[arg-type]
-    hub.unlink()
-    refused("some/dataset", "cannot load the dataset some/dataset")  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 import threading
 import time
@@ -10,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from harvest.hub import HubText
 from harvest.language_model import ResidualModel, Sink
 from harvest.run import HarvestConfig, Shares, await_tokens, harvest_blocks, in_turn, planned_bytes, probe_write
-from harvest.tokens import TextSource
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.identity import harvested_model, open_model
 from shared.lm import load_model
+from shared.presets import PRESETS
 from shared.sites import Site, parse_sites
 from shared.units import ALONE, Shard
 from tests.conftest import Cli
@@ -321,6 +323,27 @@ def test_repair_touches_nothing_unless_model_and_text_are_the_caches(cli: Cli, s
     assert cli("harvest", "verify", "--cache", small.path).code == 0
 
 
+def test_a_cache_of_files_that_were_chosen_by_a_split_goes_on(
+    cli: Cli, lm: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its identity holds the split that earlier versions read from file names; whoever names the files has the same text."""
+    shutil.copytree(lm, tmp_path / "lm")
+    (tmp_path / "set").mkdir()
+    shutil.copy(text, tmp_path / "set" / "test-0.jsonl")
+    monkeypatch.setitem(PRESETS, "demo", dataclasses.replace(PRESETS["demo"], split="test"))
+    assert cli("harvest", *small_args(tmp_path, text="set/test-0.jsonl", layers="0")).code == 0
+    monkeypatch.undo()
+    (tmp_path / "set" / "train-0.jsonl").write_text(json.dumps({"text": "another"}))
+    refused = cli("harvest", *small_args(tmp_path, text="set", layers="1"))
+    assert refused.code == 2
+    assert "harvested by file names that say 'test', put those files into a folder of their own" in refused.err
+    assert cli("harvest", *small_args(tmp_path, text="set/test-0.jsonl", layers="1")).code == 0
+    cache = Cache.open(tmp_path / "c")
+    assert (cache.spec.split, cache.sites) == ("test", (Site(0), Site(1)))
+    flip(cache.token_chunk_path(0))
+    assert cli("harvest", "repair", "--cache", cache.path, "--device", "cpu").code == 0
+
+
 def test_repair_brings_back_every_byte(cli: Cli, small: Cache) -> None:
     whole = content(small)
     (entry,) = (p for p in small.path.glob("ledger/0-1/*1.json"))
@@ -429,7 +452,7 @@ def test_a_datasets_branch_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> Non
             return SimpleNamespace(sha={("org/text", "main"): "a" * 40, ("org/text", None): "a" * 40}[name, revision])
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    source = TextSource(dataset="org/text", revision="main", split="train", column="text")
+    source = HubText(dataset="org/text", revision="main", split="train", column="text")
     assert source.pinned_revision() == dataclasses.replace(source, revision=None).pinned_revision() == "a" * 40
     assert dataclasses.replace(source, revision="b" * 40).pinned_revision() == "b" * 40
     with pytest.raises(UserError, match="cannot load the dataset org/text"):

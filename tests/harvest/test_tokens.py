@@ -10,7 +10,8 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from harvest.documents import Piece, TextSource
+from harvest.documents import LocalText
+from harvest.pieces import FilePoint, Piece
 from harvest.tokens import _encode, _take, _token_batches, require_one_context, write_tokens
 from shared.cache import Cache
 from shared.errors import UserError
@@ -19,8 +20,8 @@ from shared.sites import Site, parse_sites
 from tests.conftest import documents
 
 
-def source(path: Path, column: str = "text") -> TextSource:
-    return TextSource(dataset=str(path), revision=None, split="train", column=column)
+def source(path: Path) -> LocalText:
+    return LocalText(dataset=str(path), column="text")
 
 
 def expected(lm: Path, cache: Cache) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
@@ -40,7 +41,7 @@ def test_continues_after_every_chunk(
 ) -> None:
     """Stop after each chunk, open everything anew, go on: the same array, and nothing written twice."""
     monkeypatch.setattr("harvest.tokens._DOCUMENTS", 7)
-    monkeypatch.setattr("harvest.documents._PIECE", 3000)  # some documents are longer: pieces fall into several batches
+    monkeypatch.setattr("harvest.pieces._PIECE", 3000)  # some documents are longer: pieces fall into several batches
     monkeypatch.setattr("harvest.tokens._CHARACTERS", 2000)
     again = Cache.create(tmp_path / "c", cache.spec, parse_sites("0"))
     tokenizer, written = load_tokenizer(str(lm), None), []
@@ -102,7 +103,7 @@ def test_a_tokeniser_that_would_cut_and_pad(lm: Path, tmp_path: Path) -> None:
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
     }  # fmt: skip
     path.write_text(json.dumps(settings))
-    pieces = [Piece(place={}, text=documents(1)[0], ends=True, where="")]
+    pieces = [Piece(point=FilePoint(), text=documents(1)[0], ends=True, where="")]
     assert _encode(load_tokenizer(str(tmp_path / "lm"), None), pieces) == _encode(load_tokenizer(str(lm), None), pieces)
 
 
@@ -113,7 +114,7 @@ def test_long_documents_have_the_tokens_of_the_whole(
     path.write_text("".join(documents(20)))
     tokenizer = load_tokenizer(str(lm), None)
     whole = np.concatenate([tokens for _, tokens in _token_batches(source(path), tokenizer, cache.spec, None)])
-    monkeypatch.setattr("harvest.documents._PIECE", 1000)
+    monkeypatch.setattr("harvest.pieces._PIECE", 1000)
     pieces = [tokens for _, tokens in _token_batches(source(path), tokenizer, cache.spec, None)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
     assert len(whole) > 1000
@@ -121,7 +122,7 @@ def test_long_documents_have_the_tokens_of_the_whole(
 
 def test_what_is_tokenised_at_once_is_bounded_by_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harvest.tokens._CHARACTERS", 100)
-    monkeypatch.setattr("harvest.documents._PIECE", 60)
+    monkeypatch.setattr("harvest.pieces._PIECE", 60)
     for length in (1, 50, 200):
         path = tmp_path / "t.jsonl"
         path.write_text((json.dumps({"text": "x" * length}) + "\n") * 300)
@@ -133,13 +134,13 @@ def test_what_is_tokenised_at_once_is_bounded_by_characters(tmp_path: Path, monk
         assert max(map(len, batches)) <= 256
 
 
-def test_text_that_changed_under_a_kept_place_is_refused(lm: Path, text: Path, cache: Cache, tmp_path: Path) -> None:
+def test_text_that_changed_before_a_resume_point_is_refused(lm: Path, text: Path, cache: Cache, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(lm), None)
-    state, _ = next(_token_batches(source(text), tokenizer, cache.spec, None))
+    start, _ = next(_token_batches(source(text), tokenizer, cache.spec, None))
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "another"}) + "\n" + text.read_text())
     with pytest.raises(UserError, match=r"does not go on where tokenising stopped \(.*line 1\)"):
-        next(_token_batches(source(other), tokenizer, cache.spec, state))
+        next(_token_batches(source(other), tokenizer, cache.spec, start))
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(lm: Path, text: Path, cache: Cache) -> None:
