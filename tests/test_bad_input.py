@@ -140,7 +140,7 @@ def test_bad_rows_are_named_before_anything_is_written(cli: Cli, harvest_args: t
     refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "line 2: column 'text' holds int, not text")
     bad.write_bytes(bad.read_bytes()[:-12])
     refused(cli("harvest", *harvest_args, *cache, "--dataset", bad), "is the file whole? copy it again")  # not "interrupted"
-    refused(cli("harvest", *harvest_args, *cache, "--split", "test"), "has no split 'test'")
+    refused(cli("harvest", *harvest_args, *cache, "--split", "test"), "names a split of a hub dataset, and")
     refused(cli("harvest", *harvest_args, *cache, "--bos"), "has no token for the beginning of a text: leave out --bos")
     assert not (tmp_path / "c").exists()
 

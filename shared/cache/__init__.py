@@ -89,9 +89,20 @@ class CacheSpec:
         return hashlib.sha256(canonical({"format": FORMAT, **self.identity})).hexdigest()
 
     def differences(self, other: "CacheSpec") -> list[str]:
-        """In which of the fields that fix the bytes `other` differs: the one comparison of identities that there is."""
+        """In which of the fields that fix the bytes `other` differs: the one comparison of identities that there is.
+
+        A split is of a hub dataset alone. Local files are known by their hash; earlier versions chose among them by the split.
+        """
         mine, theirs = self.identity, other.identity
-        return [f"{k} is {mine[k]!r} there, {theirs[k]!r} here" for k in mine if mine[k] != theirs[k]]
+        local = self.dataset_revision.startswith("sha256:")
+        different = [k for k in mine if mine[k] != theirs[k] and not (k == "split" and local)]
+        lines = [f"{k} is {mine[k]!r} there, {theirs[k]!r} here" for k in different]
+        if local and "dataset_revision" in different and Path(other.dataset).is_dir():
+            lines.append(
+                f"a folder is read whole: if it was harvested by file names that say {self.split!r}, put those files into a "
+                "folder of their own and name that with --dataset"
+            )
+        return lines
 
     @property
     def block_rows(self) -> int:
