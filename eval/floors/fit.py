@@ -3,7 +3,7 @@
 Least squares over the widths' mean floors. Any two things that fall with width have a high R² over five widths, so beside it
 stand the standard errors (residuals, n − 2 degrees of freedom: of five points 95 % intervals are 3.18 of them either way), what
 the fit says of a width that it was not shown, and the same for predictions that know nothing of features (distill.py).
-Everything is float64; field by field in the docstring of distill.py.
+Everything is float64.
 """
 
 import math
@@ -42,16 +42,17 @@ class Nearest:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Fit:
-    """floor ≈ C · x + B."""
+    """floor ≈ C · x + B, least squares over the widths' mean floors."""
 
     C: float
     B: float
-    C_se: float
+    C_se: float  # standard errors from the residuals, with n − 2 degrees of freedom
     B_se: float
-    r2: float | None  # None where all floors are one
+    r2: float | None  # 1 − Σ residual² / Σ (floor − mean)²; None where all floors are one
+    # 2.5 and 97.5 % of r2 over draws of each width's seeds: what seeds leave open, not whether the line is right
     r2_low: float | None
     r2_high: float | None
-    left_out_r2: float | None
+    left_out_r2: float | None  # r2 of the points' `left_out`: below 0 the mean of the floors is the better prediction
     points: tuple[Point, ...]
     near_critical: Nearest | None  # None where there is no critical width
 
@@ -118,16 +119,10 @@ def _r2_interval(floors: list[list[float]], x: Floats) -> tuple[float | None, fl
         return None, None
     rng = np.random.Generator(np.random.Philox(0))
     drawn = np.stack([np.array(f)[rng.integers(len(f), size=(_DRAWS, len(f)))].mean(1) for f in floors], 1)  # [draws, widths]
-    found = []
-    for y in drawn:
-        line = _line(x, y)
-        r2 = None if line is None else _r2(y, y - (line[0] * x + line[1]))
-        if r2 is not None:
-            found.append(r2)
-    if not found:
-        return None, None
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    lines = ((y, line) for y in drawn if (line := _line(x, y)) is not None)
+    r2 = [value for y, (slope, offset) in lines if (value := _r2(y, y - (slope * x + offset))) is not None]
+    low, high = map(float, np.quantile(r2, [0.025, 0.975])) if r2 else (None, None)
+    return low, high
 
 
 def _nearest(points: tuple[Point, ...], critical_width: float | None) -> Nearest | None:

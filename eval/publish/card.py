@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from eval.floors.measured import Experiment
 from eval.report.page import (
     CAPTIONS,
     FIT_HEADS,
@@ -99,7 +100,7 @@ def repository_name(name: str) -> str:
 
 
 def write_card(
-    run: Run, records: list[Record], measured: Record | None, sisters: list[Run], publication: Publication | None = None
+    run: Run, records: list[Record], measured: Experiment | None, sisters: list[Run], publication: Publication | None = None
 ) -> None:
     """README.md of a run, unless somebody has written his own there, and the entry for SAELens' registry. Raises UserError."""
     path, publication = run.path / "README.md", publication or Publication()
@@ -111,7 +112,7 @@ def write_card(
         publish_file(run.path / REGISTRY, registry_entry(run, records, publication).encode())
 
 
-def card(run: Run, records: list[Record], measured: Record | None, sisters: list[Run], publication: Publication) -> str:
+def card(run: Run, records: list[Record], measured: Experiment | None, sisters: list[Run], publication: Publication) -> str:
     """The whole text. It says nothing that differs between two runs of the same training, such as times."""
     config = run.config()
     train, spec = config["train"], config["cache"]["spec"]
@@ -189,13 +190,13 @@ def _on_hub(config: Record) -> tuple[str | None, str | None]:
     return spec["model"] if spec["model_commit"] else None, spec["dataset"] if dataset_on_hub else None
 
 
-def _measured(experiment: Record, run: Run) -> dict[str, Any]:
+def _measured(experiment: Experiment, run: Run) -> dict[str, Any]:
     """Floors of students, and how well this run's SAEs predict them."""
     words = measured_words(experiment)
     fits = [[cell.text for cell in cells] for name, *cells in fit_rows(experiment) if name.text == run.name]
     floors = [
-        [str(f["width"]), str(f["seeds"]), *(written(f[key], "{:.4f}") for key in ("floor", "spread", "kl", "ce"))]
-        for f in experiment["floors"]
+        [str(f.width), str(f.seeds), *(written(nats, "{:.4f}") for nats in (f.floor, f.spread, f.kl, f.ce))]
+        for f in experiment.floors
     ]
     return words | {
         "floors": Table(heads=["width", "seeds", "floor, nats a token", "± seeds", "KL", "CE"], rows=floors),

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from eval.floors.measured import Experiment
 from eval.measure.evaluate import Skipped
 from eval.report.plots import short_labels
 from shared.files import locked, publish_file, remove_leftovers
@@ -135,7 +136,7 @@ def templates(package: str, *, autoescape: bool) -> Environment:
 
 
 def write_report(
-    folder: Path, runs: list[Run], results: dict[str, list[Record]], measured: Record | None, skipped: Skipped
+    folder: Path, runs: list[Run], results: dict[str, list[Record]], measured: Experiment | None, skipped: Skipped
 ) -> Path:
     """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
     labels = short_labels([run.name for run in runs])
@@ -249,11 +250,11 @@ def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, str]]:
     ]
 
 
-def _measured(experiment: Record) -> dict[str, Any]:
-    """distilled.json's experiment as the page shows it; the keys are explained in eval/floors/distill.py."""
+def _measured(experiment: Experiment) -> dict[str, Any]:
+    """An experiment of eval/floors as the page shows it."""
     floors = [
-        [_cell(f[key], form) for key, form in (("width", "{:d}"), ("seeds", "{:d}"), *((k, "{:.4f}") for k in _NATS))]
-        for f in experiment["floors"]
+        [_cell(f.width, "{:d}"), _cell(f.seeds, "{:d}"), *(_cell(nats, "{:.4f}") for nats in (f.floor, f.spread, f.kl, f.ce))]
+        for f in experiment.floors
     ]
     return measured_words(experiment) | {
         "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
@@ -264,32 +265,29 @@ def _measured(experiment: Record) -> dict[str, Any]:
 FIT_HEADS = ["run", "layer", "d*", "C", "± C", "B", "± B", "R²", "R² left out", "R² naive", "R² ln width", "error near d*"]
 
 
-def fit_rows(experiment: Record) -> list[list[Cell]]:
+def fit_rows(experiment: Experiment) -> list[list[Cell]]:
     """How well each SAE's predicted floors explain the measured ones: a row of cells under FIT_HEADS for each."""
     return [
         [
-            _word(p["run"]),
-            _cell(p["layer"], "{:d}"),
-            _cell(p["critical_width"], "{:.1f}"),
-            *(_cell(fit[key], "{:.3g}") for key in ("C", "C_se", "B", "B_se")),
-            *(_cell(fit[key], "{:.3f}") for key in ("r2", "left_out_r2")),
-            *(_cell((p["fits"][name] or {}).get("left_out_r2"), "{:.3f}") for name in ("naive", "log_width")),
-            _cell((fit["near_critical"] or {}).get("error"), "{:+.1%}"),
+            _word(p.run),
+            _cell(p.layer, "{}"),
+            _cell(p.critical_width, "{:.1f}"),
+            *(_cell(value, "{:.3g}") for value in (fit.C, fit.C_se, fit.B, fit.B_se)),
+            *(_cell(value, "{:.3f}") for value in (fit.r2, fit.left_out_r2)),
+            *(_cell(other.left_out_r2 if other else None, "{:.3f}") for other in (p.fits["naive"], p.fits["log_width"])),
+            _cell(fit.near_critical.error if fit.near_critical else None, "{:+.1%}"),
         ]
-        for p in experiment["predictions"]
-        if (fit := p["fits"]["predicted"])
+        for p in experiment.predictions
+        if (fit := p.fits["predicted"])
     ]
 
 
-def measured_words(experiment: Record) -> dict[str, Any]:
+def measured_words(experiment: Experiment) -> dict[str, Any]:
     return {
-        "model": experiment["model"],
-        "setting": ", ".join(f"{name} {value}" for name, value in experiment["setting"].items()),
-        "teacher": written(experiment["teacher"]["ce"], "{:.4f}"),
+        "model": experiment.model,
+        "setting": ", ".join(f"{name} {value}" for name, value in experiment.setting.items()),
+        "teacher": written(experiment.teacher and experiment.teacher.ce, "{:.4f}"),
     }
-
-
-_NATS = ("floor", "spread", "kl", "ce")
 
 
 def settings(config: Record) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from eval.floors.measured import Experiment
 from eval.measure.evaluate import Skipped, measured_features
 from eval.measure.metrics import Features
 from shared.files import locked, publish_file
@@ -97,7 +98,7 @@ def short_labels(names: Sequence[str]) -> list[str]:
     return ["-".join(w[same:]) for w in words]
 
 
-def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Record | None, skipped: Skipped) -> None:
+def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Experiment | None, skipped: Skipped) -> None:
     """Write every picture, as far as there is something to show, into the runs' plots/ folders."""
     labels = short_labels([run.name for run in runs])
     found = []
@@ -136,14 +137,14 @@ def _of_one_run(data: RunData, skipped: Skipped) -> Pictures:
     return pictures
 
 
-def _of_all_runs(runs: list[RunData], measured: Record | None) -> Pictures:
+def _of_all_runs(runs: list[RunData], measured: Experiment | None) -> Pictures:
     if not runs:
         return {}
     inputs = [data.inputs for data in runs]
     return {
         "3_sparsity_fidelity": _Picture(inputs, lambda: _sparsity_fidelity(runs)),
         "7_capacity": _Picture(inputs, lambda: _capacity(runs)),
-        "8_loss_floor_predictions": _Picture([inputs, measured], lambda: _floors(runs, measured)),
+        "8_loss_floor_predictions": _Picture([inputs, measured and measured.stored], lambda: _floors(runs, measured)),
     }
 
 
@@ -578,7 +579,7 @@ def _capacity(runs: list[RunData]) -> Figure:
     return figure
 
 
-def _floors(runs: list[RunData], measured: Record | None) -> Figure:
+def _floors(runs: list[RunData], measured: Experiment | None) -> Figure:
     """A panel a run of predictions, one of what students measured, and one of how far the one explains the other."""
     panels = len(runs) + (2 if measured else 1)
     columns = min(3 if panels > 4 else 4, panels)
@@ -634,27 +635,26 @@ def _width_axis(axis: Axes, widths: list[int]) -> None:
     axis.grid(alpha=0.25)
 
 
-def _measured_panel(axis: Axes, measured: Record | None, widths: list[int]) -> None:
+def _measured_panel(axis: Axes, measured: Experiment | None, widths: list[int]) -> None:
     axis.set_title("measured", fontsize=10)
     axis.set_ylabel("floor, nats a token")
     if measured is None:
         _width_axis(axis, widths)
         axis.set_yticks([])
         return _say(axis, "not measured")
-    floors = measured["floors"]
-    axis.plot([f["width"] for f in floors], [f["floor"] for f in floors], color=_COLOURS[0], marker="o")
-    seeds = measured["students"]
-    axis.plot([s["width"] for s in seeds], [s["floor"] for s in seeds], linestyle="", marker="_", color="black", markersize=9)
+    floors, seeds = measured.floors, measured.students
+    axis.plot([f.width for f in floors], [f.floor for f in floors], color=_COLOURS[0], marker="o")
+    axis.plot([s.width for s in seeds], [s.floor for s in seeds], linestyle="", marker="_", color="black", markersize=9)
     axis.set_ylim(bottom=0)
-    _width_axis(axis, [f["width"] for f in floors])
+    _width_axis(axis, [f.width for f in floors])
 
 
-def _fit_panel(axis: Axes, runs: list[RunData], measured: Record) -> None:
+def _fit_panel(axis: Axes, runs: list[RunData], measured: Experiment) -> None:
     """R² of floor ≈ C · L* + B on widths that the fit has not seen, beside that of the logarithm of the width alone."""
     for number, data in enumerate(runs):
-        mine = [p for p in measured["predictions"] if p["run"] == data.run.name]
+        mine = [p for p in measured.predictions if p.run == data.run.name]
         for name, fill in (("predicted", "full"), ("log_width", "none")):
-            fits = [{"layer": p["layer"], "r2": (p["fits"][name] or {}).get("left_out_r2")} for p in mine]
+            fits = [{"layer": p.layer, "r2": fit.left_out_r2 if fit else None} for p in mine for fit in [p.fits[name]]]
             label = data.label if name == "predicted" else None
             axis.plot(*_points(fits, "layer", "r2"), **(_style(number) | {"linestyle": ""}), fillstyle=fill, label=label)
     axis.axhline(0, color="0.4", linewidth=1)

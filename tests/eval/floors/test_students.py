@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
-from eval.floors.students import DistillConfig, Student, Target, Teacher, Texts, make_student, student_config
+from eval.floors.students import _LOGITS, DistillConfig, Student, Target, Teacher, Texts, make_student, student_config
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.lm import load_model
@@ -57,7 +57,7 @@ def test_what_is_measured_is_a_mean_over_tokens_whatever_the_parts(
     )
     nats = -log_softmax(b, -1)[:, :-1].gather(2, tokens[:, 1:, None]).mean()
     for values in (1, 2 * 32 * 400, 1 << 30):
-        monkeypatch.setitem(__import__("eval.floors.students").students._LOGITS, "cpu", values)
+        monkeypatch.setitem(_LOGITS, "cpu", values)
         _, (found,) = teacher.measure([student], tokens)
         assert (found.floor, found.kl, found.ce) == pytest.approx((floor, kl, float(nats)), rel=1e-5)
 

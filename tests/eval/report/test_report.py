@@ -325,7 +325,7 @@ def test_measured_floors_are_of_this_cache_and_as_they_were_written(published: P
     digest = runs[0].config()["cache"]["digest"]
     assert measured_floors(tmp_path, digest) is None
     found = measured_floors(folder, digest)
-    assert found is not None and [f["width"] for f in found["floors"]] == [128, 256, 384, 512, 768]
+    assert found is not None and [f.width for f in found.floors] == [128, 256, 384, 512, 768]
     assert measured_floors(folder, "of another cache") is None
     text = (folder / "distilled.json").read_text()
     for damaged in (text.replace("0.01", "0.02", 1), text[:-5], "{}", json.dumps([None])):
