@@ -81,7 +81,7 @@ class Rates:
 
 def measured_rates(d_model: int, features: int) -> list[Rates]:
     """Of SAEs of this shape: the rates of this machine, if it was measured, and of a GPU."""
-    rates = [Rates(**raw) for raw in json.loads(RATES.read_text())["rates"]]
+    rates = [Rates(**raw) for raw in json.loads(RATES.read_bytes())["rates"]]
     known = [one for one in rates if (one.d_model, one.features) == (d_model, features)]
     return [one for one in known if one.cores is None or (one.machine, one.cores) == this_machine()]
 

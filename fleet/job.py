@@ -180,7 +180,7 @@ class Job:
     def _records(self) -> list[dict[str, Any]]:
         """Of the stages that ended, the whole lines of the log."""
         records = []
-        for line in self._log.read_text().splitlines() if self._log.exists() else ():
+        for line in self._log.read_bytes().splitlines() if self._log.exists() else ():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if sealed(record):

@@ -123,6 +123,7 @@ def _job(options: dict[str, Any]) -> Job:
         changes.setdefault("revision", None)
         changes |= _model_shape(changes["model"], changes["revision"])
     preset = replace(preset, **changes)
+    preset.require_files()
     if options["split"] is not None:
         refuse_local_split(preset.dataset)
     sites = parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers)
@@ -170,12 +171,12 @@ def run_command(device: str | None, **options: Any) -> None:
     harvest(cache, job.sites, opened.source, opened.model, config)
     all_totals = cache.totals()
     for site, totals in all_totals.items():
-        click.echo(f"layer {site!s:>2}: {totals}", err=totals.nonfinite > 0)
+        say(f"layer {site!s:>2}: {totals}", err=totals.nonfinite > 0)
     for line in notes_on_mixing(all_totals):
         say(line, err=True)
     if freed := cache.freed():
         say(f"note: layers {format_sites(freed)} were freed but for what is held out; --layers brings them back", err=True)
-    click.echo(
+    say(
         f"{job.cache}: layers {format_sites(job.sites)} complete, {spec.train_tokens:,} tokens to train on and "
         f"{spec.holdout_tokens:,} held out"
     )
@@ -189,8 +190,8 @@ def plan_command(as_json: bool, **options: Any) -> None:
     """Bytes, free disk and time of a harvest, before it is begun. Needs neither weights nor text."""
     job = _job(options)
     if as_json:
-        return click.echo(json.dumps({"layers": [site.json for site in job.sites], "shape": asdict(job.shape())}))
-    click.echo(str(make_plan(job.cache, job.shape(), job.sites, job.threads)))
+        return say(json.dumps({"layers": [site.json for site in job.sites], "shape": asdict(job.shape())}))
+    say(str(make_plan(job.cache, job.shape(), job.sites, job.threads)))
 
 
 @main.command("verify")
@@ -200,8 +201,8 @@ def verify_command(preset: str, cache: Location | None, threads: int) -> int:
     opened = _open(preset, cache)
     lines = verify(opened, opened.sites, threads).lines
     for line in lines:
-        click.echo(line)
-    click.echo("damaged" if lines else "every committed block is as it was written")
+        say(line)
+    say("damaged" if lines else "every committed block is as it was written")
     for line in () if lines else notes_on_mixing(opened.totals()):
         say(line, err=True)
     return 1 if lines else 0
@@ -230,7 +231,7 @@ def repair_command(
     opened.remove_leftovers()
     damage = _named(opened, blocks) if blocks else verify(opened, opened.sites, threads)
     if not damage.lines:
-        click.echo("repaired nothing: every committed block is as it was written")
+        say("repaired nothing: every committed block is as it was written")
         return
     n = 0
     if damage.blocks or damage.chunks:
@@ -243,7 +244,7 @@ def repair_command(
         n = repair(opened, damage, source, harvested_model(opened, model, revision), config)
     else:  # the arrays' metadata alone: neither model nor text is needed
         opened.add_sites(())
-    click.echo(f"repaired {n} layer blocks" + (" and the tokens" if damage.chunks else ""))
+    say(f"repaired {n} layer blocks" + (" and the tokens" if damage.chunks else ""))
 
 
 def _named(cache: Cache, blocks: str) -> Damage:
@@ -273,7 +274,7 @@ def free_command(preset: str, cache: Path | None, threads: int, layers: str, yes
         raise UserError("nothing was removed: answer y, or say --yes")
     opened.remove_leftovers()
     free(opened, chosen)
-    click.echo(f"removed {what}")
+    say(f"removed {what}")
 
 
 def _open(preset: str, cache: Location | None) -> Cache:

@@ -68,7 +68,8 @@ def _invoke(command: click.Command) -> int:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    say(f"error: {' '.join(message.split())}", err=True)
+    line = " ".join(message.split())  # names in it may hold anything, and a terminal takes escape sequences for commands
+    say(f"error: {''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", err=True)
     sys.exit(code)
 
 

@@ -121,7 +121,7 @@ def _fingerprint(source: Path, compiler: list[str], flags: list[str]) -> str:
     version = ""
     with contextlib.suppress(OSError):
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
-    texts = [file.read_text() for file in (source, *sorted(_HEADERS.glob("*.h")))]
+    texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(_HEADERS.glob("*.h")))]
     parts = [*texts, version, *compiler, " ".join(flags), " ".join(cpu_flags()), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

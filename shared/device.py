@@ -31,12 +31,12 @@ def pick_device(name: str | None) -> torch.device:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         there = torch.cuda.is_available()  # what is wrong with a driver torch says in a warning
-    if not name and not there and (_DRIVER.exists() or shutil.which("nvidia-smi")):
+    if name is None and not there and (_DRIVER.exists() or shutil.which("nvidia-smi")):
         raise UserError(
             f"there is an NVIDIA driver here, but torch cannot use it ({_why_no_cuda(said)}): update the driver, "
             "install the torch that fits it (https://pytorch.org), or pass --device cpu"
         )
-    if name and not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):  # torch knows more, and nothing here is written for those
+    if name is not None and not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):  # torch knows more, and nothing here is written for those
         raise UserError(f"{name!r} is not a device for this: write cpu, cuda or cuda:1")
     device = torch.device(name or ("cuda" if there else "cpu"))
     if device.type == "cuda" and not there:

@@ -44,6 +44,15 @@ class Preset:
     # evaluation
     ce_tokens: int
 
+    def require_files(self) -> None:
+        """Raise UserError where the demo's model or text is meant, and this is an installed package, which has neither."""
+        for place in (self.model, self.dataset):
+            if Path(place).is_relative_to(_DEMO) and not Path(place).exists():
+                raise UserError(
+                    f"{place} is not there: the demo's model and text come with the repository and not with an installed "
+                    "package; clone the repository and run this in it, or name --model and --dataset"
+                )
+
 
 PRESETS = {
     preset.name: preset

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and Ctrl-C wait for the step in hand where work says so, and act at once elsewhere.
+"""Stopping on request: SIGTERM, a closed terminal (SIGHUP) and Ctrl-C wait for the step in hand where work says so, and act at once elsewhere.
 
 What is interrupted elsewhere leaves nothing half-written, for every file is put in its place whole. A second signal acts at
 once everywhere; but Slurm sends SIGTERM twice to what it preempts or cancels, so those that come within seconds are one.
@@ -12,14 +12,15 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as batch systems send it before they take a machine back. Whatever handles Ctrl-C handles it as well."""
+    """SIGTERM, as batch systems send it before they take a machine back, or SIGHUP, as a terminal sends it that is closed.
+    Whatever handles Ctrl-C handles it as well."""
 
 
 _ONE_REQUEST = 10.0  # seconds: seen were up to one between the two of Slurm 22.05, to a step and then to its job
 
 
 class Signals:
-    """SIGTERM and Ctrl-C of this process, which has one of each."""
+    """Requests to stop this process, which takes each signal in one place."""
 
     def __init__(self) -> None:
         self.asked: type[KeyboardInterrupt] | None = None
@@ -30,7 +31,7 @@ class Signals:
     def handled(self) -> Iterator[None]:
         self.asked, self.patient = None, False
         before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # whoever started us may have decided that
                 before[number] = signal.signal(number, self._take)
         try:
@@ -41,9 +42,9 @@ class Signals:
             self.asked = None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        error = KeyboardInterrupt if number == signal.SIGINT else Terminated
         second, now = self.asked is not None, time.monotonic()
-        if second and number == signal.SIGTERM and now - self.since < _ONE_REQUEST:
+        if second and number != signal.SIGINT and now - self.since < _ONE_REQUEST:
             return
         self.asked, self.since = error, now
         if not self.patient or second:  # a second one means now

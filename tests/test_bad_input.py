@@ -55,6 +55,7 @@ TRAIN = [
     (("--l1", "nan"), "'nan' is not a setting"),
     (("--l1", "1e999"), "'1e999' is not a setting"),
     (("--l1", "adaptive:5e-4@129"), "an L0 of 129 is more than the 128 features there are"),
+    (("--device", ""), "'' is not a device for this"),
     (("--device", "mps"), "'mps' is not a device for this"),
     (("--device", "meta"), "'meta' is not a device for this"),
     (("--device", "cpu:3"), "'cpu:3' is not a device for this"),

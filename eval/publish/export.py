@@ -126,7 +126,7 @@ def _found_at(place: Path, config: ExportConfig) -> list[Checkpoint]:
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run of ours, in whatever state: then everything in it must pass the run's checks."""
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / "config.json").read_bytes())
     except OSError:
         return False
     except ValueError:

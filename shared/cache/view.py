@@ -136,10 +136,14 @@ def _take(cache: "Cache", rows: Rows, gather: _Gather, tail: tuple[int, ...], dt
 def _indices(rows: Rows, n: int) -> NDArray[np.int64]:
     if isinstance(rows, slice):
         return np.arange(*rows.indices(n))
+    if isinstance(rows, tuple):
+        raise TypeError("there is one axis of rows: write layer[[100, 5]] for two rows, layer[100][5] for a dimension of one")
     array = np.asarray(rows)
     if array.size == 0:
         array = array.astype(np.int64)  # an empty list has no type of its own
-    if not np.issubdtype(array.dtype, np.integer):
+    if np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.int64)  # in which the number of rows can be added
+    else:
         raise TypeError(f"rows are whole numbers, not {array.dtype}; of a mask, np.flatnonzero gives them")
     outside = array[(array < -n) | (array >= n)]
     if outside.size:

@@ -9,6 +9,8 @@ from shared.errors import UserError
 
 _BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9!_.*'()=+@-]+)*)/?")
 
+_SCHEME = re.compile(r"s3:|[A-Za-z][A-Za-z0-9+.-]*:(?=/)(//)?")
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -39,4 +41,9 @@ def parse_location(text: str | Location) -> Location:
     """Read the value of an option: a folder, or s3://bucket/prefix. Raises UserError."""
     if not isinstance(text, str):  # an option's default
         return text
-    return Bucket.parse(text) if text.startswith("s3:") else Path(text)
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return Path(text).expanduser()  # a shell leaves the ~ of --cache=~/x
+    if scheme[0] in ("s3:", "s3://"):
+        return Bucket.parse(text)
+    raise UserError(f"{text!r} is not a place for this: name a folder, or s3://bucket/prefix")

@@ -95,7 +95,7 @@ def program(work: Callable[[], object], capfd: pytest.CaptureFixture[str], monke
     return stop.value.code, capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
 def test_a_signal_waits_for_the_step_where_work_says_so(
     number: int, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,3 +215,12 @@ def test_what_is_no_number_within_bounds_is_refused(text: str) -> None:
 def test_units() -> None:
     assert [format_bytes(n) for n in (12, 614e9, 14.7e12)] == ["12 B", "614 GB", "14.7 TB"]
     assert [format_seconds(s) for s in (59, 75, 7320)] == ["59s", "1m15s", "2h02m"]
+
+
+def test_an_error_is_one_line_without_escape_sequences(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        raise UserError("there is no model at a\n \x1b[31mλ")
+
+    assert program(work, capfd, monkeypatch) == (2, "error: there is no model at a \\x1b[31mλ\n")

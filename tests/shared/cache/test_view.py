@@ -149,3 +149,13 @@ def test_what_the_documentation_says_runs(cache: Cache) -> None:
     stored, layer, first = names["stored"], names["layer"], 2 * cache.spec.block_rows
     np.testing.assert_array_equal(stored[first + 17], layer[first + names["order"][17]])
     np.testing.assert_array_equal(stored[first : first + cache.spec.block_rows], layer[first + names["order"]])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
+def test_rows_of_any_integer_type_are_the_same_rows(cache: Cache, dtype: type) -> None:
+    layer, last = cache.layer(0), len(cache.layer(0)) - 1
+    np.testing.assert_array_equal(layer[np.array([0, 100], dtype)], layer[[0, 100]])
+    if np.issubdtype(dtype, np.signedinteger):
+        np.testing.assert_array_equal(layer[np.array([-1], dtype)], layer[[last]])
+    with pytest.raises(TypeError, match="one axis of rows"):
+        layer[100, 5]  # type: ignore[index]
