@@ -36,7 +36,8 @@ def pick_device(name: str | None) -> torch.device:
             f"there is an NVIDIA driver here, but torch cannot use it ({_why_no_cuda(said)}): update the driver, "
             "install the torch that fits it (https://pytorch.org), or pass --device cpu"
         )
-    if name is not None and not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):  # torch knows more, and nothing here is written for those
+    # torch knows more, and nothing here is written for those
+    if name is not None and not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise UserError(f"{name!r} is not a device for this: write cpu, cuda or cuda:1")
     device = torch.device(name or ("cuda" if there else "cpu"))
     if device.type == "cuda" and not there:

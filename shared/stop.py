@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, a closed terminal (SIGHUP) and Ctrl-C wait for the step in hand where work says so, and act at once elsewhere.
+"""Stopping on request: SIGTERM, SIGHUP and Ctrl-C wait for the step in hand where work says so, and act at once elsewhere.
 
 What is interrupted elsewhere leaves nothing half-written, for every file is put in its place whole. A second signal acts at
 once everywhere; but Slurm sends SIGTERM twice to what it preempts or cancels, so those that come within seconds are one.
