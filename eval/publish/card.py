@@ -31,14 +31,14 @@ from eval.report.page import (
 from shared.files import locked, publish_file
 from shared.progress import say
 from shared.runs.run import FINAL, Run, snapshot_tokens
-from shared.sites import format_sites
+from shared.sites import HOOKS, RESID_POST, Site, format_sites
 from shared.units import format_count
 from train.sparsity.settings import has_thresholds, holds_l0, restored
 
 Record = dict[str, Any]
 
-MARKER = "<!-- written by `python -m eval`; remove this line to keep your own changes -->"
 REGISTRY = "pretrained_saes.yaml"
+MARKER = "<!-- written by `python -m eval`; remove this line to keep your own changes -->"
 _LICENSE = "apache-2.0"
 _COLUMNS = (
     ("layer", "layer", "{:d}"),
@@ -142,7 +142,7 @@ def card(run: Run, records: list[Record], measured: Experiment | None, sisters: 
         threshold=has_thresholds(train),
         bos=spec["bos"],
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
-        example=done[len(done) // 2]["layer"] if done else 0,
+        **_example(Site.of(done[len(done) // 2]["layer"] if done else 0)),
         snapshots=[Safe(label) for label in snapshot_tokens(train["tokens"]) if label != FINAL],
         measured_on=_counts(records, "tokens"),
         ce_on=_counts(records, "ce_tokens"),
@@ -169,6 +169,13 @@ def _setting(train: Record) -> str:
     if holds_l0(train):
         words += f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
     return words
+
+
+def _example(site: Site) -> dict[str, Any]:
+    """A site as the card's code reads it: its hook by the names that the module has in blocks, the rarer first."""
+    if site.hook == RESID_POST:
+        return {"example": site, "hook": "", "modules": []}
+    return {"example": site, "hook": f".{site.hook}", "modules": list(dict.fromkeys(reversed(HOOKS[site.hook].values())))}
 
 
 def _counts(records: list[Record], key: str) -> str:
@@ -225,7 +232,8 @@ def registry_entry(run: Run, records: list[Record], publication: Publication) ->
     ]
     lines.append("  saes:" if finished(records) else "  saes: []")
     for r in finished(records):
-        lines += [f"  - id: blocks.{r['layer']}.hook_resid_post", f"    path: layer_{r['layer']}"]
+        site = Site.of(r["layer"])
+        lines += [f"  - id: blocks.{site.layer}.hook_{site.hook}", f"    path: layer_{site}"]
         lines += [f"    {name}: {r[key]:.5g}" for name, key in _REGISTERED if r[key] is not None]
     return "\n".join(lines) + "\n"
 

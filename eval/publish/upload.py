@@ -1,7 +1,7 @@
 """Runs on the hub: what `python -m eval publish` prepares in a run's folder, and how it gets there.
 
 Prepared: the model card (README.md), the entry for SAELens' registry, and beside the checkpoints one folder a layer in SAELens'
-form, layer_12, by which `SAE.from_pretrained("org/repo", "layer_12")` finds it. Uploaded is what `_PUBLISHED` names and nothing
+form, layer_12, by which `SAE.from_pretrained("org/repo", "layer_12")` finds it. Uploaded is what contents.py names and nothing
 else, so resume states, half-written files and whatever else lies there stay here.
 
 An upload is a series of commits. What the hub has already, by name and content, is not sent again; so the same command
@@ -24,29 +24,17 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from eval.floors.measured import measured_floors
 from eval.measure.evaluate import stored_records
-from eval.publish.card import REGISTRY, Publication, sister_runs, write_card
+from eval.publish.card import Publication, sister_runs, write_card
+from eval.publish.contents import PublishedForm, check, published_files
 from eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
 from eval.publish.formats import Files, saelens
+from eval.publish.license import require_license, require_valid
 from shared.errors import UserError
-from shared.files import temporary
+from shared.files import remove_leftovers, temporary
 from shared.progress import Progress, say
 from shared.runs.run import FINAL, Run
 from shared.units import format_bytes
 
-_PUBLISHED = (
-    "sae_layer*.pt",
-    "layer_*/cfg.json",
-    "layer_*/*.safetensors",
-    "metrics/layer*.jsonl",
-    "plots/*.png",
-    "plots/*.svg",
-    "results/*.json",
-    "results/*.csv",
-    "results/features/*.safetensors",
-    REGISTRY,
-    "config.json",
-    "README.md",  # the last, so that a repository with a card is whole
-)
 _COMMIT_FILES, _COMMIT_BYTES = 50, 5 << 30  # in one commit: what a kill costs at the most
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
@@ -75,21 +63,24 @@ def publish(runs: list[Run], config: PublishConfig) -> None:
         raise UserError(f"{len(runs)} runs cannot share the repository {config.to}; give --to {publication.owner}, or one run")
     if not config.dry_run and get_token() is None:
         raise UserError("the hub asks who you are: log in with `hf auth login`, or set HF_TOKEN")
+    require_license(config.license)
     for run in runs:
         prepare(run, publication)
         files = published_files(run)
+        check(run, files)
         repository = publication.repository(run)
         if config.dry_run:
             _list(repository, files)
         else:
-            _upload(repository, files, config)
+            _upload(run, repository, files, config)
 
 
 # --- what is published ---
 
 
 def prepare(run: Run, publication: Publication) -> None:
-    """Everything that is made for others: card, registry entry, a folder a layer. Raises UserError."""
+    """Write everything that is made for others: card, registry entry, a folder a layer. Raises UserError."""
+    published_files(run)  # before anything is read: none of them may be a link
     finals = [s for s in run.snapshots() if s.label == FINAL]
     if not finals:
         raise UserError(f"{run.path} has no finished layer to publish: train it to its end first")
@@ -98,6 +89,7 @@ def prepare(run: Run, publication: Publication) -> None:
         raise UserError(
             f"{run.path} has not been evaluated: run `python -m eval` first, for nobody can use SAEs of unknown worth"
         )
+    remove_leftovers(run.path)
     measured = measured_floors(run.path.parent, run.config()["cache"]["digest"])
     config = ExportConfig(form="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
@@ -128,16 +120,6 @@ def _is_ours(run: Run, path: Path) -> bool:
         return False
 
 
-def published_files(run: Run) -> dict[str, Path]:
-    """{name in the repository: file}, in the order in which they are sent."""
-    return {
-        str(path.relative_to(run.path)): path
-        for pattern in _PUBLISHED
-        for path in sorted(run.path.glob(pattern))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(run.path).parts)
-    }
-
-
 def _list(repository: str, files: dict[str, Path]) -> None:
     sizes = {name: path.stat().st_size for name, path in files.items()}
     say(f"{repository}: {len(files)} files, {format_bytes(sum(sizes.values()))}")
@@ -148,26 +130,47 @@ def _list(repository: str, files: dict[str, Path]) -> None:
 # --- how it gets there ---
 
 
-def _upload(repository: str, files: dict[str, Path], config: PublishConfig) -> None:
+def _upload(run: Run, repository: str, files: dict[str, Path], config: PublishConfig) -> None:
     disable_progress_bars()
     api = HfApi()
     try:
+        require_valid(files["README.md"].read_text(encoding="utf-8"))
         url = api.create_repo(repository, private=not config.public, exist_ok=True)
         there = {f.path: f for f in api.list_repo_tree(repository, recursive=True) if isinstance(f, RepoFile)}
-        missing = {name: path for name, path in files.items() if not _same(there.get(name), path)}
-        done, sizes = 0, {name: path.stat().st_size for name, path in files.items()}
-        kept = sum(size for name, size in sizes.items() if name not in missing)
-        with Progress(f"uploading to {repository}", sum(sizes.values()), "bytes", start=kept) as progress:
-            progress.update(kept)
-            for part in _commits(missing):
+        total, sent = sum(path.stat().st_size for path in files.values()), 0
+        with Progress(f"uploading to {repository}", total, "bytes") as progress:
+            for part in _parts(run, files, there, progress):
                 operations = [CommitOperationAdd(name, str(path)) for name, path in part.items()]
-                api.create_commit(repository, operations, commit_message=_message(part))
-                done += sum(sizes[name] for name in part)
-                progress.update(kept + done, f"{len(part)} files")
+                api.create_commit(repository, operations, commit_message=_message(list(part)))
+                sent += len(part)
+                progress.advance(sum(files[name].stat().st_size for name in part), f"{len(part)} files")
     except Exception as error:  # a machine far away fails in too many ways to name them
         raise UserError(f"cannot publish {repository}: {_reason(error)}; run the same command again to continue") from None
-    others = ", the others were there" if len(missing) < len(files) else ""
-    say(f"{url}: {len(missing)} of {len(files)} files sent{others}")
+    others = ", the others were there" if sent < len(files) else ""
+    say(f"{url}: {sent} of {len(files)} files sent{others}")
+
+
+def _parts(run: Run, files: dict[str, Path], there: dict[str, RepoFile], progress: Progress) -> Iterator[dict[str, Path]]:
+    """{name: file to send} for each commit, of what the hub has not."""
+    folder = temporary(run.path / "published")
+    folder.mkdir()
+    try:
+        form, part = PublishedForm(run, folder), dict[str, Path]()
+        for name, path in files.items():
+            file = form.file(name, path)
+            if _same(there.get(name), file):
+                progress.advance(path.stat().st_size)
+                continue
+            if part and (len(part) == _COMMIT_FILES or sum(f.stat().st_size for f in [*part.values(), file]) > _COMMIT_BYTES):
+                yield part
+                for done in set(part.values()) - set(files.values()):
+                    done.unlink()
+                part = {}
+            part[name] = file
+        if part:
+            yield part
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _same(there: RepoFile | None, path: Path) -> bool:
@@ -181,22 +184,7 @@ def _same(there: RepoFile | None, path: Path) -> bool:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest() == there.blob_id
 
 
-def _commits(files: dict[str, Path]) -> Iterator[dict[str, Path]]:
-    part: dict[str, Path] = {}
-    size = 0
-    for name, path in files.items():
-        more = path.stat().st_size
-        if part and (len(part) == _COMMIT_FILES or size + more > _COMMIT_BYTES):
-            yield part
-            part, size = {}, 0
-        part[name] = path
-        size += more
-    if part:
-        yield part
-
-
-def _message(part: dict[str, Path]) -> str:
-    names = list(part)
+def _message(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}, {len(names)} files"
 
 

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_not_a_real_token_but_a_secret"
 LARGE = (".pt", ".safetensors", ".png")  # what the hub's .gitattributes calls large
 
@@ -27,6 +29,7 @@ class Hub:
         self.hang_after: int | None = None  # so many large files; the next one is never answered
         self.hanging = threading.Event()
         self.refuse: int | None = None  # HTTP status for everything
+        self.licenses: set[str] | None = None  # all that a card may name; None: any
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -76,7 +79,10 @@ class Hub:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return _reply(request, 401, {"error": "Invalid username or password."})
         if path == "/api/validate-yaml":
-            return _reply(request, 200, {"errors": [], "warnings": []})
+            about = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            if self.licenses is None or about["license"] in self.licenses:
+                return _reply(request, 200, {"errors": [], "warnings": []})
+            return _reply(request, 400, {"errors": [{"message": '"license" must be one of these'}], "warnings": []})
         if path == "/api/repos/create":
             return self._create(request, json.loads(body))
         if path.startswith("/api/models/"):

@@ -1,5 +1,6 @@
 """Publishing, to a server of the tests' own that speaks the hub's API; and the model card, by running what it says."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, models, processors
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.peers import ENVIRONMENTS
 from eval.floors.measured import measured_floors
-from eval.measure.evaluate import stored_records
+from eval.measure.evaluate import measured_features, stored_records
 from eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
-from eval.publish.upload import published_files
+from eval.publish.contents import published_files
 from shared.files import temporary
+from shared.lm import find_blocks
 from shared.runs.run import Run, run_config
 from shared.runs.sae import Sae
 from shared.seal import SEAL
@@ -95,7 +99,7 @@ def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) 
     again = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
     assert again.returncode == 0, again.stderr
     there = hub.repositories[name]
-    assert there["files"] == {name: path.read_bytes() for name, path in published_files(run).items()}
+    assert list(there["files"]) == list(published_files(run))
     assert len(hub.received) == len(set(hub.received))  # nothing was sent twice
     assert there["private"] is True
     assert {"config.json", "README.md", "pretrained_saes.yaml", "layer_2/cfg.json", "layer_2/sparsity.safetensors"} <= set(
@@ -108,6 +112,83 @@ def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) 
     third = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
     assert f"0 of {len(there['files'])} files sent, the others were there" in third.stdout
     assert (len(there["commits"]), len(hub.received)) == (commits, received)
+
+
+def test_others_get_no_path_of_this_machine_and_open_the_run_as_here(hub: Hub, run: Run, tmp_path: Path) -> None:
+    assert publish(hub, tmp_path, "--runs", run.path, "--to", "org").returncode == 0
+    got, files = Run(tmp_path / "got" / run.name), hub.repositories[f"org/{run.name}"]["files"]
+    for name, content in files.items():
+        (got.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (got.path / name).write_bytes(content)
+    spec = run.config()["cache"]["spec"]
+    for key in ("model", "dataset"):
+        assert os.path.isabs(spec[key]) and spec[key].encode() in run.config_path.read_bytes()
+        assert not [name for name, content in files.items() if os.path.dirname(spec[key]).encode() in content]
+        assert got.config()["cache"]["spec"][key] == os.path.basename(spec[key])
+    assert got.config()["digest"] == run.config()["digest"]
+    assert len(got.snapshots()) == len(run.snapshots()) == 18
+    for theirs, ours in zip(got.snapshots(), run.snapshots(), strict=True):
+        sae = Sae.load(theirs.path, belongs=got.belongs(theirs.site, theirs.label))
+        assert all(torch.equal(tensor, Sae.load(ours.path).tensors()[name]) for name, tensor in sae.tensors().items())
+        assert measured_features(got, theirs.site, theirs.label, Sae.checksum(theirs.path)) is not None
+    assert [{**r, "file": "", SEAL: ""} for r in stored_records(got)] == [
+        {**r, "file": "", SEAL: ""} for r in stored_records(run)
+    ]
+    source = json.loads(files["layer_1/cfg.json"])["metadata"]["source"]
+    assert source["sha256"] == hashlib.sha256(files["sae_layer01_final.pt"]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name", ["plots/x.png", "sae_layer00_final.pt", "config.json", "results", "layer_1/cfg.json", "README.md"]
+)
+def test_nothing_is_read_or_sent_through_a_link(cli: Cli, run: Run, tmp_path: Path, name: str) -> None:
+    args = ("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run")
+    assert cli(*args).code == 0
+    elsewhere, link = tmp_path / "elsewhere", run.path / name
+    if link.exists():
+        link.rename(elsewhere)
+    else:
+        elsewhere.write_bytes(b"a private key")
+    link.symlink_to(elsewhere)
+    result = cli(*args)
+    assert result.code == 2 and result.err.splitlines()[-1].startswith(f"error: {link} is a link")
+    assert not result.out
+
+
+def test_what_is_damaged_is_not_sent(cli: Cli, run: Run) -> None:
+    args = ("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run")
+    assert cli(*args).code == 0
+    for name, at in (
+        ("sae_layer00_10240.pt", -9000), ("metrics/layer01.jsonl", 30), ("plots/4_snapshots.png", 5000), ("config.json", -15),
+        ("results/metrics.json", 60), ("results/features/layer02_final.safetensors", -1),
+    ):  # fmt: skip
+        path = run.path / name
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        path.write_bytes(flipped)
+        result = cli(*args)
+        assert result.code == 2 and path.name in result.err.splitlines()[-1] and not result.out, name
+        path.write_bytes(whole)
+    path = run.path / "layer_1" / "sae_weights.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"?")
+    result = cli(*args)
+    assert result.code == 0 and f"{path} is missing or damaged: it is made again" in result.err
+    assert path.read_bytes() == whole
+
+
+def test_licences_are_looked_at_before_anything_is_sent(cli: Cli, hub: Hub, run: Run, tmp_path: Path) -> None:
+    offline = cli("eval", "publish", "--runs", run.path, "--to", "org", "--license", "MIT", "--dry-run")
+    assert offline.code == 2 and "'MIT' is no licence that is known here, and the hub cannot be asked: write mit" in offline.err
+    hub.licenses = {"mit", "brand-new-2.0"}
+    for name, more in (("Apache 2.0", ("--dry-run",)), ("Apache 2.0", ())):
+        refused = publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--license", name, *more)
+        assert refused.returncode == 2 and "no licence that the hub knows: write apache-2.0" in refused.stderr
+    late = publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--license", "gpl-3.0")  # which this hub does not know
+    assert late.returncode == 2 and '"license" must be one of' in late.stderr
+    assert not hub.repositories and not hub.received
+    assert publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--license", "brand-new-2.0", "--dry-run").returncode == 0
 
 
 def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tmp_path: Path) -> None:
@@ -214,6 +295,46 @@ def test_layer_folders_follow_the_checkpoints(cli: Cli, run: Run) -> None:
 
 
 # --- the card ---
+
+
+def family(name: str, folder: Path) -> Path:
+    """A tiny language model of a family; Llama's tokeniser puts a BOS in front unless told not to."""
+    shape = {"hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 1, "vocab_size": 400, "intermediate_size": 8}
+    shape |= {"bos_token_id": 1, "eos_token_id": 0, "rotary_pct": 1.0, "rms_norm_eps": 1e-6}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**shape)).save_pretrained(folder)
+    letters = {letter: 2 + i for i, letter in enumerate("Tacehmnost.")}
+    tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0, "<s>": 1, **letters}, merges=[]))
+    if name == "llama":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
+def test_the_cards_code_runs_for_every_family(
+    name: str, bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And gives the SAE what it was trained on: this layer's output, with a BOS in front or without."""
+    results = make_runs(tmp_path / "runs", layers=3)
+    made_up = Run(tmp_path / "runs" / "pythia-410m-saes-x32-l1-3e-4-fixed")
+    config, run = made_up.config(), Run(tmp_path / "runs" / "another")
+    config["cache"]["spec"] |= {"model": str(family(name, tmp_path / name)), "model_commit": "", "bos": bos}
+    run.path.mkdir()
+    run.create(run_config(config["train"], config["cache"]), config["machine"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _repo, file: made_up.path / file)
+    names: dict[str, Any] = {}
+    exec(blocks(card(run, results[made_up.name], None, [], Publication(owner="org")))[0], names)
+    text = [1] * bos + AutoTokenizer.from_pretrained(name)("The cat sat on the mat.", add_special_tokens=False)["input_ids"]
+    outputs: list[Any] = []
+    base = AutoModel.from_pretrained(name)
+    find_blocks(base)[1][1].register_forward_hook(lambda _block, _args, output: outputs.append(output))
+    base(input_ids=torch.tensor([text]))
+    expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    torch.testing.assert_close(names["x"], expected)
+    assert capsys.readouterr().out.count(",") == len(text) - 1
 
 
 def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
