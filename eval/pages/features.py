@@ -1,5 +1,5 @@
-"""What there is to see of each feature of an SAE: where it fires, with what, and what it says. One read of the held-out part of
-a layer for all of its SAEs, in memory that does not grow with the text.
+"""What feature pages show of each feature of an SAE, from one read of a site's held-out activations for all of its SAEs, in
+memory that does not grow with the text.
 
 z_i is feature i's activation, a row is a held-out token, in the order of the text, counted from the first one held out.
 
@@ -74,7 +74,7 @@ def heldout_text(cache: Cache, site: Site, sequences: int) -> Iterator[Block]:
 
 
 def scatter(feature: Tensor, row: Tensor) -> Tensor:
-    """A number for each (feature, row) below 2^31 and 2^32, int64, each once: splitmix64 (Steele, Lea & Flood 2014)."""
+    """Hash each (feature, row) below (2^31, 2^32) to an int64 of its own: splitmix64 (Steele, Lea & Flood 2014)."""
 
     def shifted(x: Tensor, by: int) -> Tensor:
         return (x >> by) & ((1 << (64 - by)) - 1)  # torch's own keeps the sign
@@ -87,7 +87,7 @@ def scatter(feature: Tensor, row: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Tile:
-    """Activations of some whole contexts."""
+    """Activations of whole contexts, as many as are held at once."""
 
     z: Tensor  # float32 [rows, F]
     first: int  # the first row's number
@@ -103,7 +103,7 @@ class _Tile:
 
 
 class Kept:
-    """For each feature the rows with the smallest keys, and the activations around them."""
+    """The rows with the `size` smallest keys of each feature, and the activations around them."""
 
     def __init__(self, features: int, size: int, device: torch.device) -> None:
         self.key = torch.full((features, size), _EMPTY, dtype=torch.int64, device=device)
@@ -112,7 +112,8 @@ class Kept:
         self._bound = torch.full((features,), _EMPTY, dtype=torch.int64, device=device)  # the largest key that is kept
 
     def offer(self, feature: Tensor, key: Tensor, at: Tensor, tile: _Tile) -> None:
-        """Rows `at` of the tile for these features, int64 [n] each; no key twice for a feature."""
+        """Keep rows `at` of the tile whose keys are small enough: int64 [n] like their features and keys. No key of a feature
+        may come twice."""
         near = key < self._bound[feature]
         feature, key, at = feature[near], key[near], at[near]
         order = _by_group(feature, key.argsort())
@@ -125,10 +126,10 @@ class Kept:
         self._merge(features, fresh, source, tile)
 
     def _merge(self, features: Tensor, fresh: Tensor, source: Tensor, tile: _Tile) -> None:
-        """What comes takes the places of what goes: of each feature as many."""
+        """Merge new candidates [features, size], which are rows `source` of the tile, into each feature's smallest keys."""
         size = fresh.shape[1]
         both = torch.cat([self.key[features], fresh], 1)
-        best = both.argsort(dim=1, stable=True)[:, :size]  # stable: of empty ones those that are there
+        best = both.argsort(dim=1, stable=True)[:, :size]  # stable: an empty place is not exchanged for another
         stays = torch.zeros_like(both, dtype=torch.bool).scatter_(1, best, True)
         goes, comes = (~stays[:, :size]).nonzero().unbind(1), stays[:, size:].nonzero().unbind(1)
         feature, place, at = features[goes[0]], goes[1], source[comes]
@@ -146,7 +147,7 @@ class Kept:
 
 
 class Histograms:
-    """How often each feature's activation lies in each bin, and exactly how wide bins are."""
+    """Counts of each feature's activations by bin, and the width of a feature's bins."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.counts = torch.zeros(features, BINS, dtype=torch.int64, device=device)
@@ -174,10 +175,10 @@ class Histograms:
 
 
 class Together:
-    """Which features fire on the same tokens, from a random sample of the tokens."""
+    """Pairs of features that fire on the same tokens, counted on a random sample of the tokens."""
 
     def __init__(self, tokens: int, device: torch.device) -> None:
-        """`tokens` is how many will be read."""
+        """`tokens` is how many tokens will be read."""
         row = torch.arange(tokens, device=device)
         self._order = scatter(torch.zeros_like(row), row).argsort()[:_TOGETHER_TOKENS]  # a random order of random rows
         self._wanted = torch.zeros(tokens, dtype=torch.bool, device=device).index_fill_(0, self._order, True)
@@ -201,21 +202,21 @@ class Together:
 
 
 def _nearest_together(row: Tensor, feature: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each (row, feature that fires there), rows ascending. Features are taken in portions: F × F is never held."""
+    """Nearest features of all pairs (row, feature that fires on it), rows ascending; in portions, as F × F is too large."""
     n, active = torch.bincount(feature, minlength=features), torch.bincount(row)
     start = active.cumsum(0) - active  # where the features of a row begin
     order = feature.argsort(stable=True)
     ends = _from_zero(n)
     pairs = _from_zero(active[row[order]])[ends]
-    found = []
+    parts = []
     for first, last in _portions(pairs.tolist(), _PAIRS, max(1, _SCORES // features)):
-        mine = order[int(ends[first]) : int(ends[last])]
-        length = active[row[mine]]
-        entry = torch.repeat_interleave(length)  # of `mine`, for each feature on at its row
+        firing = order[int(ends[first]) : int(ends[last])]
+        length = active[row[firing]]
+        entry = torch.repeat_interleave(length)  # of `firing`, for each feature on at its row
         within = torch.arange(len(entry), device=row.device) - (length.cumsum(0) - length)[entry]
-        other = feature[start[row[mine]][entry] + within]
+        other = feature[start[row[firing]][entry] + within]
         both = torch.zeros((last - first) * features, dtype=torch.int32, device=row.device)
-        pair = (feature[mine] - first)[entry] * features + other
+        pair = (feature[firing] - first)[entry] * features + other
         both = both.scatter_add_(0, pair, both.new_ones(1).expand(len(pair))).view(last - first, features)
         both.diagonal(first).zero_()
         i, j = (both >= TOGETHER_AT_LEAST).nonzero().unbind(1)
@@ -223,17 +224,17 @@ def _nearest_together(row: Tensor, feature: Tensor, features: int) -> tuple[Tens
         jaccard = (count.double() / (n[first + i] + n[j] - count)).float()
         value, place = _best(i, jaccard, last - first, NEAREST)
         missing = place < 0
-        found.append((j[place].where(~missing, -1), value.where(~missing, 0), count[place].where(~missing, 0)))
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+        parts.append((j[place].where(~missing, -1), value.where(~missing, 0), count[place].where(~missing, 0)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def _from_zero(counts: Tensor) -> Tensor:
-    """Where each begins, and where the last one ends."""
+    """Offsets [n + 1] of groups of these sizes [n]: where each group begins, and where the last one ends."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _portions(before: list[int], most: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Neighbours [first, last) that hold up to `most` of what `before` counts, at least one and at most `longest` of them."""
+    """Ranges [first, last) of groups with offsets `before`: up to `most` entries each, and from 1 to `longest` groups."""
     first = 0
     while first < len(before) - 1:
         last = first + 1
@@ -257,12 +258,12 @@ def _best(group: Tensor, score: Tensor, groups: int, k: int) -> tuple[Tensor, Te
 
 
 def _by_group(group: Tensor, order: Tensor) -> Tensor:
-    """An order of everything, gathered by group and otherwise kept."""
+    """Sort an order by group; within a group it stays."""
     return order[group[order].argsort(stable=True)]
 
 
 def _rank(group: Tensor) -> Tensor:
-    """How many of its group are before each, where groups are gathered."""
+    """How many entries of the same group come before each entry, where a group's entries are neighbours."""
     _, place, counts = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
     first: Tensor = (counts.cumsum(0) - counts)[place]
     return torch.arange(len(group), device=group.device) - first
@@ -278,31 +279,31 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def similar(w_dec: Tensor) -> tuple[Tensor, Tensor]:
     """(feature int64, cosine) [F, NEAREST] of the decoder rows [F, d] nearest to each, itself left out."""
-    unit, found = normalize(w_dec, dim=1), []
+    unit, parts = normalize(w_dec, dim=1), []
     rows = max(1, _SCORES // len(unit))
     for start in range(0, len(unit), rows):
         cosines = unit[start : start + rows] @ unit.t()
         cosines.diagonal(start).fill_(-math.inf)
-        found.append(largest(cosines, min(NEAREST, len(unit) - 1)))
-    return torch.cat([index for _, index in found]), torch.cat([value for value, _ in found])
+        parts.append(largest(cosines, min(NEAREST, len(unit) - 1)))
+    return torch.cat([index for _, index in parts]), torch.cat([value for value, _ in parts])
 
 
 def words(w_dec: Tensor, unembedding: nn.Module, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(promoted token int64, its logit, suppressed token, its logit) [F, WORDS], of the first `vocabulary` tokens."""
-    nothing, found = unembedding(torch.zeros_like(w_dec[:1]))[:, :vocabulary], []
+    nothing, parts = unembedding(torch.zeros_like(w_dec[:1]))[:, :vocabulary], []
     for rows in torch.split(w_dec, max(1, _SCORES // vocabulary)):
         logits = unembedding(rows)[:, :vocabulary] - nothing
         up, promoted = largest(logits, WORDS)
         down, suppressed = largest(-logits, WORDS)
-        found.append((promoted, up, suppressed, -down))
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
+        parts.append((promoted, up, suppressed, -down))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 class Tally:
     """What the pass keeps of one SAE, on its device."""
 
     def __init__(self, sae: Sae, tokens: int) -> None:
-        """`tokens` is how many will be read."""
+        """`tokens` is how many tokens will be read."""
         features, device = len(sae.b_enc), sae.b_enc.device
         self.sae = sae
         self.top, self.sample = Kept(features, TOP, device), Kept(features, SAMPLES, device)
@@ -311,7 +312,7 @@ class Tally:
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, first: int, context: int) -> None:
-        """Activations float32 [n, d] of whole contexts."""
+        """Take float32 activations [n, d] of whole contexts into account; `first` is the number of their first row."""
         z = self.sae.encode(x)
         if not self.sae.rows.all:  # what it was not trained on it fires on at random
             z *= self.sae.rows.kept(x, torch.arange(len(x), device=x.device) % context)[:, None]
@@ -332,11 +333,11 @@ class Tally:
 
     @torch.inference_mode()
     def columns(self, unembedding: nn.Module, vocabulary: int) -> tuple[dict[str, Tensor], int]:
-        """Everything that is known of each feature, on the CPU (see `COLUMNS`), and how many tokens `together` is from."""
+        """All columns, each [F, …] on the CPU, and on how many tokens `together` was counted."""
         count = self.histograms.counts.sum(1)
         top, top_window = self.top.by_activation()
         sample, sample_window = self.sample.by_activation()
-        found = {
+        columns = {
             "count": count,
             "maximum": self.maximum,
             "mean": (self.total / count.clamp(min=1)).float(),
@@ -345,13 +346,13 @@ class Tally:
             "row": torch.cat([top, sample], 1),
             **_near(torch.cat([top_window, sample_window], 1)),
         }
-        found |= zip(("similar", "similar_cosine"), similar(self.sae.w_dec), strict=True)
+        columns |= zip(("similar", "similar_cosine"), similar(self.sae.w_dec), strict=True)
         *together, together_tokens = self.together.nearest(len(count))
-        found |= zip(("together", "together_jaccard", "together_count"), together, strict=True)
+        columns |= zip(("together", "together_jaccard", "together_count"), together, strict=True)
         names = ("promoted", "promoted_logit", "suppressed", "suppressed_logit")
-        found |= zip(names, words(self.sae.w_dec, unembedding, vocabulary), strict=True)
-        narrow = {name for name, column in found.items() if column.dtype == torch.int64 and name != "row"}
-        return {name: (c.int() if name in narrow else c).contiguous().cpu() for name, c in found.items()}, together_tokens
+        columns |= zip(names, words(self.sae.w_dec, unembedding, vocabulary), strict=True)
+        narrow = {name for name, column in columns.items() if column.dtype == torch.int64 and name != "row"}
+        return {name: (c.int() if name in narrow else c).contiguous().cpu() for name, c in columns.items()}, together_tokens
 
 
 def _highest(row: Tensor, feature: Tensor, value: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:

@@ -221,16 +221,20 @@ def _foreign(path: Path, state: dict[str, Any]) -> Sae:
     )
 
 
-def publish_folder(folder: Path, files: Files) -> None:
+def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
     """Make the folder with all its files in one move. In one that is there already and says the same of itself, what is
-    missing or damaged is made again."""
+    missing or damaged is made again; one that is `ours` may say something else, of which nothing stays."""
     said = "cfg.json" if "cfg.json" in files else "config.json"
     if folder.exists():
-        if not (folder / said).is_file() or (folder / said).read_bytes() != files[said]:
+        same = (folder / said).is_file() and (folder / said).read_bytes() == files[said]
+        if not (same or ours):
             raise UserError(f"{folder} holds something else already; remove it or choose another --out")
-        for name, content in files.items():
+        for path in () if same else set(folder.iterdir()) - {folder / name for name in files}:
+            path.unlink()
+        for name, content in sorted(files.items(), key=lambda file: file[0] == said):  # by which the folder is ours, last
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
-                say(f"{folder / name} is missing or damaged: it is made again", err=True)
+                if same:
+                    say(f"{folder / name} is missing or damaged: it is made again", err=True)
                 publish_file(folder / name, content)
         return
     make_dir(folder.parent)

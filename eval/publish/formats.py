@@ -22,9 +22,7 @@ from shared.errors import UserError
 from shared.runs.sae import Sae
 from shared.sites import Site
 
-SAELENS_FORM = (
-    "6.0.0"  # the form of cfg.json. Without it, or before it, SAELens' loader drops what it does not know, hook_name too
-)
+SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
 # {tool: {how z follows from relu's values: what the tool calls such an SAE}}
 KINDS = {
     "saelens": {"relu": "standard", "threshold": "jumprelu"},

@@ -10,7 +10,6 @@ continues after a kill, with nothing remembered here, and of the commit that was
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from eval.measure.evaluate import stored_records
 from eval.publish.card import Publication, sister_runs, write_card
 from eval.publish.contents import PublishedForm, check, published_files
 from eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
-from eval.publish.formats import Files, saelens
+from eval.publish.formats import saelens
 from eval.publish.license import require_license, require_valid
 from shared.errors import UserError
 from shared.files import remove_leftovers, temporary
@@ -95,28 +94,17 @@ def prepare(run: Run, publication: Publication) -> None:
     with Progress("preparing", len(finals), "layers") as progress:
         for snapshot in finals:
             checkpoint = Checkpoint(path=snapshot.path, site=snapshot.site, label=snapshot.label, run=run)
-            _put(run, run.path / checkpoint.folder.name, saelens(*open_checkpoint(checkpoint, config)))
+            folder = run.path / checkpoint.folder.name
+            publish_folder(folder, saelens(*open_checkpoint(checkpoint, config)), ours=_is_ours(run, folder / "cfg.json"))
             progress.advance(1, f"layer {snapshot.site}")
     write_card(run, records, measured, sister_runs(run), publication)
 
 
-def _put(run: Run, folder: Path, files: Files) -> None:
-    """The folder with these files; one that we made of an earlier state of the run gives way when the new one is whole."""
-    said = folder / "cfg.json"
-    if folder.exists() and said.is_file() and said.read_bytes() != files["cfg.json"] and _is_ours(run, said):
-        fresh, old = temporary(folder), temporary(folder)
-        publish_folder(fresh, files)
-        os.rename(folder, old)
-        os.rename(fresh, folder)
-        shutil.rmtree(old)
-    else:
-        publish_folder(folder, files)
-
-
 def _is_ours(run: Run, path: Path) -> bool:
+    """Whether a cfg.json was made of this run, if of an earlier state of it."""
     try:
         return bool(json.loads(path.read_bytes())["metadata"]["source"]["run"] == run_name(run.path))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

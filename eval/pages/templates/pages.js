@@ -127,11 +127,15 @@ function choose() {
     `trained on ${whole(facts.trained_tokens)} tokens` + (facts.lambda ? `, λ ${lambda(facts.lambda)}` : "");
 }
 
+// A site is the number of a layer, or a number and a hook: 12 or "12.mlp_out".
+const hookOf = (site) => String(site).replace(/^\d+/, "");
+const apart = (a, b) => Math.abs(Number.parseInt(a) - Number.parseInt(b)) + (hookOf(a) === hookOf(b) ? 0 : .5);
+
 // The same feature number is another feature elsewhere, so a jump leads to the list.
 function jump(run, layer) {
   const there = catalogue.saes.filter((s) => runOf(s) === run);
   if (!there.length) return;
-  const nearest = there.reduce((a, b) => Math.abs(b.layer - layer) < Math.abs(a.layer - layer) ? b : a);
+  const nearest = there.reduce((a, b) => apart(b.layer, layer) < apart(a.layer, layer) ? b : a);
   location.hash = address(nearest);
 }
 
@@ -335,7 +339,7 @@ by("filters").addEventListener("submit", (event) => event.preventDefault());
 for (const id of ["search", "least", "most"]) by(id).addEventListener("input", refresh);
 for (const id of ["where", "sort"]) by(id).addEventListener("change", refresh);
 by("run").addEventListener("change", () => jump(by("run").value, sae.facts.layer));
-by("layer").addEventListener("change", () => jump(runOf(sae.facts), Number(by("layer").value)));
+by("layer").addEventListener("change", () => jump(runOf(sae.facts), by("layer").value));
 by("number").addEventListener("keydown", (event) => {
   const wanted = by("number").value.trim();
   if (event.key === "Enter" && /^\d+$/.test(wanted) && Number(wanted) < sae.facts.features) {

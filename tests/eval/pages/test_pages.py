@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eval.pages import features
-from eval.pages import write as pages
 from eval.pages.features import SAMPLES, TOP
-from eval.pages.write import Pages
+from eval.pages.files import Pages, script
+from eval.pages.spell import spell
 from shared.cache import Cache
 from shared.lm import load_tokenizer
 from shared.runs.sae import Sae
@@ -164,7 +164,7 @@ def test_another_tokenizer_is_refused(cli: Cli, made: Made, cache: Cache, tmp_pa
 
 def test_tokens_are_spelt_as_in_a_text(lm: Path, tmp_path: Path) -> None:
     demo, text = load_tokenizer(str(ROOT / "demo" / "neox-2m"), None), "The naïve café's “quote” — 漢字\n\tx"
-    spelt = pages.spell(demo, len(demo))
+    spelt = spell(demo, len(demo))
     parts = [spelt[i] for i in demo.encode(text)]
     raw = [
         part.encode("latin-1").decode("unicode_escape").encode("latin-1") if "\\x" in part else part.encode() for part in parts
@@ -173,13 +173,13 @@ def test_tokens_are_spelt_as_in_a_text(lm: Path, tmp_path: Path) -> None:
     assert len([part for part in parts if "\\x" in part]) > 3
     assert spelt[demo.convert_tokens_to_ids("Ġthe")] == " the"
     without = load_tokenizer(str(lm), None)  # which has no decoder
-    assert pages.spell(without, 400)[without.convert_tokens_to_ids("Ġthe")] == " the"
+    assert spell(without, 400)[without.convert_tokens_to_ids("Ġthe")] == " the"
 
 
 def test_a_data_file_is_ascii_and_holds_what_was_put_in() -> None:
-    script = pages._call("run </script>\u2028/000", HOSTILE).decode("ascii")
-    assert script.startswith("pages.take(") and script.endswith(");\n")
-    assert json.loads(f"[{script[11:-3]}]") == ["run </script>\u2028/000", HOSTILE]
+    text = script("run </script>\u2028/000", HOSTILE).decode("ascii")
+    assert text.startswith("pages.take(") and text.endswith(");\n")
+    assert json.loads(f"[{text[11:-3]}]") == ["run </script>\u2028/000", HOSTILE]
 
 
 # --- in a browser ---
@@ -219,7 +219,7 @@ def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, ma
     assert [url.rpartition("/")[2] for url in browser.loaded()] == ["000.js", "000.js"]  # of the SAE, of the text
     columns = Pages.open(first).columns
     tokenizer = load_tokenizer(cache.spec.model, None)
-    spelt = pages.spell(tokenizer, 400)
+    spelt = spell(tokenizer, 400)
     shown = [*contexts(browser, "#top"), *contexts(browser, ".fifth")]
     rows = [row for row in columns["row"][1].tolist() if row >= 0]
     assert len(shown) == len(rows) == TOP + SAMPLES
@@ -243,7 +243,7 @@ def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, ma
 def test_the_list_is_searched_sorted_and_filtered(browser: Browser, made_once: Made, cache: Cache) -> None:
     runs, _ = made_once
     columns = Pages.open(folders(runs)[0]).columns
-    spelt = pages.spell(load_tokenizer(cache.spec.model, None), 400)
+    spelt = spell(load_tokenizer(cache.spec.model, None), 400)
     opened(browser, runs)
     browser.press("/")
     browser.press(" THE")
@@ -329,7 +329,7 @@ def test_hostile_names_and_tokens_are_text(browser: Browser, made: Made) -> None
     assert invoke("eval", *args, "--layers", 0) == 0
     text = next((runs / "pages").glob("text.*"))
     hostile = [HOSTILE[i % len(HOSTILE)] for i in range(400)]
-    (text / "vocabulary.js").write_bytes(pages._call(f"{text.name}/vocabulary", hostile))
+    (text / "vocabulary.js").write_bytes(script(f"{text.name}/vocabulary", hostile))
     browser.open(page(runs))
     browser.until(lambda: browser.all(".row"))
     browser.press("j")
