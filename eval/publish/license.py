@@ -3,8 +3,7 @@
 import difflib
 import json
 
-from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub import constants, get_session, get_token
 
 from shared.errors import UserError
 
@@ -33,8 +32,9 @@ def require_license(name: str) -> None:
 
 def require_valid(card: str) -> None:
     """Ask the hub whether it would take a card. Raises ValueError with its words if not, and whatever its client raises."""
-    body = {"repoType": "model", "content": card}
-    answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body, headers=build_hf_headers())
+    body, token = {"repoType": "model", "content": card}, get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body, headers=headers)
     if answer.status_code == 400:
         raise ValueError("; ".join(error["message"] for error in answer.json()["errors"]))
     answer.raise_for_status()
