@@ -1,4 +1,4 @@
-"""What the machine itself can do: products, copies. A hot path is judged against these, and against `ours.raw`.
+"""What the machine itself can do: products, reads and writes. A hot path is judged against these.
 
 A training step of an SAE is five products of 2·B·d·F. Each can be had from operands and results that lie either way round
 in memory, and on some machines one way costs several times another. So each is timed in all eight layouts;
@@ -6,17 +6,23 @@ in memory, and on some machines one way costs several times another. So each is 
 floor, not a plan: what one product leaves may not lie as the next one wants it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import contextlib
+import ctypes
+import mmap
+import os
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.clock import Run, timed
+from bench.harness import Run, timed
+from shared.files import PAGE, page_aligned
 
 Layout = tuple[bool, bool, bool]  # of A, B and C in C = A·B: is its transpose what is contiguous?
 
@@ -88,23 +94,76 @@ def _matrix(rows: int, columns: int, transposed: bool, device: str, dtype: torch
     return torch.empty(rows, columns, device=device, dtype=dtype).normal_()
 
 
-def matmul_rate(*, side: int = 8192, device: str = "cpu", rounds: int = 5) -> float:
-    """bf16 FLOP/s of one square product: what the processor reaches when the shape is kind."""
-    call = _prepared(side, side, side, (False, True, False), device, torch.bfloat16)
-    timed(call, device)
-    return 2 * side**3 / min(timed(call, device) for _ in range(rounds))
+def square_product(*, side: int, device: str = "cpu") -> Run:
+    return partial(timed, _prepared(side, side, side, (False, True, False), device, torch.bfloat16), device)
 
 
-def copies(*, size: int = 1 << 30, device: str = "cpu") -> dict[str, Run]:
-    """Copies of `size` bytes in memory; with CUDA also inside the device, and both ways between it and pinned memory."""
-    host = torch.ones(size, dtype=torch.uint8)
-    pairs = {"memory copy": (host, torch.zeros_like(host))}
-    if device.startswith("cuda"):
-        there = torch.ones(size, dtype=torch.uint8, device=device)
-        pinned = torch.ones(size, dtype=torch.uint8, pin_memory=True)
-        pairs |= {
-            "device copy": (there, torch.zeros_like(there)),
-            "host to device": (pinned, torch.zeros_like(there)),
-            "device to host": (there, torch.zeros(size, dtype=torch.uint8, pin_memory=True)),
-        }
-    return {name: partial(timed, partial(target.copy_, source, True), device) for name, (source, target) in pairs.items()}
+# ------------------------------------------------------------------------------------------------------------- disk
+
+READ_CALL = 4 << 20  # bytes of a direct read, a slice; a buffered one is faster in one piece
+
+
+def raw(paths: Sequence[Path], size: int, threads: int, *, direct: bool, write: bool) -> float:
+    """Seconds of reading files of `size` bytes into memory that is there already, or of writing them durably, and of nothing
+    else."""
+    memory = queue.SimpleQueue[Tensor]()
+    for _ in range(threads):
+        memory.put(fill_random(page_aligned(size // 2)))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if write else os.O_RDONLY
+
+    def work(path: Path) -> None:
+        data = memory.get()
+        left = memoryview(data.numpy().data).cast("B")
+        with opened(path, flags, direct) as fd:
+            while left:
+                done = os.write(fd, left) if write else os.readv(fd, [left[:READ_CALL] if direct else left])
+                left = left[done:]
+            if write:
+                os.fsync(fd)
+        memory.put(data)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: None, range(threads)))  # the threads are there before the clock starts
+        return timed(lambda: list(pool.map(work, paths)), "cpu")
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int, direct: bool) -> Iterator[int]:
+    fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def fill_random(data: Tensor) -> Tensor:
+    """Random float16 over a whole buffer, a piece of it repeated: drawing gigabytes would take longer than the round."""
+    flat = data.view(-1)
+    piece = torch.randn(min(8 << 20, flat.numel())).half()
+    for part in torch.split(flat, piece.numel()):
+        part.copy_(piece[: part.numel()])
+    return data
+
+
+def evict(path: Path) -> None:
+    """A file out of the page cache. Raises RuntimeError where the system keeps it."""
+    with opened(path, os.O_RDONLY, direct=False) as fd:
+        os.fsync(fd)  # dirty pages would stay
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if (share := resident_share(path)) > 0.01:
+        raise RuntimeError(f"{share:.0%} of {path.name} stayed in the page cache: this is no cold read")
+
+
+def resident_share(path: Path) -> float:
+    """How much of a file the page cache holds, by mincore(2)."""
+    size = path.stat().st_size
+    pages = -(-size // PAGE)
+    seen = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as view:
+        start = ctypes.c_char.from_buffer(view)
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), seen)
+        del start  # the map cannot be closed while this points into it
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+    return sum(byte & 1 for byte in seen) / pages

@@ -1,15 +1,12 @@
 """The tools we measure ourselves against, each in an environment of its own, each in a process that runs on
 demand. `python -m bench.peers` sets all of them up and does nothing else.
 
-An environment per peer, because their requirements contradict one another and ours. torch goes in first,
-in the version that runs here: left to choose, pip would fetch another one and gigabytes of CUDA with it.
-
-A peer that cannot be installed, started or timed raises `PeerFailed` with one line that says why; the
-report shows that line in the peer's place.
+An environment per peer, because their requirements contradict one another and ours. torch goes in first, in the version that
+runs here: left to choose, pip would fetch another one and gigabytes of CUDA with it. PIP_EXTRA_INDEX_URL names an
+index that has it. Where a peer can be imported as it is, as on a machine without an index (bench/wheels.txt), it runs here.
 """
 
-from __future__ import annotations
-
+import importlib.util
 import json
 import os
 import select
@@ -17,9 +14,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+
+from bench.workers.worker import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -27,7 +26,7 @@ LOGS = ROOT / "build" / "bench" / "logs"
 
 
 class PeerFailed(Exception):
-    """One line that says why a peer has no figure."""
+    """One line that says why a peer has no figure: it could not be installed, started or timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,77 +36,64 @@ class Peer:
     name: str
     label: str
     environment: str | None = None
+    package: str = "torch"  # what it imports
     requirements: tuple[str, ...] = ()
     uninstall: tuple[str, ...] = ()
 
 
-SAE_LENS = ("sae-lens==6.54.12",)
+SAE_LENS = Peer(
+    name="sae_lens", label="SAELens standard", environment="sae_lens", package="sae_lens", requirements=("sae-lens==6.54.12",)
+)  # fmt: skip
 STEPS = (
     Peer(name="autograd_bf16", label="all-bf16 autograd"),
-    Peer(name="sparsify", label="sparsify TopK-128", environment="sparsify", requirements=("eai-sparsify==1.3.3",)),
     Peer(
-        name="dictionary_learning",
-        label="dictionary_learning Standard",
-        environment="dictionary_learning",
-        requirements=("dictionary-learning==0.1.0",),
+        name="sparsify", label="sparsify TopK-128", environment="sparsify", package="sparsify",
+        requirements=("eai-sparsify==1.3.3",),
+    ),
+    Peer(
+        name="dictionary_learning", label="dictionary_learning Standard", environment="dictionary_learning",
+        package="dictionary_learning", requirements=("dictionary-learning==0.1.0",),
         # The one that comes with it is built for another torch; its presence breaks transformers' import.
         uninstall=("torchvision",),
     ),
-    Peer(name="sae_lens", label="SAELens standard", environment="sae_lens", requirements=SAE_LENS),
-)
-WRITERS = (Peer(name="sae_lens_cache", label="SAELens cache writer", environment="sae_lens", requirements=SAE_LENS),)
+    SAE_LENS,
+)  # fmt: skip
+WRITERS = (replace(SAE_LENS, name="sae_lens_cache", label="SAELens cache writer"),)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a worker is asked to do in a round."""
-
-    d: int = 1024
-    features: int = 32768
-    tokens: int = 4096
-    threads: int = os.cpu_count() or 1
-    device: str = "cpu"
-    directory: Path = ROOT / "build" / "bench" / "scratch"
-
-    def arguments(self) -> list[str]:
-        return [part for name, value in vars(self).items() for part in (f"--{name}", str(value))]
-
-
-def environment(peer: Peer, *, torch_index: str | None = None) -> Path:
-    """The peer's Python, its environment built first unless a fresh one is there."""
-    if peer.environment is None:
+def environment(peer: Peer, *, build: bool = True) -> Path:
+    """The Python that runs a peer, its environment built first unless a fresh one is there or none shall be."""
+    if peer.environment is None or importlib.util.find_spec(peer.package) is not None:
         return Path(sys.executable)
     folder = ENVIRONMENTS / peer.environment
     python, stamp = folder / "bin" / "python", folder / "stamp.json"
     torch = f"torch=={version('torch')}"
-    wanted = {"python": sys.version, "torch": torch, "uninstall": peer.uninstall, "pins": peer.requirements}
-    wanted_text = json.dumps(wanted)
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted_text:
+    wanted = json.dumps({"python": sys.version, "torch": torch, "uninstall": peer.uninstall, "pins": peer.requirements})
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
+    if not build:
+        raise PeerFailed(f"{peer.name}: {peer.package} is not installed")
     shutil.rmtree(folder, ignore_errors=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pip += ["--extra-index-url", torch_index] if torch_index else []
     _run([sys.executable, "-m", "venv", str(folder)], peer)
     _run([*pip, torch], peer)
     _run([*pip, torch, *peer.requirements], peer)
     if peer.uninstall:
         _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.uninstall], peer)
-    stamp.write_text(wanted_text)
+    stamp.write_text(wanted)
     return python
 
 
 class Worker:
     """A peer's running process: `seconds` runs one timed round in it."""
 
-    def __init__(self, peer: Peer, load: Load, *, timeout: float = 900.0, torch_index: str | None = None) -> None:
+    def __init__(self, peer: Peer, job: Job, python: Path | None = None, *, timeout: float = 900.0) -> None:
         self.peer, self.timeout = peer, timeout
-        python = environment(peer, torch_index=torch_index)
         LOGS.mkdir(parents=True, exist_ok=True)
-        self._log = LOGS / f"{peer.name}.log"
-        with self._log.open("wb") as log:
+        with (LOGS / f"{peer.name}.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [str(python), "-m", f"bench.workers.{peer.name}", *load.arguments()],
-                cwd=ROOT, env=_variables(load), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                [str(python or environment(peer)), "-m", "bench.workers.worker", peer.name, json.dumps(asdict(job))],
+                cwd=ROOT, env=os.environ | variables(job.threads), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         try:
             self.about = self._answer()
@@ -146,30 +132,20 @@ class Worker:
         if not select.select([self._process.stdout], [], [], self.timeout)[0]:
             self._process.kill()
             raise PeerFailed(f"{self.peer.name}: no answer within {self.timeout:.0f} s")
-        line = self._process.stdout.readline().decode()
-        return _parsed(line, self.peer, None if line else self._process.wait())
+        line = self._process.stdout.readline()
+        try:
+            answer: dict[str, object] = json.loads(line)
+        except json.JSONDecodeError:
+            raise PeerFailed(f"{self.peer.name}: {_ending(None if line else self._process.wait())}") from None
+        if "error" in answer:
+            raise PeerFailed(f"{self.peer.name}: {answer['error']}")
+        return answer
 
 
-def _variables(load: Load) -> dict[str, str]:
-    """No network, no tracking, and every thread pool as wide as the load says."""
-    count = str(load.threads)
-    return os.environ | {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _parsed(line: str, peer: Peer, code: int | None) -> dict[str, object]:
-    try:
-        answer: dict[str, object] = json.loads(line)
-    except json.JSONDecodeError:
-        raise PeerFailed(f"{peer.name}: {_ending(code)}") from None
-    if "error" in answer:
-        raise PeerFailed(f"{peer.name}: {answer['error']}")
-    return answer
+def variables(threads: int | None = None) -> dict[str, str]:
+    """No network, no tracking, and every thread pool as wide as the job says."""
+    pools = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return pools | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
 
 
 def _ending(code: int | None) -> str:
@@ -181,8 +157,8 @@ def _ending(code: int | None) -> str:
 def _run(command: Sequence[str], peer: Peer) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
-        raise PeerFailed(f"{peer.name}: environment: {said}")
+        last = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise PeerFailed(f"{peer.name}: environment: {last}")
 
 
 def set_up() -> int:

@@ -6,26 +6,22 @@ Nothing is measured here. The parts come from results/<machine>.json and from th
 run begins dense and turns sparse as L0 falls, so its hours are given between two bounds: no step sparse, every step sparse.
 """
 
-from __future__ import annotations
-
-import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bench import report
-from fleet.hours import Rates, Times, Work
+from fleet.hours import Rates, Times, Work, for_this_machine
 from shared.errors import UserError
 from shared.units import parse_count
 
 PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
 D, FEATURES, SETTINGS = 1024, 32_768, 3
-FIGURES = ("forward tokens/s", "write bytes/s", "read bytes/s", "dense SAE tokens/s", "sparse SAE tokens/s")
+OLD_FIGURES = ("forward tokens/s", "write bytes/s", "read bytes/s", "dense SAE tokens/s", "sparse SAE tokens/s")
 COMMON = {"forward": "harvest forward", "write": "harvest write", "read": "read"}  # parts of `Times`, and what they are called
 TRAINING = {"dense": "training, every step dense (upper bound)", "sparse": "training, every step sparse (lower bound)"}
 
@@ -44,8 +40,16 @@ class Job:
         return Work(forward=self.tokens, bytes=size, training=self.tokens * self.layers * self.settings)
 
 
+def all_rates(folder: Path) -> list[Rates]:
+    """Of every processor with results in the folder, and of the latest GPU. Raises UserError as `from_results` does."""
+    machines, old = report.read(folder)
+    rates = [from_results(one) for one in machines if one.machine.gpu is None]
+    gpus = [one for one in machines if one.machine.gpu is not None]
+    return rates + [from_results(one) for one in gpus[-1:]] + [from_old(raw) for raw in old[-1:]]
+
+
 def from_results(results: report.Results) -> Rates:
-    """Rates of `python -m bench`. Raises UserError if one of them was not measured, or not at the job's shape."""
+    """Raises UserError if a part was not measured, or not at the job's shape."""
     shape = {name: results.settings[name] for name in ("d", "features")}
     if shape != {"d": D, "features": FEATURES}:
         raise UserError(f"the results are of another shape, {shape}: run `python -m bench` again")
@@ -58,31 +62,27 @@ def from_results(results: report.Results) -> Rates:
         if entry is None or entry.rate is None:
             raise UserError(f"the results lack {f'{path} {key}'.strip()}: run `python -m bench` again, whole")
         rates[part] = entry.rate
-    about = results.machine
-    return Rates(
-        machine=about.gpu or about.cpu, cores=about.cores, date=results.date, overlap=about.gpu is not None, d_model=D,
-        features=FEATURES, **rates,
-    )  # fmt: skip
+    machine, gpu = results.machine, results.machine.gpu
+    return _rates(gpu or machine.cpu, None if gpu else machine.cores, results.date, rates)
 
 
-def from_figures(figures: Mapping[str, float], *, machine: str, date: str) -> Rates:
-    """Rates of `python -m bench gpu`. Raises UserError naming the figures that are missing."""
-    if missing := [name for name in FIGURES if name not in figures]:
+def from_old(raw: Mapping[str, Any]) -> Rates:
+    """Of a GPU's results in the form of before, see bench/legacy.py. Raises UserError naming the figures that are missing."""
+    if missing := [name for name in OLD_FIGURES if name not in raw["figures"]]:
         raise UserError(f"the GPU results lack {', '.join(missing)}: run `python -m bench gpu` again")
-    rates = {name.split()[0]: figures[name] for name in FIGURES}
-    return Rates(machine=machine, cores=None, date=date, overlap=True, d_model=D, features=FEATURES, **rates)
+    return _rates(raw["machine"]["gpu"], None, raw["date"], {name.split()[0]: raw["figures"][name] for name in OLD_FIGURES})
 
 
-def from_gpu(results: Mapping[str, Any]) -> Rates:
-    """Rates of a file that `python -m bench gpu` wrote. Raises UserError naming the figures that are missing."""
-    return from_figures(results["figures"], machine=results["machine"]["gpu"], date=results["date"])
+def _rates(machine: str, cores: int | None, date: str, rates: Mapping[str, float]) -> Rates:
+    """Of a processor where `cores` are given, else of a GPU, which computes while the processors move bytes."""
+    return Rates(machine=machine, cores=cores, date=date, d_model=D, features=FEATURES, overlap=cores is None, **rates)
 
 
-def shown(rates: Rates, job: Job, gpu_memory: float | None = None) -> str:
+def shown(rates: Rates, job: Job) -> str:
     """Hours per part, the whole, what binds, and beside it the published practice."""
     times, one = rates.times(job.work), rates.times(replace(job, layers=1).work)
     dense, sparse = times.harvest + times.train_dense, times.harvest + times.train_sparse
-    saes = job.layers * job.settings
+    saes, size = job.layers * job.settings, job.work.bytes / 1e12
     published = 60 * PUBLISHED_MINUTES * saes * job.tokens / PUBLISHED_TOKENS
     rows = [
         *((name, getattr(times, part)) for part, name in (COMMON | TRAINING).items()),
@@ -90,39 +90,33 @@ def shown(rates: Rates, job: Job, gpu_memory: float | None = None) -> str:
         ("whole job, every step sparse (lower bound)", sparse),
         (f"published practice, H100, {PUBLISHED_MINUTES:g} min x {saes}", published),
     ]
-    lines = [
-        f"{rates.machine} ({rates.date}): {job.tokens / 1e6:g}M tokens x {job.layers} layers x {job.settings} settings",
-        *(f"  {name:<44} {_time(seconds):>12}" for name, seconds in rows),
-        f"  of the published practice's time: {dense / published:.2f} x every step dense, {sparse / published:.2f} x sparse",
-        f"  binding: {binding(times, 'dense')}; {binding(times, 'sparse')}",
-        f"  one layer, {job.settings} settings: training {_time(one.sparse)} (sparse) to {_time(one.dense)} (dense)",
-    ]
-    if gpu_memory is not None:
-        lines += [f"  GPU memory at its peak: {gpu_memory / 1e9:.1f} GB"]
-    return "\n".join([*lines, *_assumptions(rates, job)])
-
-
-def binding(times: Times, steps: str) -> str:
-    """The part that takes longest, if all steps are "dense" or "sparse"."""
-    parts = COMMON | {steps: TRAINING[steps]}
-    return parts[max(parts, key=lambda part: getattr(times, part))]
-
-
-def _assumptions(rates: Rates, job: Job) -> list[str]:
     together = (
         "forward and write run at the same time, so do read and training: the slower of each pair counts"
         if rates.overlap
         else "the parts share the same cores, so their times are added up"
     )
-    size = job.work.bytes / 1e12
-    lines = [
+    assumed = [
         f"rates stay as measured over the whole job; {size:.1f} TB of activations go to disk and come back once",
         together,
         f"F = 32 x d = {FEATURES:,}; a real run begins dense and turns sparse as L0 falls, so it lies between the bounds",
         "the published practice runs the language model again for every SAE, so it is compared with the whole job",
         "tokenising, snapshots and evaluation are left out",
     ]
-    return [f"  assumed: {line}" for line in lines]
+    lines = [
+        f"{rates.machine} ({rates.date}): {job.tokens / 1e6:g}M tokens x {job.layers} layers x {job.settings} settings",
+        *(f"  {name:<44} {_time(seconds):>12}" for name, seconds in rows),
+        f"  of the published practice's time: {dense / published:.2f} x every step dense, {sparse / published:.2f} x sparse",
+        f"  binding: {binding(times, 'dense')}; {binding(times, 'sparse')}",
+        f"  one layer, {job.settings} settings: training {_time(one.sparse)} (sparse) to {_time(one.dense)} (dense)",
+        *(f"  assumed: {line}" for line in assumed),
+    ]
+    return "\n".join(lines)
+
+
+def binding(times: Times, steps: str) -> str:
+    """The part that takes longest, if all steps are "dense" or "sparse"."""
+    parts = COMMON | {steps: TRAINING[steps]}
+    return parts[max(parts, key=lambda part: getattr(times, part))]
 
 
 def _time(seconds: float) -> str:
@@ -138,25 +132,20 @@ def _time(seconds: float) -> str:
 @click.option("--layers", type=click.IntRange(1), default=24, show_default=True)
 @click.option("--settings", type=click.IntRange(1), default=SETTINGS, show_default=True)
 def command(results: Path, tokens: str, layers: int, settings: int) -> None:
-    """What the measured parts come to for the whole job."""
+    """What the measured parts come to for the whole job, on this machine and on a GPU."""
     job = Job(tokens=parse_count(tokens), layers=layers, settings=settings)
-    machines, gpus = report.read(results)
-    here = [one for one in machines if one.machine.slug == report.machine().slug]
-    if not here and not gpus:
+    rates = for_this_machine(all_rates(results))
+    if not rates:
         raise UserError(f"nothing is measured in {results}: run `python -m bench` first, or `python -m bench gpu`")
-    click.echo(shown(from_results(here[-1]), job) if here else "this machine is not measured: run `python -m bench`")
-    if gpus:
-        click.echo("\n" + shown(from_gpu(gpus[-1]), job, gpus[-1]["figures"].get("peak GPU bytes")))
-    else:
+    if all(one.cores is None for one in rates):
+        click.echo("this machine is not measured: run `python -m bench`\n")
+    click.echo("\n\n".join(shown(one, job) for one in rates))
+    if all(one.cores is not None for one in rates):
         click.echo("no GPU is measured: run `python -m bench gpu` on one")
 
 
-def write_rates(machines: Sequence[report.Results], gpus: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The file from which an installed package knows hours: every machine's rates, and those of the latest GPU."""
-    rates: list[Rates] = []
-    for read in (*(partial(from_results, one) for one in machines), *(partial(from_gpu, one) for one in gpus[-1:])):
-        with contextlib.suppress(UserError):  # a part that was not measured
-            rates.append(read())
-    rounded = [{k: round(v) if isinstance(v, float) else v for k, v in asdict(one).items()} for one in rates]
+def write_rates(results: Path, path: Path) -> None:
+    """The file from which an installed package knows hours."""
+    rates = [{k: round(v) if isinstance(v, float) else v for k, v in asdict(one).items()} for one in all_rates(results)]
     about = "written by `python -m bench tables` from bench/results: rates of `python -m bench` and `python -m bench gpu`"
-    path.write_text(json.dumps({"about": about, "rates": rounded}, indent=1) + "\n")
+    path.write_text(json.dumps({"about": about, "rates": rates}, indent=1) + "\n")

@@ -4,10 +4,9 @@
 
 Ours are trained by `python -m train`, theirs by their own trainers in their own environments, from a file with the batches
 that our loader gives (100 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
-before is kept: more --seeds or --layers add to it. Results are in bench/results/quality.json, the picture is docs/quality.png.
+before is kept: more --seeds or --layers add to it. With --publish that is bench/results/quality.json, README's table and
+docs/quality.png; else results and picture are in build/bench/results.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -25,9 +24,8 @@ import click
 import numpy as np
 import torch
 
-from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment
-from bench.report import RESULTS as FOLDER
-from bench.report import machine, today
+from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment, variables
+from bench.report import RESULTS, UNPUBLISHED, machine, today
 from eval.measure.evaluate import heldout
 from eval.measure.metrics import heldout_tokens
 from eval.measure.splice import SplicedModel
@@ -39,7 +37,7 @@ from shared.sites import Site
 from shared.units import parse_count
 from train.loader import ActivationLoader, LoaderConfig
 
-RESULTS, PICTURE = FOLDER / "quality.json", ROOT / "docs" / "quality.png"
+NAME, PICTURE = "quality.json", ROOT / "docs" / "quality.png"
 SCRATCH = ROOT / "build" / "bench" / "quality"
 CPU = torch.device("cpu")
 Point = dict[str, Any]
@@ -88,9 +86,9 @@ def best_peer(points: Sequence[Point], layer: int, l0: float) -> dict[int, float
 
 
 def by_seed(points: Sequence[Point], who: str, layer: int, l0: float) -> dict[int, float]:
-    mine = [p for p in points if (p["who"], p["layer"]) == (who, layer)]
-    found = {seed: fvu_at([p for p in mine if p["seed"] == seed], l0) for seed in sorted({p["seed"] for p in mine})}
-    return {seed: fvu for seed, fvu in found.items() if fvu is not None}
+    own = [p for p in points if (p["who"], p["layer"]) == (who, layer)]
+    fvus = {seed: fvu_at([p for p in own if p["seed"] == seed], l0) for seed in sorted({p["seed"] for p in own})}
+    return {seed: fvu for seed, fvu in fvus.items() if fvu is not None}
 
 
 def over_best_peer(points: Sequence[Point], who: str, layer: int, l0: float) -> list[float]:
@@ -106,9 +104,8 @@ def longest(points: Sequence[Point]) -> list[Point]:
 
 
 def names(points: Sequence[Point]) -> list[str]:
-    order = [*THEIRS, *AUTOGRAD, *OURS]
-    found = dict.fromkeys(p["who"] for p in points)
-    return [name for name in order if name in found] + [name for name in found if name not in order]
+    known = dict.fromkeys(p["who"] for p in points)
+    return sorted(known, key=[*THEIRS, *AUTOGRAD, *OURS, *known].index)
 
 
 def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -153,10 +150,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
     for column, layer in enumerate(layers):
         above, below = grid[:, column]
         for number, name in enumerate(names(points)):
-            colour, marker = COLOURS[number], MARKERS[number]
-            mine = sorted((p for p in points if (p["who"], p["layer"]) == (name, layer)), key=lambda p: p["l0"])
-            style = {"color": colour, "marker": marker, "ms": 4, "ls": "--" if name in THEIRS else "-"}
-            above.plot([p["l0"] for p in mine], [p["fvu"] for p in mine], **style | {"ls": ""}, label=name)
+            own = sorted((p for p in points if (p["who"], p["layer"]) == (name, layer)), key=lambda p: p["l0"])
+            style = {"color": COLOURS[number], "marker": MARKERS[number], "ms": 4, "ls": "--" if name in THEIRS else "-"}
+            above.plot([p["l0"] for p in own], [p["fvu"] for p in own], **style | {"ls": ""}, label=name)
             levels = np.geomspace(4, 250, 40)
             ratios = [over_best_peer(points, name, layer, float(level)) for level in levels]
             below.plot(levels, [np.mean(r) if r else math.nan for r in ratios], **style | {"marker": ""})
@@ -193,10 +189,9 @@ def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, o
 def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: int, lambdas: str) -> list[Sae]:
     p, out = get_preset("demo"), SCRATCH / worker
     out.mkdir()
-    command = [str(environment(peer)), "-m", "bench.workers.quality", worker, *lambdas.split(",")]
-    command += ["--batches", str(batches), "--features", str(features), "--lr", str(p.lr), "--warmup", str(p.lr_warmup)]
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    subprocess.run([*command, "--seed", str(seed), "--out", str(out)], cwd=ROOT, env=variables, check=True)
+    job = {"batches": str(batches), "out": str(out), "features": features, "lr": p.lr, "warmup": p.lr_warmup, "seed": seed}
+    command = [str(environment(peer)), "-m", "bench.workers.quality", worker, json.dumps(job), *lambdas.split(",")]
+    subprocess.run(command, cwd=ROOT, env=os.environ | variables(), check=True)
     saes = []
     for path in sorted(out.glob("*.npz")):
         weights = {name: torch.from_numpy(value).contiguous() for name, value in np.load(path).items()}
@@ -207,9 +202,9 @@ def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: in
 
 def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
     tokens = cache.spec.holdout_tokens
-    activations, found = heldout(cache, Site(layer), saes, lm, tokens)
+    activations, tallies = heldout(cache, Site(layer), saes, lm, tokens)
     points = []
-    for sae, (tally, losses) in zip(saes, found, strict=True):
+    for sae, (tally, losses) in zip(saes, tallies, strict=True):
         metrics = tally.sparsity() | tally.reconstruction(activations) | losses
         kept = {name: metrics[name] for name in ("l0", "fvu", "cosine", "ce_recovered")}
         points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": tokens})
@@ -222,38 +217,44 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,0.1,0.15,0.25", show_default=True, help="The same scale for all.")
 @click.option("--tokens", default="400K", show_default=True, help="To train each SAE on.")
-def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str) -> None:
+@click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/quality.png.")
+def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str, publish: bool) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), get_preset("demo")
-    steps = parse_count(tokens) // p.batch
-    features = p.expansion * cache.spec.d_model
-    points = json.loads(RESULTS.read_text())["points"] if RESULTS.exists() else []
+    trained, features = parse_count(tokens) // p.batch * p.batch, p.expansion * cache.spec.d_model
+    results = (RESULTS if publish else UNPUBLISHED) / NAME
+    results.parent.mkdir(parents=True, exist_ok=True)
+    points = json.loads(results.read_text())["points"] if results.exists() else []
     lm = SplicedModel(str(harvested_model(cache, None).folder), None, "fp32", CPU, heldout_tokens(cache, p.ce_tokens))
-    peers = {peer.environment: peer for peer in STEPS}  # one of several whose environment is ours
     for seed, layer in [(seed, layer) for seed in range(seeds) for layer in map(int, layers.split(","))]:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
-        batches = SCRATCH / "batches.npy"
         for who in (*THEIRS, *AUTOGRAD, *OURS):
-            mine = {"who": who, "layer": layer, "seed": seed, "tokens": steps * p.batch}
-            if any(mine.items() <= q.items() for q in points):
+            these = {"who": who, "layer": layer, "seed": seed, "tokens": trained}
+            if any(these.items() <= q.items() for q in points):
                 continue
             try:
-                if who in OURS:
-                    saes = train_ours(cache, layer, seed, steps * p.batch, lambdas, OURS[who])
-                else:
-                    if not batches.exists():
-                        dump(cache, layer, seed, steps, batches)
-                    worker, folder = (THEIRS | AUTOGRAD)[who]
-                    start = seed * 1000 + layer if who in AUTOGRAD else seed  # as ours is drawn
-                    saes = train_theirs(worker, peers[folder], batches, start, features, lambdas)
+                saes = _train(who, cache, layer, seed, trained, features, lambdas)
             except (PeerFailed, subprocess.CalledProcessError) as failure:
                 click.echo(f"{who} is left out: {failure}", err=True)
                 continue
-            points += [mine | {"batch": p.batch} | point for point in measured(cache, layer, saes, lm)]
+            points += [these | {"batch": p.batch} | point for point in measured(cache, layer, saes, lm)]
             content = {"kind": "quality", "date": today(), "machine": asdict(machine()), "features": features, "points": points}
-            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+            results.write_text(json.dumps(content, indent=1) + "\n")
             click.echo("\n".join(map(json.dumps, points[-len(saes) :])))
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    draw(longest(points), PICTURE)
-    click.echo(f"{PICTURE}\n{RESULTS}\nnow: python -m bench tables")
+    picture = PICTURE if publish else results.with_suffix(".png")
+    draw(longest(points), picture)
+    click.echo(f"{picture}\n{results}" + "\nnow: python -m bench tables" * publish)
+
+
+def _train(who: str, cache: Cache, layer: int, seed: int, tokens: int, features: int, lambdas: str) -> list[Sae]:
+    if who in OURS:
+        return train_ours(cache, layer, seed, tokens, lambdas, OURS[who])
+    batches = SCRATCH / "batches.npy"
+    if not batches.exists():
+        dump(cache, layer, seed, tokens // get_preset("demo").batch, batches)
+    worker, folder = (THEIRS | AUTOGRAD)[who]
+    peer = next(peer for peer in STEPS if peer.environment == folder)
+    start = seed * 1000 + layer if who in AUTOGRAD else seed  # as ours is drawn
+    return train_theirs(worker, peer, batches, start, features, lambdas)

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +83,11 @@ class Rates:
 def measured_rates(d_model: int, features: int) -> list[Rates]:
     """Of SAEs of this shape: the rates of this machine, if it was measured, and of a GPU."""
     rates = [Rates(**raw) for raw in json.loads(RATES.read_bytes())["rates"]]
-    known = [one for one in rates if (one.d_model, one.features) == (d_model, features)]
-    return [one for one in known if one.cores is None or (one.machine, one.cores) == this_machine()]
+    return for_this_machine([one for one in rates if (one.d_model, one.features) == (d_model, features)])
+
+
+def for_this_machine(rates: Iterable[Rates]) -> list[Rates]:
+    return [one for one in rates if one.cores is None or (one.machine, one.cores) == this_machine()]
 
 
 def this_machine() -> tuple[str, int]:

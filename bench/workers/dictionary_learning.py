@@ -9,9 +9,8 @@ from importlib.metadata import version
 from itertools import count
 
 import torch
-from torch import Tensor
 
-from bench.workers.worker import Job, Prepared, main, sparse_batch
+from bench.workers.worker import Job, Prepared, sparse_batch
 
 
 def prepare(job: Job) -> Prepared:
@@ -21,29 +20,14 @@ def prepare(job: Job) -> Prepared:
         steps=100_000, activation_dim=job.d, dict_size=job.features, layer=0, lm_name="none",
         device=job.device, lr=job.lr, l1_penalty=1e-2, warmup_steps=1, sparsity_warmup_steps=1, seed=0,
     )  # fmt: skip
-    seen: list[Tensor] = []
-    loss_of = trainer.loss
-
-    def recorded_loss(*args: object, **kwargs: object) -> Tensor:
-        """`update` keeps its loss to itself; this notes it on the way through."""
-        loss: Tensor = loss_of(*args, **kwargs)
-        seen[:] = [loss.detach()]
-        return loss
-
-    trainer.loss = recorded_loss
     steps = count(1)  # past the warm-up of its L1 penalty, so that every round does the same
 
-    def step() -> dict[str, float]:
+    def step() -> None:
         with torch.autocast(device_type=job.device.partition(":")[0], dtype=torch.bfloat16):
             trainer.update(next(steps), x)
-        return {"loss": float(seen[0])}
 
     return Prepared(
         step=step,
         version=version("dictionary-learning"),
         note="StandardTrainer.update, bf16 autocast; does not clip",
     )
-
-
-if __name__ == "__main__":
-    main(prepare)

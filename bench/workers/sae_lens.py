@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from itertools import repeat
 from types import ModuleType
 
-from bench.workers.worker import Job, Prepared, main, sparse_batch
+from bench.workers.worker import Job, Prepared, sparse_batch
 
 
 def prepare(job: Job) -> Prepared:
@@ -40,14 +40,9 @@ def prepare(job: Job) -> Prepared:
         data_provider=repeat(sparse_batch(job)),
     )
 
-    def step() -> dict[str, float]:
+    def step() -> None:
         trainer.maybe_reset_sparsity()
-        out = trainer.step(next(trainer.data_provider))
+        trainer.step(next(trainer.data_provider))
         trainer.n_training_steps += 1
-        return {"loss": float(out.losses["mse_loss"].detach())}
 
     return Prepared(step=step, version=version("sae-lens"), note="SAETrainer.step, standard SAE, bf16 autocast")
-
-
-if __name__ == "__main__":
-    main(prepare)

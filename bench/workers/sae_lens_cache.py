@@ -1,14 +1,12 @@
-"""SAELens' activation cache: its own `CacheActivationsRunner.run`, with a store that hands out ready
-activations.
+"""SAELens' activation cache: its own `CacheActivationsRunner.run`, with a store that hands out ready activations.
 
-So its language model costs nothing here and what is timed is its writing: making each shard, saving it,
-moving the shards together. It does not sync; the files are fsynced at the end, inside the time, for the
-durability that our writer gives. One hook point, fp16, no shuffle.
+So its language model costs nothing here and what is timed is its writing: making each shard, saving it, moving the shards
+together. It does not sync; the files are fsynced at the end, inside the time, for the durability that our writer gives.
 """
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.workers.worker import Job, Prepared, main
+from bench.workers.worker import Job, Prepared
 
 CONTEXT = 1024
 PROMPTS_A_BATCH = 4
@@ -30,7 +28,7 @@ class ReadyStore:
 
     activations: Tensor
     ids: Tensor
-    at: int = field(default=0)
+    at: int = 0
 
     def get_raw_llm_batch(self) -> tuple[Tensor, Tensor]:
         end = self.at + PROMPTS_A_BATCH * CONTEXT
@@ -47,7 +45,7 @@ def prepare(job: Job) -> Prepared:
     batch = PROMPTS_A_BATCH * CONTEXT
     tokens = max(job.tokens // batch, 1) * batch
     payload = tokens * job.d * 2
-    target = job.directory / "sae_lens_cache"
+    target = Path(job.directory) / "sae_lens_cache"
 
     cfg = config(
         dataset_path="none", model_name="none", model_batch_size=PROMPTS_A_BATCH, hook_name="resid_post",
@@ -75,25 +73,12 @@ def prepare(job: Job) -> Prepared:
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
 
-    def step() -> dict[str, float]:
+    def step() -> None:
         runner.run()
-        _fsync(target)
-        return {"bytes": float(payload), "bytes_on_disk": float(_size(target))}
+        for path in [*target.rglob("*"), target]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
 
     note = f"CacheActivationsRunner.run from ready activations, {cfg.n_buffers} shards, fsync at the end"
     return Prepared(step=step, reset=reset, version=version("sae-lens"), note=note)
-
-
-def _fsync(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-if __name__ == "__main__":
-    main(prepare)

@@ -1,9 +1,5 @@
-"""One step of eai-sparsify's TopK training, from its own parts, in the order of its trainer.
-
-Defaults throughout: the fvu loss, sign SGD inside the schedule-free wrapper, fp32 weights. Its forward
-asks for bf16 autocast on CUDA only, so on a CPU the products are fp32, as they are for anyone who trains
-with it there.
-"""
+"""One step of eai-sparsify's TopK training, from its own parts, in the order of its trainer, with its defaults: the fvu loss,
+sign SGD inside the schedule-free wrapper, fp32 weights, and bf16 autocast on CUDA only, so that on a CPU products are fp32."""
 
 import os
 from importlib import import_module
@@ -11,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from bench.workers.worker import Job, Prepared, main, sparse_batch
+from bench.workers.worker import Job, Prepared, sparse_batch
 
 K = 128
 
@@ -33,11 +29,10 @@ def prepare(job: Job) -> Prepared:
     fired = torch.zeros(job.features, dtype=torch.bool, device=job.device)
     tokens_since_fired = torch.zeros(job.features, dtype=torch.long, device=job.device)
 
-    def step() -> dict[str, float]:
+    def step() -> None:
         sae.set_decoder_norm_to_unit_norm()
         out = sae(x, total_variance=(x - x.mean(0)).pow(2).sum())
         fired[out.latent_indices.flatten()] = True
-        loss = float(out.fvu.detach())
         (out.fvu + out.multi_topk_fvu / 8).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
@@ -45,11 +40,6 @@ def prepare(job: Job) -> Prepared:
         tokens_since_fired.add_(len(x))
         tokens_since_fired[fired] = 0
         fired.zero_()
-        return {"loss": loss}
 
     products = "bf16 autocast, its Triton decoder" if job.device.startswith("cuda") else "fp32: it autocasts on CUDA only"
     return Prepared(step=step, version=version("eai-sparsify"), note=f"TopK k={config.k}, sign SGD; {products}")
-
-
-if __name__ == "__main__":
-    main(prepare)

@@ -2,27 +2,29 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
-from bench import clock, growth, limits, ours, pack_wheels, peers, project, report, table
-from bench.__main__ import Config, main, start_peers
+from bench import harness, project, report, table
+from bench.__main__ import main
 from bench.goals import Goal, goals
-from bench.peers import STEPS, WRITERS, Load, Peer, PeerFailed, Worker
-from bench.report import Comparison, Contender, Entry, Machine, Results
+from bench.harness import Comparison, Contender, Entry
+from bench.report import Machine, Results
+from bench.setup import Setup, small
+from bench.workers.worker import Job
+from fleet import hours
 from shared.errors import UserError
 
 MACHINE = Machine(
     slug="box-2c", cpu="Box", cores=2, memory_gib=8.0, flags=("amx_bf16",), gpu=None, system="Linux", python="3", torch="2",
     threads=2,
 )  # fmt: skip
+SMALL = small(Setup())
+JOB = Job(d=16, features=32, tokens=64, threads=1, device="cpu", directory="")
 TRAINING = Comparison(
     key="training",
     name="step",
@@ -138,7 +140,7 @@ def test_a_goal_without_a_figure_is_not_measured() -> None:
 
 @pytest.mark.parametrize(("sign", "met"), [("≥", True), ("≤", True), (">", False), ("<", False)])
 def test_a_goal_reached_exactly(sign: Any, met: bool) -> None:
-    assert Goal(name="", sign=sign, bound=1, percent=False, value=1.0).met is met
+    assert Goal(name="", sign=sign, bound=1, unit="×", value=1.0).met is met
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
@@ -147,12 +149,13 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path: Path) -> None:
-    readme, details, folder = tmp_path / "README.md", tmp_path / "bench.md", tmp_path / "results"
+    readme, details, folder = (tmp_path / name for name in ("README.md", "bench.md", "results"))
     report.write(WHOLE, folder)
     goal = {"name": "dense step", "value": 0.8, "unit": "", "verdict": "met", "note": "goal ≥ 0.75"}
     gpu = {"kind": "gpu", "dry": False, "date": "2026-02-01", "seconds": 300.0, "machine": {"gpu": "H1", "cores": 16}}
     gpu |= {"versions": {"torch": "2", "triton": "3"}, "sizes": {"d": 1024, "features": 32768, "tokens": 32768}}
     figures = {"bf16 FLOP/s": 8e14, "dense step, tokens/s": 3e6, "dense step, seconds": 0.01, "peer sae_lens, tokens/s": 1e6}
+    figures |= dict.fromkeys(project.OLD_FIGURES, 1.0)
     gpu |= {
         "figures": figures | {"dense step, share of the matrix rate": 0.8, "sparse step, tokens/s": 5e6},
         "goals": [goal],
@@ -176,7 +179,7 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
 
 
 def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
-    pages = {name: tmp_path / Path(name).name for name in ("README.md", "docs/bench.md", "docs/scale.md", "fleet/rates.json")}
+    pages = {name: tmp_path / Path(name).name for name in ("README.md", "docs/bench.md", "fleet/rates.json")}
     for name, page in pages.items():
         page.write_text((table.ROOT / name).read_text())
     table.publish(report.RESULTS, *pages.values())
@@ -189,16 +192,16 @@ def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
 def test_contenders_take_turns_and_the_first_round_is_not_counted() -> None:
     calls: list[str] = []
 
-    def run(name: str, seconds: Iterator[float]) -> clock.Run:
+    def run(name: str, seconds: Iterator[float]) -> harness.Run:
         def once() -> float:
             calls.append(name)
             return next(seconds)
 
         return once
 
-    found = clock.take_turns({"a": run("a", iter((9.0, 1.0, 3.0))), "b": run("b", iter((9.0, 2.0, 2.0)))}, 2)
+    runs = {"a": run("a", iter((9.0, 1.0, 3.0))), "b": run("b", iter((9.0, 2.0, 2.0)))}
+    assert harness.take_turns(runs, 2) == ({"a": (1.0, 3.0), "b": (2.0, 2.0)}, {})
     assert calls == ["a", "b"] * 3
-    assert found["a"].seconds == (1.0, 3.0) and found["b"].median == 2.0
 
 
 def test_one_that_raises_is_out_with_its_reason_and_the_others_go_on() -> None:
@@ -207,90 +210,10 @@ def test_one_that_raises_is_out_with_its_reason_and_the_others_go_on() -> None:
         Contender(name="breaks", role="peer", work=1, run=lambda: next(turns, None) or 1 / 0, note=lambda: "never asked"),
         Contender(name="works", role="ours", work=6, run=lambda: 2.0, note=lambda: "asked afterwards"),
     ]
-    found = {e.name: e for e in report.compare(name="x", unit="tokens", contenders=contenders, rounds=3).entries}
+    found = {e.name: e for e in harness.compare(name="x", unit="tokens", contenders=contenders, rounds=3).entries}
     assert found["breaks"].seconds == () and found["breaks"].failure == "ZeroDivisionError: division by zero"
     assert found["breaks"].note == ""
     assert found["works"].rate == 3.0 and found["works"].note == "asked afterwards"
-
-
-# -------------------------------------------------------------------------------------------------------------- peers
-
-
-def test_a_peer_that_cannot_start_says_why_in_one_line() -> None:
-    with pytest.raises(PeerFailed, match="^nobody: ended with exit status 1 and no answer$"):
-        Worker(Peer(name="nobody", label="nobody"), Load(d=8, features=16, tokens=8))
-
-
-def test_a_peer_that_fails_inside_says_why(tmp_path: Path) -> None:
-    # Our own environment has no SAELens: the worker starts and then fails on its import.
-    peer = Peer(name="sae_lens", label="SAELens")
-    with pytest.raises(PeerFailed, match="sae_lens: ModuleNotFoundError: No module named"):
-        Worker(peer, Load(d=8, features=16, tokens=8))
-
-
-def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = SimpleNamespace(returncode=1, stderr="lots of text\nERROR: no matching distribution\n")
-    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
-    monkeypatch.setattr(peers.subprocess, "run", lambda *command, **options: said)
-    config = Config(d=8, features=16, threads=1, device="cpu", rounds=1, torch_index=None)
-    peer = Peer(name="far", label="Far away", environment="far")
-    with ExitStack() as stack:
-        ready, absent = start_peers(stack, (peer,), config.load(8), config, work=8)
-    assert ready == []
-    found = report.compare(name="x", unit="tokens", contenders=ready, absent=absent, rounds=1)
-    line = rows(table.details(results(found)))["Far away"]
-    assert line[1] == "no figure: far: environment: ERROR: no matching distribution"
-
-
-def test_environments_are_set_up_one_by_one_whatever_becomes_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_sparsify(command: list[str], **options: Any) -> SimpleNamespace:
-        (tmp_path / "sae_lens").mkdir(exist_ok=True)
-        (tmp_path / "dictionary_learning").mkdir(exist_ok=True)
-        return SimpleNamespace(returncode="eai-sparsify==1.3.3" in command, stderr="ERROR: not today\n")
-
-    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
-    monkeypatch.setattr(peers.subprocess, "run", no_sparsify)
-    assert peers.set_up() == 2
-    said = capsys.readouterr()
-    assert said.err == "error: sparsify: environment: ERROR: not today\n"
-    assert [line.rpartition("/peers/")[2] or line for line in said.out.splitlines()][1:] == [
-        f"{peer.label}: {tmp_path / str(peer.environment) / 'bin' / 'python'}" for peer in STEPS[2:]
-    ]
-
-
-def test_the_plain_step_trains_in_a_process_of_its_own() -> None:
-    with closing(Worker(STEPS[0], Load(d=16, features=32, tokens=64, threads=1))) as worker:
-        assert worker.seconds() > 0
-        assert worker.about["version"] == torch.__version__
-
-
-# ------------------------------------------------------------------------------------------------------------- limits
-
-
-def test_a_layouts_first_call_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling and page faults must not drop a layout; one that is slow once it is warm is not timed again."""
-    after_warm_up = [[1.0, 1.0, 0.9], [0.5] * 3, [1.0] * 3, [3.0], *[[1.0] * 3] * 4]
-    turns: dict[object, Iterator[float]] = {}
-
-    def seconds(call: object, device: str) -> float:
-        if call not in turns:
-            turns[call] = iter([9.0, *after_warm_up[len(turns)]])
-        return next(turns[call])
-
-    monkeypatch.setattr(limits, "timed", seconds)
-    found = limits._search(4, 4, 4, device="cpu", dtype=torch.float32, rounds=2)
-    assert list(found.values()) == [0.9, 0.5, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0]
-    assert all(next(left, None) is None for left in turns.values())
-
-
-def test_the_limit_is_each_product_in_its_faster_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    five = limits.five_products(tokens=16, d=8, features=32, dtype=torch.float32, rounds=1)
-    assert five.flop == 5 * 2 * 16 * 8 * 32
-    turns = iter([2.0, 1.0, 3.0, 4.0, 5.0, 5.0, 1.0, 9.0, 2.0, 2.5])
-    monkeypatch.setattr(limits, "timed", lambda call, device: call() is None or next(turns))
-    assert five.run() == 1 + 3 + 5 + 1 + 2
 
 
 # --------------------------------------------------------------------------------------------------------- projection
@@ -327,15 +250,15 @@ def test_projection_names_what_is_missing() -> None:
     with pytest.raises(UserError, match="another shape"):
         project.from_results(results(*WHOLE.comparisons, d=512))
     with pytest.raises(UserError, match="read bytes/s, dense SAE tokens/s"):
-        project.from_figures({"forward tokens/s": 1, "write bytes/s": 1, "sparse SAE tokens/s": 1}, machine="x", date="y")
+        project.from_old({"figures": dict.fromkeys(("forward tokens/s", "write bytes/s", "sparse SAE tokens/s"), 1.0)})
 
 
 def test_project_shows_this_machine_and_the_latest_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "machine", lambda: MACHINE)
+    monkeypatch.setattr(hours, "this_machine", lambda: ("Box", 2))
     report.write(WHOLE, tmp_path)
     for name, date, dry in (("old", "2026-01-01", False), ("new", "2026-02-01", False), ("dry", "2026-03-01", True)):
         raw = {"kind": "gpu", "dry": dry, "date": date, "machine": {"gpu": name}}
-        figures = dict.fromkeys(project.FIGURES, 1e6)
+        figures = dict.fromkeys(project.OLD_FIGURES, 1e6)
         (tmp_path / f"{name}.json").write_text(json.dumps(raw | {"figures": figures}))
     done = CliRunner().invoke(main, ["project", "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -346,7 +269,7 @@ def test_project_shows_this_machine_and_the_latest_gpu(tmp_path: Path, monkeypat
 
 
 def test_project_says_that_no_gpu_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "machine", lambda: MACHINE)
+    monkeypatch.setattr(hours, "this_machine", lambda: ("Box", 2))
     report.write(WHOLE, tmp_path)
     assert "no GPU is measured" in CliRunner().invoke(main, ["project", "--results", str(tmp_path)]).output
 
@@ -354,82 +277,3 @@ def test_project_says_that_no_gpu_was_measured(tmp_path: Path, monkeypatch: pyte
 def test_project_without_results_says_what_to_run(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["project", "--results", str(tmp_path)])
     assert isinstance(done.exception, UserError)
-
-
-# --------------------------------------------------------------------------------------------------------------- ours
-
-
-def test_our_paths_do_all_the_work_they_claim(tmp_path: Path) -> None:
-    load = Load(d=64, features=256, tokens=96, threads=2, directory=tmp_path)
-    for contenders in (ours.step(load), ours.write(load), ours.read(load), ours.settings(load)):
-        for contender in contenders:
-            assert contender.run() > 0
-            assert contender.role != "ours" or (callable(contender.note) and contender.note())
-    assert {c.key: c.work for c in ours.step(load)} == {"dense": 96, "sparse": 96}
-    assert [c.work for c in ours.settings(load)] == [288] * 4
-    assert ours.write(load)[0].work == 96 * 64 * 2
-    assert {c.role for c in ours.read(load)} == {c.role for c in ours.write(load)} == {"ours", "limit"}
-
-
-def test_raw_writes_leave_the_same_files_behind(tmp_path: Path) -> None:
-    spec = ours.cache_spec(d=64, n_layers=3, rows=64, context=16)
-    cache = ours.new_cache(tmp_path / "cache", spec)
-    ours.write_cache(cache, threads=2)
-    found = {path: path.stat().st_size for path in tmp_path.rglob("c.*.0")}
-    assert len(found) == 3 * spec.n_blocks
-    ours.raw(cache, 2, direct=ours.whole_pages(spec), write=True)
-    assert {path: path.stat().st_size for path in tmp_path.rglob("c.*.0")} == found
-    ours.evict_blocks(cache)
-    assert not any(ours.resident_share(path) for path in found)
-
-
-def test_l0_is_as_asked() -> None:
-    load = Load(d=64, features=1024, tokens=256)
-    dense, sparse = ours.step(load)
-    dense.run(), sparse.run()
-    assert callable(dense.note) and callable(sparse.note)
-    assert dense.note().startswith("dense backward at L0 51")
-    assert 40 < float(sparse.note().removeprefix("sparse backward at L0 ").partition(",")[0]) < 64
-
-
-def test_each_setting_steps_as_often_together_as_alone() -> None:
-    saes = ours.new_saes(3, d=32, features=64, device=torch.device("cpu"), way="sparse")
-    steps = ours.Steps(saes=saes, workspace=ours.workspace(16, 32, 64, torch.device("cpu")), tokens=16)
-    steps.run()
-    assert [sae.step_count for sae in saes] == [1, 1, 1]
-    replace(steps, saes=saes[:1], batches=3).run()
-    assert saes[0].step_count == 4
-
-
-def test_training_from_a_cold_cache_takes_every_batch_and_counts_all_its_time(tmp_path: Path) -> None:
-    load = Load(d=64, features=256, tokens=96, threads=2, directory=tmp_path)
-    for contender in ours.stream(load):
-        contender.run(), contender.run()
-        figures = contender.figures()
-        assert contender.work == ours.TRAIN_BATCHES * 96
-        assert 0 < figures["waited"] < figures["idle"] < 1 and 0 < figures["first"] < figures["idle"]
-        assert callable(contender.note) and "all in" in contender.note()
-        training = contender.run.__self__  # type: ignore[attr-defined]
-        assert training.steps.saes[0].step_count == 2 * ours.TRAIN_BATCHES
-
-
-def test_memory_bounds_are_those_of_the_full_job() -> None:
-    assert "loader holds at most 2.22 GB" in ours.memory_bounds()  # 2 x 16 x 67.1 MB, their order, a batch of 67.1 MB
-    assert "the writer 3.22 GB" in ours.memory_bounds()  # 2 x 24 x 67.1 MB
-
-
-def test_growth_draws_what_it_measured(tmp_path: Path) -> None:
-    args = ["growth", "--quick", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
-    done = CliRunner().invoke(main, args)
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
-    found = json.loads(next(tmp_path.glob("growth-*.json")).read_text())
-    assert [one["x"] for one in found["series"]] == [[64, 128], [32, 64], [1, 2], [1, 2]]
-    assert set(found["series"][0]["seconds"]) == {growth.DENSE, growth.SPARSE, growth.LIMIT}
-
-
-def test_wheels_are_those_of_the_requirements() -> None:
-    ours_alone, with_peers = pack_wheels.wanted(peers=False), pack_wheels.wanted(peers=True)
-    assert "zarr==3.1.6" in ours_alone and all("==" in name for name in with_peers)
-    pins = {pin for peer in (*STEPS, *WRITERS) for pin in peer.requirements}
-    assert {"sae-lens==6.54.12", "eai-sparsify==1.3.3"} <= pins & set(with_peers), "as they are timed elsewhere"

@@ -10,6 +10,7 @@ from fleet.hours import RATES, Rates, Work, measured_rates, this_machine
 from fleet.plan import Plan
 from fleet.room import Window
 from shared.cache import CacheSpec
+from shared.sites import Site
 
 SHAPE = {"d_model": 1024, "features": 32_768}
 RATES_OF_TWO = {"forward": 1.0, "write": 2 / 5, "read": 2 / 2, "dense": 1 / 7, "sparse": 1.0}
@@ -49,7 +50,7 @@ def test_a_plan_adds_up_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         separator=0, context=4, d_model=1, n_layers=4, vocab_size=9, block_sequences=1, n_blocks=10, holdout_blocks=2, seed=0,
         precision="bf16",
     )  # fmt: skip
-    windows = (Window(layers=(0, 1), peak=1), Window(layers=(3,), peak=1))
+    windows = (Window(layers=(Site(0), Site(1)), peak=1), Window(layers=(Site(3),), peak=1))
     plan = Plan(windows=windows, written=1, spec=spec, settings=3, features=1, so_far="all")
     # Harvests of 160 and 80 bytes behind forward passes of 20 and 40 tokens: 400 + 200 s. Training: 192 and 96 tokens x SAEs.
     assert (

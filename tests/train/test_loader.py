@@ -2,7 +2,6 @@ import shutil
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.ours import cache_spec
+from bench.caches import cache_spec
 from shared.cache import BlockStats, Cache, slice_checksums
 from shared.errors import UserError
 from shared.sites import Site, parse_sites
@@ -69,8 +68,8 @@ def test_slices_need_not_be_equally_long(tmp_path: Path, first: int) -> None:
 
 def numbered_cache(path: Path, *, rows: int, blocks: int) -> Cache:
     """One layer over one dimension; row i of it is i."""
-    spec = cache_spec(d=1, n_layers=1, rows=rows * blocks, context=rows)
-    cache = Cache.create(path, replace(spec, block_sequences=1, n_blocks=blocks), parse_sites("0"))
+    spec = cache_spec(d=1, n_layers=1, context=rows, sequences=1, blocks=blocks)
+    cache = Cache.create(path, spec, parse_sites("0"))
     for block in range(blocks):
         data = np.arange(rows * block, rows * (block + 1), dtype=np.float16)[:, None]
         stats = BlockStats(
