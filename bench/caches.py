@@ -44,7 +44,7 @@ def cache_with_tokens(path: Path, spec: CacheSpec) -> Cache:
     cache = new_cache(path, spec)
     for chunk in range(spec.token_chunks):
         tokens = torch.randint(0, spec.vocab_size, (spec.token_chunk, spec.context))
-        cache.commit_tokens(chunk, tokens.numpy().astype(spec.token_dtype), {}, 0)
+        cache.tokens.commit(chunk, tokens.numpy().astype(spec.token_dtype), {}, 0)
     return cache
 
 
@@ -55,7 +55,7 @@ def empty(cache: Cache) -> None:
         for file in cache.block_path(site, 0).parent.glob("c.*"):
             file.unlink()
     for block in range(cache.spec.n_blocks):
-        cache.entry_path(cache.sites, block).unlink(missing_ok=True)
+        cache.ledger.entry_path(cache.sites, block).unlink(missing_ok=True)
 
 
 def block_files(cache: Cache) -> list[Path]:

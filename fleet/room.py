@@ -53,7 +53,7 @@ def room(spec: CacheSpec, cache: Cache | None, runs: Sequence[Path], layers: Seq
         trained = saes * sae + len(runs) * (SNAPSHOTS * results + _CURVE)
         stays[layer] = held * block + trained + len(missing) * (PAGE + LEDGER_BYTES_PER_LAYER)
         there[layer] = 0 if cache is None else len(cache.freeable(layer)) * block
-    chunks = spec.token_chunks if cache is None else len(cache.missing_token_chunks())
+    chunks = spec.token_chunks if cache is None else len(cache.tokens.missing())
     return Room(
         tokens=chunks * (_pages(spec.token_bytes // spec.token_chunks) + PAGE) + _OTHER,
         states=(len(runs) + 1) * _pages(3 * weights + 8 * features + _HEADER),

@@ -22,6 +22,7 @@ from harvest.run import (
     repair,
     require_space,
     verify,
+    warnings_of_overflow,
 )
 from harvest.tokens import require_one_context
 from harvest.writer import WriterConfig
@@ -163,16 +164,14 @@ def run_command(device: str | None, **options: Any) -> None:
         require_space(job.cache, remaining_bytes(cache, job.sites, freed=again))
         cache.add_sites(job.sites)
         if again:
-            cache.unmark_freed(set(job.sites).intersection(cache.freed()))
+            cache.ledger.unmark_freed(set(job.sites).intersection(cache.freed()))
     else:
         require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
         cache = Cache.create(job.cache, spec, job.sites)
         cache.remove_leftovers()
     harvest(cache, job.sites, opened.source, opened.model, config)
-    all_totals = cache.totals()
-    for site, totals in all_totals.items():
-        say(f"layer {site!s:>2}: {totals}", err=totals.nonfinite > 0)
-    for line in notes_on_mixing(all_totals):
+    totals = cache.totals()
+    for line in (*warnings_of_overflow(totals), *notes_on_mixing(totals)):
         say(line, err=True)
     if freed := cache.freed():
         say(f"note: layers {format_sites(freed)} were freed but for what is held out; --layers brings them back", err=True)

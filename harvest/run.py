@@ -130,7 +130,7 @@ def remaining_bytes(cache: Cache, sites: tuple[Site, ...], *, freed: bool = Fals
     """What a harvest of these layers still writes; with `freed` also what was freed of them."""
     spec = cache.spec
     blocks = sum(len(group) * len(blocks) for group, blocks in cache.missing(sites, freed=freed).items())
-    tokens = len(cache.missing_token_chunks()) * spec.token_bytes // spec.token_chunks
+    tokens = len(cache.tokens.missing()) * spec.token_bytes // spec.token_chunks
     return blocks * (spec.block_bytes + LEDGER_BYTES_PER_LAYER) + tokens
 
 
@@ -151,7 +151,7 @@ def harvest(cache: Cache, sites: tuple[Site, ...], source: TextSource, model: Mo
     """
     if config.shard.index:
         await_tokens(cache, config.shard)
-    if cache.missing_token_chunks():
+    if cache.tokens.missing():
         write_tokens(cache, source, load_tokenizer(str(model.folder), None))
     for group, blocks in cache.missing(sites).items():
         harvest_blocks(cache, load_residual(cache, group, model, config), in_turn(cache.spec, blocks, config.shard), config)
@@ -161,7 +161,7 @@ def await_tokens(cache: Cache, shard: Shard) -> None:
     """Returns when another process has written all tokens, or seems to have gone: then they are written here, which is harmless
     if it has not. Raises UserError where it has taken the cache away."""
     n, came, patience = cache.spec.token_chunks, time.monotonic(), shard.index * _PATIENCE
-    if (done := n - len(cache.missing_token_chunks())) == n:
+    if (done := n - len(cache.tokens.missing())) == n:
         return
     say(f"shard {shard} waits until shard 0/{shard.count} has written the tokens", err=True)
     with Progress("waiting for tokens", n, "chunks", start=done) as progress:
@@ -173,7 +173,7 @@ def await_tokens(cache: Cache, shard: Shard) -> None:
             quiet = time.monotonic() - came
             progress.update(done, f"nothing came for {format_seconds(quiet)}: is shard 0 running?" * (quiet > _LATE))
             time.sleep(_POLL)
-            now = n - len(cache.missing_token_chunks())
+            now = n - len(cache.tokens.missing())
             done, came = now, came if now == done else time.monotonic()
         progress.update(done)
     if done < n:
@@ -256,7 +256,7 @@ class _Inputs:
     @classmethod
     def read(cls, cache: Cache, block: int) -> "_Inputs":
         place, tokens = np.argsort(cache.block_order(block), kind="stable"), cache.block_tokens(block)
-        checksum = cache.tokens_checksum(tokens)
+        checksum = cache.tokens.checksum(tokens)
         return cls(block=block, tokens=torch.from_numpy(tokens), checksum=checksum, place=torch.from_numpy(place))
 
 
@@ -390,6 +390,15 @@ class _Slot:
         )  # fmt: skip
 
 
+def warnings_of_overflow(totals: dict[Site, LayerTotals]) -> list[str]:
+    """A line for each layer with values that float16 cannot hold."""
+    return [
+        f"layer {site!s:>2}: WARNING: {layer.nonfinite:,} values did not fit float16 (stored as 0 or ±65504)"
+        for site, layer in totals.items()
+        if layer.nonfinite
+    ]
+
+
 def notes_on_mixing(totals: dict[Site, LayerTotals]) -> list[str]:
     """A line for each set of layers whose blocks were made on machines of more than one kind."""
     mixed: dict[str, list[Site]] = {}
@@ -420,9 +429,9 @@ def verify(cache: Cache, sites: tuple[Site, ...], threads: int) -> Damage:
     """Read everything committed and compare it with its checksums, and every block with the tokens that it is of."""
     spec, damage = cache.spec, Damage(metadata=cache.bad_metadata())
     work = [(site, block) for site in sites for block in sorted(cache.committed(site).intersection(cache.wanted(site)))]
-    chunks = range(spec.token_chunks) if work else sorted(cache.written_token_chunks())
+    chunks = range(spec.token_chunks) if work else sorted(cache.tokens.written())
     for chunk in chunks:
-        if why := _fails(partial(cache.read_token_chunk, chunk)):
+        if why := _fails(partial(cache.tokens.read_chunk, chunk)):
             damage.chunks[chunk] = why
 
     def check(item: tuple[Site, int]) -> str | None:
@@ -453,7 +462,7 @@ def _of_other_tokens(cache: Cache, items: list[tuple[Site, int]], damaged: set[i
         if block // per_chunk in damaged:
             continue
         if block not in checksums:
-            checksums[block] = cache.tokens_checksum(cache.block_tokens(block))
+            checksums[block] = cache.tokens.checksum(cache.block_tokens(block))
         if cache.stats(site, block).tokens != checksums[block]:
             found[site, block] = f"layer {site} block {block} of {cache.path} was made from other tokens than are there"
     return found
@@ -478,7 +487,7 @@ def require_same_text(cache: Cache, source: TextSource, model: Model) -> None:
 
 def free(cache: Cache, sites: tuple[Site, ...]) -> None:
     """Remove the training blocks of these layers. Safe to kill and repeat: from its beginning on they count as freed."""
-    cache.mark_freed(sites)
+    cache.ledger.mark_freed(sites)
     work, size = [(site, block) for site in sites for block in cache.freeable(site)], cache.spec.block_bytes
     with Progress("freeing", len(work) * size, "bytes") as progress:
         for site, block in work:

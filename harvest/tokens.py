@@ -79,7 +79,7 @@ def write_tokens(
     cache: Cache, source: TextSource, tokenizer: PreTrainedTokenizerBase, chunks: Collection[int] | None = None
 ) -> None:
     """Write these chunks of the token array, or all that it lacks. Raises UserError if the text runs out."""
-    spec, wanted = cache.spec, sorted(cache.missing_token_chunks() if chunks is None else chunks)
+    spec, wanted = cache.spec, sorted(cache.tokens.missing() if chunks is None else chunks)
     done = max(0, spec.sequences - len(wanted) * spec.token_chunk) * spec.context
     with Progress("tokenising", spec.sequences * spec.context, "tokens", start=done) as progress:
         while wanted:
@@ -106,7 +106,7 @@ def _write_chunks(
             text, pending = pending[: n * per_context].reshape(n, per_context), pending[n * per_context :]
             if at in chunks:
                 data = _chunk(cache, text, _context_start(tokenizer, spec))
-                cache.commit_tokens(at, data, batch.to_json(), len(tokens) - pending.size)
+                cache.tokens.commit(at, data, batch.to_json(), len(tokens) - pending.size)
             at += 1
             progress.update(min(at * spec.token_chunk, spec.sequences) * spec.context)
         if at == chunks.stop:
@@ -118,7 +118,7 @@ def _resume(cache: Cache, chunk: int) -> tuple[int, _BatchStart | None, int]:
     """(chunk, where to read, tokens to skip there): the nearest start at or before `chunk` that the ledger knows."""
     for before in range(chunk - 1, -1, -1):
         try:
-            entry = cache.token_chunk(before)
+            entry = cache.tokens.entry(before)
             return before + 1, _BatchStart.from_json(entry.source), entry.skip
         except UserError:  # damaged; the one before it will do
             continue

@@ -92,7 +92,7 @@ def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) ->
 def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    cache.entry_path(cache.sites, 3).unlink()
+    cache.ledger.entry_path(cache.sites, 3).unlink()
     refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c", "--runs", tmp_path / "r"), "lacks 1 blocks")
 
 

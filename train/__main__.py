@@ -77,9 +77,9 @@ def main(
 
 def _await_tokens(path: Location) -> None:
     """Returns when the cache's harvest has come so far that it is said which layers it is of."""
-    if not Cache.exists(path) or Cache.open(path).missing_token_chunks():
+    if not Cache.exists(path) or Cache.open(path).tokens.missing():
         say(f"waiting until a harvest has written the tokens of {path}", err=True)
-    while not Cache.exists(path) or Cache.open(path).missing_token_chunks():
+    while not Cache.exists(path) or Cache.open(path).tokens.missing():
         time.sleep(FOLLOW_POLL)
 
 
@@ -87,7 +87,7 @@ def _not_freed(cache: Cache) -> tuple[Site, ...]:
     """All layers that can be trained. Raises UserError if there is none."""
     freed = cache.freed()
     if freed == cache.sites:
-        raise cache.freed_error(freed)
+        raise cache.ledger.freed_error(freed)
     if freed:
         say(f"note: layers {format_sites(freed)} were freed and are left out", err=True)
     return tuple(site for site in cache.sites if site not in freed)

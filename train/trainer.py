@@ -105,7 +105,7 @@ def _require_trainable(
     if options.tensorboard:
         summary_writer()
     if freed := set(sites).intersection(cache.freed()):
-        raise cache.freed_error(freed)
+        raise cache.ledger.freed_error(freed)
     for site in () if options.follow else sites:
         missing = sum(map(len, cache.missing((site,)).values()))
         if missing:

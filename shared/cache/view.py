@@ -10,25 +10,39 @@ kept. So neighbouring rows cost one read of their block, and rows at random plac
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.cache.ledger import BlockStats
+from shared.cache.spec import CacheSpec
 from shared.errors import UserError
 from shared.sites import Site, format_sites
-
-if TYPE_CHECKING:
-    from shared.cache import Cache
+from shared.stores import Location
 
 Rows: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | NDArray[Any]
 _Gather: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[Any]]  # (block, rows in it, in reading order) → their values
 
 
+class Cached(Protocol):
+    """What is asked of a `Cache`, which makes the views and so cannot be imported here."""
+
+    spec: CacheSpec
+    path: Location
+    sites: tuple[Site, ...]
+
+    def block_order(self, block: int) -> NDArray[np.int64]: ...
+    def stats(self, site: Site, block: int) -> BlockStats: ...
+    def read_slice(self, site: Site, block: int, index: int, out: NDArray[np.float16]) -> None: ...
+    def check_slice(self, site: Site, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None: ...
+    def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]: ...
+
+
 class Layer:
     """One layer's activations, float16 [rows, d_model]."""
 
-    def __init__(self, cache: "Cache", site: Site) -> None:
+    def __init__(self, cache: Cached, site: Site) -> None:
         """Raises UserError for a layer that is not in the cache."""
         if site not in cache.sites:
             raise UserError(f"layer {site} is not in {cache.path}: it has layers {format_sites(cache.sites)}")
@@ -77,7 +91,7 @@ class Layer:
 class _Block:
     """A block in memory, in the order of the file, slice by slice as they are wanted."""
 
-    def __init__(self, cache: "Cache", site: Site, block: int) -> None:
+    def __init__(self, cache: Cached, site: Site, block: int) -> None:
         spec = cache.spec
         self._cache, self._site, self.block, self._stats = cache, site, block, cache.stats(site, block)
         self._data = np.empty((spec.block_rows, spec.d_model), np.float16)
@@ -100,7 +114,7 @@ class _Block:
 class Tokens:
     """The token that each row is at, int64 [rows]: the same rows as the layer's."""
 
-    def __init__(self, cache: "Cache") -> None:
+    def __init__(self, cache: Cached) -> None:
         self._cache = cache
 
     def __len__(self) -> int:
@@ -118,7 +132,7 @@ class Tokens:
         return sequences[rows - low * context]
 
 
-def _take(cache: "Cache", rows: Rows, gather: _Gather, tail: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _take(cache: Cached, rows: Rows, gather: _Gather, tail: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The values of `rows`, block by block, each block asked for once."""
     block_rows = cache.spec.block_rows
     wanted = _indices(rows, cache.spec.sequences * cache.spec.context)

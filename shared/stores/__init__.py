@@ -4,9 +4,9 @@ from pathlib import Path
 
 from shared.stores.folder import Folder
 from shared.stores.location import Bucket, Location, parse_location
-from shared.stores.protocol import Staged, Store
+from shared.stores.protocol import Staged, Store, get_or_none, local_path
 
-__all__ = ["Bucket", "Folder", "Location", "Staged", "Store", "open_store", "parse_location"]
+__all__ = ["Bucket", "Folder", "Location", "Staged", "Store", "get_or_none", "local_path", "open_store", "parse_location"]
 
 
 def open_store(location: Location) -> Store:

@@ -79,3 +79,18 @@ class Store(Protocol):
 
     def remove_leftovers(self, prefix: str) -> None:
         """Remove what dead processes of this host left half-written under a prefix."""
+
+
+def get_or_none(store: Store, key: str) -> bytes | None:
+    """A small object whole; None where there is none, or it cannot be read."""
+    try:
+        return store.get(key)
+    except OSError:
+        return None
+
+
+def local_path(store: Store, key: str) -> Path:
+    """The file of a key in a store that is a folder."""
+    path = store.path(key)
+    assert isinstance(path, Path)
+    return path

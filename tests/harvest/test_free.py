@@ -88,13 +88,13 @@ def test_what_is_freed_is_not_trained(cli: Cli, copy: Cache, tmp_path: Path) -> 
 
 def test_a_layer_that_is_wanted_again_is_not_trained_before_it_is_there(cli: Cli, copy: Cache, tmp_path: Path) -> None:
     assert cli("harvest", "free", "--cache", copy.path, "--layers", "1", "--yes").code == 0
-    copy.unmark_freed(parse_sites("1"))
+    copy.ledger.unmark_freed(parse_sites("1"))
     refused = cli("train", *TRAIN_ARGS, "--cache", copy.path, "--runs", tmp_path / "r", "--layers", 1)
     assert refused.code == 2 and "layer 1 of" in refused.err and "lacks 40 blocks" in refused.err
 
 
 def test_records_of_freeing_are_checked(cli: Cli, copy: Cache) -> None:
-    copy.mark_freed(parse_sites("1"))
+    copy.ledger.mark_freed(parse_sites("1"))
     path = copy.path / "ledger" / "freed" / "01.json"
     for data in (b"{}", to_bytes({"cache": "0" * 64, "freed": 1}), to_bytes({"cache": copy.digest, "freed": 0})):
         path.write_bytes(data)

@@ -14,6 +14,7 @@ from harvest.documents import LocalText
 from harvest.pieces import FilePoint, Piece
 from harvest.tokens import _encode, _take, _token_batches, require_one_context, write_tokens
 from shared.cache import Cache
+from shared.cache.tokens import TokenArray
 from shared.errors import UserError
 from shared.lm import load_tokenizer
 from shared.sites import Site, parse_sites
@@ -49,15 +50,15 @@ def test_continues_after_every_chunk(
     class Stop(Exception):
         pass
 
-    commit = Cache.commit_tokens
+    commit = TokenArray.commit
 
-    def commit_and_stop(self: Cache, chunk: int, *rest: Any) -> None:
+    def commit_and_stop(self: TokenArray, chunk: int, *rest: Any) -> None:
         commit(self, chunk, *rest)
         written.append(chunk)
         raise Stop
 
-    monkeypatch.setattr(Cache, "commit_tokens", commit_and_stop)
-    while again.missing_token_chunks():
+    monkeypatch.setattr(TokenArray, "commit", commit_and_stop)
+    while again.tokens.missing():
         with pytest.raises(Stop):
             write_tokens(again, source(text), tokenizer)
     assert written == list(range(cache.spec.token_chunks)) and len(written) > 2
@@ -191,7 +192,7 @@ def test_a_cache_with_blocks_is_never_taken_away(lm: Path, text: Path, cache_pat
     shutil.copytree(cache_path, tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
     for chunk in range(cache.spec.token_chunks):
-        cache.token_entry_path(chunk).unlink()
+        cache.tokens.entry_path(chunk).unlink()
     short = tmp_path / "short.jsonl"
     short.write_text("".join(text.read_text().splitlines(keepends=True)[:3]))
     with pytest.raises(UserError, match="has committed blocks and is kept"):

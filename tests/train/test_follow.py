@@ -32,7 +32,7 @@ class Harvest:
             self._entry(self.cache, block).unlink()
 
     def _entry(self, cache: Cache, block: int) -> Path:
-        return cache.entry_path(cache.sites, block)
+        return cache.ledger.entry_path(cache.sites, block)
 
     def go_on(self, blocks: int) -> None:
         for block in self._turns[:blocks]:

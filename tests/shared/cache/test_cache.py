@@ -14,15 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shared.cache import (
-    BlockStats,
-    Cache,
-    CacheSpec,
-    TokenChunk,
-    _block_key,
-    merge_moments,
-    slice_checksums,
-)
+from shared.cache import BlockStats, Cache, CacheSpec, TokenChunk, slice_checksums
+from shared.cache.zarr import block_key
 from shared.errors import UserError
 from shared.files import temporary
 from shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
@@ -49,19 +42,6 @@ SPEC = CacheSpec(
     precision="bf16",
 )
 STATS = BlockStats(bytes=48, rows=8, crc32c="0" * 64, tokens="0" * 8, mean=0.0, m2=1.0, max_norm=2.0, nonfinite=0)
-
-
-@given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=20), max_size=6))
-def test_merged_moments_are_the_moments_of_all(parts: list[list[float]]) -> None:
-    merged = (0, 0.0, 0.0)
-    for part in parts:
-        x = np.array(part)
-        merged = merge_moments(merged, (len(x), x.mean(), ((x - x.mean()) ** 2).sum()) if len(x) else (0, 0.0, 0.0))
-    x = np.concatenate([np.array(p) for p in parts]) if parts else np.array([])
-    assert merged[0] == len(x)
-    if len(x):
-        assert merged[1] == pytest.approx(x.mean(), abs=1e-9)
-        assert merged[2] == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-9, abs=1e-6)
 
 
 def test_crc32c_is_the_standard_one() -> None:
@@ -123,7 +103,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(layer=st.sampled_from(SITES), block=st.integers(0, 5))
     def lose(self, layer: Site, block: int) -> None:
-        open_store(self.place).delete(_block_key(layer, block))
+        open_store(self.place).delete(block_key(layer, block))
         self.committed.pop((layer, block), None)
 
     @invariant()
@@ -355,12 +335,12 @@ def test_a_ledger_beside_arrays_that_are_gone_counts_as_nothing(tmp_path: Path) 
         cache = Cache.create(tmp_path / "c", spec, parse_sites("0,1"))
         staged = {s: cache.stage_block(s, 2, np.zeros((8, 3), np.float16), replace=False) for s in parse_sites("0,1")}
         cache.commit(2, {Site(0): STATS, Site(1): STATS}, staged)
-        cache.commit_tokens(0, np.zeros((32, 4), np.uint16), {}, 0)
+        cache.tokens.commit(0, np.zeros((32, 4), np.uint16), {}, 0)
         shutil.rmtree(tmp_path / "c" / "activations.zarr")
         (tmp_path / "c" / "cache.json").unlink()
         again = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
         assert again.missing(parse_sites("0,1")) == {parse_sites("0,1"): [0, 1, 2, 3, 4, 5]}
-        assert again.missing_token_chunks() == [0]
+        assert again.tokens.missing() == [0]
         assert not again.has_block(parse_sites("0"), 2)
         (tmp_path / "c" / "cache.json").unlink()
         shutil.rmtree(tmp_path / "c" / "activations.zarr")
@@ -381,7 +361,7 @@ def test_a_cache_with_blocks_is_never_discarded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has committed blocks and is kept"):
         cache.discard()
     assert Cache.open(tmp_path / "c").stats(Site(0), 2) == STATS
-    cache.entry_path(parse_sites("0"), 2).unlink()
+    cache.ledger.entry_path(parse_sites("0"), 2).unlink()
     cache.discard()
     assert list((tmp_path / "c").iterdir()) == []
 
@@ -389,7 +369,7 @@ def test_a_cache_with_blocks_is_never_discarded(tmp_path: Path) -> None:
 def test_every_flip_in_an_entry_is_a_damaged_block(tmp_path: Path) -> None:
     cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     cache.commit(2, {Site(0): STATS})
-    path = cache.entry_path(parse_sites("0"), 2)
+    path = cache.ledger.entry_path(parse_sites("0"), 2)
     whole = path.read_bytes()
     assert cache.stats(Site(0), 2) == STATS
     for at in range(len(whole) - 1):
@@ -406,7 +386,7 @@ def test_entries_from_before_their_maker_was_recorded_are_read(tmp_path: Path) -
     cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     for block, by in enumerate(("", "cpu, threads: 2", "cpu, threads: 2")):
         cache.commit(block, {Site(0): dataclasses.replace(STATS, by=by)})
-    path = cache.entry_path(parse_sites("0"), 0)
+    path = cache.ledger.entry_path(parse_sites("0"), 0)
     entry = from_bytes(path.read_bytes())
     del entry["layers"]["0"]["by"]
     path.write_bytes(to_bytes(entry))
@@ -424,14 +404,14 @@ def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:
     cache.commit(2, {Site(0): STATS, Site(1): STATS})
     cache.commit(3, {Site(2): STATS})
     other.commit(4, {Site(0): STATS, Site(1): STATS})
-    entry = cache.entry_path(parse_sites("0,1"), 2).read_bytes()
+    entry = cache.ledger.entry_path(parse_sites("0,1"), 2).read_bytes()
     for source, layers, block, why in (
         (entry, parse_sites("0,1"), 5, "another block"),
         (entry, parse_sites("1,2"), 2, "other layers"),
         (entry, parse_sites("0"), 4, "other layers"),
-        (other.entry_path(parse_sites("0,1"), 4).read_bytes(), parse_sites("0,1"), 4, "another cache"),
+        (other.ledger.entry_path(parse_sites("0,1"), 4).read_bytes(), parse_sites("0,1"), 4, "another cache"),
     ):
-        path = cache.entry_path(layers, block)
+        path = cache.ledger.entry_path(layers, block)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(source)
         with pytest.raises(UserError, match=f"layer {layers[-1]} block {block} .*{why}"):
@@ -445,13 +425,13 @@ def test_an_entry_of_another_size_is_damage(tmp_path: Path) -> None:
         cache.commit(1, {Site(0): dataclasses.replace(STATS, **change)})  # type: ignore[arg-type]
         with pytest.raises(UserError, match="layer 0 block 1 .*another size"):
             cache.stats(Site(0), 1)
-        cache.entry_path(parse_sites("0"), 1).unlink()
+        cache.ledger.entry_path(parse_sites("0"), 1).unlink()
 
 
 def test_an_unreadable_entry_of_several_layers_gives_way_to_what_is_harvested_again(tmp_path: Path) -> None:
     cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
     cache.commit(2, {Site(0): STATS, Site(1): STATS})
-    cache.entry_path(parse_sites("0,1"), 2).write_bytes(b"{}")
+    cache.ledger.entry_path(parse_sites("0,1"), 2).write_bytes(b"{}")
     cache.commit(2, {Site(1): STATS})
     assert cache.stats(Site(1), 2) == STATS
     assert cache.committed(Site(0)) == set()  # nothing is known of it any more
@@ -464,7 +444,7 @@ def test_foreign_things_in_a_cache_are_passed_over(tmp_path: Path) -> None:
         (tmp_path / "c" / "activations.zarr" / "resid_post" / name).mkdir()
     cache.commit(2, {Site(0): STATS, Site(1): STATS})
     for name in ("2.json", "00000099.json", "00000003.json.bak", "x.json"):
-        cache.entry_path(parse_sites("0,1"), 2).with_name(name).write_text("{}")
+        cache.ledger.entry_path(parse_sites("0,1"), 2).with_name(name).write_text("{}")
     (tmp_path / "c" / "ledger" / "notes.txt").touch()
     assert cache.committed(Site(0)) == {2}
     assert Cache.open(tmp_path / "c").sites == parse_sites("0,1")
@@ -494,7 +474,7 @@ def token_cache(path: Path) -> "tuple[Cache, np.ndarray[tuple[int, int], np.dtyp
     tokens = np.zeros((96, 4), np.uint16)
     tokens[: spec.sequences] = np.arange(264).reshape(66, 4)
     for chunk in range(3):
-        cache.commit_tokens(chunk, tokens[32 * chunk : 32 * chunk + 32], {"place": chunk}, chunk)
+        cache.tokens.commit(chunk, tokens[32 * chunk : 32 * chunk + 32], {"place": chunk}, chunk)
     return cache, tokens[: spec.sequences]
 
 
@@ -503,19 +483,19 @@ def test_tokens_are_read_across_chunks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cache.read_tokens(0, 66), tokens)
     np.testing.assert_array_equal(cache.read_tokens(30, 65), tokens[30:65])
     np.testing.assert_array_equal(cache.block_tokens(16), tokens[32:34])
-    assert cache.token_chunk(1) == TokenChunk(crc32c=crc32c(tokens[32:64]), source={"place": 1}, skip=1)
-    assert cache.missing_token_chunks() == []
+    assert cache.tokens.entry(1) == TokenChunk(crc32c=crc32c(tokens[32:64]), source={"place": 1}, skip=1)
+    assert cache.tokens.missing() == []
     array = zarr.open_array(str(tmp_path / "c" / "activations.zarr" / "tokens"), mode="r")
     np.testing.assert_array_equal(array[:], tokens)
 
 
 def test_no_default_stands_in_for_tokens(tmp_path: Path) -> None:
     cache, _ = token_cache(tmp_path / "c")
-    path, entry = cache.token_chunk_path(1), cache.token_entry_path(1)
+    path, entry = cache.tokens.path(1), cache.tokens.entry_path(1)
     whole, record = path.read_bytes(), entry.read_bytes()
     damages = [(path, whole[:40] + b"x" + whole[41:]), (path, whole[:-1]), (path, whole + b"\0"), (path, None), (path, b"")]
     damages += [(entry, record[:30] + b"x" + record[31:]), (entry, None), (entry, b""), (entry, b"[]")]
-    damages += [(path, cache.token_chunk_path(0).read_bytes()), (entry, cache.token_entry_path(0).read_bytes())]
+    damages += [(path, cache.tokens.path(0).read_bytes()), (entry, cache.tokens.entry_path(0).read_bytes())]
     for file, data in damages:
         file.unlink() if data is None else file.write_bytes(data)
         again = Cache.open(tmp_path / "c")
@@ -530,11 +510,11 @@ def test_no_default_stands_in_for_tokens(tmp_path: Path) -> None:
 
 def test_other_tokens_than_the_ledger_has_are_never_written(tmp_path: Path) -> None:
     cache, tokens = token_cache(tmp_path / "c")
-    cache.token_chunk_path(1).write_bytes(b"damaged")
+    cache.tokens.path(1).write_bytes(b"damaged")
     with pytest.raises(UserError, match="token chunk 1 .* came out otherwise .* nothing was changed"):
-        cache.commit_tokens(1, np.ones((32, 4), np.uint16), {}, 0)
-    assert cache.token_chunk_path(1).read_bytes() == b"damaged"
-    cache.commit_tokens(1, tokens[32:64], {}, 0)
+        cache.tokens.commit(1, np.ones((32, 4), np.uint16), {}, 0)
+    assert cache.tokens.path(1).read_bytes() == b"damaged"
+    cache.tokens.commit(1, tokens[32:64], {}, 0)
     np.testing.assert_array_equal(cache.read_tokens(0, 66), tokens)
 
 
@@ -561,7 +541,7 @@ def test_listing_a_full_size_ledger_is_quick(tmp_path: Path) -> None:
     """Not a speed test: a bound that only an accidental read of every entry would break (9,155 blocks at full size)."""
     spec = dataclasses.replace(SPEC, n_blocks=9155)
     cache = Cache.create(tmp_path / "c", spec, parse_sites("0"))
-    folder = cache.entry_path(parse_sites("0"), 0).parent
+    folder = cache.ledger.entry_path(parse_sites("0"), 0).parent
     folder.mkdir(parents=True)
     for block in range(9155):
         (folder / f"{block:08d}.json").touch()  # empty: reading one would fail

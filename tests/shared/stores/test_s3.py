@@ -14,7 +14,8 @@ import zarr
 from hypothesis import settings
 
 from harvest.writer import BlockWriter, WriterConfig, block_stats
-from shared.cache import Cache, _block_key
+from shared.cache import Cache
+from shared.cache.zarr import block_key
 from shared.errors import UserError
 from shared.sites import Site, parse_sites
 from shared.stores import Bucket, Folder, Location, Store, open_store
@@ -149,23 +150,23 @@ def test_many_harvests_at_once_leave_a_ledger_that_is_true(place: Bucket) -> Non
 def test_what_lies_in_a_block_s_place_and_is_not_of_it_is_written_over(place: Bucket, what: str) -> None:
     cache, store, data = Cache.create(place, SPEC, parse_sites("0")), S3(place), of(2.0)
     if what == "of another cache":
-        store.stage(_block_key(Site(0), 1), memoryview(of(1.0).data).cast("B"), "another digest", replace=False)
+        store.stage(block_key(Site(0), 1), memoryview(of(1.0).data).cast("B"), "another digest", replace=False)
     elif what == "of another block":
         store._put(
-            _block_key(Site(0), 1),
+            block_key(Site(0), 1),
             of(1.0).tobytes(),
             "create",
-            s3._seal(cache.digest, _block_key(Site(0), 2), of(1.0).tobytes()),
+            s3._seal(cache.digest, block_key(Site(0), 2), of(1.0).tobytes()),
         )
     elif what == "damaged":
         store._put(
-            _block_key(Site(0), 1),
+            block_key(Site(0), 1),
             of(1.0).tobytes(),
             "create",
-            s3._seal(cache.digest, _block_key(Site(0), 1), of(3.0).tobytes()),
+            s3._seal(cache.digest, block_key(Site(0), 1), of(3.0).tobytes()),
         )
     else:
-        store.write(_block_key(Site(0), 1), b"short")
+        store.write(block_key(Site(0), 1), b"short")
     staged = cache.stage_block(Site(0), 1, data, replace=False)
     cache.commit(1, {Site(0): block_stats(data, 0, SPEC.slice_rows)}, {Site(0): staged}, replace=False)
     assert (stored(cache, 0, 1) == 2.0).all()

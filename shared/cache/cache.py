@@ -1,0 +1,290 @@
+"""An open cache: blocks are read and checked, staged and committed. Tokens and ledger are objects of their own."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cache import zarr
+from shared.cache.ledger import BlockStats, LayerTotals, Ledger, damaged_block, slice_checksums
+from shared.cache.spec import FORMAT, SPEC_FILE, CacheSpec, other_format
+from shared.cache.tokens import TokenArray
+from shared.cache.view import Layer
+from shared.errors import UserError
+from shared.files import page_aligned
+from shared.seal import crc32c, from_bytes, to_bytes
+from shared.shuffle import block_rows
+from shared.sites import Site
+from shared.stores import Location, Staged, Store, local_path, open_store
+from shared.stores.scratch import Scratch, ScratchConfig
+
+assert sys.byteorder == "little", "the cache stores little-endian values as they lie in memory"
+
+
+class Cache:
+    """An open cache. Reading needs nothing but the files; writing keeps the commit order described in `shared.cache`."""
+
+    def __init__(self, store: Store, spec: CacheSpec, scratch: ScratchConfig | None = None) -> None:
+        self._store, self.spec, self.path = store, spec, store.root
+        self.digest = spec.digest  # what a run records of its cache, and compares
+        self.ledger, self.tokens = Ledger(store, spec), TokenArray(store, spec)
+        self.sites = zarr.stored_sites(store, spec)
+        self._scratch = Scratch(scratch, self.digest) if scratch else None
+
+    @classmethod
+    def exists(cls, path: Location) -> bool:
+        return open_store(path).has(SPEC_FILE)
+
+    @classmethod
+    def open(cls, path: Location, scratch: ScratchConfig | None = None) -> Self:
+        """Raises UserError for a missing, foreign, damaged or differently versioned cache.
+
+        Blocks that are read are kept in `scratch`, as long as there is room, and read from there.
+        """
+        store = open_store(path)
+        try:
+            data = store.get(SPEC_FILE)
+        except OSError:
+            zarr.refuse_foreign(store)
+            raise UserError(f"no activation cache at {path}: run `make harvest` or `python -m harvest` first") from None
+        try:
+            value = from_bytes(data)
+            if value["format"] != FORMAT:
+                raise other_format(path, value["format"])
+            spec = CacheSpec(**value["spec"])
+            if value["digest"] != spec.digest:
+                raise ValueError("its digest does not match")
+        except (ValueError, KeyError, TypeError) as error:
+            if not store.has(zarr.GROUP):
+                raise UserError(f"{path / SPEC_FILE} is not of an activation cache; choose another folder") from None
+            raise UserError(
+                f"{path / SPEC_FILE} is damaged ({error}): remove that file and run the `python -m harvest` command that made "
+                "the cache again; it writes the file anew and keeps what is committed"
+            ) from None
+        return cls(store, spec, scratch)
+
+    @classmethod
+    def create(cls, path: Location, spec: CacheSpec, sites: tuple[Site, ...]) -> Self:
+        """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec."""
+        store = open_store(path)
+        if not store.has(SPEC_FILE):
+            zarr.refuse_foreign(store)
+            Ledger(store, spec).drop_foreign()
+            zarr.write_metadata(store, spec, ())
+            store.create(SPEC_FILE, to_bytes({"format": FORMAT, "digest": spec.digest, "spec": dataclasses.asdict(spec)}))
+        cache = cls.open(path)
+        cache.require_same(spec)
+        cache.add_sites(sites)
+        return cache
+
+    def add_sites(self, sites: tuple[Site, ...]) -> None:
+        """Make the arrays of these layers where they are not yet; puts right metadata that is not as it should be."""
+        zarr.write_metadata(self._store, self.spec, (*self.sites, *sites))
+        self.sites = zarr.stored_sites(self._store, self.spec)
+
+    def discard(self) -> None:
+        """Take away a cache in which no block is committed yet: a text that is too short fixes another spec."""
+        if self.ledger.has_blocks():
+            raise UserError(f"{self.path} has committed blocks and is kept: its text is not what it was made from")
+        self._store.delete(SPEC_FILE)
+        for folder in ("ledger", zarr.GROUP):
+            self._store.delete_all(folder)
+
+    def require_same(self, spec: CacheSpec) -> None:
+        """Raises UserError naming every setting in which `spec` differs from this cache."""
+        different, own = self.spec.differences(spec), self.spec
+        if different:
+            model = f"{own.model} at commit {own.model_commit}" if own.model_commit else own.model
+            raise UserError(
+                f"{self.path} was harvested with other settings ({'; '.join(different)}): repeat those settings "
+                f"(model {model}, text {own.dataset}) or choose another --cache folder"
+            )
+
+    def remove_leftovers(self) -> None:
+        """Remove what dead writers of this host left half-written anywhere in the cache."""
+        for prefix in ("", *self.ledger.folders(), *zarr.folders(self._store)):
+            self._store.remove_leftovers(prefix)
+
+    def bad_metadata(self) -> list[str]:
+        """The arrays' metadata files that are not as they should be."""
+        return zarr.bad_metadata(self._store, self.spec, self.sites)
+
+    def layer(self, layer: int | Site) -> Layer:
+        """A layer's rows in the order of the text, for notebooks. Raises UserError if it is not in the cache."""
+        return Layer(self, Site(layer) if isinstance(layer, int) else layer)
+
+    # --- reading blocks ---
+
+    def block_path(self, site: Site, block: int) -> Path:
+        """Of a cache on a disk, as are the paths of entries and tokens."""
+        return local_path(self._store, zarr.block_key(site, block))
+
+    def block_order(self, block: int) -> NDArray[np.int64]:
+        """Row j of a stored block is activation `order[j]` of its sequences read one after the other."""
+        return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
+
+    def read_block(self, site: Site, block: int, out: NDArray[np.float16]) -> None:
+        """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing, unreadable or short."""
+        self._read(site, block, out, 0)
+
+    def check_block(self, site: Site, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+        """Raises UserError naming layer and block if `data` is not what was committed."""
+        rows = self.spec.slice_rows
+        if slice_checksums(data, rows) != stats.crc32c and not (
+            self._read_anew(site, block, data, 0) and slice_checksums(data, rows) == stats.crc32c
+        ):
+            raise self._damaged(site, block, "its checksum does not match")
+
+    def whole_block(self, site: Site, block: int) -> NDArray[np.float16]:
+        """[block_rows, d_model], read and checked. Raises UserError naming a block that is not there, or damaged."""
+        data = np.empty((self.spec.block_rows, self.spec.d_model), dtype=np.float16)
+        self.read_block(site, block, data)
+        self.check_block(site, block, data, self.stats(site, block))
+        return data
+
+    def read_slice(self, site: Site, block: int, index: int, out: NDArray[np.float16]) -> None:
+        """Fill `out` [rows of that slice, d_model] from disk: rows index · slice_rows … of the block. Raises UserError."""
+        self._read(site, block, out, index * self.spec.slice_rows * self.spec.d_model * 2)
+
+    def check_slice(self, site: Site, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+        """Raises UserError naming layer, block and slice if `data` is not what was committed."""
+        wanted, offset = stats.crc32c[8 * index : 8 * index + 8], index * self.spec.slice_rows * self.spec.d_model * 2
+        if crc32c(data) != wanted and not (self._read_anew(site, block, data, offset) and crc32c(data) == wanted):
+            raise self._damaged(site, block, f"the checksum of slice {index} does not match")
+
+    def _read(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> None:
+        if self._scratch is not None:
+            view, size = memoryview(out.data).cast("B"), self.spec.block_bytes
+            if self._scratch.read(site, block, view, offset, size, partial(self._fetch, site, block)):
+                return
+        self._read_store(site, block, out, offset)
+
+    def _fetch(self, site: Site, block: int) -> memoryview:
+        """A block from where the cache lies, checked, in memory that direct writes accept."""
+        data: NDArray[np.float16] = page_aligned(self.spec.block_rows, self.spec.d_model).numpy()
+        self._read_store(site, block, data, 0)
+        self.check_block(site, block, data, self.stats(site, block))
+        return memoryview(data.data).cast("B")
+
+    def _read_anew(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> bool:
+        """Where the scratch may have given a damaged copy, or an old one: away with it, and the bytes from where they lie."""
+        if self._scratch is None:
+            return False
+        self._scratch.drop(site, block)
+        self._read_store(site, block, out, offset)
+        return True
+
+    def _read_store(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> None:
+        try:
+            n = self._store.read(zarr.block_key(site, block), memoryview(out.data).cast("B"), offset)
+        except OSError as error:
+            if block not in self.wanted(site):
+                raise self.ledger.freed_error((site,)) from None
+            raise self._damaged(site, block, error.strerror or "unreadable") from None
+        if n < out.nbytes:
+            raise self._damaged(site, block, f"{out.nbytes - n} bytes short")
+
+    def _damaged(self, site: Site, block: int, why: str) -> UserError:
+        return damaged_block(self.path, site, block, why)
+
+    # --- committing blocks ---
+
+    def stage_block(self, site: Site, block: int, data: NDArray[np.float16], *, replace: bool) -> Staged:
+        """Bring a block's bytes to their place or near it, durable, for `commit`. Raises UserError.
+
+        Where a store cannot make room beside another harvest's bytes, `data` is these afterwards: statistics come after this.
+        """
+        return self._store.stage(zarr.block_key(site, block), memoryview(data.data).cast("B"), self.digest, replace=replace)
+
+    def drop(self, staged: Iterable[Staged]) -> None:
+        """Take away what was staged and will not be committed."""
+        self._store.drop(staged)
+
+    def commit(
+        self, block: int, stats: dict[Site, BlockStats], staged: dict[Site, Staged] | None = None, *, replace: bool = True
+    ) -> None:
+        """Put what was staged of a block in its place, and record it once that is durable. Raises UserError.
+
+        Without `replace`, layers that another process has committed meanwhile stay as they are. Bytes and entry are changed
+        by one process at a time: two harvests of a block may differ in a last bit.
+        """
+        with self._store.locked(SPEC_FILE):
+            kept = set() if replace else self._having(tuple(stats), block)
+            staged = staged or {}
+            self._store.place({zarr.block_key(site, block): data for site, data in staged.items() if site not in kept})
+            self.ledger.record(block, {site: s for site, s in stats.items() if site not in kept})
+            self._store.drop(data for site, data in staged.items() if site in kept)
+
+    def stats(self, site: Site, block: int) -> BlockStats:
+        """The ledger's record of one block of one layer. Raises UserError if there is none, or it is damaged."""
+        return self.ledger.stats(site, block)
+
+    def totals(self) -> dict[Site, LayerTotals]:
+        """Every layer's blocks taken together. Raises UserError for a damaged entry."""
+        return self.ledger.totals(self.sites)
+
+    def committed(self, site: Site) -> set[int]:
+        """The committed blocks of a layer, from the names of the ledger's files."""
+        return self.ledger.committed((site,))[site]
+
+    def has_block(self, sites: tuple[Site, ...], block: int) -> bool:
+        """Whether every one of these layers has the block, committed and there, by now."""
+        return self._having(sites, block) == set(sites)
+
+    def _having(self, sites: tuple[Site, ...], block: int) -> set[Site]:
+        recorded = self.ledger.recorded(sites, block)
+        return {site for site in recorded if self._store.has(zarr.block_key(site, block))}
+
+    def missing(self, sites: tuple[Site, ...], *, freed: bool = False) -> dict[tuple[Site, ...], list[int]]:
+        """What is still to be harvested: {layers that lack the same blocks: those blocks, ascending}.
+
+        A block whose file is gone is missing, though the ledger speaks of it: somebody made room. With `freed` that holds as
+        well where it was done through `free`.
+        """
+        everything, committed = range(self.spec.n_blocks), self.ledger.committed(sites)
+        lacks = {
+            site: set(everything if freed else self.wanted(site)) - (committed[site] & self._stored(site)) for site in sites
+        }
+        groups: dict[tuple[Site, ...], list[int]] = {}
+        for block in everything:
+            lacking = tuple(site for site in sites if block in lacks[site])
+            if lacking:
+                groups.setdefault(lacking, []).append(block)
+        return groups
+
+    def _stored(self, site: Site) -> set[int]:
+        return zarr.stored_blocks(self._store, self.spec, site)
+
+    # --- room for other layers ---
+
+    def freed(self) -> tuple[Site, ...]:
+        """The layers whose training blocks were removed on purpose. Raises UserError for a record that is damaged."""
+        return self.ledger.freed(self.sites)
+
+    def wanted(self, site: Site) -> range:
+        """The blocks that ought to be there: of a layer that was freed the held-out ones alone."""
+        return self.ledger.wanted(site)
+
+    def freeable(self, site: Site) -> list[int]:
+        """The training blocks that are there."""
+        return sorted(block for block in self._stored(site) if block < self.spec.train_blocks)
+
+    def free_block(self, site: Site, block: int) -> None:
+        """Remove a training block of a layer that is marked; its ledger entry stays. Raises UserError."""
+        assert block not in self.wanted(site)
+        self._store.delete(zarr.block_key(site, block))
+
+    # --- tokens ---
+
+    def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Sequences [start, stop) as int64 [stop - start, context], checked. Raises UserError naming a damaged chunk."""
+        return self.tokens.read(start, stop)
+
+    def block_tokens(self, block: int) -> NDArray[np.int64]:
+        """The sequences of one block, int64 [block_sequences, context], checked. Raises UserError naming a damaged chunk."""
+        return self.tokens.read(block * self.spec.block_sequences, (block + 1) * self.spec.block_sequences)

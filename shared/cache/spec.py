@@ -1,0 +1,131 @@
+"""What fixes every value in a cache, and the sizes that follow from it."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.errors import UserError
+from shared.seal import canonical
+from shared.stores import Location
+
+FORMAT = 2
+SPEC_FILE = "cache.json"
+SLICES = 16  # of a block
+TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
+ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CacheSpec:
+    """What fixes every value in a cache. Two harvests may share a cache only if these are equal."""
+
+    model: str  # hub id or folder
+    model_revision: str  # hash of configuration and weights
+    dataset: str
+    dataset_revision: str  # the hub's commit, or a hash of local files
+    split: str
+    text_column: str
+    tokenizer_sha256: str
+    separator: int  # token put between documents
+    context: int
+    d_model: int
+    n_layers: int
+    vocab_size: int
+    block_sequences: int
+    n_blocks: int
+    holdout_blocks: int
+    seed: int
+    precision: str  # of the model's forward pass: bf16 or fp32
+    bos: bool = False  # every context begins with the tokeniser's BOS
+    model_branch: str = ""  # the revision of a hub model as it was asked for
+    model_commit: str = ""  # and the commit that this was when the harvest began
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that fix the bytes: all but where model and text lay, which is advice."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ADVICE}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the identity, 64 hexadecimal digits: the same for the same content, wherever it lay."""
+        return hashlib.sha256(canonical({"format": FORMAT, **self.identity})).hexdigest()
+
+    def differences(self, other: "CacheSpec") -> list[str]:
+        """In which of the fields that fix the bytes `other` differs: the one comparison of identities that there is.
+
+        A split is of a hub dataset alone. Local files are known by their hash; earlier versions chose among them by the split.
+        """
+        own, others = self.identity, other.identity
+        local = self.dataset_revision.startswith("sha256:")
+        different = [k for k in own if own[k] != others[k] and not (k == "split" and local)]
+        lines = [f"{k} is {own[k]!r} there, {others[k]!r} here" for k in different]
+        if local and "dataset_revision" in different and Path(other.dataset).is_dir():
+            lines.append(
+                f"a folder is read whole: if it was harvested by file names that say {self.split!r}, put those files into a "
+                "folder of their own and name that with --dataset"
+            )
+        return lines
+
+    @property
+    def block_rows(self) -> int:
+        return self.block_sequences * self.context
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+        return self.block_rows * self.d_model * 2
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice; where sixteen do not go into a block evenly, the last slice is shorter, or there are fewer."""
+        return -(-self.block_rows // SLICES)
+
+    @property
+    def slices(self) -> int:
+        """Slices of a block."""
+        return -(-self.block_rows // self.slice_rows)
+
+    @property
+    def sequences(self) -> int:
+        return self.n_blocks * self.block_sequences
+
+    @property
+    def train_blocks(self) -> int:
+        return self.n_blocks - self.holdout_blocks
+
+    @property
+    def train_tokens(self) -> int:
+        return self.train_blocks * self.block_rows
+
+    @property
+    def holdout_tokens(self) -> int:
+        return self.holdout_blocks * self.block_rows
+
+    @property
+    def token_dtype(self) -> "np.dtype[Any]":
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    @property
+    def token_chunk(self) -> int:
+        """Sequences in one chunk of the token array."""
+        return TOKEN_CHUNK_BLOCKS * self.block_sequences
+
+    @property
+    def token_chunks(self) -> int:
+        return -(-self.sequences // self.token_chunk)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the token array on disk; Zarr stores the last chunk whole."""
+        return self.token_chunks * self.token_chunk * self.context * self.token_dtype.itemsize
+
+
+def other_format(path: Location, version: object) -> UserError:
+    return UserError(
+        f"{path} is a cache of format {version}, and this program reads format {FORMAT}; "
+        "use the version that wrote it, or harvest again elsewhere"
+    )
