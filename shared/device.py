@@ -1,4 +1,4 @@
-"""Which device a command runs on, and how tensors get there without anybody waiting."""
+"""The device that a command runs on, and copies to it that the host does not wait for."""
 
 import functools
 import os
@@ -17,35 +17,35 @@ from shared.errors import UserError
 from shared.progress import say
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-_HOST_MEMORY = 8 << 30  # bytes that work on a CPU may hold at once, for those who hold things by the group
+_HOST_MEMORY = 8 << 30  # bytes of a group of `fitting` on a CPU
 
 T = TypeVar("T")
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device; without a name CUDA where there is a driver for it, else the CPU.
+    """The named device; without a name CUDA where torch can use it, else the CPU.
 
-    Raises UserError for a name that is no device, for a device that is not there, and where nothing is named and there is
-    an NVIDIA driver that torch cannot use: hours on the CPU beside an idle GPU are nothing to begin silently.
+    Raises UserError for a name that is no device, a device that is not there, and, without a name, for an NVIDIA driver that
+    torch cannot use: hours on the CPU beside an idle GPU must not begin silently.
     """
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        there = torch.cuda.is_available()  # what is wrong with a driver torch says in a warning
-    if name is None and not there and (_DRIVER.exists() or shutil.which("nvidia-smi")):
+        cuda = torch.cuda.is_available()  # torch warns of a driver that it cannot use
+    if name is None and not cuda and (_DRIVER.exists() or shutil.which("nvidia-smi")):
         raise UserError(
-            f"there is an NVIDIA driver here, but torch cannot use it ({_why_no_cuda(said)}): update the driver, "
+            f"there is an NVIDIA driver here, but torch cannot use it ({_why_no_cuda(caught)}): update the driver, "
             "install the torch that fits it (https://pytorch.org), or pass --device cpu"
         )
-    # torch knows more, and nothing here is written for those
+    # torch has more devices, which this project does not know
     if name is not None and not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise UserError(f"{name!r} is not a device for this: write cpu, cuda or cuda:1")
-    device = torch.device(name or ("cuda" if there else "cpu"))
-    if device.type == "cuda" and not there:
-        raise UserError(f"CUDA was asked for, but no CUDA device is available here ({_why_no_cuda(said)}); use --device cpu")
+    device = torch.device(name or ("cuda" if cuda else "cpu"))
+    if device.type == "cuda" and not cuda:
+        raise UserError(f"CUDA was asked for, but no CUDA device is available here ({_why_no_cuda(caught)}); use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"{name} does not exist: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
     if device.type == "cuda":
-        # cuBLAS reads it when it starts; without it two runs of the same products may differ in their last bits
+        # read by cuBLAS at its start; without it two runs of the same products may differ in their last bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # streams and kernels are made on the current device
@@ -54,37 +54,36 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def _why_no_cuda(said: list[warnings.WarningMessage]) -> str:
+def _why_no_cuda(caught: list[warnings.WarningMessage]) -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    reasons = [re.split(r"\. | \(Triggered", str(warning.message))[0] for warning in said]
+    reasons = [re.split(r"\. | \(Triggered", str(warning.message))[0] for warning in caught]
     return reasons[0] if reasons else f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU"
 
 
 def announce(device: torch.device) -> None:
-    """One line that says where the work is done. Called when nothing can be refused any more: a refusal stands alone."""
+    """Print the device. Called after everything that may be refused, so that a refusal is the only line."""
     say(f"device: {device}, {maker(device).removeprefix('cpu, ')}", err=True)
 
 
 @functools.cache
 def bfloat16_is_slow() -> bool:
-    """Whether this processor has no instructions for it. Then products of it are emulated: torch's own are 30 times as slow
-    as those of float32, and the demo's model runs a fifth as fast (two cores of an AMD EPYC)."""
+    """Whether this processor has no instructions for bfloat16, so that its products are emulated, many times as slowly."""
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def maker(device: torch.device) -> str:
-    """What the last bits of a sum depend on, in words: 'cpu, threads: 2', or the GPU's name."""
+    """The device and what else the last bits of a sum depend on: 'cpu, threads: 2', or the GPU's name."""
     return device_kind(device) if device.type == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
 
 
 def device_kind(device: torch.device) -> str:
-    """What a result may depend on: 'cpu', or the GPU's name."""
+    """The kind of device that a result depends on: 'cpu', or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def fitting(things: Iterable[T], size: Callable[[T], int], device: torch.device) -> Iterator[list[T]]:
-    """The things in groups whose sizes in bytes fit into memory together: half of what is free on a GPU. At least one each."""
+    """Group things so that each group's bytes fit into memory, on a GPU into half of what is free; none is too large alone."""
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _HOST_MEMORY
     group: list[T] = []
     used = 0
@@ -99,7 +98,7 @@ def fitting(things: Iterable[T], size: Callable[[T], int], device: torch.device)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device, queued behind what runs there. From memory that is not pinned a copy would wait for all of it."""
+    """Copy a tensor to the device, queued behind its work; from memory that is not pinned the copy would wait for all of it."""
     return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
@@ -108,5 +107,5 @@ def new_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def new_event(*, timing: bool = False) -> torch.cuda.Event:
-    """A thread that waits for it on the host leaves the processor to others."""
+    """An event for which a host thread waits without occupying a core."""
     return torch.cuda.Event(enable_timing=timing, blocking=True)  # type: ignore[no-untyped-call]

@@ -1,10 +1,8 @@
 """Files that survive a crash, written whole or not at all; large ones past the page cache, straight from and to memory.
 
-Direct input and output (O_DIRECT) costs 4 % of a core where buffered costs 90 to 140 %, and evicts nothing. On 2 cores it
-wrote 2.4 GB/s durably where buffered writes of the same files gave 0.6 to 2.0; the size of a call and the number of threads
-made no difference to that, nor did fallocate. Reading wants many threads at a time: sixteen reached 1.74 GB/s where eight
-reached 1.51 and eight through the page cache 1.76. It wants whole pages in memory and in the file: `page_aligned` gives such
-memory, the rest of a file goes the buffered way, and so does everything where the file system refuses.
+Direct input and output (O_DIRECT) takes little of the processor, evicts nothing, and is as fast or faster
+(docs/findings/disk.md). It needs whole pages in memory and in the file: `page_aligned` gives such memory. What does not fill a
+page goes through the page cache, and so does everything where the file system refuses.
 """
 
 import contextlib
@@ -32,21 +30,21 @@ from torch import Tensor
 from shared.errors import UserError
 
 PAGE = mmap.PAGESIZE
-UNKNOWN_FREE = 1 << 62  # bytes: what `free_bytes` says where the file system does not
-_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 on systems that have no such thing, where everything is buffered
+UNKNOWN_FREE = 1 << 62  # bytes: the result of `free_bytes` where the file system does not say
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such flag, and everything is buffered
 _NO_DIR_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_LINK = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]*)\.(\d+)\.(\d+)\.\d+\.tmp", re.DOTALL)
 _numbers = itertools.count()
 
-moved: Counter[str] = Counter()  # bytes that this process has read and written, "direct" and "buffered": did it work?
+moved: Counter[str] = Counter()  # bytes that this process has read and written, "direct" and "buffered"
 _moved_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of the system met while writing `path`, as one line: a disk that is full is no bug."""
+    """Turn the system's errors while writing `path` into a UserError: a full disk is no bug."""
     try:
         yield
     except OSError as error:
@@ -56,7 +54,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def make_dir(path: Path) -> Path:
-    """Create a folder and its parents, and prove that files can be made in it; the proof has no name. Raises UserError."""
+    """Create a folder and its parents, and prove with a nameless file that it can be written to. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -67,16 +65,16 @@ def make_dir(path: Path) -> Path:
 
 
 def page_aligned(*shape: int) -> Tensor:
-    """Zeros, float16, in host memory that direct reads and writes accept: torch aligns its own to 64 bytes only."""
+    """Float16 zeros in host memory that begins on a page, as direct reads and writes need; torch aligns to 64 bytes only."""
     # private: Python's default is shared memory, which gets no huge pages on most systems
     memory = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer, longer pieces for the disk: 2.4 GB/s instead of 1.5 to 2.2
+        memory.madvise(mmap.MADV_HUGEPAGE)  # the disk gets fewer, longer pieces
     return torch.frombuffer(memory, dtype=torch.float16).view(shape)
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write and fsync; the content is durable on return, its directory entry after `sync_dir`. Raises UserError."""
+    """Write and fsync a file; its content is durable on return, its name after `sync_dir`. Raises UserError."""
     with writing(path):
         _write(path, data)
 
@@ -99,16 +97,16 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
-    """Fill `out` from byte `offset` of a file on; how many bytes there were, fewer than asked for if the file is shorter.
+    """Fill `out` from byte `offset` of a file; return the bytes read, fewer where the file ends. Raises OSError.
 
-    Three calls of the system where it goes past the page cache: between any two of them a thread may have to wait for the
-    interpreter's lock, and many threads read at a time.
+    A direct read takes three system calls: between any two a thread may have to wait for the interpreter's lock, and many
+    threads read at a time.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC
     direct = offset % PAGE == 0 and _in_pages(out)
     try:
         fd = os.open(path, flags | _DIRECT if direct else flags)
-    except OSError:  # a file system in a user's program (FUSE) refuses the flag in its own words; any other reason comes again
+    except OSError:  # a file system in user space (FUSE) has its own error for the flag; any other error comes again
         if not direct:
             raise
         direct, fd = False, os.open(path, flags)
@@ -119,13 +117,16 @@ def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
 
 
 def _in_pages(view: memoryview) -> bool:
-    """Whether it begins where a page does and has a whole one, which can go past the page cache."""
+    """Whether memory begins on a page and holds a whole one, which can go past the page cache."""
     return bool(_DIRECT) and len(view) >= PAGE and np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0
 
 
 def _move_all(fd: int, view: memoryview, move: Callable[[memoryview, int], int], direct: bool) -> int:
-    """Move bytes between memory and file until `view` or the file ends: `move` takes what is left, and what is done already.
-    With `direct` the page cache is off for this file, and whole pages go past it as long as they can."""
+    """Move bytes between memory and file until `view` or the file ends; return their number.
+
+    `move` takes the rest of `view` and the bytes moved before, and returns the bytes it moved. With `direct` the page cache is
+    off for this file, and whole pages go past it for as long as they can.
+    """
     done, whole, past_cache = 0, len(view) // PAGE * PAGE, 0
     while done < len(view):
         if direct and (done == whole or done % PAGE):
@@ -148,7 +149,7 @@ def _move_all(fd: int, view: memoryview, move: Callable[[memoryview, int], int],
 
 
 def _set_direct(fd: int, direct: bool) -> bool:
-    """Turn the page cache off or on for an open file; whether it is off now."""
+    """Turn the page cache off or on for an open file; return whether it is off now."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~_DIRECT
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | _DIRECT if direct else flags)
@@ -160,13 +161,13 @@ def _set_direct(fd: int, direct: bool) -> bool:
 
 
 def sync_dir(path: Path) -> None:
-    """Make the names in a folder durable, where the file system knows of such a thing and we may look into the folder."""
+    """Make the names in a folder durable, where the file system can and we may read the folder."""
     fd = None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in _NO_DIR_SYNC:  # a network or FUSE file system that refuses has its own order of things
+        if error.errno not in _NO_DIR_SYNC:  # network and FUSE file systems that refuse keep names durable in their own way
             raise
     finally:
         if fd is not None:
@@ -174,13 +175,13 @@ def sync_dir(path: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` that no other process or thread uses, and that says whose it is."""
+    """A name beside `path` that no other process or thread uses, made of host, process and its start."""
     pid = os.getpid()
     return path.with_name(f".{path.name}.{_HOST}.{pid}.{_started(pid)}.{next(_numbers)}.tmp")
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this host began, in ticks since the boot; 0 where the system does not say; None if it is gone."""
+    """The start of a process of this host, in ticks since the boot; 0 where the system does not say, None if it is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -194,7 +195,7 @@ def _started(pid: int) -> int | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders of processes of this host that are gone; what others made, or make, stays."""
+    """Remove the temporary files and folders in a folder that dead processes of this host left."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -207,65 +208,62 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path`, durable, when it is whole; after an error nothing is left of it.
-
-    Raises UserError where the system cannot write.
-    """
-    with _taking_place(path) as mine:
-        yield mine
-        with mine.open("rb") as file:
+    """Yield a temporary file to write, which then replaces `path`, durable; after an error it is removed. Raises UserError."""
+    with _taking_place(path) as new:
+        yield new
+        with new.open("rb") as file:
             os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def _taking_place(path: Path) -> Iterator[Path]:
-    """As `replacing`, for content that whoever writes it makes durable."""
-    mine = temporary(path)
+    """`replacing` for a writer that makes the content durable."""
+    new = temporary(path)
     with writing(path):
         try:
-            yield mine
-            os.replace(mine, path)
+            yield new
+            os.replace(new, path)
         except BaseException:
-            mine.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
         sync_dir(path.parent)
 
 
 def publish_file(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data` atomically and durably: a reader sees the old content or the new, never a part."""
-    with _taking_place(path) as mine:
-        _write(mine, data)
+    with _taking_place(path) as new:
+        _write(new, data)
 
 
 def stage_file(path: Path, data: bytes | memoryview) -> Path:
-    """The first half of `publish_file`: the content, durable, beside the place where `os.replace` brings it."""
-    mine = temporary(path)
+    """Write the temporary file of `publish_file`, durable, for an `os.replace` by the caller."""
+    new = temporary(path)
     with writing(path):
         try:
-            _write(mine, data)
+            _write(new, data)
         except BaseException:
-            mine.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
-    return mine
+    return new
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, make: bool = False) -> Iterator[None]:
-    """Alone among all who lock the same folder or file (`make` it if need be); the lock goes with the process.
+    """Hold the lock of a folder or file (with `make` created where it is missing); the system drops it with the process.
 
-    Not every file system has such a thing: without it, duplicate work may end as damage that is noticed.
+    On a file system without locks nobody waits, and duplicate work may end as damage that is noticed.
     """
-    fd, more = None, os.O_CREAT if make else 0
+    fd, create = None, os.O_CREAT if make else 0
     try:
         with contextlib.suppress(OSError):
-            # a network's file system locks files only for those who may write
-            fd = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_RDWR | more), 0o644)
+            # network file systems lock only files that are open for writing
+            fd = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_RDWR | create), 0o644)
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
@@ -275,10 +273,10 @@ def locked(path: Path, *, make: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def owned(path: Path) -> Iterator[str]:
-    """Gives "" to the one process that owns this file, which is made for that, and to others at once who that is.
+    """Own a lock file: yields "" to the process that owns it, and at once the owner's name to any other.
 
-    An owner removes its file before it lets go: then whoever waited at that file finds another in its place, or none. The
-    system lets go when a process ends anyhow; on a file system without locks nobody is kept out.
+    An owner removes the file before it drops the lock, so that a process which opened the same file meanwhile finds another in
+    its place, or none. The system drops the lock with the process; on a file system without locks nobody is kept out.
     """
     if (fd := _own(path)) is None:
         owner = ""
@@ -294,7 +292,7 @@ def owned(path: Path) -> Iterator[str]:
 
 
 def _own(path: Path) -> int | None:
-    """The descriptor of the file, locked; None if another process has it."""
+    """The descriptor of the locked file; None if another process holds the lock."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -321,34 +319,34 @@ def publish_json(path: Path, value: Any) -> None:
 
 
 def create_file(path: Path, data: bytes) -> bool:
-    """Like `publish_file`, but only where there is no file yet: of several processes at once, one creates it. Who did?"""
-    mine = temporary(path)
+    """`publish_file` where there is no file yet; of several processes at once one creates it. Returns whether this one did."""
+    new = stage_file(path, data)
     with writing(path):
         try:
-            _write(mine, data)
-            created = _link(mine, path)
+            created = _link(new, path)
         finally:
-            mine.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         sync_dir(path.parent)
     return created
 
 
-def _link(mine: Path, path: Path) -> bool:
+def _link(new: Path, path: Path) -> bool:
+    """Give a file the name `path` as well, unless that is taken; return whether it was free."""
     try:
-        os.link(mine, path)
+        os.link(new, path)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        if path.exists():  # a file system without hard links; what is created at once has the same content in this project
+        if path.exists():  # no hard links: two processes that create at once do so with the same content in this project
             return False
-        os.replace(mine, path)
+        os.replace(new, path)
     return True
 
 
 def existing(path: Path) -> Path:
-    """`path`, or its nearest parent that is there."""
+    """`path`, or its nearest parent that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -356,6 +354,6 @@ def existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space for this user at `path`, or at its nearest existing parent; UNKNOWN_FREE where it is not said."""
+    """Bytes free for this user at `path`, or at its nearest existing parent; UNKNOWN_FREE where the system does not say."""
     stat = os.statvfs(existing(path))
     return stat.f_bavail * stat.f_frsize if stat.f_blocks else UNKNOWN_FREE

@@ -1,6 +1,6 @@
-"""What a command says while it works: lines, and one progress line for long work (done, share, rate, time left).
+"""Output of commands: lines, and a progress line for long work (done, share, rate, time left).
 
-On a terminal the line rewrites itself several times a second; elsewhere (logs, CI) a plain line appears now and then.
+On a terminal the progress line rewrites itself several times a second; elsewhere (logs, CI) a plain line appears now and then.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from shared.units import format_seconds
 
 
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:
-    """Print. That nobody listens any more (`| head`, a full disk behind `>`) stops no work and changes no exit code."""
+    """Print a line. A closed output (`| head`, a full disk behind `>`) stops no work and changes no exit code."""
     stream = sys.stderr if err else sys.stdout
     try:
         print(text, end=end, file=stream, flush=True)
@@ -23,7 +23,7 @@ def say(text: str, *, err: bool = False, end: str = "\n") -> None:
 
 
 def mute(stream: Any) -> None:
-    """Let the rest go nowhere, what Python flushes at its end included."""
+    """Send further output of a stream nowhere, what Python flushes at its end included."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -31,9 +31,9 @@ def mute(stream: Any) -> None:
 
 
 class Progress:
-    """`with Progress("training layer 3", total, "tokens") as p: p.update(done, "L0 150")`.
+    """The progress line of a task: `with Progress("training layer 3", total, "tokens") as p: p.update(done, "L0 150")`.
 
-    `start` is what an earlier run has done already; it counts as done but not towards the rate.
+    `start` units were done by an earlier run: they count as done but not towards the rate.
     """
 
     def __init__(self, title: str, total: int, unit: str, *, start: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Checksums that travel inside what they are of, so that nothing on disk is taken for what it is not.
+"""Seals: checksums inside JSON objects and files of tensors, so that damage is noticed where a file is read.
 
-A dictionary of our own JSON, and one of a file of tensors, carries a CRC-32C of itself: of its canonical JSON, to which a file
-of tensors adds name, type, shape and CRC-32C of each.
+A sealed dictionary holds the CRC-32C of its canonical JSON without the seal; that of a file of tensors covers name, type, shape
+and CRC-32C of each tensor as well.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from shared.files import replacing, temporary
 
 SEAL = "checksum"
 _SOURCE = Path(__file__).with_name("crc32c.c")
-_CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter lock, so it gets pieces of about a millisecond
+_CRC_PIECE = 4 << 20  # google_crc32c holds the interpreter's lock for a piece
 
 
 def crc32c(data: NDArray[Any]) -> str:
@@ -36,7 +36,7 @@ def crc32c(data: NDArray[Any]) -> str:
 
 
 def _google_crc32c(raw: NDArray[np.uint8]) -> int:
-    import google_crc32c  # here, because most machines have a compiler and need none of it
+    import google_crc32c  # here, because only machines without a C compiler need it
 
     value = 0
     for start in range(0, raw.size, _CRC_PIECE):
@@ -45,27 +45,27 @@ def _google_crc32c(raw: NDArray[np.uint8]) -> int:
 
 
 def canonical(value: Any) -> bytes:
-    """One form for equal values, before and after they went through JSON."""
+    """Canonical JSON: equal values give equal bytes, before and after a round trip through JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def seal(value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """`value` with its checksum. Its keys must be strings; `tensors` must be on the CPU."""
+    """Add the seal to a dictionary, whose keys must be strings; `tensors` must be on the CPU."""
     return unsealed(value) | {SEAL: _checksum(value, tensors)}
 
 
 def sealed(value: Any, tensors: dict[str, Tensor] | None = None) -> bool:
-    """Whether this is a dictionary with the right checksum."""
+    """Whether `value` is a dictionary with the right seal."""
     return isinstance(value, dict) and value.get(SEAL) == _checksum(value, tensors)
 
 
 def to_bytes(value: dict[str, Any]) -> bytes:
-    """A JSON object with its checksum, as the bytes of a file."""
-    return canonical(seal(json.loads(json.dumps(value)))) + b"\n"  # as whoever reads it will see it: keys are strings there
+    """A sealed JSON object as the bytes of a file."""
+    return canonical(seal(json.loads(json.dumps(value)))) + b"\n"  # sealed as it will be read: with strings for keys
 
 
 def from_bytes(data: bytes) -> dict[str, Any]:
-    """What `to_bytes` was given. Raises ValueError for anything else, damaged or not JSON."""
+    """The dictionary that `to_bytes` was given. Raises ValueError for bytes that are damaged or no sealed JSON."""
     value = json.loads(data)
     if not sealed(value):
         raise ValueError("its checksum does not match")
@@ -73,15 +73,14 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 
 
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Replace a safetensors file by these tensors, on the CPU, and facts that JSON can say, in one move. Raises UserError where
-    the disk does not take it."""
-    said, folder = seal(facts, tensors), temporary(path)
-    with replacing(path) as mine:
+    """Replace a safetensors file by tensors on the CPU and a dictionary for JSON, sealed, in one move. Raises UserError."""
+    content, folder = json.dumps(seal(facts, tensors)), temporary(path)
+    with replacing(path) as new:
         try:
             # safetensors begins with a name of its own beside the file; after a kill nobody would know it for a leftover
             folder.mkdir()
-            save_file(tensors, folder / path.name, metadata={"facts": json.dumps(said)})
-            os.replace(folder / path.name, mine)
+            save_file(tensors, folder / path.name, metadata={"facts": content})
+            os.replace(folder / path.name, new)
         except SafetensorError as error:
             raise OSError(str(error)) from None
         finally:
@@ -89,16 +88,16 @@ def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -
 
 
 def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What was saved. Raises ValueError, which says why, for a file that is not as it was written."""
+    """The tensors and the dictionary that `save_sealed` was given. Raises ValueError, which says why, for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
-            said = json.loads(file.metadata()["facts"])
+            facts = json.loads(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if not sealed(said, tensors):
+        if not sealed(facts, tensors):
             raise ValueError("its checksum does not match")
     except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
         raise ValueError(str(error)) from None
-    return tensors, unsealed(said)
+    return tensors, unsealed(facts)
 
 
 def _checksum(value: dict[str, Any], tensors: dict[str, Tensor] | None) -> str:
