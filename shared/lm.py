@@ -28,10 +28,10 @@ logging.disable_progress_bar()
 
 
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A fast tokeniser for whole documents: nothing cut off or added, special tokens quoted in a text are text."""
+    """A fast tokenizer for whole documents: nothing cut off or added, special tokens quoted in a text are text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # each kind of tokeniser has its own ways of failing
+    except Exception as error:  # each kind of tokenizer has its own ways of failing
         raise unreachable(f"the tokenizer of {model}", error) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} is not a fast tokenizer with an end-of-text token; use another model")
@@ -106,10 +106,9 @@ def _require_all_weights(model: str, report: dict[str, Any]) -> None:
         "no part of the model are": sorted(unused),
         "transformers says": errors,
     }
-    found = [f"{what} {_listed(names)}" for what, names in wrong.items() if names]
-    if found:
+    if faults := [f"{what} {_listed(names)}" for what, names in wrong.items() if names]:
         raise UserError(
-            f"the weights of {model} are not those that its config.json describes: {'; '.join(found)}; save the model again "
+            f"the weights of {model} are not those that its config.json describes: {'; '.join(faults)}; save the model again "
             "with save_pretrained (of a compiled model: its `_orig_mod`), or download it again"
         )
 

@@ -196,9 +196,9 @@ class S3:
         while self._put(key, data, mode, seal) is None:
             mode = "create"
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile: the next round creates it
-                theirs, headers = self._fetch(key)
-                if len(theirs) == len(data) and headers.get("x-amz-meta-seal") == _seal(owner, key, theirs):
-                    data[:] = theirs
+                stored, headers = self._fetch(key)
+                if len(stored) == len(data) and headers.get("x-amz-meta-seal") == _seal(owner, key, stored):
+                    data[:] = stored
                     break
                 mode = {"e_tag": headers["etag"]}  # a foreign or torn object is written over, unless it has changed meanwhile
         return None
