@@ -42,19 +42,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return S3(Bucket.parse(request.getfixturevalue("s3_server").place()))
 
 
-@pytest.mark.parametrize(("text", "name", "prefix"), [("s3://abc", "abc", ""), ("s3://a.b-c/d/e_f.g/", "a.b-c", "d/e_f.g")])
-def test_places_are_read_and_written_alike(text: str, name: str, prefix: str) -> None:
-    assert Bucket.parse(text) == Bucket(name, prefix)
-    assert str(Bucket.parse(text)) == text.rstrip("/")
-    assert str(Bucket.parse(text) / "x/y") == f"{text.rstrip('/')}/x/y"
-
-
-@pytest.mark.parametrize("text", ["s3://", "s3:/abc/d", "s3://A/b", "s3://abc//d", "s3://abc/../d", "s3://abc/d e", "s3:abc"])
-def test_what_is_no_place_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is not a place in S3: write s3://bucket/prefix"):
-        Bucket.parse(text)
-
-
 def test_folder_and_bucket_do_the_same(store: Store) -> None:
     data = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
     store.prepare()
