@@ -44,10 +44,10 @@ def main() -> None:
 @click.option("--eval-tokens", help="Held-out activations to measure reconstruction on [default: all].")
 @click.option("--ce-tokens", help="Held-out tokens to measure the language model's loss on.")
 @MODEL
-@click.option("--dead-at", type=click.FloatRange(0, 1), default=DEAD_AT, show_default=True, help="Dead: density up to this.")
+@click.option("--dead-at", type=Number(0, 1), default=DEAD_AT, show_default=True, help="Dead: density up to this.")
 @click.option(
     "--alive-above",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=ALIVE_ABOVE,
     show_default=True,
     help="Alive, for floors: density above.",
@@ -201,7 +201,7 @@ def floor_command(statistics: Path, widths: str) -> None:
 @click.option("--lr", type=Number(0, 1, min_open=True), default=2e-3, show_default=True, help="AdamW's peak learning rate.")
 @click.option("--eval-tokens", help="Held-out tokens to measure floors on [default: all].")
 @MODEL
-@click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
+@click.option("--alive-above", type=Number(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @DEVICE
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
 def distill_command(preset: str, cache: Location | None, runs: Location, **options: Any) -> None:
@@ -232,7 +232,7 @@ def distill_command(preset: str, cache: Location | None, runs: Location, **optio
 @main.command("match")
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
-@click.option("--alive-above", type=click.FloatRange(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
+@click.option("--alive-above", type=Number(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @DEVICE
 def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
     """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""

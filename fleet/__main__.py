@@ -10,7 +10,7 @@ import click
 from fleet.cluster import Fleet, RayCommands
 from fleet.commands import Commands, JobConfig, Stage
 from fleet.job import Job, wanted
-from shared.cli import CACHE, DEVICE, PRESET, RUNS, options, run
+from shared.cli import CACHE, DEVICE, PRESET, RUNS, Number, options, run
 from shared.errors import UserError
 from shared.presets import get_preset
 from shared.progress import say
@@ -63,7 +63,7 @@ def _ray(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., An
         click.option("--ray", default=default, help="Address of a Ray cluster, auto, or local for this machine."),
         click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Shards of a harvest."),
         click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Of a task: its threads."),
-        click.option("--gpus", type=click.FloatRange(0), default=1.0, show_default=True, help="Of a task."),
+        click.option("--gpus", type=Number(0), default=1.0, show_default=True, help="Of a task."),
     )
 
 

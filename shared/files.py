@@ -80,7 +80,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         write_all(fd, data)
     finally:
@@ -263,7 +263,7 @@ def locked(path: Path, *, make: bool = False) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             # network file systems lock only files that are open for writing
-            fd = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_RDWR | create), 0o644)
+            fd = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_RDWR | create), 0o666)
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
@@ -296,7 +296,7 @@ def _own(path: Path) -> int | None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # the folder has just gone with its last owner
             continue
         try:

@@ -97,7 +97,7 @@ class Scratch:
                 self._stop("full")
                 return None
             try:
-                fd = os.open(reserved, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                fd = os.open(reserved, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 try:
                     os.posix_fallocate(fd, 0, size)
                 finally:

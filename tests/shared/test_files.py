@@ -18,8 +18,10 @@ from shared.files import (
     UNKNOWN_FREE,
     create_file,
     free_bytes,
+    locked,
     make_dir,
     moved,
+    owned,
     page_aligned,
     publish_file,
     publish_json,
@@ -275,3 +277,15 @@ def test_progress_says_how_far_how_fast_and_how_long(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training layer 3: 3k/5k tokens  60% · 100/s · ETA 20s · L0 31"
     assert lines[1] == "training layer 3: 3k/5k tokens  60% · 100/s · in 20s"
+
+
+def test_a_group_may_share_what_the_umask_lets_it(tmp_path: Path) -> None:
+    """Files and locks are for whoever the umask says, and no narrower."""
+    before = os.umask(0o002)
+    try:
+        publish_file(tmp_path / "a", b"x")
+        with owned(tmp_path / "state" / "owner"), locked(tmp_path / "lock", make=True):
+            made = [tmp_path / "a", tmp_path / "state" / "owner", tmp_path / "lock"]
+            assert [oct(path.stat().st_mode & 0o777) for path in made] == ["0o664"] * 3
+    finally:
+        os.umask(before)

@@ -25,3 +25,12 @@ def test_what_a_kill_leaves_of_a_file_of_tensors_is_removed(tmp_path: Path, monk
     assert list(tmp_path.rglob(".tmpmegwmD"))
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sealed_file_is_for_whoever_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        seal.save_sealed(tmp_path / "state.safetensors", {}, {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == 0o664
