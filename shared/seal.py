@@ -80,7 +80,7 @@ def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -
             # safetensors begins with a name of its own beside the file; after a kill nobody would know it for a leftover
             folder.mkdir()
             save_file(tensors, folder / path.name, metadata={"facts": content})
-            os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # for whoever the umask says; safetensors makes it private
+            os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # as the umask says
             os.replace(folder / path.name, new)
         except SafetensorError as error:
             raise OSError(str(error)) from None
