@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from harvest.writer import to_float16
+from tests.devices import GPU
 from tests.train.kernels.test_cuda import mend_interpreter, needs_triton, run_in_its_own_process
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-RUNS = [("check_*", "1"), ("compile_*", "0")] + ([("check_*", "0")] if torch.cuda.is_available() else [])
+RUNS = [("check_*", "1"), ("compile_*", "0"), pytest.param("check_*", "0", marks=GPU)]
 
 
 @needs_triton

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.devices import GPU
 from train.kernels.base import COMPUTE, Active, AdamStep, TorchKernels, Workspace, row_norms
 
 TORCH = TorchKernels()
@@ -31,7 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SUMMED = 1e-5
 LISTS = [name for name in Active.__dataclass_fields__ if name != "frequent"]
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-RUNS = [("check_*", "1"), ("compile_*", "0")] + ([("check_*", "0"), ("large_*", "0")] if torch.cuda.is_available() else [])
+RUNS = [("check_*", "1"), ("compile_*", "0"), *(pytest.param(name, "0", marks=GPU) for name in ("check_*", "large_*"))]
 
 
 def run_in_its_own_process(file: str, functions: str, interpret: str, tmp_path: Path) -> None:
