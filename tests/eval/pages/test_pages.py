@@ -8,11 +8,12 @@ import torch
 
 from eval.pages import features
 from eval.pages.features import SAMPLES, TOP
-from eval.pages.files import Pages, script
+from eval.pages.files import Pages, script, write_index
 from eval.pages.spell import spell
 from shared.cache import Cache
 from shared.lm import load_tokenizer
 from shared.runs.sae import Sae
+from shared.seal import seal
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.browser import PHONE, Browser, Keys
 
@@ -301,6 +302,27 @@ def test_keys_and_menus_lead_to_other_layers_and_runs(browser: Browser, made_onc
     assert "search by token" in browser.text("#keys")
     browser.press(Keys.ESCAPE)
     assert not browser.all("#keys")[0].is_displayed()
+
+
+def test_another_hook_of_a_layer_is_a_layer_of_its_own(browser: Browser, made: Made) -> None:
+    runs, _ = made
+    folder = folders(runs)[1]
+    facts = json.loads((folder / "facts.json").read_bytes()) | {"layer": "0.mlp_out"}
+    hooked = folder.rename(folder.with_name(folder.name.replace("layer01", "layer00.mlp_out")))
+    (hooked / "facts.json").write_text(json.dumps(seal(facts)))
+    for script_file in hooked.glob("*.js"):  # whose keys are addresses
+        script_file.write_text(script_file.read_text().replace(folder.name, hooked.name))
+    write_index(runs / "pages", {hooked})
+    opened(browser, runs)
+    layer = "return document.getElementById('layer').value"
+    options = "return [...document.getElementById('layer').options].map((e) => e.value)"
+    assert browser.run(options) == ["0.mlp_out", "0", "2"] and browser.run(layer) == "0.mlp_out"
+    browser.press("}")  # to the other run, which has no such hook
+    browser.until(lambda: browser.run(options) == ["0", "1", "2"] and browser.run(layer) == "0")
+    browser.press("{", "[")
+    browser.until(lambda: browser.run(layer) == "0.mlp_out")
+    browser.until(lambda: browser.all(".row"))
+    assert browser.errors() == []
 
 
 def test_on_a_phone_list_and_feature_take_turns_and_nothing_is_cut_off(browser: Browser, made_once: Made) -> None:
