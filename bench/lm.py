@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench import caches
 from bench.harness import Comparison, Contender, Run, timed
 from bench.setup import Setup
-from harvest.language_model import ResidualModel
+from harvest.language_model import LanguageModel
 from harvest.neox import put_rows
 from harvest.run import HarvestConfig, Shares, harvest_blocks
 from harvest.writer import WriterConfig
@@ -36,7 +36,7 @@ def causal_lm(setup: Setup) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def residual_model(setup: Setup, like: nn.Module | None = None) -> ResidualModel:
+def residual_model(setup: Setup, like: nn.Module | None = None) -> LanguageModel:
     """As the harvest runs it, with weights of its own or those of another base model."""
     from transformers import AutoModel
 
@@ -44,7 +44,7 @@ def residual_model(setup: Setup, like: nn.Module | None = None) -> ResidualModel
         base = AutoModel.from_config(lm_config(setup), dtype=torch.bfloat16)
     if like is not None:
         base.load_state_dict(like.state_dict())
-    return ResidualModel(base, tuple(map(Site, range(setup.layers))), setup.device)
+    return LanguageModel(base, tuple(map(Site, range(setup.layers))), setup.device)
 
 
 def forward(setup: Setup) -> Comparison:

@@ -8,22 +8,11 @@ from typing import Any
 
 import click
 
+from harvest.care import Damage, free, notes_on_mixing, repair, verify, warnings_of_overflow
 from harvest.hub import open_text, refuse_local_split
 from harvest.pieces import TextSource
-from harvest.run import (
-    Damage,
-    HarvestConfig,
-    free,
-    harvest,
-    make_plan,
-    notes_on_mixing,
-    planned_bytes,
-    remaining_bytes,
-    repair,
-    require_space,
-    verify,
-    warnings_of_overflow,
-)
+from harvest.plan import make_plan, planned_bytes, remaining_bytes, require_space
+from harvest.run import HarvestConfig, harvest
 from harvest.tokens import require_one_context
 from harvest.writer import WriterConfig
 from shared.cache import Cache, CacheSpec

@@ -1,8 +1,8 @@
-"""Tokens → residual activations: the language model without its head, cut off after the last wanted layer.
+"""The language model as a source of activations: without its head, and cut off after the last wanted layer.
 
 Activations are the outputs of decoder blocks or of modules in them, taken by forward hooks. (`output_hidden_states` will not
-do: the last of them is taken after the final layer norm.) One pass serves all wanted sites. Pythia in bfloat16 on a CPU takes
-a faster way to the same values (harvest/neox.py); every other model, precision and device takes the hooks.
+do: the last of them is taken after the final layer norm.) One pass serves all wanted sites. Where only the residual stream is
+wanted, Pythia in bfloat16 on a CPU takes a faster way to the same values (harvest/neox.py).
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from harvest.neox import neox_forward
-from shared.device import send
-from shared.lm import find_blocks, hook_module, widen
+from harvest.source import Sink
+from shared.device import announce, send
+from shared.identity import Model
+from shared.lm import find_blocks, hook_module, load_model, widen
 from shared.sites import RESID_POST, Site
-
-Sink = Callable[[Site, Tensor], None]
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 
 
-class ResidualModel:
-    """Runs a base model (which it cuts short in place) and hands each wanted block's output to a sink."""
+class LanguageModel:
+    """The `ActivationSource` of a base model, which it cuts short in place. Raises UserError for sites that the model lacks."""
 
     def __init__(self, base: nn.Module, sites: tuple[Site, ...], device: torch.device) -> None:
         self.device, self.sites = device, sites
@@ -54,10 +54,12 @@ class ResidualModel:
         return take
 
     @torch.inference_mode()
-    def run(self, tokens: Tensor, sink: Sink) -> None:
-        """tokens int64 [sequences, context] → sink(layer, float [sequences, context, d_model]) in layer order."""
+    def run(self, tokens: Tensor, sink: Sink, first: int = 0) -> None:
+        """As `ActivationSource.run`, in the order in which the model comes to the sites."""
         if self.fast is not None:
-            self.fast.run(tokens, lambda layer, output: sink(Site(layer), output) if Site(layer) in self.sites else None)
+            for layer, output in enumerate(self.fast.run(tokens)):
+                if (site := Site(layer)) in self.sites:
+                    sink(site, output)
             return
         self._sink = sink
         try:
@@ -67,10 +69,17 @@ class ResidualModel:
             self._sink = None
 
 
+def load_language_model(model: Model, sites: tuple[Site, ...], precision: str, device: torch.device) -> LanguageModel:
+    """Raises UserError where the model cannot be loaded or lacks a site."""
+    source = LanguageModel(load_model(str(model.folder), None, precision, head=False), sites, device)
+    announce(device)
+    return source
+
+
 @contextlib.contextmanager
 def _never_packed() -> Iterator[None]:
-    """Before every pass transformers asks the device whether several texts are packed into a context with positions of their
-    own, and waits for all that is queued to hear it. They are not; where it does not ask (before 4.53) nothing is changed."""
+    """Keep transformers from asking the device, before every pass, whether several texts are packed into a context with
+    positions of their own: it waits for all that is queued to hear that they are not. Before 4.53 it did not ask."""
     name = "find_packed_sequence_indices"
     try:
         masks: Any = importlib.import_module("transformers.masking_utils")

@@ -7,7 +7,7 @@ float32, so this rounds less often than the model it stands in for.
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from torch.nn import functional as F
 from harvest.writer import to_float16
 from shared.compile import arguments, load
 from shared.lm import wide_weights
-
-Sink = Callable[[int, Tensor], None]
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 0.05  # relative, between two bfloat16 forwards of all layers: 0.014 apart for Pythia-410M with random weights
@@ -55,8 +53,8 @@ class NeoxForward:
         self._rows = 0
         self._wide = wide_weights(base)
 
-    def run(self, tokens: Tensor, sink: Sink) -> None:
-        """tokens int64 [sequences, context] → sink(layer, bfloat16 [sequences, context, d_model]) in layer order."""
+    def run(self, tokens: Tensor) -> Iterator[Tensor]:
+        """tokens int64 [sequences, context] → each block's output, bfloat16 [sequences, context, d_model]."""
         sequences, context = tokens.shape
         x = self._base.embed_in(tokens)
         rows, d, heads = sequences * context, x.shape[-1], self._base.config.num_attention_heads
@@ -64,7 +62,7 @@ class NeoxForward:
         shape = (sequences, context, heads, d // heads, cos.shape[1])
         self._reserve(rows, d)
         a, b, qkv, turned, hidden = self._a, self._b, self._qkv, self._turned, self._hidden
-        for layer, block in enumerate(self._base.layers):
+        for block in self._base.layers:
             first, second, attention, mlp = block.input_layernorm, block.post_attention_layernorm, block.attention, block.mlp
             affine = (first.weight, first.bias, second.weight, second.bias)
             _call(self._c.norms, x, *affine, a, b, first.eps, rows, d)
@@ -76,10 +74,10 @@ class NeoxForward:
             self._product(b, mlp.dense_h_to_4h, hidden)
             _call(self._c.gelu, hidden, mlp.dense_h_to_4h.bias, *hidden.shape)
             self._product(hidden, mlp.dense_4h_to_h, b)
-            after = torch.empty_like(x)  # the sink may keep what it is given
+            after = torch.empty_like(x)  # whoever is given it may keep it
             _call(self._c.residual, x, a, attention.dense.bias, b, mlp.dense_4h_to_h.bias, after, rows, d)
             x = after
-            sink(layer, x)
+            yield x
 
     def _product(self, x: Tensor, linear: nn.Linear, out: Tensor) -> None:
         """x · weightᵀ, all of them bfloat16; the bias is added by whoever reads `out`."""
@@ -138,10 +136,9 @@ def _is_known(base: Any) -> bool:
 def _difference(base: Any, fast: NeoxForward) -> float:
     """How far the last layer's outputs are apart, relative to the model's own."""
     tokens = torch.arange(_CHECKED_TOKENS)[None] % base.get_input_embeddings().num_embeddings
-    last: dict[int, Tensor] = {}
-    fast.run(tokens, lambda layer, output: last.update({0: output}))
+    *_, last = fast.run(tokens)
     want = base(input_ids=tokens, use_cache=False).last_hidden_state.float()
-    return float((last[0].float() - want).norm() / want.norm())
+    return float((last.float() - want).norm() / want.norm())
 
 
 def _call(function: Any, *values: Tensor | int | float) -> int:

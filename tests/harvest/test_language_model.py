@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from harvest.language_model import ResidualModel
+from harvest.language_model import LanguageModel
 from shared.errors import UserError
 from shared.lm import load_config, load_model, require_model
 from shared.sites import parse_sites
@@ -46,7 +46,7 @@ def family(name: str) -> nn.Module:
     )
 
 
-def collect(model: ResidualModel) -> dict[int, Tensor]:
+def collect(model: LanguageModel) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     model.run(TOKENS, lambda site, output: found.__setitem__(site.layer, output.clone()))
     return found
@@ -57,7 +57,7 @@ def collect(model: ResidualModel) -> dict[int, Tensor]:
 def test_activations_are_the_blocks_outputs(name: str) -> None:
     lm = family(name).eval()
     reference = lm(input_ids=TOKENS, output_hidden_states=True)
-    got = collect(ResidualModel(lm.base_model, parse_sites("0,1,2"), CPU))
+    got = collect(LanguageModel(lm.base_model, parse_sites("0,1,2"), CPU))
     assert list(got) == [0, 1, 2]
     for layer in (0, 1):
         torch.testing.assert_close(got[layer], reference.hidden_states[layer + 1])
@@ -72,7 +72,7 @@ def test_the_last_layer_is_taken_before_the_final_norm(name: str) -> None:
     final_norm: nn.Module = getattr(lm.base_model, norm)
     nn.init.normal_(final_norm.weight)  # a fresh norm is nearly the identity, and would hide the mistake
     reference = lm(input_ids=TOKENS, output_hidden_states=True)
-    last = collect(ResidualModel(lm.base_model, parse_sites("2"), CPU))[2]
+    last = collect(LanguageModel(lm.base_model, parse_sites("2"), CPU))[2]
     assert not torch.allclose(last, reference.hidden_states[-1], atol=1e-2)
     torch.testing.assert_close(final_norm(last), reference.hidden_states[-1])
     torch.testing.assert_close(lm.get_output_embeddings()(final_norm(last)), reference.logits)
@@ -83,16 +83,16 @@ def test_stops_after_the_last_wanted_layer() -> None:
     ran = []
     for index, block in enumerate(lm.base_model.layers):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    got = collect(ResidualModel(lm.base_model, parse_sites("1"), CPU))
+    got = collect(LanguageModel(lm.base_model, parse_sites("1"), CPU))
     assert list(got) == [1]
     assert ran == [0, 1]
 
 
 def test_other_families_and_layers_are_refused() -> None:
     with pytest.raises(UserError, match="layer 3 does not exist: the model has layers 0-2"):
-        ResidualModel(family("gpt_neox").base_model, parse_sites("3"), CPU)
+        LanguageModel(family("gpt_neox").base_model, parse_sites("3"), CPU)
     with pytest.raises(UserError, match="Linear is not of the NeoX, GPT-2 or Llama families"):
-        ResidualModel(nn.Linear(2, 2), parse_sites("0"), CPU)
+        LanguageModel(nn.Linear(2, 2), parse_sites("0"), CPU)
 
 
 class NoQuestions(TorchDispatchMode):
@@ -106,7 +106,7 @@ class NoQuestions(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
 def test_a_pass_never_waits_for_the_device(name: str) -> None:
     base: Any = family(name)
-    model = ResidualModel(base.base_model, parse_sites("0,2"), CPU)
+    model = LanguageModel(base.base_model, parse_sites("0,2"), CPU)
     model.fast = None
     with NoQuestions():
         model.run(TOKENS, lambda layer, output: None)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, GPTNeoXConfig
 
 from harvest import neox as native
-from harvest.language_model import ResidualModel
+from harvest.language_model import LanguageModel
 from harvest.neox import put_rows
 from harvest.writer import to_float16
 from shared import lm
-from shared.sites import parse_sites
+from shared.sites import Site, parse_sites
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "neox-2m"
@@ -39,20 +39,20 @@ def demo(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return model.to(dtype)
 
 
-def outputs(model: ResidualModel, tokens: Tensor) -> list[Tensor]:
+def outputs(model: LanguageModel, tokens: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
     model.run(tokens, lambda layer, output: found.append(output))
     return found
 
 
-def plain(base: nn.Module) -> ResidualModel:
-    model = ResidualModel(base, tuple(range(len(base.layers))), CPU)  # type: ignore[arg-type]
+def plain(base: nn.Module) -> LanguageModel:
+    model = LanguageModel(base, tuple(map(Site, range(len(base.layers)))), CPU)
     model.fast = None
     return model
 
 
-def fast(base: nn.Module) -> ResidualModel:
-    model = ResidualModel(base, tuple(range(len(base.layers))), CPU)  # type: ignore[arg-type]
+def fast(base: nn.Module) -> LanguageModel:
+    model = LanguageModel(base, tuple(map(Site, range(len(base.layers)))), CPU)
     assert model.fast is not None
     return model
 
@@ -85,7 +85,7 @@ def test_no_further_from_float64_than_transformers(make: Callable[..., nn.Module
 
 @needs_library
 def test_wanted_layers_alone_reach_the_sink() -> None:
-    tokens, model = torch.arange(40).reshape(2, 20), ResidualModel(neox(), parse_sites("0,2"), CPU)
+    tokens, model = torch.arange(40).reshape(2, 20), LanguageModel(neox(), parse_sites("0,2"), CPU)
     assert model.fast is not None
     found: dict[int, Tensor] = {}
     model.run(tokens, lambda site, output: found.update({site.layer: output}))
@@ -111,14 +111,14 @@ def test_other_options_take_the_hooks(options: dict[str, object], monkeypatch: p
     monkeypatch.setattr(lm, "bfloat16_is_slow", lambda: False)  # else products are widened, which rounds otherwise
     tokens, base = torch.arange(24).reshape(2, 12), neox(**options)
     want = base(input_ids=tokens, output_hidden_states=True).hidden_states
-    model = ResidualModel(base, parse_sites("0,1,2"), CPU)
+    model = LanguageModel(base, parse_sites("0,1,2"), CPU)
     assert model.fast is None
     for layer in (0, 1):
         assert torch.equal(outputs(model, tokens)[layer], want[layer + 1])
 
 
 def test_float32_takes_the_hooks_and_is_near_float64() -> None:
-    tokens, model = torch.arange(24).reshape(2, 12), ResidualModel(neox(torch.float32), parse_sites("0,1,2"), CPU)
+    tokens, model = torch.arange(24).reshape(2, 12), LanguageModel(neox(torch.float32), parse_sites("0,1,2"), CPU)
     assert model.fast is None
     for got, want in zip(outputs(model, tokens), outputs(plain(neox(torch.float64)), tokens), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -130,7 +130,7 @@ def test_a_model_it_does_not_fit_is_said_and_takes_the_hooks(
 ) -> None:
     angles = native.NeoxForward._angles
     monkeypatch.setattr(native.NeoxForward, "_angles", lambda self, context: angles(self, context)[::-1])
-    assert ResidualModel(neox(), parse_sites("0,1,2"), CPU).fast is None
+    assert LanguageModel(neox(), parse_sites("0,1,2"), CPU).fast is None
     assert "note: the fast forward does not fit this model (results " in capsys.readouterr().err
     base = neox()
     base.rotary_emb = nn.Identity()  # as after a rename inside transformers: the fast way cannot even begin
@@ -140,7 +140,7 @@ def test_a_model_it_does_not_fit_is_said_and_takes_the_hooks(
 
 def test_without_a_compiler_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda source: None)
-    assert ResidualModel(neox(), parse_sites("0"), CPU).fast is None
+    assert LanguageModel(neox(), parse_sites("0"), CPU).fast is None
     data = torch.zeros(2, 8, dtype=torch.float16)
     assert int(put_rows(torch.full((1, 8), 1e9, dtype=torch.bfloat16), torch.tensor([1]), data)) == 8
     assert data.tolist() == [[0.0] * 8, [65504.0] * 8]

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import shutil
 import threading
 import time
@@ -9,35 +8,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from harvest.care import warnings_of_overflow
 from harvest.hub import HubText
-from harvest.language_model import ResidualModel, Sink
-from harvest.run import (
-    HarvestConfig,
-    Shares,
-    await_tokens,
-    harvest_blocks,
-    in_turn,
-    planned_bytes,
-    probe_write,
-    warnings_of_overflow,
-)
+from harvest.language_model import LanguageModel
+from harvest.run import HarvestConfig, Shares, await_tokens, harvest_blocks, in_turn
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.identity import harvested_model, open_model
 from shared.lm import load_model
-from shared.presets import PRESETS
 from shared.sites import Site, parse_sites
 from shared.units import ALONE, Shard
 from tests.conftest import Cli
+from tests.harvest.conftest import content, other_weights, small_args
 
 CPU = torch.device("cpu")
 
 
 def residuals(lm: Path, tokens: torch.Tensor, precision: str = "bf16") -> dict[Site, torch.Tensor]:
     found: dict[Site, torch.Tensor] = {}
-    model = ResidualModel(load_model(str(lm), None, precision, head=False), parse_sites("0,1,2"), CPU)
+    model = LanguageModel(load_model(str(lm), None, precision, head=False), parse_sites("0,1,2"), CPU)
     model.run(tokens, lambda layer, output: found.__setitem__(layer, output.float()))
     return found
 
@@ -69,55 +59,11 @@ def test_blocks_come_out_the_same_in_any_order_and_batch(lm: Path, cache: Cache,
     for block in (3, 1):
         for layer in copy.sites:
             copy.block_path(layer, block).unlink()
-    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
+    model = LanguageModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
     harvest_blocks(copy, model, [3, 1], HarvestConfig(device=CPU, forward_sequences=16))
     for layer in copy.sites:
         for block in (1, 3):
             assert copy.block_path(layer, block).read_bytes() == cache.block_path(layer, block).read_bytes()
-
-
-def test_the_next_block_is_read_while_one_runs(lm: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(cache.path, tmp_path / "c")
-    copy, read, following = Cache.open(tmp_path / "c"), Cache.block_tokens, threading.Event()
-
-    def watched(self: Cache, block: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
-        assert threading.current_thread().name.startswith("inputs")
-        if block == 1:
-            following.set()
-        return read(self, block)
-
-    run = ResidualModel.run
-
-    def patient(self: ResidualModel, tokens: torch.Tensor, sink: Sink) -> None:
-        assert following.wait(20), "nothing was read ahead"
-        run(self, tokens, sink)
-
-    monkeypatch.setattr(Cache, "block_tokens", watched)
-    monkeypatch.setattr(ResidualModel, "run", patient)
-    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
-    harvest_blocks(copy, model, [3, 1], HarvestConfig(device=CPU), replace=True)
-    assert copy.block_path(Site(0), 1).read_bytes() == cache.block_path(Site(0), 1).read_bytes()
-
-
-def written_bytes(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-
-
-def test_a_plan_says_what_a_harvest_writes(cli: Cli, cache: Cache, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
-    assert planned_bytes(cache.spec, cache.sites) == pytest.approx(written_bytes(cache.path), rel=0.01)
-    result = cli("harvest", "plan", *harvest_args[:-2], "--cache", tmp_path / "none")
-    assert result.code == 0, result.err
-    assert f"({planned_bytes(cache.spec, cache.sites):,} bytes)" in result.out
-    for word in ("free disk", "write probe", "room for"):
-        assert word in result.out
-    assert not (tmp_path / "none").exists()
-
-
-def test_the_published_job_is_planned_without_model_or_hub(cli: Cli, tmp_path: Path) -> None:
-    result = cli("harvest", "plan", "--cache", tmp_path / "none")
-    assert result.code == 0, result.err
-    assert "14.8 TB" in result.out  # 300M + 2M tokens x 24 layers x 2 KiB
-    assert "9,218 blocks" in result.out or "blocks      9,218" in result.out
 
 
 def test_totals_are_those_of_all_blocks_together(cache: Cache) -> None:
@@ -148,40 +94,13 @@ def test_layers_can_be_added_later(cli: Cli, cache: Cache, harvest_args: tuple[o
             )
 
 
-def test_damage_is_found_named_and_mended(cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    shutil.copytree(cache_path, path)
-    cache = Cache.open(path)
-    assert cli("harvest", "verify", "--cache", path).code == 0
-    flipped = bytearray(cache.block_path(Site(1), 7).read_bytes())
-    flipped[100] ^= 1
-    cache.block_path(Site(1), 7).write_bytes(flipped)
-    cache.block_path(Site(2), 9).unlink()
-    cache.tokens.path(1).write_bytes(b"")
-    result = cli("harvest", "verify", "--cache", path)
-    assert result.code == 1
-    assert "layer 1 block 7 " in result.out
-    assert "layer 2 block 9 " in result.out
-    assert "token chunk 1" in result.out
-    untouched = cache.block_path(Site(1), 8).stat().st_mtime_ns
-    mended = cli("harvest", "repair", "--cache", path, "--device", "cpu")
-    assert mended.code == 0, mended.err
-    assert "repaired 2 layer blocks and the tokens" in mended.out
-    assert cache.block_path(Site(1), 8).stat().st_mtime_ns == untouched
-    for file in cache_path.rglob("c.*"):
-        assert (path / file.relative_to(cache_path)).read_bytes() == file.read_bytes()
-    named = cli("harvest", "repair", "--cache", path, "--blocks", "4", "--device", "cpu")
-    assert "repaired 3 layer blocks" in named.out
-    assert cli("harvest", "verify", "--cache", path).code == 0
-
-
 def test_values_that_do_not_fit_are_reported(lm: Path, cache: Cache, tmp_path: Path) -> None:
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
     base = load_model(str(lm), None, "fp32", head=False)
     with torch.no_grad():
         base.get_submodule("layers.1.mlp.dense_4h_to_h").bias[3] = 1e6  # type: ignore[operator]
-    harvest_blocks(copy, ResidualModel(base, parse_sites("0,1,2"), CPU), [5], HarvestConfig(device=CPU), replace=True)
+    harvest_blocks(copy, LanguageModel(base, parse_sites("0,1,2"), CPU), [5], HarvestConfig(device=CPU), replace=True)
     totals = copy.totals()
     assert totals[Site(0)].nonfinite == 0
     assert totals[Site(1)].nonfinite == cache.spec.block_rows
@@ -198,7 +117,7 @@ def test_values_that_do_not_fit_are_reported(lm: Path, cache: Cache, tmp_path: P
 def test_shares_are_of_the_whole_time(lm: Path, cache: Cache, tmp_path: Path) -> None:
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
-    model = ResidualModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
+    model = LanguageModel(load_model(str(lm), None, "bf16", head=False), parse_sites("0,1,2"), CPU)
     shares = harvest_blocks(copy, model, [5], HarvestConfig(device=CPU), replace=True)
     assert shares.forward > 0 and shares.copy > 0 and shares.wait > 0
     assert shares.forward + shares.copy + shares.wait == pytest.approx(shares.total)
@@ -249,155 +168,6 @@ def test_shards_wait_for_the_first_to_tokenise(
     copy.tokens.entry_path(1).unlink()
     with pytest.raises(UserError, match="shard 0/8 has given up"):
         await_tokens(copy, Shard(index=3, count=8))
-
-
-def test_blocks_of_machines_of_several_kinds_are_said(
-    cli: Cli, harvest_args: tuple[object, ...], cache: Cache, tmp_path: Path
-) -> None:
-    shutil.copytree(cache.path, tmp_path / "c")
-    copy = Cache.open(tmp_path / "c")
-    assert {copy.stats(Site(0), block).by for block in range(44)} == {f"cpu, threads: {torch.get_num_threads()}"}
-    assert "several kinds" not in cli("harvest", "verify", "--cache", copy.path).err
-    for layer in (0, 1):
-        copy.commit(5, {Site(layer): dataclasses.replace(copy.stats(Site(layer), 5), by="H100")})
-    for command in (("harvest", *harvest_args, "--cache", copy.path), ("harvest", "verify", "--cache", copy.path)):
-        result = cli(*command)
-        assert result.code == 0
-        assert "layers 0-1 were made on machines of several kinds (1 on H100, 43 on cpu" in result.err
-
-
-@pytest.fixture
-def small(cli: Cli, lm: Path, text: Path, tmp_path: Path) -> Cache:
-    """A cache of its own, of a model and a text of its own: three blocks of two layers."""
-    shutil.copytree(lm, tmp_path / "lm")
-    shutil.copy(text, tmp_path / "text.jsonl")
-    result = cli("harvest", *small_args(tmp_path))
-    assert result.code == 0, result.err
-    return Cache.open(tmp_path / "c")
-
-
-def small_args(path: Path, model: str = "lm", text: str = "text.jsonl", layers: str = "0-1") -> tuple[object, ...]:
-    shape = ("--context", 32, "--block-sequences", 16, "--tokens", 1024, "--holdout-tokens", 512, "--device", "cpu")
-    given = ("--model", path / model, "--dataset", path / text, "--layers", layers, "--cache", path / "c")
-    return ("--preset", "demo", *given, *shape)
-
-
-def content(cache: Cache) -> dict[str, bytes]:
-    return {str(p.relative_to(cache.path)): p.read_bytes() for p in cache.path.rglob("*") if p.is_file()}
-
-
-def flip(path: Path, at: int = 100) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-def other_weights(folder: Path) -> None:
-    """The same configuration and sizes."""
-    weights = load_file(folder / "model.safetensors")
-    save_file({k: v * 1.5 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_repair_touches_nothing_unless_model_and_text_are_the_caches(cli: Cli, small: Cache, tmp_path: Path) -> None:
-    flip(small.block_path(Site(1), 2))
-    flip(small.tokens.path(0))
-    damaged = content(small)
-    repair = ("harvest", "repair", "--cache", small.path, "--device", "cpu")
-
-    (tmp_path / "text.jsonl").rename(tmp_path / "moved.jsonl")
-    assert cli(*repair).code == 2
-    lines = (tmp_path / "moved.jsonl").read_text().splitlines(keepends=True)
-    for other in (lines[:2], lines[::-1]):  # shorter, and of the same length
-        (tmp_path / "text.jsonl").write_text("".join(other))
-        result = cli(*repair)
-        assert result.code == 2
-        assert "is not the text that" in result.err and "nothing was changed" in result.err
-    shutil.copytree(tmp_path / "lm", tmp_path / "original")
-    other_weights(tmp_path / "lm")
-    result = cli(*repair, "--dataset", tmp_path / "moved.jsonl")
-    assert result.code == 2
-    assert "is not the model" in result.err
-    shutil.rmtree(tmp_path / "lm")
-    assert "there is no model at" in cli(*repair, "--dataset", tmp_path / "moved.jsonl").err
-    assert content(small) == damaged
-    assert cli("harvest", "verify", "--cache", small.path).code == 1
-
-    result = cli(*repair, "--dataset", tmp_path / "moved.jsonl", "--model", tmp_path / "original")
-    assert result.code == 0, result.err
-    assert "repaired 1 layer blocks and the tokens" in result.out
-    assert cli("harvest", "verify", "--cache", small.path).code == 0
-
-
-def test_a_cache_of_files_that_were_chosen_by_a_split_goes_on(
-    cli: Cli, lm: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its identity holds the split that earlier versions read from file names; whoever names the files has the same text."""
-    shutil.copytree(lm, tmp_path / "lm")
-    (tmp_path / "set").mkdir()
-    shutil.copy(text, tmp_path / "set" / "test-0.jsonl")
-    monkeypatch.setitem(PRESETS, "demo", dataclasses.replace(PRESETS["demo"], split="test"))
-    assert cli("harvest", *small_args(tmp_path, text="set/test-0.jsonl", layers="0")).code == 0
-    monkeypatch.undo()
-    (tmp_path / "set" / "train-0.jsonl").write_text(json.dumps({"text": "another"}))
-    refused = cli("harvest", *small_args(tmp_path, text="set", layers="1"))
-    assert refused.code == 2
-    assert "harvested by file names that say 'test', put those files into a folder of their own" in refused.err
-    assert cli("harvest", *small_args(tmp_path, text="set/test-0.jsonl", layers="1")).code == 0
-    cache = Cache.open(tmp_path / "c")
-    assert (cache.spec.split, cache.sites) == ("test", (Site(0), Site(1)))
-    flip(cache.tokens.path(0))
-    assert cli("harvest", "repair", "--cache", cache.path, "--device", "cpu").code == 0
-
-
-def test_repair_brings_back_every_byte(cli: Cli, small: Cache) -> None:
-    whole = content(small)
-    (entry,) = (p for p in small.path.glob("ledger/0-1/*1.json"))
-    for damage in (
-        [lambda: flip(small.block_path(Site(0), 0)), lambda: small.block_path(Site(1), 1).unlink()],
-        [lambda: flip(entry), lambda: flip(small.tokens.entry_path(0))],
-        [lambda: small.tokens.path(0).unlink(), lambda: flip(small.path / "activations.zarr" / "tokens" / "zarr.json")],
-        [lambda: entry.write_bytes(small.ledger.entry_path(parse_sites("0,1"), 2).read_bytes())],
-        [lambda: small.tokens.entry_path(0).unlink()],
-    ):
-        for harm in damage:
-            harm()
-        verified = cli("harvest", "verify", "--cache", small.path)
-        assert verified.code == 1
-        mended = cli("harvest", "repair", "--cache", small.path, "--device", "cpu")
-        assert mended.code == 0, mended.err
-        assert content(small) == whole
-    assert "repaired nothing" in cli("harvest", "repair", "--cache", small.path).out
-
-
-def test_repair_of_named_blocks_does_these_alone(cli: Cli, small: Cache) -> None:
-    whole = content(small)
-    for block in (1, 2):
-        small.ledger.entry_path(parse_sites("0,1"), block).unlink()  # as after a kill
-    flip(small.block_path(Site(0), 0))
-    result = cli("harvest", "repair", "--cache", small.path, "--blocks", 0, "--device", "cpu")
-    assert result.code == 0, result.err
-    assert small.committed(Site(0)) == small.committed(Site(1)) == {0}
-    assert small.block_path(Site(0), 0).read_bytes() == whole["activations.zarr/resid_post/00/c.0.0"]
-    assert cli("harvest", "repair", "--cache", small.path, "--blocks", 3).code == 2
-
-
-def test_activations_are_never_made_of_tokens_that_are_damaged(cli: Cli, small: Cache, tmp_path: Path) -> None:
-    flip(small.tokens.path(0))
-    result = cli("harvest", *small_args(tmp_path, layers="0-2"))
-    assert result.code == 2
-    assert "token chunk 0 of" in result.err and "harvest repair" in result.err
-    assert small.committed(Site(2)) == set()
-
-
-def test_blocks_of_other_tokens_are_found_and_made_again(cli: Cli, small: Cache) -> None:
-    whole = content(small)
-    stats = {s: dataclasses.replace(small.stats(s, 1), tokens="12345678") for s in parse_sites("0,1")}
-    small.commit(1, stats)
-    result = cli("harvest", "verify", "--cache", small.path)
-    assert result.code == 1
-    assert "layer 0 block 1 " in result.out and "was made from other tokens" in result.out
-    assert cli("harvest", "repair", "--cache", small.path, "--device", "cpu").code == 0
-    assert content(small) == whole
 
 
 def test_the_model_that_is_named_is_the_model_that_is_loaded(cli: Cli, small: Cache, tmp_path: Path) -> None:
@@ -462,8 +232,3 @@ def test_a_datasets_branch_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dataclasses.replace(source, revision="b" * 40).pinned_revision() == "b" * 40
     with pytest.raises(UserError, match="cannot load the dataset org/text"):
         dataclasses.replace(source, revision="v2").pinned_revision()
-
-
-def test_a_probe_of_the_disk_leaves_nothing_and_makes_no_folder(tmp_path: Path) -> None:
-    assert probe_write(tmp_path / "not" / "yet", 2, 0.01) > 0
-    assert list(tmp_path.iterdir()) == []
