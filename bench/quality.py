@@ -27,7 +27,7 @@ import torch
 from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment, variables
 from bench.report import RESULTS, UNPUBLISHED, machine, today
 from eval.measure.evaluate import heldout
-from eval.measure.metrics import heldout_tokens
+from eval.measure.heldout import heldout_tokens
 from eval.measure.splice import SplicedModel
 from shared.cache import Cache
 from shared.identity import harvested_model
@@ -205,7 +205,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
     activations, tallies = heldout(cache, Site(layer), saes, lm, tokens)
     points = []
     for sae, (tally, losses) in zip(saes, tallies, strict=True):
-        metrics = tally.sparsity() | tally.reconstruction(activations) | losses
+        metrics = vars(tally.sparsity()) | vars(tally.reconstruction(activations)) | vars(losses)
         kept = {name: metrics[name] for name in ("l0", "fvu", "cosine", "ce_recovered")}
         points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": tokens})
     return points

@@ -8,10 +8,11 @@ import click
 from eval.floors.distill import DistillOptions, distill, distill_table
 from eval.floors.measured import measured_floors
 from eval.floors.students import DistillConfig
-from eval.measure.evaluate import EvalConfig, Record, Skipped, evaluate, find_runs, runs_in
+from eval.measure.evaluate import EvalConfig, evaluate
 from eval.measure.match import match_runs, match_table, match_to_final, open_run
-from eval.measure.metrics import DEAD_AT
 from eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
+from eval.measure.result import DEAD_AT, Result
+from eval.measure.runs import Skipped, find_runs, runs_in
 from eval.pages.write import PagesConfig, write_pages
 from eval.publish.card import Publication, sister_runs, write_card
 from eval.publish.export import ExportConfig, export
@@ -95,7 +96,7 @@ def run_command(
         raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
 
 
-def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Record]], cache: str, skipped: Skipped) -> Path:
+def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Result]], cache: str, skipped: Skipped) -> Path:
     """Pictures, model cards, and the report, whose path is returned."""
     measured = None
     with skipped.leaving_out():

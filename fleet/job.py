@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.measure.evaluate import measured
+from eval.measure.store import measured
 from fleet.commands import Commands, Stage
 from fleet.plan import Plan
 from fleet.room import Room, Window, room, used_bytes, windows

@@ -16,11 +16,12 @@ from typing import Any, Generic, Self, TypeVar, get_args, get_origin, get_type_h
 from shared.errors import UserError
 from shared.files import locked, publish_json
 from shared.seal import seal, sealed, unsealed
+from shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True)
 class Record:
-    """Base of records. A field's name is its key; an underscore after it (`lambda_`) is Python's alone."""
+    """Base of records. A field's key is its name, where its metadata has no "key"; a Site is written as its `json`."""
 
     stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the JSON that it was read from, if it was
 
@@ -30,11 +31,12 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """A record that was read is written in the order in which it was stored, with the keys that only another version of
-        this program knows, and without null for those that the other did not know."""
+        this program knows, and without those that the other did not know while they are empty."""
         values = self.values()
         if not self.stored:
             return values
-        return {k: values.get(k, v) for k, v in self.stored.items()} | {k: v for k, v in values.items() if v is not None}
+        full = {k: v for k, v in values.items() if v not in (None, [], {})}
+        return {k: values.get(k, v) for k, v in self.stored.items()} | full
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
@@ -46,7 +48,8 @@ class Record:
 def _fields(kind: Any) -> dict[str, tuple[str, Any]]:
     """{key: (name, type)} of a dataclass."""
     hints = get_type_hints(kind)
-    return {f.name.rstrip("_"): (f.name, hints[f.name]) for f in dataclasses.fields(kind) if f.name != "stored"}
+    known = [f for f in dataclasses.fields(kind) if f.name != "stored"]
+    return {f.metadata.get("key", f.name): (f.name, hints[f.name]) for f in known}
 
 
 def _known(kind: Any, stored: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +65,8 @@ def _plain(value: Any) -> Any:
     """A value of a field as JSON has it."""
     if isinstance(value, Record):
         return value.to_dict()
+    if isinstance(value, Site):
+        return value.json
     if dataclasses.is_dataclass(value):
         return _values(value)
     if isinstance(value, dict):
@@ -80,6 +85,8 @@ def _typed(kind: Any, value: Any) -> Any:
         return {of[0](key): _typed(of[1], each) for key, each in value.items()}
     if get_origin(kind) in (list, tuple):
         return get_origin(kind)(_typed(of[0], each) for each in value)
+    if kind is Site:
+        return Site.of(value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return kind.from_dict(value) if issubclass(kind, Record) else kind(**_known(kind, value))
     return value

@@ -28,9 +28,11 @@ from eval.floors.measured import (
     experiments_in,
 )
 from eval.floors.students import DistillConfig, Student, Teacher, Texts, student_config
-from eval.measure.evaluate import Skipped, find_runs, measured_features
-from eval.measure.metrics import finite, heldout_tokens
+from eval.measure.features import measured_features
+from eval.measure.heldout import heldout_tokens
+from eval.measure.metrics import finite
 from eval.measure.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
+from eval.measure.runs import Skipped, find_runs
 from shared.cache import Cache
 from shared.device import announce, device_kind
 from shared.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
-from eval.measure.evaluate import Skipped
+from eval.measure.runs import Skipped
 from eval.pages import features, files
 from eval.pages.spell import spell
 from shared.cache import Cache

@@ -6,19 +6,19 @@ YAML or Python, so that no name can end a table, a code block or the front matte
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from eval.floors.measured import Experiment
+from eval.measure.result import Result, finished, latest
+from eval.report.columns import columns, floor_columns, written
 from eval.report.page import (
     CAPTIONS,
     FIT_HEADS,
-    finished,
     fit_rows,
-    floor_widths,
-    latest,
     measured_words,
     place,
     provenance,
@@ -26,7 +26,6 @@ from eval.report.page import (
     templates,
     trained_on,
     warnings,
-    written,
 )
 from shared.files import locked, publish_file
 from shared.progress import say
@@ -40,20 +39,6 @@ Record = dict[str, Any]
 REGISTRY = "pretrained_saes.yaml"
 MARKER = "<!-- written by `python -m eval`; remove this line to keep your own changes -->"
 _LICENSE = "apache-2.0"
-_COLUMNS = (
-    ("layer", "layer", "{:d}"),
-    ("λ", "lambda", "{:.3g}"),
-    ("L0", "l0", "{:.1f}"),
-    ("FVU", "fvu", "{:.4f}"),
-    ("no first positions", "fvu_without_first", "{:.4f}"),
-    ("outside top 3 directions", "fvu_without_top3", "{:.4f}"),
-    ("CE", "ce", "{:.4f}"),
-    ("CE spliced", "ce_spliced", "{:.4f}"),
-    ("CE recovered", "ce_recovered", "{:.4f}"),
-    ("KL score", "kl_div_score", "{:.4f}"),
-    ("dead", "dead_share", "{:.2%}"),
-    ("d*", "critical_width", "{:.0f}"),
-)
 _HOSTILE = re.compile(r"([\\`*_\[\]<>|~$&])")
 
 
@@ -100,7 +85,7 @@ def repository_name(name: str) -> str:
 
 
 def write_card(
-    run: Run, records: list[Record], measured: Experiment | None, sisters: list[Run], publication: Publication | None = None
+    run: Run, results: list[Result], measured: Experiment | None, sisters: list[Run], publication: Publication | None = None
 ) -> None:
     """README.md of a run, unless somebody has written his own there, and the entry for SAELens' registry. Raises UserError."""
     path, publication = run.path / "README.md", publication or Publication()
@@ -108,22 +93,22 @@ def write_card(
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             say(f"note: {path} is your own and stays as it is; move it away to have one written", err=True)
         else:
-            publish_file(path, card(run, records, measured, sisters, publication).encode())
-        publish_file(run.path / REGISTRY, registry_entry(run, records, publication).encode())
+            publish_file(path, card(run, results, measured, sisters, publication).encode())
+        publish_file(run.path / REGISTRY, registry_entry(run, results, publication).encode())
 
 
-def card(run: Run, records: list[Record], measured: Experiment | None, sisters: list[Run], publication: Publication) -> str:
+def card(run: Run, results: list[Result], measured: Experiment | None, sisters: list[Run], publication: Publication) -> str:
     """The whole text. It says nothing that differs between two runs of the same training, such as times."""
     config = run.config()
     train, spec = config["train"], config["cache"]["spec"]
-    whole, done = format_count(train["tokens"]), finished(records)
-    others = [r for r in latest(records) if r not in done]
-    widths = floor_widths(records)
+    whole, done = format_count(train["tokens"]), finished(results)
+    others = [r for r in latest(results) if not r.final]
+    floors = (*columns("floors"), *floor_columns(results))
     base_model, dataset = _on_hub(config)
     environment = templates("eval.publish", autoescape=False)
     environment.finalize = markdown
     environment.filters |= {"yaml": _literal, "python": _literal}
-    heads = [title for title, _, _ in _COLUMNS]
+    heads = [c.card_title or c.title for c in columns("card")]
     return environment.get_template("card.md.j2").render(
         license=publication.license,
         marker=Safe(MARKER),
@@ -141,22 +126,15 @@ def card(run: Run, records: list[Record], measured: Experiment | None, sisters: 
         setting=_setting(train),
         threshold=has_thresholds(train),
         bos=spec["bos"],
-        warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: records}, None)],
-        **_example(Site.of(done[len(done) // 2]["layer"] if done else 0)),
+        warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: results}, None)],
+        **_example(done[len(done) // 2].site if done else Site(0)),
         snapshots=[Safe(label) for label in snapshot_tokens(train["tokens"]) if label != FINAL],
-        measured_on=_counts(records, "tokens"),
-        ce_on=_counts(records, "ce_tokens"),
+        measured_on=_counts(r.tokens for r in latest(results)),
+        ce_on=_counts(r.ce_tokens for r in latest(results)),
         metrics=Table(heads=heads, rows=[_row(r) for r in done]),
         unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r), trained_on(r, whole)] for r in others]),
         pictures=[(Safe(f"plots/{name}.png"), caption) for name, caption in CAPTIONS.items() if _has_picture(run, name)],
-        floors=Table(
-            heads=["layer", "F", "α", "g", *(f"L*({w})" for w in widths)],
-            rows=[
-                [str(r["layer"]), written(r["alive"], "{:,}"), written(r["alpha"], "{:.5f}"), written(r["capacity"], "{:.2f}")]
-                + [written(r[f"floor_{w}"], "{:.4g}") for w in widths]
-                for r in done
-            ],
-        ),
+        floors=Table(heads=[c.title for c in floors], rows=[[c.text(r) for c in floors] for r in done]),
         measured=measured and _measured(measured, run),
         settings=settings(config),
         provenance=provenance(config),
@@ -178,12 +156,12 @@ def _example(site: Site) -> dict[str, Any]:
     return {"example": site, "hook": f".{site.hook}", "modules": list(dict.fromkeys(reversed(HOOKS[site.hook].values())))}
 
 
-def _counts(records: list[Record], key: str) -> str:
-    return " or ".join(f"{n:,}" for n in sorted({r[key] for r in latest(records)})) or "no"
+def _counts(numbers: Iterable[int]) -> str:
+    return " or ".join(f"{n:,}" for n in sorted(set(numbers))) or "no"
 
 
-def _row(record: Record) -> list[str]:
-    return [written(record[key], form) for _, key, form in _COLUMNS]
+def _row(r: Result) -> list[str]:
+    return [written(c.value(r), c.card_form or c.form) for c in columns("card")]
 
 
 def _has_picture(run: Run, name: str) -> bool:
@@ -218,7 +196,7 @@ def _sisters(sisters: list[Run], publication: Publication) -> list[dict[str, Any
     return [{"name": run.name, "url": Safe(url + quote(publication.repository(run)))} for run in sisters]
 
 
-def registry_entry(run: Run, records: list[Record], publication: Publication) -> str:
+def registry_entry(run: Run, results: list[Result], publication: Publication) -> str:
     """An entry of SAELens' sae_lens/pretrained_saes.yaml, of all layers that are finished."""
     config = run.config()
     base_model = _on_hub(config)[0]
@@ -230,15 +208,12 @@ def registry_entry(run: Run, records: list[Record], publication: Publication) ->
         f"  model: {_literal(base_model or place(config['cache']['spec']['model']))}",
         f"  repo_id: {_literal(repository)}",
     ]
-    lines.append("  saes:" if finished(records) else "  saes: []")
-    for r in finished(records):
-        site = Site.of(r["layer"])
-        lines += [f"  - id: blocks.{site.layer}.hook_{site.hook}", f"    path: layer_{site}"]
-        lines += [f"    {name}: {r[key]:.5g}" for name, key in _REGISTERED if r[key] is not None]
+    lines.append("  saes:" if finished(results) else "  saes: []")
+    for r in finished(results):
+        lines += [f"  - id: blocks.{r.site.layer}.hook_{r.site.hook}", f"    path: layer_{r.site}"]
+        numbers = {"l0": r.l0, "variance_explained": r.explained_variance}
+        lines += [f"    {name}: {value:.5g}" for name, value in numbers.items() if value is not None]
     return "\n".join(lines) + "\n"
-
-
-_REGISTERED = (("l0", "l0"), ("variance_explained", "explained_variance"))
 
 
 def sister_runs(run: Run) -> list[Run]:

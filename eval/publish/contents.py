@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval.measure.metrics import load_features
+from eval.measure.features import load_features
 from eval.publish.card import REGISTRY
 from shared.errors import UserError
 from shared.files import publish_file, publish_json

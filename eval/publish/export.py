@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.measure.evaluate import measured_features
+from eval.measure.features import measured_features
 from eval.publish.formats import FORMS, Files, Origin, Source
 from shared.errors import UserError
 from shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,95 +13,38 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from eval.floors.measured import Experiment
-from eval.measure.evaluate import Skipped
+from eval.measure.result import Result, finished, latest
+from eval.measure.runs import Skipped
+from eval.report.columns import Column, columns, floor_columns, written
 from eval.report.plots import short_labels
 from shared.files import locked, publish_file, remove_leftovers
 from shared.runs.rows import left_out
-from shared.runs.run import FINAL, Run
+from shared.runs.run import Run
+from shared.sites import Site, format_sites
 from shared.units import format_count, format_layers
 
 Record = dict[str, Any]
 
-_COLUMNS = (
-    ("layer", "layer", "{:d}"),
-    ("λ", "lambda", "{:.3g}"),
-    ("L0", "l0", "{:.1f}"),
-    ("MSE", "mse", "{:.3g}"),
-    ("FVU", "fvu", "{:.4f}"),
-    ("cosine", "cosine", "{:.4f}"),
-    ("CE", "ce", "{:.4f}"),
-    ("CE spliced", "ce_spliced", "{:.4f}"),
-    ("CE zero", "ce_zero", "{:.3f}"),
-    ("CE recovered", "ce_recovered", "{:.4f}"),
-    ("dead", "dead_share", "{:.2%}"),
-    ("measured on", "tokens", "{:,}"),
-)
-_HEADS = [title for title, _, _ in _COLUMNS] + ["trained on"]
+
+def trained_on(result: Result, whole: str) -> str:
+    return whole if result.final else f"{result.snapshot} of {whole}, unfinished"
 
 
-def _rows(run: Run, records: list[Record]) -> list[list[str]]:
-    """The final snapshot of each layer, formatted; a layer without one is shown by its latest, and says so."""
-    whole = format_count(run.config()["train"]["tokens"])
-    return [[written(r[key], form) for _, key, form in _COLUMNS] + [trained_on(r, whole)] for r in latest(records)]
-
-
-def latest(records: list[Record]) -> list[Record]:
-    """The last snapshot of each layer, of records by layer and age."""
-    return list({r["layer"]: r for r in records}.values())
-
-
-def finished(records: list[Record]) -> list[Record]:
-    return [r for r in latest(records) if r["snapshot"] == FINAL]
-
-
-def written(value: Any, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
-
-def trained_on(record: Record, whole: str) -> str:
-    return whole if record["snapshot"] == FINAL else f"{record['snapshot']} of {whole}, unfinished"
-
-
-def text_table(runs: list[Run], results: dict[str, list[Record]]) -> str:
-    """For a terminal: every run's latest SAEs, columns aligned."""
-    lines = []
+def text_table(runs: list[Run], results: dict[str, list[Result]]) -> str:
+    """For a terminal: the latest SAE of each layer of every run, columns aligned; one that is not finished says so."""
+    shown, lines = columns("terminal"), []
     for run in runs:
-        rows = _rows(run, results[run.name])
-        widths = [max(len(cell) for cell in column) for column in zip(_HEADS, *rows, strict=True)]
+        whole = format_count(run.config()["train"]["tokens"])
+        rows = [[c.title for c in shown] + ["trained on"]]
+        rows += [[c.text(r) for c in shown] + [trained_on(r, whole)] for r in latest(results[run.name])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines.append(f"\n{run.name}")
-        lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [_HEADS, *rows]]
+        lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
 
 
 # --- the page ---
 
-_PAGE_COLUMNS = (
-    *_COLUMNS[:5],
-    ("FVU, no first positions", "fvu_without_first", "{:.4f}"),
-    ("FVU outside top 3 directions", "fvu_without_top3", "{:.4f}"),
-    *_COLUMNS[5:10],
-    ("KL", "kl_div_with_sae", "{:.4f}"),
-    ("KL score", "kl_div_score", "{:.4f}"),
-    ("dead", "dead_share", "{:.2%}"),
-    ("denser than 1\u00a0%", "freq_over_1_percent", "{:.2%}"),
-    ("denser than 10\u00a0%", "freq_over_10_percent", "{:.2%}"),
-    ("F", "alive", "{:,}"),
-    ("α", "alpha", "{:.5f}"),
-    ("g", "capacity", "{:.2f}"),
-    ("d*", "critical_width", "{:.1f}"),
-    ("measured on", "tokens", "{:,}"),
-    ("CE and KL on", "ce_tokens", "{:,}"),
-)
-_MEANS = (
-    ("L0", "l0", "{:.1f}"),
-    ("FVU", "fvu", "{:.4f}"),
-    ("FVU, no first positions", "fvu_without_first", "{:.4f}"),
-    ("FVU outside top 3 directions", "fvu_without_top3", "{:.4f}"),
-    ("CE recovered", "ce_recovered", "{:.4f}"),
-    ("KL score", "kl_div_score", "{:.4f}"),
-    ("dead", "dead_share", "{:.2%}"),
-    ("d*", "critical_width", "{:.1f}"),
-)
 CAPTIONS = {
     "1_training_curves": "Training curves: on training batches, by layer.",
     "2_metrics_heatmap": "Metrics of each layer's latest SAE.",
@@ -136,7 +79,7 @@ def templates(package: str, *, autoescape: bool) -> Environment:
 
 
 def write_report(
-    folder: Path, runs: list[Run], results: dict[str, list[Record]], measured: Experiment | None, skipped: Skipped
+    folder: Path, runs: list[Run], results: dict[str, list[Result]], measured: Experiment | None, skipped: Skipped
 ) -> Path:
     """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
     labels = short_labels([run.name for run in runs])
@@ -161,12 +104,10 @@ def write_report(
     return path
 
 
-def _section(folder: Path, run: Run, label: str, records: list[Record], number: int) -> dict[str, Any]:
+def _section(folder: Path, run: Run, label: str, results: list[Result], number: int) -> dict[str, Any]:
     prefix = "" if run.path == folder else f"{quote(run.name)}/"
     whole = format_count(run.config()["train"]["tokens"])
-    widths = floor_widths(records)
-    floor_columns = [("layer", "layer", "{:d}"), *((f"L*({w})", f"floor_{w}", "{:.4g}") for w in widths)]
-    pages = _feature_pages(folder, run, records)
+    pages = _feature_pages(folder, run, results)
     links = [{"href": next(iter(pages.values())), "text": "feature pages"}] if pages else []
     links += [
         {"href": prefix + quote(str(path.relative_to(run.path))), "text": text}
@@ -182,63 +123,55 @@ def _section(folder: Path, run: Run, label: str, records: list[Record], number: 
         "anchor": f"run-{number}",
         "name": run.name,
         "label": label,
-        "table": _table(_PAGE_COLUMNS, records, whole, pages),
-        "floors": _table(floor_columns, records, whole, {}),
+        "table": _table(columns("page"), results, whole, pages),
+        "floors": _table((*columns("page")[:1], *floor_columns(results)), results, whole, {}),
         "links": links,
         "pictures": _pictures(run, [name for name in CAPTIONS if name not in _OF_ALL]),
         "facts": settings(run.config()) + provenance(run.config()),
     }
 
 
-def _feature_pages(folder: Path, run: Run, records: list[Record]) -> dict[int, str]:
-    """{layer: address of the page of its features}, as eval/pages/write.py leaves them in <runs>/pages."""
-    shown = [r for r in latest(records) if any((folder / "pages" / run.name).glob(f"layer{r['layer']:02d}_{r['snapshot']}.*"))]
-    address = f"pages/index.html#{quote(run.name, safe='')}"
-    return {r["layer"]: f"{address}/{r['snapshot']}/{r['layer']}" for r in shown if (folder / "pages" / "index.html").exists()}
+def _feature_pages(folder: Path, run: Run, results: list[Result]) -> dict[Site, str]:
+    """{site: address of the page of its features}, as eval/pages/write.py leaves them in <runs>/pages."""
+    pages, address = folder / "pages", f"pages/index.html#{quote(run.name, safe='')}"
+    shown = [r for r in latest(results) if any((pages / run.name).glob(f"layer{r.site.key}_{r.snapshot}.*"))]
+    return {r.site: f"{address}/{r.snapshot}/{r.site}" for r in shown if (pages / "index.html").exists()}
 
 
-def _table(columns: Iterable[tuple[str, str, str]], records: list[Record], whole: str, pages: dict[int, str]) -> Table:
-    columns = list(columns)
+def _table(shown: Sequence[Column], results: list[Result], whole: str, pages: dict[Site, str]) -> Table:
+    def row(r: Result) -> list[Cell]:
+        layer, *cells = (_cell(c.value(r), c.form) for c in shown)
+        layer = dataclasses.replace(layer, href=pages.get(r.site))
+        return [layer, Cell(text=trained_on(r, whole), value=str(r.trained_tokens)), *cells]
 
-    def row(r: Record) -> list[Cell]:
-        layer, *cells = (_cell(r[key], form) for _, key, form in columns)
-        layer = dataclasses.replace(layer, href=pages.get(r["layer"]))
-        return [layer, Cell(text=trained_on(r, whole), value=str(r["trained_tokens"])), *cells]
-
-    done = finished(records)
     return Table(
-        heads=[columns[0][0], "trained on", *(title for title, _, _ in columns[1:])],
-        rows=[row(r) for r in done],
-        unfinished=[row(r) for r in latest(records) if r not in done],
+        heads=[shown[0].title, "trained on", *(c.title for c in shown[1:])],
+        rows=[row(r) for r in latest(results) if r.final],
+        unfinished=[row(r) for r in latest(results) if not r.final],
     )
 
 
 def _cell(value: Any, form: str) -> Cell:
-    return Cell(text=written(value, form), value="" if value is None else repr(value))
+    return Cell(text=written(value, form), value="" if value is None else str(value))
 
 
 def _word(text: str) -> Cell:
     return Cell(text=text, value=text)
 
 
-def _overview(runs: list[Run], labels: list[str], results: dict[str, list[Record]]) -> Table:
-    rows = []
+def _overview(runs: list[Run], labels: list[str], results: dict[str, list[Result]]) -> Table:
+    shown, rows = columns("means"), []
     for run, label in zip(runs, labels, strict=True):
-        records, n_layers = results[run.name], run.config()["cache"]["spec"]["n_layers"]
-        done = finished(records)
+        done, n_layers = finished(results[run.name]), run.config()["cache"]["spec"]["n_layers"]
         layers = Cell(text=f"{len(done)} of {n_layers}", value=str(len(done)))
-        rows.append([_word(label), layers, *(_cell(mean(done, key), form) for _, key, form in _MEANS)])
-    return Table(heads=["run", "finished layers", *(title for title, _, _ in _MEANS)], rows=rows, unfinished=[])
+        rows.append([_word(label), layers, *(_cell(_mean(map(c.value, done)), c.form) for c in shown)])
+    return Table(heads=["run", "finished layers", *(c.title for c in shown)], rows=rows, unfinished=[])
 
 
-def mean(records: list[Record], key: str) -> float | None:
-    """Over the records that have a number there; None if none has."""
-    values = [r[key] for r in records if r[key] is not None]
-    return math.fsum(values) / len(values) if values else None
-
-
-def floor_widths(records: list[Record]) -> list[int]:
-    return sorted({int(name.removeprefix("floor_")) for r in records for name in r if name.startswith("floor_")})
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Over what is a number; None if nothing is."""
+    numbers = [v for v in values if v is not None]
+    return math.fsum(numbers) / len(numbers) if numbers else None
 
 
 def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, str]]:
@@ -331,42 +264,38 @@ _FLATTERED = 2.0  # times that FVU grows outside the largest directions
 _MOSTLY_DEAD = 0.5
 
 
-def warnings(runs: list[Run], results: dict[str, list[Record]], skipped: Skipped | None) -> list[str]:
+def warnings(runs: list[Run], results: dict[str, list[Result]], skipped: Skipped | None) -> list[str]:
     """One line each, for people."""
-    lines = [f"Left out of this evaluation: {message}" for message in skipped.said] if skipped else []
-    commonest = Counter(_basis(r) for run in runs for r in results[run.name]).most_common(1)
+    lines = [f"Left out of this evaluation: {message}" for message in skipped.reasons] if skipped else []
+    commonest = Counter(r.basis for run in runs for r in results[run.name]).most_common(1)
     for run in runs:
         lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], commonest[0][0] if commonest else ())]
     return lines
 
 
-def _of_run(run: Run, records: list[Record], usual: tuple[Any, ...]) -> list[str]:
-    config, shown, lines = run.config(), latest(records), []
+def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...]) -> list[str]:
+    config, shown, lines = run.config(), latest(results), []
     whole, n_layers = format_count(config["train"]["tokens"]), config["cache"]["spec"]["n_layers"]
-    lines += [f"layer {r['layer']} is {trained_on(r, whole)}" for r in shown if r["snapshot"] != FINAL]
+    lines += [f"layer {r.site} is {trained_on(r, whole)}" for r in shown if not r.final]
     if config["train"]["step"]["decoder"] == "random":
         lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")
     if without := left_out(config["train"]):
         lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
-    if absent := sorted(set(range(n_layers)) - {r["layer"] for r in shown}):
+    if absent := sorted(set(range(n_layers)) - {r.site.layer for r in shown}):
         lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
-    if other := [r["layer"] for r in shown if _basis(r) != usual]:
-        lines.append(f"layers {format_layers(other)} are measured on other text or by other definitions than the rest")
-    missing = {name for r in shown for name in ("fvu", "ce_recovered", "kl_div_score") if r[name] is None}
+    if other := [r.site for r in shown if r.basis != usual]:
+        lines.append(f"layers {format_sites(other)} are measured on other text or by other definitions than the rest")
+    missing = {name for r in shown for name in ("fvu", "ce_recovered", "kl_div_score") if getattr(r, name) is None}
     if missing:
         lines.append(f"{', '.join(sorted(missing))} of some layers is no number")
-    if dead := [r["layer"] for r in shown if r["dead_share"] > _MOSTLY_DEAD]:
-        lines.append(f"more than half of the features of layers {format_layers(dead)} are dead")
-    ratios = [(r["fvu_without_top3"] / r["fvu"], r["layer"]) for r in shown if r["fvu"] and r["fvu_without_top3"]]
+    if dead := [r.site for r in shown if (r.dead_share or 0) > _MOSTLY_DEAD]:
+        lines.append(f"more than half of the features of layers {format_sites(dead)} are dead")
+    ratios = [(r.fvu_without_top3 / r.fvu, r.site) for r in shown if r.fvu and r.fvu_without_top3]
     if ratios and max(ratios)[0] > _FLATTERED:
-        most, layer = max(ratios)
+        most, site = max(ratios)
         lines.append(
-            f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {layer})"
+            f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {site})"
         )
-    if dense := [r["layer"] for r in shown if r["alpha"] is not None and r["alpha"] < 1 - 1 / math.e]:
-        lines.append(f"features of layers {format_layers(dense)} are too dense for the formula of predicted floors")
+    if dense := [r.site for r in shown if r.alpha is not None and r.alpha < 1 - 1 / math.e]:
+        lines.append(f"features of layers {format_sites(dense)} are too dense for the formula of predicted floors")
     return lines
-
-
-def _basis(record: Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("eval_tokens", "ce_tokens", "dead_at", "alive_above", "ablation"))

@@ -17,6 +17,7 @@ import hashlib
 import io
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,13 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from eval.floors.measured import Experiment
-from eval.measure.evaluate import Skipped, measured_features
-from eval.measure.metrics import Features
+from eval.measure.features import Features, measured_features
+from eval.measure.result import Result, latest
+from eval.measure.runs import Skipped
+from eval.report.columns import Column, columns, student_widths, written
 from shared.files import locked, publish_file
-from shared.runs.run import FINAL, Run, snapshot_tokens
-from shared.seal import SEAL, canonical, crc32c
+from shared.runs.run import Run, snapshot_tokens
+from shared.seal import canonical, crc32c
 from shared.sites import Site
 from shared.units import format_count
 
@@ -63,7 +66,7 @@ class RunData:
 
     run: Run
     label: str  # short, unlike the others'
-    records: list[Record]  # by layer and age
+    results: list[Result]  # by layer and age
     whole: int  # tokens of training
     d_model: int
     kind: str  # the same for runs that differ in nothing but how sparse they are asked to be
@@ -71,13 +74,13 @@ class RunData:
     @property
     def inputs(self) -> list[Any]:
         """All that pictures of records show; checksums differ between equal runs."""
-        records = [{k: v for k, v in r.items() if k not in ("file", SEAL)} for r in self.records]
+        records = [{k: v for k, v in r.to_dict().items() if k != "file"} for r in self.results]
         return [self.run.name, self.label, self.whole, self.d_model, self.kind, records]
 
     @property
-    def latest(self) -> list[Record]:
+    def latest(self) -> list[Result]:
         """The last snapshot of each layer."""
-        return list({r["layer"]: r for r in self.records}.values())
+        return latest(self.results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def short_labels(names: Sequence[str]) -> list[str]:
     return ["-".join(w[same:]) for w in words]
 
 
-def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Experiment | None, skipped: Skipped) -> None:
+def plot_runs(runs: list[Run], results: dict[str, list[Result]], measured: Experiment | None, skipped: Skipped) -> None:
     """Write every picture, as far as there is something to show, into the runs' plots/ folders."""
     labels = short_labels([run.name for run in runs])
     found = []
@@ -106,11 +109,11 @@ def plot_runs(runs: list[Run], results: dict[str, list[Record]], measured: Exper
         config = run.config()
         whole, d_model = config["train"]["tokens"], config["cache"]["spec"]["d_model"]
         kind = _kind(config["train"])
-        found.append(RunData(run=run, label=label, records=results[run.name], whole=whole, d_model=d_model, kind=kind))
+        found.append(RunData(run=run, label=label, results=results[run.name], whole=whole, d_model=d_model, kind=kind))
         (run.path / "plots").mkdir(exist_ok=True)
     for data in found:
         _write([data], _of_one_run(data, skipped))
-    _write([data for data in found if data.records], _of_all_runs([data for data in found if data.records], measured))
+    _write([data for data in found if data.results], _of_all_runs([data for data in found if data.results], measured))
 
 
 def _kind(train: dict[str, Any]) -> str:
@@ -120,18 +123,18 @@ def _kind(train: dict[str, Any]) -> str:
 
 def _of_one_run(data: RunData, skipped: Skipped) -> Pictures:
     pictures, curves = {}, {}
-    for layer in sorted({s.site for s in data.run.snapshots()}):
+    for site in sorted({s.site for s in data.run.snapshots()}):
         with skipped.leaving_out():
-            curves[layer.layer] = data.run.metrics(layer)
+            curves[site] = data.run.metrics(site)
     if curves:
-        drawn = {layer: [[r.get(key) for key, *_ in _CURVES] for r in curve] for layer, curve in curves.items()}
+        drawn = {str(site): [[r.get(key) for key, *_ in _CURVES] for r in curve] for site, curve in curves.items()}
         pictures["1_training_curves"] = _Picture([data.run.name, drawn], lambda: _training_curves(data, curves))
-    if data.records:
+    if data.results:
         pictures["2_metrics_heatmap"] = _Picture(data.inputs, lambda: _heatmap(data))
         pictures["4_snapshots"] = _Picture(data.inputs, lambda: _snapshots(data))
     features = _features(data, skipped)
     if features:
-        sums = {layer: [crc32c(of.density.numpy()), crc32c(of.mean_square.numpy())] for layer, of in features.items()}
+        sums = {str(site): [crc32c(of.density.numpy()), crc32c(of.mean_square.numpy())] for site, of in features.items()}
         pictures["5_feature_density"] = _Picture([data.run.name, sums], lambda: _density(data, features))
         pictures["6_feature_importance"] = _Picture([data.run.name, sums], lambda: _importance(data, features))
     return pictures
@@ -148,14 +151,14 @@ def _of_all_runs(runs: list[RunData], measured: Experiment | None) -> Pictures:
     }
 
 
-def _features(data: RunData, skipped: Skipped) -> dict[int, Features]:
+def _features(data: RunData, skipped: Skipped) -> dict[Site, Features]:
     """Of each layer's latest snapshot, where they are of the checkpoint that the record is of."""
     found = {}
     for r in data.latest:
         with skipped.leaving_out():
-            measured = measured_features(data.run, Site.of(r["layer"]), r["snapshot"], r["file"])
+            measured = measured_features(data.run, r.site, r.snapshot, r.file)
             if measured is not None:
-                found[r["layer"]] = measured[0]
+                found[r.site] = measured[0]
     return found
 
 
@@ -226,8 +229,8 @@ def _title(figure: Figure, text: str) -> None:
     figure.suptitle(text, y=1 - 0.08 / figure.get_figheight(), va="top", fontsize=12)
 
 
-def _layer_norm(layers: Iterable[int]) -> Normalize:
-    found = sorted(layers)
+def _layer_norm(sites: Iterable[Site]) -> Normalize:
+    found = sorted(site.layer for site in sites)
     return Normalize(found[0], max(found[-1], found[0] + 1))
 
 
@@ -263,10 +266,14 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _points(records: Iterable[Record], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Pairs of finite numbers, as two lists."""
-    pairs = [(r[x], r[y]) for r in records if _is_number(r.get(x)) and _is_number(r.get(y))]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+def _points(results: Iterable[Result], x: str, y: Column) -> tuple[list[float], list[float]]:
+    return _finite((getattr(r, x), y.value(r)) for r in results)
+
+
+def _finite(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
+    """Those of two finite numbers, as two lists."""
+    numbers = [(a, b) for a, b in pairs if _is_number(a) and _is_number(b)]
+    return [a for a, _ in numbers], [b for _, b in numbers]
 
 
 def _is_number(value: Any) -> bool:
@@ -300,12 +307,12 @@ _CURVES = (
 )
 
 
-def _training_curves(data: RunData, curves: dict[int, list[Record]]) -> Figure:
+def _training_curves(data: RunData, curves: dict[Site, list[Record]]) -> Figure:
     figure, axes = _grid(2, 2, (4.5, 2.9), sharex=True)
     norm = _layer_norm(curves)
     for axis, (key, title, logarithmic) in zip(axes, _CURVES, strict=True):
-        for layer, curve in curves.items():
-            axis.plot(*_points(curve, "tokens", key), color=_LAYERS(norm(layer)), linewidth=1.0)
+        for site, curve in curves.items():
+            axis.plot(*_finite((r.get("tokens"), r.get(key)) for r in curve), color=_LAYERS(norm(site.layer)), linewidth=1.0)
         axis.set_ylabel(title)
         axis.grid(alpha=0.25)
         if logarithmic:
@@ -323,46 +330,26 @@ def _training_curves(data: RunData, curves: dict[int, list[Record]]) -> Figure:
     return figure
 
 
-# (key, title, how it is written, whether it is a share and coloured from 0 to 1)
-_MAP = (
-    ("lambda", "λ", "{:.2g}", False),
-    ("l0", "L0", "{:.0f}", False),
-    ("mse", "MSE", "{:.2g}", False),
-    ("fvu", "FVU", "{:.3f}", True),
-    ("fvu_without_first", "FVU, no first\npositions", "{:.3f}", True),
-    ("fvu_without_top3", "FVU outside top\n3 directions", "{:.3f}", True),
-    ("cosine", "cosine", "{:.3f}", True),
-    ("ce_recovered", "CE recovered", "{:.3f}", True),
-    ("kl_div_score", "KL score", "{:.3f}", True),
-    ("dead_share", "dead", "{:.2f}", True),
-    ("freq_over_1_percent", "denser\nthan 1 %", "{:.2f}", True),
-    ("freq_over_10_percent", "denser\nthan 10 %", "{:.3f}", True),
-    ("average_max_decoder_cosine_sim", "nearest decoder\nrow, cosine", "{:.2f}", True),
-    ("average_encoder_decoder_cosine_sim", "encoder·decoder\ncosine", "{:.2f}", True),
-    ("alpha", "α", "{:.4f}", True),
-    ("critical_width", "d*", "{:.0f}", False),
-)
-
-
 def _heatmap(data: RunData) -> Figure:
-    rows = data.latest
+    rows, shown = data.latest, columns("map")
     margins = _Margins(left=1.35, right=0.8, top=1.45, bottom=0.4)
     figure, (axis,) = _grid(1, 1, (12, max(2.0, 0.29 * len(rows))), margins)
-    shades, values = np.full((2, len(rows), len(_MAP)), np.nan)
-    for column, (key, _, _, share) in enumerate(_MAP):
-        values[:, column] = [r[key] if _is_number(r[key]) else math.nan for r in rows]
-        known = values[:, column][np.isfinite(values[:, column])]
-        largest = 1.0 if share else max(known, default=0.0)
-        shades[:, column] = np.clip(values[:, column] / (largest or 1.0), 0, 1)
+    shades, values = np.full((2, len(rows), len(shown)), np.nan)
+    for number, column in enumerate(shown):
+        values[:, number] = [v if _is_number(v := column.value(r)) else math.nan for r in rows]
+        known = values[:, number][np.isfinite(values[:, number])]
+        largest = 1.0 if column.share else max(known, default=0.0)
+        shades[:, number] = np.clip(values[:, number] / (largest or 1.0), 0, 1)
     image = axis.imshow(shades, cmap=_LAYERS, vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(_MAP)), [title for _, title, _, _ in _MAP], rotation=45, ha="left", rotation_mode="anchor")
+    titles = [textwrap.fill(column.title, 16) for column in shown]
+    axis.set_xticks(range(len(shown)), titles, rotation=45, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
     axis.set_yticks(range(len(rows)), [_layer_name(r) for r in rows])
-    for (row, column), value in np.ndenumerate(values):
-        text = _MAP[column][2].format(value) if math.isfinite(value) else "–"
-        ink = "black" if shades[row, column] > 0.55 else "white" if math.isfinite(value) else "black"
-        axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink)
-    axis.set_xticks(np.arange(len(_MAP) - 1) + 0.5, minor=True)
+    for (row, number), value in np.ndenumerate(values):
+        text = written(value if math.isfinite(value) else None, shown[number].cell)
+        ink = "black" if shades[row, number] > 0.55 else "white" if math.isfinite(value) else "black"
+        axis.text(number, row, text, ha="center", va="center", fontsize=7.5, color=ink)
+    axis.set_xticks(np.arange(len(shown) - 1) + 0.5, minor=True)
     axis.grid(which="minor", axis="x", color="white", linewidth=1.5)
     axis.tick_params(which="minor", length=0)
     figure.colorbar(image, cax=_bar_axes(figure))
@@ -373,33 +360,23 @@ def _heatmap(data: RunData) -> Figure:
     return figure
 
 
-def _layer_name(record: Record) -> str:
-    return f"layer {record['layer']}" + ("" if record["snapshot"] == FINAL else f"\n{record['snapshot']}, unfinished")
-
-
-_AGES = (
-    ("l0", "L0, features a token", "log"),
-    ("fvu", "FVU", "log"),
-    ("fvu_without_top3", "FVU outside the top 3 directions", "log"),
-    ("ce_recovered", "CE recovered, share", "rises"),
-    ("kl_div_score", "KL score, share", "rises"),
-    ("dead_share", "dead features, share", "rare"),
-)
+def _layer_name(r: Result) -> str:
+    return f"layer {r.site}" + ("" if r.final else f"\n{r.snapshot}, unfinished")
 
 
 def _snapshots(data: RunData) -> Figure:
     figure, axes = _grid(2, 3, (3.4, 2.7), _Margins(bottom=0.8), sharex=True)
-    layers = sorted({r["layer"] for r in data.records})
+    layers = sorted({r.site for r in data.results})
     norm = _layer_norm(layers)
-    for axis, (key, title, scale) in zip(axes, _AGES, strict=True):
-        for layer in layers:
-            points = _points([r for r in data.records if r["layer"] == layer], "trained_tokens", key)
-            axis.plot(*points, color=_LAYERS(norm(layer)), linewidth=1.0, marker="o", markersize=3)
-        axis.set_ylabel(title)
+    for axis, column in zip(axes, columns("snapshots"), strict=True):
+        for site in layers:
+            points = _points([r for r in data.results if r.site == site], "trained_tokens", column)
+            axis.plot(*points, color=_LAYERS(norm(site.layer)), linewidth=1.0, marker="o", markersize=3)
+        axis.set_ylabel(column.label)
         axis.grid(alpha=0.25)
-        if scale == "log":
+        if column.scale == "log":
             _logarithmic(axis)
-        elif scale == "rises":
+        elif column.scale == "rises":
             low, high = axis.get_ylim()
             axis.set_ylim(top=max(high, 1 + 0.02 * max(0.01, 1 - low)))  # more than 1 where zeros do better than the model
         else:  # at least a tenth, so that noise about nothing does not look like a trend
@@ -424,7 +401,7 @@ _CLASSES = (  # features with a density above the first and up to the second num
 )
 
 
-def _density(data: RunData, features: dict[int, Features]) -> Figure:
+def _density(data: RunData, features: dict[Site, Features]) -> Figure:
     """Left which share of features is in which class, right how log density is spread in each layer."""
     layers = sorted(features)
     margins = _Margins(left=0.6, right=1.0, top=0.7)
@@ -464,17 +441,17 @@ def _spread(density: NDArray[np.float64]) -> NDArray[np.float64]:
     return counts / max(1, len(density))
 
 
-def _importance(data: RunData, features: dict[int, Features]) -> Figure:
+def _importance(data: RunData, features: dict[Site, Features]) -> Figure:
     """E[z²] by rank, and which part of their sum the features up to a rank hold."""
     figure, (left, right) = _grid(1, 2, (5.0, 4.0))
     norm = _layer_norm(features)
-    for layer, of in sorted(features.items()):
+    for site, of in sorted(features.items()):
         values = np.sort(of.mean_square.double().numpy())[::-1]
         values = values[np.isfinite(values) & (values > 0)]
         if not len(values):
             continue
         ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(np.int64))
-        colour = _LAYERS(norm(layer))
+        colour = _LAYERS(norm(site.layer))
         left.plot(ranks, values[ranks - 1], color=colour, linewidth=1.0)
         right.plot(ranks, (np.cumsum(values) / values.sum())[ranks - 1], color=colour, linewidth=1.0)
     left.set_ylabel("importance E[z²], squared activation units")
@@ -492,33 +469,25 @@ def _importance(data: RunData, features: dict[int, Features]) -> Figure:
 
 # --- of all runs ---
 
-_FIDELITY = (
-    ("fvu", "FVU", True),
-    ("fvu_without_first", "FVU without first positions", True),
-    ("fvu_without_top3", "FVU outside the top 3 directions", True),
-    ("ce_recovered", "CE recovered, share", False),
-)
-
 
 def _sparsity_fidelity(runs: list[RunData]) -> Figure:
     """Colours are layers, markers are runs; a grey line joins those of a layer's SAEs that were trained alike."""
     figure, axes = _grid(2, 2, (5.0, 3.8), _Margins(bottom=0.95), sharex=True)
-    norm = _layer_norm(r["layer"] for data in runs for r in data.records)
-    alike: dict[tuple[str, int], list[Record]] = {}
-    for kind, r in sorted(((data.kind, r) for data in runs for r in data.latest), key=lambda one: one[1]["l0"] or 0):
-        same = alike.setdefault((kind, r["layer"]), [])
-        if r["snapshot"] == FINAL:
+    norm = _layer_norm(r.site for data in runs for r in data.results)
+    alike: dict[tuple[str, Site], list[Result]] = {}
+    for kind, r in sorted(((data.kind, r) for data in runs for r in data.latest), key=lambda one: one[1].l0 or 0):
+        same = alike.setdefault((kind, r.site), [])
+        if r.final:
             same.append(r)
-    for axis, (key, title, logarithmic) in zip(axes, _FIDELITY, strict=True):
+    for axis, column in zip(axes, columns("fidelity"), strict=True):
         for same in alike.values():
-            x, y = _points(same, "l0", key)
-            axis.plot(x, y, color="0.8", linewidth=0.7, zorder=1)
+            axis.plot(*_points(same, "l0", column), color="0.8", linewidth=0.7, zorder=1)
         for number, data in enumerate(runs):
             for finished in (True, False):
-                _scatter(axis, [r for r in data.latest if (r["snapshot"] == FINAL) is finished], key, number, norm, finished)
-        axis.set_ylabel(title)
+                _scatter(axis, [r for r in data.latest if r.final is finished], column, number, norm, finished)
+        axis.set_ylabel(column.label)
         axis.grid(alpha=0.25)
-        if logarithmic:
+        if column.scale == "log":
             _logarithmic(axis)
         _logarithmic(axis, "x")
     for axis in axes[2:]:
@@ -529,10 +498,9 @@ def _sparsity_fidelity(runs: list[RunData]) -> Figure:
     return figure
 
 
-def _scatter(axis: Axes, records: list[Record], key: str, number: int, norm: Normalize, finished: bool) -> None:
-    known = [r for r in records if _is_number(r["l0"]) and _is_number(r[key])]
-    colours = [_LAYERS(norm(r["layer"])) for r in known]
-    x, y = _points(known, "l0", key)
+def _scatter(axis: Axes, results: list[Result], column: Column, number: int, norm: Normalize, finished: bool) -> None:
+    colours = [_LAYERS(norm(r.site.layer)) for r in results if _is_number(r.l0) and _is_number(column.value(r))]
+    x, y = _points(results, "l0", column)
     fill = {"facecolors": colours} if finished else {"facecolors": "none"}
     axis.scatter(x, y, marker=_MARKERS[number % len(_MARKERS)], s=34, edgecolors=colours, zorder=2, **fill)
 
@@ -542,30 +510,33 @@ def _run_legend(axis: Axes, runs: list[RunData]) -> list[Any]:
         axis.plot([], [], marker=_MARKERS[n % len(_MARKERS)], linestyle="", color="0.3", label=data.label)[0]
         for n, data in enumerate(runs)
     ]
-    if any(r["snapshot"] != FINAL for data in runs for r in data.latest):
+    if any(not r.final for data in runs for r in data.latest):
         style: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "0.3", "fillstyle": "none"}
         handles += axis.plot([], [], label="open: unfinished layer", **style)
     return handles
 
 
-_CAPACITY = (
-    ("alive", "F, alive features"),
-    ("alpha", "α = 1 − L0/F"),
-    ("capacity", "g(α), features a dimension"),
-    ("critical_width", "d* = F/g(α), dimensions"),
-)
-
-
 def _capacity(runs: list[RunData]) -> Figure:
     figure, axes = _grid(2, 2, (5.0, 2.8), _Margins(bottom=0.95, right=0.2), sharex=True)
-    for axis, (key, title) in zip(axes, _CAPACITY, strict=True):
+    for axis, column in zip(axes, columns("capacity"), strict=True):
         for number, data in enumerate(runs):
             style = _style(number)
-            finished = [r for r in data.latest if r["snapshot"] == FINAL]
-            others = [r for r in data.latest if r["snapshot"] != FINAL]
-            axis.plot(*_points(finished, "layer", key), **style, markersize=4, linewidth=1.2, label=data.label)
-            axis.plot(*_points(others, "layer", key), **(style | {"linestyle": ""}), markersize=6, markerfacecolor="white")
-        axis.set_ylabel(title)
+            finished = [r for r in data.latest if r.final]
+            others = [r for r in data.latest if not r.final]
+            axis.plot(
+                *_finite((r.site.layer, column.value(r)) for r in finished),
+                **style,
+                markersize=4,
+                linewidth=1.2,
+                label=data.label,
+            )
+            axis.plot(
+                *_finite((r.site.layer, column.value(r)) for r in others),
+                **(style | {"linestyle": ""}),
+                markersize=6,
+                markerfacecolor="white",
+            )
+        axis.set_ylabel(column.label)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     for width in sorted({data.d_model for data in runs}):
@@ -585,10 +556,10 @@ def _floors(runs: list[RunData], measured: Experiment | None) -> Figure:
     columns = min(3 if panels > 4 else 4, panels)
     rows = math.ceil(panels / columns)
     figure, axes = _grid(rows, columns, (3.0, 3.2), _Margins(top=0.65, bottom=0.75, between=(0.95, 1.1)))
-    norm = _layer_norm(r["layer"] for data in runs for r in data.records)
+    norm = _layer_norm(r.site for data in runs for r in data.results)
     for axis, data in zip(axes, runs, strict=False):
         _predicted_panel(axis, data, norm)
-    _measured_panel(axes[len(runs)], measured, _widths(runs[0].latest))
+    _measured_panel(axes[len(runs)], measured, student_widths(runs[0].latest))
     if measured:
         _fit_panel(axes[len(runs) + 1], runs, measured)
     for axis in axes[panels:]:
@@ -599,13 +570,12 @@ def _floors(runs: list[RunData], measured: Experiment | None) -> Figure:
 
 
 def _predicted_panel(axis: Axes, data: RunData, norm: Normalize) -> None:
-    widths, least = _widths(data.latest), []
+    widths, least = student_widths(data.latest), []
     for r in data.latest:
-        x = [w for w in widths if _is_number(r[f"floor_{w}"])]
-        y = [r[f"floor_{w}"] for w in x]
+        x, y = _finite(sorted(r.floors.items()))
         least += [v for v in y if v > 0]
-        dashes = "-" if r["snapshot"] == FINAL else ":"
-        axis.plot(x, y, color=_LAYERS(norm(r["layer"])), linestyle=dashes, linewidth=1.0, marker="o", markersize=3)
+        dashes = "-" if r.final else ":"
+        axis.plot(x, y, color=_LAYERS(norm(r.site.layer)), linestyle=dashes, linewidth=1.0, marker="o", markersize=3)
     if least:
         axis.set_yscale("symlog", linthresh=min(least))  # 0 from d* on
         axis.set_yticks(_ticks(min(least), max(least)))
@@ -623,10 +593,6 @@ def _ticks(least: float, most: float) -> list[float]:
     mantissas = (1, 2, 5) if last - first < 3 else (1,)
     step = 1 + (last - first) // 8
     return [0, *(m * 10.0**e for e in range(first, last + 1, step) for m in mantissas if least <= m * 10.0**e <= most)]
-
-
-def _widths(records: list[Record]) -> list[int]:
-    return sorted({int(name.removeprefix("floor_")) for r in records for name in r if name.startswith("floor_")})
 
 
 def _width_axis(axis: Axes, widths: list[int]) -> None:
@@ -656,7 +622,7 @@ def _fit_panel(axis: Axes, runs: list[RunData], measured: Experiment) -> None:
         for name, fill in (("predicted", "full"), ("log_width", "none")):
             fits = [{"layer": p.layer, "r2": fit.left_out_r2 if fit else None} for p in mine for fit in [p.fits[name]]]
             label = data.label if name == "predicted" else None
-            axis.plot(*_points(fits, "layer", "r2"), **(_style(number) | {"linestyle": ""}), fillstyle=fill, label=label)
+            axis.plot(*fits, **(_style(number) | {"linestyle": ""}), fillstyle=fill, label=label)
     axis.axhline(0, color="0.4", linewidth=1)
     axis.set_title("floor ≈ C · L* + B (open: over ln width)", fontsize=10)
     axis.set_ylabel("R² of widths left out of the fit")

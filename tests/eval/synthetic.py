@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from eval.measure.evaluate import features_path
-from eval.measure.metrics import Features, save_features
+from eval.measure.features import Features, features_path, save_features
 from eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
+from eval.measure.result import Result
 from shared.cache import CacheSpec
 from shared.runs.run import Run, run_config, snapshot_tokens
 from shared.runs.sae import Sae
@@ -28,8 +28,8 @@ TOKENS, D_MODEL, FEATURES = 300_000_000, 1024, 4096
 Record = dict[str, Any]
 
 
-def make_runs(folder: Path, *, layers: int = 24, model: str = "EleutherAI/pythia-410m") -> dict[str, list[Record]]:
-    """{run: records} of the three run folders that it makes. The last layer of the last run is not finished."""
+def make_runs(folder: Path, *, layers: int = 24, model: str = "EleutherAI/pythia-410m") -> dict[str, list[Result]]:
+    """{run: results} of the three run folders that it makes. The last layer of the last run is not finished."""
     spec = CacheSpec(
         model=model,
         model_revision="sha256:" + "0" * 64,
@@ -58,18 +58,18 @@ def make_runs(folder: Path, *, layers: int = 24, model: str = "EleutherAI/pythia
         target = l0 if setting == "adaptive" else None
         train = TrainConfig(tokens=TOKENS).fields() | {"l1": dataclasses.asdict(L1Setting(init=l1, target=target))}
         run.create(run_config(train, cache), {"device": "cpu", "threads": 2, "torch": torch.__version__})
-        records = []
+        made: list[Result] = []
         for layer in range(layers):
             until = TOKENS // 2 if number == len(SETTINGS) - 1 and layer == layers - 1 else TOKENS
             _curve(run, layer, l1, l0)
-            records += [
+            made += [
                 _snapshot(run, layer, layer / max(1, layers - 1), label, tokens, l1, l0, latest=tokens == until)
                 for label, tokens in snapshot_tokens(TOKENS).items()
                 if tokens <= until
             ]
         path = run.path / "results" / "metrics.json"
-        path.write_text(json.dumps({f"layer{r['layer']:02d}_{r['snapshot']}": seal(r) for r in records}, indent=1))
-        results[run.name] = records
+        path.write_text(json.dumps({f"layer{r.site.key}_{r.snapshot}": seal(r.to_dict()) for r in made}, indent=1))
+        results[run.name] = made
     return results
 
 
@@ -92,7 +92,7 @@ def _curve(run: Run, layer: int, l1: float, l0: float) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: float, l0: float, *, latest: bool) -> Record:
+def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: float, l0: float, *, latest: bool) -> Result:
     age = tokens / TOKENS
     generator = torch.Generator().manual_seed(layer)
     sae = Sae(
@@ -126,7 +126,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
     assert statistics.alpha is not None
     fvu = (0.02 + 0.11 * depth) * (150 / l0) ** 0.5 * (1 + math.exp(-5 * age))
     recovered = 1 - fvu / 4
-    return {
+    record = {
         "run": run.config()["digest"],
         "layer": layer,
         "snapshot": label,
@@ -184,9 +184,10 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
         "ablation": "zero",
         "file": file,
     }
+    return Result.from_dict(record)
 
 
-def make_distilled(folder: Path, results: dict[str, list[Record]]) -> None:
+def make_distilled(folder: Path, results: dict[str, list[Result]]) -> None:
     """distilled.json beside the runs, in the form of eval/floors/distill.py: five widths, three seeds, a fit for each SAE."""
     config = Run(folder / next(iter(results))).config()
     widths = (128, 256, 384, 512, 768)
@@ -207,13 +208,12 @@ def make_distilled(folder: Path, results: dict[str, list[Record]]) -> None:
 
     predictions = [
         {
-            "run": name, "run_digest": r["run"], "layer": r["layer"], "snapshot": r["snapshot"], "file": r["file"],
-            "tokens": r["tokens"], "alive_above": 1e-5, "F": r["alive"], "alpha": r["alpha"], "capacity": r["capacity"],
-            "critical_width": r["critical_width"], "widths": {},
-            "fits": {"predicted": fit(0.8 - r["layer"] / 40), "naive": None, "log_width": fit(0.7)},
+            "run": name, "run_digest": r.run, "layer": r.site.json, "snapshot": r.snapshot, "file": r.file, "tokens": r.tokens,
+            "alive_above": 1e-5, "F": r.alive, "alpha": r.alpha, "capacity": r.capacity, "critical_width": r.critical_width,
+            "widths": {}, "fits": {"predicted": fit(0.8 - r.site.layer / 40), "naive": None, "log_width": fit(0.7)},
         }
         for name, records in results.items()
-        for r in {r["layer"]: r for r in records}.values()
+        for r in {r.site: r for r in records}.values()
     ]  # fmt: skip
     experiment = {
         "digest": "0" * 64, "cache": config["cache"]["digest"], "model": "EleutherAI/pythia-410m",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.measure.metrics import heldout_blocks
+from eval.measure.heldout import heldout_blocks
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.seal import to_bytes

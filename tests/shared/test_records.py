@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 from shared.errors import UserError
 from shared.records import JsonLines, JsonRecords, Record
 from shared.seal import seal
+from shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -19,16 +20,24 @@ class Point:
 @dataclass(kw_only=True, frozen=True)
 class Line(Record):
     name: str
-    lambda_: float | None = None
+    weight: float | None = field(default=None, metadata={"key": "lambda"})
+    sites: tuple[Site, ...] = ()
     points: tuple[Point, ...] = ()
     nearest: Point | None = None
     widths: dict[int, Point] | None = None
     parts: "list[Line] | None" = None
 
 
-LINE = Line(name="a", lambda_=1.0, points=(Point(x=1, y=None),), nearest=Point(x=2.5, y=0.0), widths={128: Point(x=0, y=1)})
+LINE = Line(
+    name="a",
+    weight=1.0,
+    sites=(Site(1), Site(2, "mlp_out")),
+    points=(Point(x=1, y=None),),
+    nearest=Point(x=2.5, y=0.0),
+    widths={128: Point(x=0, y=1)},
+)
 STORED: dict[str, Any] = {
-    "name": "a", "lambda": 1.0, "points": [{"x": 1, "y": None}], "nearest": {"x": 2.5, "y": 0.0},
+    "name": "a", "lambda": 1.0, "sites": [1, "2.mlp_out"], "points": [{"x": 1, "y": None}], "nearest": {"x": 2.5, "y": 0.0},
     "widths": {"128": {"x": 0, "y": 1}}, "parts": None,
 }  # fmt: skip
 
@@ -64,6 +73,7 @@ def test_what_only_another_version_knows_is_written_back_where_it_stood(tmp_path
     before, records = path.read_bytes(), JsonRecords(path, Line)
     assert records.update(lambda known: known) == [Line(name="a")]
     assert path.read_bytes() == before
+    assert list(replace(records.read()[0], weight=0.0).to_dict()) == ["newer", "name", "points", "lambda"]
 
 
 def test_lines_are_added_and_one_that_is_cut_or_damaged_is_known(tmp_path: Path) -> None:

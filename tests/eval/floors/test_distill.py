@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eval.floors.students import Student, Teacher
-from eval.measure.metrics import load_features
+from eval.measure.features import load_features
 from eval.measure.predicted import Statistics, critical_width, floors
 from shared.seal import sealed
 from tests.conftest import Cli, invoke

@@ -13,21 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eval.measure.evaluate import features_path
-from eval.measure.metrics import (
-    Activations,
-    Features,
-    Moments,
-    Number,
-    heldout_blocks,
-    heldout_tokens,
-    largest_cosine,
-    load_features,
-    match,
-    measure,
-    save_features,
-)
+from eval.measure.features import Features, features_path, load_features, save_features
+from eval.measure.heldout import Activations, Moments, heldout_blocks, heldout_tokens
+from eval.measure.match import match
+from eval.measure.metrics import largest_cosine, measure
 from eval.measure.predicted import Statistics
+from eval.measure.result import Metrics, Number
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.runs.run import Run
@@ -62,8 +53,13 @@ def random_blocks(n: int = 3, rows: int = 210) -> Blocks:
 
 
 def metrics(sae: Sae, blocks: Blocks, dead_at: float = 1e-5, alive_above: float = 1e-5) -> dict[str, Number]:
-    activations, (tally,) = measure(blocks, [sae], CONTEXT)
-    return tally.finish(activations, dead_at, alive_above)[0]
+    activations, (measurement,) = measure(blocks, [sae], CONTEXT)
+    return by_name(measurement.finish(activations, dead_at, alive_above)[0])
+
+
+def by_name(metrics: Metrics) -> dict[str, Number]:
+    values = dict(vars(metrics))
+    return values | {f"floor_{width}": floor for width, floor in values.pop("floors").items()}
 
 
 @dataclasses.dataclass
@@ -190,8 +186,8 @@ def test_chunks_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("eval.measure.metrics._CHUNK_ROWS", 1)
     monkeypatch.setattr("eval.measure.metrics._CHUNK_VALUES", {"cpu": 33 * F})
     activations, (first, second) = measure(iter(blocks), [other, sae], CONTEXT)
-    assert second.finish(activations, 1e-5, 1e-5)[0] == pytest.approx(whole, rel=1e-6)
-    assert first.finish(activations, 1e-5, 1e-5)[0] == pytest.approx(metrics(other, blocks), rel=1e-6)
+    assert by_name(second.finish(activations, 1e-5, 1e-5)[0]) == pytest.approx(whole, rel=1e-6)
+    assert by_name(first.finish(activations, 1e-5, 1e-5)[0]) == pytest.approx(metrics(other, blocks), rel=1e-6)
     x, positions = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     one = metrics(sae, [(x, positions)])
     by_block = {"explained_variance_legacy"}  # about the mean of a block
@@ -302,12 +298,12 @@ def test_matching_finds_features_that_moved_and_changed_norm() -> None:
     torch.manual_seed(5)
     mine = torch.randn(40, 64)
     theirs = torch.cat([torch.randn(30, 64), 7 * mine[torch.randperm(40)[:10]]])
-    got = match(mine, theirs)
-    assert (got.features, got.matched) == (40, 10 / 40)
+    mean, matched = match(mine, theirs)
+    assert matched == 10 / 40
     unit = [torch.nn.functional.normalize(w.double(), dim=1) for w in (mine, theirs)]
-    assert got.mean_max_cosine == pytest.approx(float((unit[0] @ unit[1].T).max(1).values.mean()), rel=1e-6)
-    assert match(mine, mine).matched == 1
-    assert match(mine[:0], theirs).mean_max_cosine is None
+    assert mean == pytest.approx(float((unit[0] @ unit[1].T).max(1).values.mean()), rel=1e-6)
+    assert match(mine, mine)[1] == 1
+    assert match(mine[:0], theirs) == (None, None)
 
 
 def some_features() -> Features:
@@ -372,7 +368,8 @@ def test_records_of_an_evaluation(
     record = records["layer01_final"]
     assert record["tokens"] == record["eval_tokens"] == spec.holdout_tokens
     direct = measure(heldout_blocks(cache, Site(1), 10**9), [Sae.load(one_run.snapshot_path(Site(1), "final"))], spec.context)
-    wanted, features = direct[1][0].finish(direct[0], 1e-5, 1e-5)
+    direct_metrics, features = direct[1][0].finish(direct[0], 1e-5, 1e-5)
+    wanted = by_name(direct_metrics)
     assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
     assert 0 < record["kl_div_with_sae"] < record["kl_div_with_ablation"]
     assert record["ce_recovered"] == record["ce_loss_score"]

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import shared.lm
-from eval.measure.metrics import heldout_blocks, heldout_tokens, loss_metrics, measure
+from eval.measure.heldout import heldout_blocks, heldout_tokens
+from eval.measure.metrics import losses, measure
 from eval.measure.splice import Loss, Replacement, SplicedModel, constant, through
 from shared.cache import Cache
 from shared.runs.run import Run
@@ -141,22 +143,20 @@ def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs
     model.losses(Site(1), [watch])
     live = float(torch.cat(errors).mean())
     activations, (tally,) = measure(heldout_blocks(cache, Site(1), 10**9), [sae], cache.spec.context)
-    assert live == pytest.approx(tally.reconstruction(activations)["mse"], rel=0.01)
+    assert live == pytest.approx(tally.reconstruction(activations).mse, rel=0.01)
 
 
 def test_scores_of_losses() -> None:
     zero, mean, spliced = Loss(ce=9, kl=6), Loss(ce=7, kl=4), Loss(ce=4, kl=1.5)
-    got = loss_metrics(3.0, zero, mean, spliced, "zero")
-    assert got["ce_recovered"] == got["ce_loss_score"] == 5 / 6
-    assert (got["kl_div_with_sae"], got["kl_div_with_ablation"], got["kl_div_score"]) == (1.5, 6, 0.75)
-    assert (got["ce"], got["ce_spliced"], got["ce_zero"], got["ce_mean_ablation"]) == (3, 4, 9, 7)
-    against_mean = loss_metrics(3.0, zero, mean, spliced, "mean")
-    assert against_mean["ce_recovered"] == 3 / 4
-    assert {k: v for k, v in against_mean.items() if k != "ce_recovered"} == {
-        k: v for k, v in got.items() if k != "ce_recovered"
-    }
-    broken = loss_metrics(3.0, Loss(ce=3, kl=0), mean, Loss(ce=math.nan, kl=math.nan), "zero")
-    assert broken["ce_recovered"] is broken["kl_div_score"] is broken["ce_spliced"] is broken["kl_div_with_sae"] is None
+    got = losses(3.0, zero, mean, spliced, "zero")
+    assert got.ce_recovered == got.ce_loss_score == 5 / 6
+    assert (got.kl_div_with_sae, got.kl_div_with_ablation, got.kl_div_score) == (1.5, 6, 0.75)
+    assert (got.ce, got.ce_spliced, got.ce_zero, got.ce_mean_ablation) == (3, 4, 9, 7)
+    against_mean = losses(3.0, zero, mean, spliced, "mean")
+    assert against_mean.ce_recovered == 3 / 4
+    assert dataclasses.replace(against_mean, ce_recovered=got.ce_recovered) == got
+    broken = losses(3.0, Loss(ce=3, kl=0), mean, Loss(ce=math.nan, kl=math.nan), "zero")
+    assert broken.ce_recovered is broken.kl_div_score is broken.ce_spliced is broken.kl_div_with_sae is None
 
 
 def test_products_in_float32_are_no_further_from_float64(lm: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

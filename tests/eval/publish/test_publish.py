@@ -1,5 +1,6 @@
 """Publishing, to a server of the tests' own that speaks the hub's API; and the model card, by running what it says."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,14 +21,15 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTo
 
 from bench.peers import ENVIRONMENTS
 from eval.floors.measured import measured_floors
-from eval.measure.evaluate import measured_features, stored_records
+from eval.measure.features import measured_features
+from eval.measure.result import Result
+from eval.measure.store import stored_results
 from eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from eval.publish.contents import published_files
 from shared.files import temporary
 from shared.lm import find_blocks
 from shared.runs.run import Run, run_config
 from shared.runs.sae import Sae
-from shared.seal import SEAL
 from shared.sites import Site
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.hub import TOKEN, Hub
@@ -131,9 +133,8 @@ def test_others_get_no_path_of_this_machine_and_open_the_run_as_here(hub: Hub, r
         sae = Sae.load(theirs.path, belongs=got.belongs(theirs.site, theirs.label))
         assert all(torch.equal(tensor, Sae.load(ours.path).tensors()[name]) for name, tensor in sae.tensors().items())
         assert measured_features(got, theirs.site, theirs.label, Sae.checksum(theirs.path)) is not None
-    assert [{**r, "file": "", SEAL: ""} for r in stored_records(got)] == [
-        {**r, "file": "", SEAL: ""} for r in stored_records(run)
-    ]
+    published, own = ([dataclasses.replace(r, file="") for r in stored_results(each)] for each in (got, run))
+    assert published == own
     source = json.loads(files["layer_1/cfg.json"])["metadata"]["source"]
     assert source["sha256"] == hashlib.sha256(files["sae_layer01_final.pt"]).hexdigest()
 
@@ -354,7 +355,7 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     assert "| 150M of 300M, unfinished |" in unfinished
     assert "Measured floors: not measured." in text
     assert "; `_50M`, `_100M`, `_150M`, `_200M`, `_250M` are snapshots of its training |" in text
-    assert f"it and KL on {results[run.name][0]['ce_tokens']:,} tokens" in text
+    assert f"it and KL on {results[run.name][0].ce_tokens:,} tokens" in text
     assert "[pythia-410m-saes-x32-l1-8e-5-fixed](https://huggingface.co/org/pythia-410m-saes-x32-l1-8e-5-fixed)" in text
     make_distilled(tmp_path, results)
     measured = card(run, results[run.name], measured_floors(tmp_path, run.config()["cache"]["digest"]), [], Publication())
@@ -369,8 +370,8 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
         ("blocks.0.hook_resid_post", "layer_0"),
         ("blocks.1.hook_resid_post", "layer_1"),
     ]
-    final = [r for r in results[run.name] if r["snapshot"] == "final"]
-    assert [s["l0"] for s in entry["saes"]] == pytest.approx([r["l0"] for r in final], rel=1e-4)
+    final = [r for r in results[run.name] if r.final]
+    assert [s["l0"] for s in entry["saes"]] == pytest.approx([r.l0 for r in final], rel=1e-4)
 
 
 HELD = {"refit": 0.2, "refit_kind": "topk"}
@@ -449,7 +450,7 @@ def test_repository_names() -> None:
 
 
 def test_a_card_that_is_somebodys_own_stays(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    records, path = stored_records(run), run.path / "README.md"
+    records, path = stored_results(run), run.path / "README.md"
     assert MARKER in path.read_text(encoding="utf-8")
     path.write_text("# mine")
     write_card(run, records, None, [])
@@ -462,10 +463,10 @@ def test_made_up_runs_have_the_form_of_real_ones(run: Run, tmp_path: Path) -> No
     results = make_runs(tmp_path / "made-up", layers=1)
     made_up = Run(next((tmp_path / "made-up").iterdir()))
 
-    def names(record: dict[str, Any]) -> set[str]:
-        return {name for name in record if not name.startswith("floor_")} - {SEAL}
+    def names(result: Result) -> set[str]:
+        return {name for name in result.to_dict() if not name.startswith("floor_")}
 
-    assert names(results[made_up.name][0]) == names(stored_records(run)[0])
+    assert names(results[made_up.name][0]) == names(stored_results(run)[0])
     assert made_up.config().keys() == run.config().keys()
     assert made_up.config()["train"].keys() == run.config()["train"].keys()
     assert made_up.metrics(Site(0))[0].keys() <= run.metrics(Site(0))[0].keys()

@@ -6,16 +6,17 @@ import shutil
 import struct
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from eval.floors.measured import measured_floors
-from eval.measure.evaluate import Skipped, features_path
-from eval.measure.metrics import load_features
+from eval.measure.features import features_path, load_features
+from eval.measure.result import Result
+from eval.measure.runs import Skipped
 from eval.report import plots
+from eval.report.columns import columns
 from eval.report.page import CAPTIONS, text_table, warnings, write_report
 from eval.report.plots import plot_runs
 from shared.errors import UserError
@@ -24,7 +25,7 @@ from shared.sites import Site
 from tests.eval.browser import PHONE, Browser
 from tests.eval.synthetic import make_distilled, make_runs
 
-Results = dict[str, list[dict[str, Any]]]
+Results = dict[str, list[Result]]
 Published = tuple[Path, list[Run], Results, Path]
 
 
@@ -36,7 +37,7 @@ def runs_in(folder: Path) -> list[Run]:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     """(folder, runs, records, report.html), with measured floors and pictures."""
     folder = tmp_path_factory.mktemp("published")
-    results: Results = make_runs(folder)
+    results = make_runs(folder)
     make_distilled(folder, results)
     runs, skipped = runs_in(folder), Skipped()
     measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
@@ -44,7 +45,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     (folder / "pages" / runs[0].name / "layer03_final.0123abcd").mkdir(parents=True)
     (folder / "pages" / "index.html").write_text("<title>feature pages</title>")
     report = write_report(folder, runs, results, measured, skipped)
-    assert skipped.said == []
+    assert skipped.reasons == []
     return folder, runs, results, report
 
 
@@ -74,7 +75,7 @@ def test_pictures_of_all_runs_are_the_same_in_each_of_them(published: Published)
 
 def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
     run = published[1][2]
-    features = {r["layer"]: load_features(features_path(run, r["layer"], "final"))[0] for r in published[2][run.name][-9:-3:6]}
+    features = {r.site: load_features(features_path(run, r.site, "final"))[0] for r in published[2][run.name][-9:-3:6]}
     drawn = plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
     assert drawn == plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
 
@@ -97,7 +98,7 @@ def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, mo
     plot_runs(runs, results, measured, Skipped())
     assert drawn == [f"{runs[1].name}: how often features fire"]
     assert other.read_bytes() == before
-    records = [dict(r, fvu=r["fvu"] * 1.1) for r in results[runs[0].name]]
+    records = [dataclasses.replace(r, fvu=(r.fvu or 0) * 1.1) for r in results[runs[0].name]]
     plots._write([data_of(runs[0], {runs[0].name: records})], plots._of_all_runs([data_of(runs[0], results)], None))
     assert len(drawn) == 4
     plots._write([data_of(runs[0], results)], plots._of_all_runs([data_of(runs[0], {runs[0].name: records})], None))
@@ -106,7 +107,7 @@ def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, mo
 
 def data_of(run: Run, results: Results) -> plots.RunData:
     label, kind = run.name[-8:], plots._kind(run.config()["train"])
-    return plots.RunData(run=run, label=label, records=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
+    return plots.RunData(run=run, label=label, results=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
 
 
 @pytest.mark.parametrize("layers", [24, 1])
@@ -133,19 +134,20 @@ def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path
     run = Run(tmp_path / published[1][0].name)
     run.path.mkdir()
     shutil.copy(published[1][0].config_path, run.path)
-    record = dict.fromkeys(published[2][run.name][0], value)
+    record = dict.fromkeys(published[2][run.name][0].to_dict(), value)
     record |= {"layer": 3, "snapshot": "50M", "trained_tokens": 50_000_000}
-    plot_runs([run], {run.name: [record]}, None, Skipped())
+    plot_runs([run], {run.name: [Result.from_dict(record)]}, None, Skipped())
     assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
 
 
 def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published) -> None:
     """The colour of a share does not depend on the other layers: a column of small numbers is no pattern."""
-    data = [r | {"dead_share": 1e-9 * r["layer"]} for r in published[2][published[1][0].name]]
+    data = [dataclasses.replace(r, dead_share=1e-9 * r.site.layer) for r in published[2][published[1][0].name]]
     of = data_of(published[1][0], {published[1][0].name: data})
     shades = np.asarray(plots._heatmap(of).axes[0].images[0].get_array())
-    assert shades[:, [key for key, *_ in plots._MAP].index("dead_share")].max() < 1e-6
-    assert shades[:, [key for key, *_ in plots._MAP].index("l0")].max() == 1
+    keys = [column.key for column in columns("map")]
+    assert shades[:, keys.index("dead_share")].max() < 1e-6
+    assert shades[:, keys.index("l0")].max() == 1
 
 
 def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Published) -> None:
@@ -168,10 +170,10 @@ def test_training_without_l1_says_so_and_counts_begin_at_nothing(
 ) -> None:
     data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(Site(0))
     flat = [r | {"lambda": 0.0, "alive": 1024} for r in curve]
-    axes = plots._training_curves(data, {0: flat}).axes
+    axes = plots._training_curves(data, {Site(0): flat}).axes
     assert [text.get_text() for text in axes[2].texts] == ["no L1"]
     assert axes[3].get_ylim() == pytest.approx((0, 1.05 * 1024))
-    assert not plots._training_curves(data, {0: curve}).axes[2].texts
+    assert not plots._training_curves(data, {Site(0): curve}).axes[2].texts
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_means_are_of_finished_layers_and_warnings_name_the_others(published: Pu
     _, runs, results, report = published
     browser.open(report)
     assert column(browser, 0, "finished layers") == ["24 of 24", "24 of 24", "23 of 24"]
-    done = [r["l0"] for r in results[runs[2].name] if r["snapshot"] == "final"]
+    done = [r.l0 or 0 for r in results[runs[2].name] if r.final]
     assert column(browser, 0, "L0")[2] == f"{sum(done) / len(done):.1f}"
     said = browser.text("ul.warnings")
     assert f"{runs[2].name}: layer 23 is 150M of 300M, unfinished" in said
@@ -273,7 +275,7 @@ def test_hostile_names_are_text(published: Published, tmp_path: Path, browser: B
     (tmp_path / "pages" / run.name / "layer05_final.0123abcd").mkdir(parents=True)
     shutil.copy(published[0] / "pages" / "index.html", tmp_path / "pages")
     skipped = Skipped()
-    skipped.said.append("<script>document.title='bad'</script>")
+    skipped.reasons.append("<script>document.title='bad'</script>")
     results = {run.name: published[2][published[1][0].name]}
     report = write_report(tmp_path, [run], results, None, skipped)
     browser.open(report)
@@ -289,8 +291,8 @@ def test_hostile_names_are_text(published: Published, tmp_path: Path, browser: B
 def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
     _, runs, results, _ = published
     name = runs[0].name
-    changed = [dict(r) for r in results[name] if r["layer"] != 5]
-    changed[5] |= {"eval_tokens": 64, "fvu": None, "dead_share": 0.6, "alpha": 0.5}
+    changed = [r for r in results[name] if r.site != Site(5)]
+    changed[5] = dataclasses.replace(changed[5], eval_tokens=64, fvu=None, dead_share=0.6, alpha=0.5)
     lines = " / ".join(warnings([runs[0], runs[1]], results | {name: changed}, Skipped()))
     for part in (
         "layers 0 are measured on other text",

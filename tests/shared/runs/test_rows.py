@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.measure.metrics import heldout_blocks
+from eval.measure.heldout import heldout_blocks
 from eval.measure.splice import only
 from eval.pages.features import look
 from shared.cache import Cache

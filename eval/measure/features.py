@@ -1,0 +1,74 @@
+"""What is known of each feature of an SAE, in a file of the run: results/features/layer12_final.safetensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.files import make_dir, publish_file
+from shared.runs.run import Run
+from shared.seal import seal, sealed
+from shared.sites import Site
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Features:
+    """Statistics of each feature, float32 [F], and of each position of a context, float32 [context]; on the CPU."""
+
+    density: Tensor
+    mean: Tensor  # E[z]
+    mean_square: Tensor  # E[z²]
+    max_decoder_cosine_sim: Tensor
+    encoder_decoder_cosine_sim: Tensor
+    l0_by_position: Tensor
+
+
+def features_path(run: Run, site: Site, label: str) -> Path:
+    """The file of the statistics of each feature of an SAE; see `load_features`."""
+    return run.path / "results" / "features" / f"layer{site.key}_{label}.safetensors"
+
+
+def save_features(path: Path, features: Features, *, tokens: int, file: str) -> None:
+    """Publish as safetensors, with the number of tokens that it rests on and the checksum `file` of the checkpoint. Statistics
+    of the same checkpoint from more tokens stay. Raises UserError where nothing can be written."""
+    old = _facts(path)
+    if old.get("file") == file and int(old.get("tokens", 0)) > tokens:
+        return
+    tensors = {name: getattr(features, name).contiguous() for name in Features.__slots__}
+    facts = seal({"tokens": str(tokens), "file": file}, tensors)
+    make_dir(path.parent)
+    publish_file(path, save(tensors, metadata=facts))
+
+
+def load_features(path: Path) -> tuple[Features, dict[str, str]]:
+    """Features, and what they rest on: `tokens` and `file`. Raises UserError if the file is missing or damaged."""
+    facts = _facts(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in Features.__slots__}
+    except Exception:  # safetensors raises its own type, and OSError
+        facts = {}
+    if not facts or not sealed(facts, tensors):
+        raise UserError(f"{path} is missing or damaged: delete what is there, and run `python -m eval` again")
+    return Features(**tensors), facts
+
+
+def measured_features(run: Run, site: Site, label: str, file: str) -> tuple[Features, int] | None:
+    """The statistics of each feature of the checkpoint with the checksum `file`, and of how many tokens; None where it was not
+    evaluated. Raises UserError where they are damaged."""
+    path = features_path(run, site, label)
+    if not path.exists():
+        return None
+    features, facts = load_features(path)
+    return (features, int(facts["tokens"])) if facts["file"] == file else None  # else of an earlier checkpoint of that name
+
+
+def _facts(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:  # safetensors raises its own type, and OSError
+        return {}

@@ -1,0 +1,160 @@
+"""What is measured of one SAE, every number beside its definition.
+
+x [d] is a held-out activation, x̂ its reconstruction, r = x̂ − x, z [F] the features, ⟨·⟩ the mean over tokens, and
+f_i = ⟨z_i > 0⟩ the density of a feature. "SAEBench" is its core evaluation (Karvonen et al., arXiv:2503.09532; code at version
+0.6.0), whose names are used where it has one; it leaves out special tokens, and here every held-out token counts. z, x̂ and the
+language model are float32 or the precision of the harvest; sums over tokens are float64. What is no number (0/0, or not
+finite) is None.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from eval.measure.predicted import ALIVE_ABOVE
+from shared.records import Record
+from shared.runs.run import FINAL
+from shared.sites import Site
+
+DEAD_AT = 1e-5  # density
+Number = float | None
+
+
+@dataclass(kw_only=True, frozen=True)
+class Subject:
+    """The SAE that was measured."""
+
+    run: str  # digest
+    site: Site = field(metadata={"key": "layer"})
+    snapshot: str  # label
+    trained_tokens: int
+    l1_weight: Number = field(default=None, metadata={"key": "lambda"})
+
+
+@dataclass(kw_only=True, frozen=True)
+class Sparsity:
+    """How often features fire."""
+
+    tokens: int  # activations that were counted
+    l0: Number = None  # ⟨number of z_i > 0⟩; SAEBench
+    l1: Number = None  # ⟨Σ z_i⟩; SAEBench
+    dead_share: Number = None  # share of features with f_i ≤ 1e-5 (or --dead-at; 0 is "never fired")
+    frac_alive: Number = None  # share of features that fired at all; SAEBench
+    freq_over_1_percent: Number = None  # share of features with f_i > 0.01; SAEBench
+    freq_over_10_percent: Number = None
+    normalized_freq_over_1_percent: Number = None  # share of Σ f_i that is theirs; SAEBench
+    normalized_freq_over_10_percent: Number = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class Reconstruction:
+    """How near x̂ comes to x. P projects away from the three largest principal directions: a few directions and first positions
+    hold most of a residual stream's variance (Sun et al., arXiv:2402.17762), and both flatter FVU."""
+
+    mse: Number = None  # ⟨‖r‖²⟩ / d. SAEBench's own is ⟨‖r‖²⟩ over the number of tokens in a batch
+    fvu: Number = None  # Σ‖r‖² / Σ‖x − ⟨x⟩‖²
+    fvu_uncentred: Number = None  # Σ‖r‖² / Σ‖x‖², about zero, as some write it: smaller where x has a mean
+    fvu_without_first: Number = None  # FVU over all positions of a context but the first, about their own mean
+    fvu_without_top3: Number = None  # Σ‖Pr‖² / Σ‖P(x − ⟨x⟩)‖²
+    top3_variance: Number = None  # share of variance in those three directions
+    explained_variance: Number = None  # 1 − FVU. SAEBench's means this, and takes ⟨x²⟩ where ⟨x⟩ belongs
+    explained_variance_legacy: Number = None  # ⟨1 − ‖r‖² / ‖x − m‖²⟩, m the mean of a batch, here a block; SAEBench's earlier
+    cosine: Number = None  # ⟨cos(x̂, x)⟩
+    cossim: Number = None  # the same; SAEBench
+    l2_norm_in: Number = None  # ⟨‖x‖⟩; SAEBench
+    l2_norm_out: Number = None  # ⟨‖x̂‖⟩; SAEBench
+    l2_ratio: Number = None  # ⟨‖x̂‖ / ‖x‖⟩; SAEBench
+    relative_reconstruction_bias: Number = None  # ⟨‖x̂‖²⟩ / ⟨x·x̂⟩: Rajamanoharan et al., arXiv:2404.16014, eq. 10; SAEBench
+
+
+@dataclass(kw_only=True, frozen=True)
+class Weights:
+    """How alike the rows of the weights are."""
+
+    max_decoder_cosine_sim: Number = None  # largest cosine of two decoder rows
+    average_max_decoder_cosine_sim: Number = None  # mean over i of the largest cosine of row i to another; SAEBench
+    average_max_encoder_cosine_sim: Number = None  # the same of encoder rows; SAEBench
+    average_encoder_decoder_cosine_sim: Number = None  # mean over i of cos(encoder row i, decoder row i); SAEBench: by feature
+    average_max_encoder_decoder_cosine_sim: Number = None  # mean over i of the largest cosine of encoder row i to a decoder row
+
+
+@dataclass(kw_only=True, frozen=True)
+class Predicted:
+    """Predicted loss floors and what they are made from: see predicted.py."""
+
+    alive: int | None = None  # features with f_i > 1e-5 (or --alive-above): F of the prediction
+    alpha: Number = None
+    capacity: Number = None
+    critical_width: Number = None
+    floors: Mapping[int, Number] = field(default_factory=dict)  # {student width: L*}; "floor_<width>" in JSON
+
+
+@dataclass(kw_only=True, frozen=True)
+class Metrics(Predicted, Weights, Reconstruction, Sparsity):
+    """All but the losses. Dataclasses take the fields of their bases from the last base to the first."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Losses:
+    """From the language model with the layer's output replaced by x̂ (splice.py), in nats a token."""
+
+    ce: Number = None  # cross-entropy of the model as it is
+    ce_spliced: Number = None
+    ce_zero: Number = None  # with zeros in place of the output
+    ce_mean_ablation: Number = None  # with ⟨x⟩ in place of the output
+    ce_recovered: Number = None  # (ablated − spliced) / (ablated − ce); ablated is ce_zero, or with --ablation mean the other
+    ce_loss_without_sae: Number = None  # ce; SAEBench
+    ce_loss_with_sae: Number = None  # ce_spliced; SAEBench
+    ce_loss_with_ablation: Number = None  # ce_zero; SAEBench
+    ce_loss_score: Number = None  # ce_recovered, always against zeros; SAEBench
+    kl_div_with_sae: Number = None  # KL(model ‖ spliced) over all positions; SAEBench
+    kl_div_with_ablation: Number = None  # KL(model ‖ with zeros); SAEBench
+    kl_div_score: Number = None  # 1 − kl_div_with_sae / kl_div_with_ablation; SAEBench
+
+
+@dataclass(kw_only=True, frozen=True)
+class Basis:
+    """The amount of held-out text, and the definitions: what another measurement must agree in to be the same."""
+
+    eval_tokens: int
+    ce_tokens: int
+    dead_at: float = DEAD_AT
+    alive_above: float = ALIVE_ABOVE
+    ablation: str = "zero"  # or "mean"
+
+    @property
+    def basis(self) -> tuple[int, int, float, float, str]:
+        return self.eval_tokens, self.ce_tokens, self.dead_at, self.alive_above, self.ablation
+
+
+@dataclass(kw_only=True, frozen=True)
+class Result(Basis, Losses, Metrics, Subject, Record):
+    """Everything that was measured of one SAE: a record of results/metrics.json, whose order of keys is that of the fields."""
+
+    file: str  # checksum of the checkpoint
+
+    @property
+    def final(self) -> bool:
+        return self.snapshot == FINAL
+
+    def values(self) -> dict[str, Any]:
+        floors = {f"floor_{width}": floor for width, floor in self.floors.items()}
+        values: dict[str, Any] = {}
+        for key, value in super().values().items():
+            values |= floors if key == "floors" else {key: value}
+        return values
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        floors = {int(key.removeprefix("floor_")): stored[key] for key in stored if key.startswith("floor_")}
+        return dataclasses.replace(super().from_dict(stored), floors=floors)
+
+
+def latest(results: Iterable[Result]) -> list[Result]:
+    """The last snapshot of each site, of results by site and age."""
+    return list({r.site: r for r in results}.values())
+
+
+def finished(results: Iterable[Result]) -> list[Result]:
+    return [r for r in latest(results) if r.final]
