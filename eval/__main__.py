@@ -19,7 +19,7 @@ from eval.publish.export import ExportConfig, export
 from eval.publish.formats import FORMS
 from eval.publish.upload import PublishConfig, publish
 from eval.report.page import text_table, write_report
-from eval.report.plots import plot_runs
+from eval.report.pictures import plot_runs
 from shared.cache import Cache
 from shared.cli import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS, DefaultRun, Number, run
 from shared.device import pick_device

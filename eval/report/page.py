@@ -16,7 +16,7 @@ from eval.floors.measured import Experiment
 from eval.measure.result import Result, finished, latest
 from eval.measure.runs import Skipped
 from eval.report.columns import Column, columns, floor_columns, written
-from eval.report.plots import short_labels
+from eval.report.pictures import short_labels
 from shared.files import locked, publish_file, remove_leftovers
 from shared.runs.rows import left_out
 from shared.runs.run import Run

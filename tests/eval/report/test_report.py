@@ -15,10 +15,12 @@ from eval.floors.measured import measured_floors
 from eval.measure.features import features_path, load_features
 from eval.measure.result import Result
 from eval.measure.runs import Skipped
-from eval.report import plots
+from eval.report import density, floors, heatmap, pictures, training
 from eval.report.columns import columns
+from eval.report.fidelity import sparsity_fidelity
+from eval.report.figures import Figure, RunData
 from eval.report.page import CAPTIONS, text_table, warnings, write_report
-from eval.report.plots import plot_runs
+from eval.report.pictures import picture_is_whole, plot_runs
 from shared.errors import UserError
 from shared.runs.run import Run, run_config
 from shared.sites import Site
@@ -76,52 +78,57 @@ def test_pictures_of_all_runs_are_the_same_in_each_of_them(published: Published)
 def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
     run = published[1][2]
     features = {r.site: load_features(features_path(run, r.site, "final"))[0] for r in published[2][run.name][-9:-3:6]}
-    drawn = plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
-    assert drawn == plots._rendered(plots._importance(data_of(run, published[2]), features), "key")
+    drawn = pictures.rendered(density.importance(data_of(run, published[2]), features), "key")
+    assert drawn == pictures.rendered(density.importance(data_of(run, published[2]), features), "key")
 
 
 def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, runs, results, _ = published
     measured, drawn = measured_floors(folder, runs[0].config()["cache"]["digest"]), []
-    rendered = plots._rendered
+    rendered = pictures.rendered
 
-    def counted(figure: plots.Figure, key: str) -> dict[str, bytes]:
+    def counted(figure: Figure, key: str) -> dict[str, bytes]:
         drawn.append(figure.get_suptitle())
         return rendered(figure, key)
 
-    monkeypatch.setattr(plots, "_rendered", counted)
+    monkeypatch.setattr(pictures, "rendered", counted)
     plot_runs(runs, results, measured, Skipped())
     assert drawn == []
     other = published[1][1].path / "plots" / "5_feature_density.svg"
     before = other.read_bytes()
-    other.write_bytes(b"cut")
-    plot_runs(runs, results, measured, Skipped())
-    assert drawn == [f"{runs[1].name}: how often features fire"]
-    assert other.read_bytes() == before
+    for path, damaged in ((other, b"cut"), (other, before[:-9] + b"0" + before[-8:]), (other.with_suffix(".png"), None)):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(damaged or content)
+        assert not picture_is_whole(path)
+        plot_runs(runs, results, measured, Skipped())
+        assert drawn == [f"{runs[1].name}: how often features fire"]
+        assert picture_is_whole(path) and other.read_bytes() == before
+        drawn.clear()
     records = [dataclasses.replace(r, fvu=(r.fvu or 0) * 1.1) for r in results[runs[0].name]]
-    plots._write([data_of(runs[0], {runs[0].name: records})], plots._of_all_runs([data_of(runs[0], results)], None))
-    assert len(drawn) == 4
-    plots._write([data_of(runs[0], results)], plots._of_all_runs([data_of(runs[0], {runs[0].name: records})], None))
-    assert len(drawn) == 7
+    pictures.write([data_of(runs[0], {runs[0].name: records})], pictures.of_all_runs([data_of(runs[0], results)], None))
+    assert len(drawn) == 3
+    pictures.write([data_of(runs[0], results)], pictures.of_all_runs([data_of(runs[0], {runs[0].name: records})], None))
+    assert len(drawn) == 6
 
 
-def data_of(run: Run, results: Results) -> plots.RunData:
-    label, kind = run.name[-8:], plots._kind(run.config()["train"])
-    return plots.RunData(run=run, label=label, results=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
+def data_of(run: Run, results: Results) -> RunData:
+    label, kind = run.name[-8:], pictures.kind(run.config()["train"])
+    return RunData(run=run, label=label, results=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
 
 
 @pytest.mark.parametrize("layers", [24, 1])
 def test_nothing_is_cut_off(published: Published, tmp_path: Path, layers: int) -> None:
-    """Margins are constants, so every label must be seen to fit."""
+    """Every label fits, those of large and of small numbers."""
     folder, runs, results, _ = published
     if layers != 24:
         folder, results = tmp_path, make_runs(tmp_path, layers=layers)
         runs = runs_in(folder)
     datas = [data_of(run, results) for run in runs]
     measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
-    pictures = plots._of_one_run(datas[2], Skipped()) | plots._of_all_runs(datas, measured)
-    assert pictures.keys() == CAPTIONS.keys()
-    for name, picture in pictures.items():
+    drawn = pictures.of_one_run(datas[2], Skipped()) | pictures.of_all_runs(datas, measured)
+    assert drawn.keys() == CAPTIONS.keys()
+    for name, picture in drawn.items():
         figure = picture.draw()
         FigureCanvasAgg(figure)
         box, edge = figure.get_tightbbox(), figure.bbox_inches
@@ -144,7 +151,7 @@ def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published) ->
     """The colour of a share does not depend on the other layers: a column of small numbers is no pattern."""
     data = [dataclasses.replace(r, dead_share=1e-9 * r.site.layer) for r in published[2][published[1][0].name]]
     of = data_of(published[1][0], {published[1][0].name: data})
-    shades = np.asarray(plots._heatmap(of).axes[0].images[0].get_array())
+    shades = np.asarray(heatmap.heatmap(of).axes[0].images[0].get_array())
     keys = [column.key for column in columns("map")]
     assert shades[:, keys.index("dead_share")].max() < 1e-6
     assert shades[:, keys.index("l0")].max() == 1
@@ -156,10 +163,10 @@ def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Publish
     assert len({data.kind for data in datas}) == 1
     train = published[1][0].config()["train"]
     others = (train | {"l1": {"k": 64}}, train | {"step": train["step"] | {"decoder": "random"}}, train | {"refit": 0.2})
-    assert len({datas[0].kind, *map(plots._kind, others)}) == 4
+    assert len({datas[0].kind, *map(pictures.kind, others)}) == 4
 
-    def points(of: list[plots.RunData]) -> set[int]:
-        return {len(line.get_xydata()) for line in plots._sparsity_fidelity(of).axes[0].lines if line.get_color() == "0.8"}
+    def points(of: list[RunData]) -> set[int]:
+        return {len(line.get_xydata()) for line in sparsity_fidelity(of).axes[0].lines if line.get_color() == "0.8"}
 
     assert points(datas) == {3, 2}  # one run's last layer is not finished
     assert points([*datas[:2], dataclasses.replace(datas[2], kind="another")]) == {2, 1, 0}
@@ -170,10 +177,10 @@ def test_training_without_l1_says_so_and_counts_begin_at_nothing(
 ) -> None:
     data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(Site(0))
     flat = [r | {"lambda": 0.0, "alive": 1024} for r in curve]
-    axes = plots._training_curves(data, {Site(0): flat}).axes
+    axes = training.training_curves(data, {Site(0): flat}).axes
     assert [text.get_text() for text in axes[2].texts] == ["no L1"]
     assert axes[3].get_ylim() == pytest.approx((0, 1.05 * 1024))
-    assert not plots._training_curves(data, {Site(0): curve}).axes[2].texts
+    assert not training.training_curves(data, {Site(0): curve}).axes[2].texts
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,7 @@ def test_training_without_l1_says_so_and_counts_begin_at_nothing(
 )
 def test_floors_have_round_numbers_on_their_axis(least: float, most: float, ticks: list[float]) -> None:
     """None between 0 and the least of them, where the axis is linear and there is no room."""
-    assert plots._ticks(least, most) == pytest.approx(ticks, rel=1e-12)
+    assert floors.ticks(least, most) == pytest.approx(ticks, rel=1e-12)
 
 
 # --- the report ---
