@@ -23,7 +23,7 @@ from shared.identity import Model, harvested_model, open_model, tokenizer_hash, 
 from shared.lm import load_config, load_tokenizer, require_model
 from shared.presets import Preset, get_preset
 from shared.progress import say
-from shared.sites import Site, format_sites, parse_sites
+from shared.sites import Site, format_sites, hook_name, parse_sites
 from shared.stores import Location, open_store
 from shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
 
@@ -70,6 +70,8 @@ class Job:
         """Opens model, tokeniser and text, and refuses those that cannot be harvested."""
         p = self.preset
         model = open_model(p.model, p.revision)
+        for site in self.sites:
+            hook_name(site, load_config(str(model.folder), None).model_type)
         shape = replace(self, preset=replace(p, **_model_shape(str(model.folder), None))).shape()
         tokenizer = load_tokenizer(str(model.folder), None)
         revision = self.source(p.dataset_revision).pinned_revision()

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from shared.device import bfloat16_is_slow
 from shared.errors import UserError
 from shared.identity import unreachable
-from shared.sites import ANY, HOOKS, Site
+from shared.sites import Site, hook_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
@@ -134,12 +134,7 @@ def hook_module(model: nn.Module, site: Site) -> nn.Module:
     blocks = find_blocks(model)[1]
     if site.layer >= len(blocks):
         raise UserError(f"layer {site.layer} does not exist: the model has layers 0-{len(blocks) - 1}")
-    rows, family = HOOKS[site.hook], cast(PretrainedConfig, model.config).model_type
-    name = rows.get(ANY, rows.get(family))
-    if name is None:
-        known = ", ".join(sorted(rows))
-        raise UserError(f"{site.hook} is not known of a {family} model: harvest another hook, or a model of {known}")
-    return blocks[site.layer].get_submodule(name)
+    return blocks[site.layer].get_submodule(hook_name(site, cast(PretrainedConfig, model.config).model_type))
 
 
 def wide_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:

@@ -63,6 +63,16 @@ class Site:
         return "" if self.hook == RESID_POST else f".{self.hook}"
 
 
+def hook_name(site: Site, family: str) -> str:
+    """The module of a decoder block whose output the site is. Raises UserError where the table has no row of this family."""
+    rows = HOOKS[site.hook]
+    name = rows.get(ANY, rows.get(family))
+    if name is None:
+        known = ", ".join(sorted(rows))
+        raise UserError(f"{site.hook} is not known of a {family} model: harvest another hook, or a model of {known}")
+    return name
+
+
 def parse_sites(text: str, n_layers: int | None = None) -> tuple[Site, ...]:
     """'0-23', '3,7' or '0-3,8.mlp_out' → sorted distinct sites. Raises UserError, also for layers that the model has not."""
     ranges: dict[str, list[str]] = {}
