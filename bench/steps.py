@@ -15,6 +15,8 @@ from bench.peers import STEPS, Peer, PeerFailed, Worker, environment
 from bench.setup import Setup
 from train.kernels.base import Workspace
 from train.layer import queues
+from train.sparsity.base import RELU, Hidden
+from train.sparsity.batchtopk import LargestOfBatch
 from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 LR = 1e-9  # the whole of Adam's work, and an SAE that stays as sparse as it was set
@@ -31,7 +33,7 @@ class Steps:
     workspace: Workspace
     tokens: int
     batches: int = 1
-    keep: float | None = None
+    hidden: Hidden = RELU
     result: StepResult | None = None  # the first SAE's last one
 
     def run(self) -> float:
@@ -49,7 +51,7 @@ class Steps:
             x = half if ahead else half.float()
             for which, sae in enumerate(self.saes):
                 self._finish(which, begun)
-                begun[which] = sae.begin(x, self.workspace, self.keep)
+                begun[which] = sae.begin(x, self.workspace, self.hidden)
                 if not ahead:
                     self._finish(which, begun)
             seen += 1
@@ -129,7 +131,9 @@ def _more_ways(setup: Setup, sparse: Steps) -> dict[str, Steps]:
     free = StepConfig(decoder_norm="free")
     ways["free rows"] = replace(sparse, saes=new_saes(setup, "sparse", config=free))
     positive = min(2000, setup.features // 8)  # a token, of which it keeps `l0`
-    ways["BatchTopK"] = replace(sparse, saes=new_saes(setup, "sparse", config=free, l0=positive), keep=setup.l0)
+    ways["BatchTopK"] = replace(
+        sparse, saes=new_saes(setup, "sparse", config=free, l0=positive), hidden=LargestOfBatch(setup.l0)
+    )
     return ways
 
 

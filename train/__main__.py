@@ -19,7 +19,7 @@ from shared.stores.scratch import ScratchConfig
 from shared.units import Shard, parse_shard
 from train.config import RECIPES, RunOptions, TrainConfig
 from train.loader import FOLLOW_POLL
-from train.sparsity.settings import parse_settings
+from train.sparsity.settings import FORMS, parse_settings
 from train.step import StepConfig
 from train.trainer import run_folders, train
 
@@ -34,7 +34,7 @@ from train.trainer import run_folders, train
     help="Keep blocks of a cache that is far away on this node's disk, up to a size.",
 )
 @RUNS
-@click.option("--l1", help="Settings with commas: 3e-4, adaptive (5e-4 until L0 is 150), adaptive:INIT@L0, batchtopk:K.")
+@click.option("--l1", help=f"Settings with commas between them: {FORMS}.")
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
 @options_of(TrainConfig)
 @options_of(StepConfig)

@@ -9,10 +9,10 @@ import click
 import torch
 
 from shared.cli import SEED, THREADS, Number, option
+from shared.runs.sparsity import held_fields, hold_from
 from shared.stores.mirror import Mirror
 from shared.units import parse_count
-from train.sparsity.l1 import ControllerConfig
-from train.sparsity.settings import held_fields, hold_from
+from train.sparsity.base import ControllerConfig
 from train.step import StepConfig
 
 # Values of options that are not given. What each of them gains: docs/findings/training.md.

@@ -19,7 +19,7 @@ from train.kernels.base import TorchKernels, Workspace
 from train.loader import Clock
 from train.look import Look
 from train.saver import Saver
-from train.sparsity.settings import Setting
+from train.sparsity.base import Sparsity
 from train.step import Begun, StepResult, TrainingSae
 
 
@@ -34,7 +34,7 @@ class SaeJob:
     def __init__(
         self,
         run: Run,
-        setting: Setting,
+        setting: Sparsity,
         cache: Cache,
         target: Target,
         due: list[str],
@@ -95,7 +95,7 @@ class SaeJob:
             return
         if step == 0:
             self.sae.init_centre(x)
-        self._begun = self.sae.begin(x, workspace, self._control.keep_at(step))
+        self._begun = self.sae.begin(x, workspace, self._control.hidden_at(step))
 
     def finish(self, workspace: Workspace, clock: Clock) -> None:
         """The step that was begun, if one was."""
@@ -103,7 +103,7 @@ class SaeJob:
             return
         begun, self._begun, step = self._begun, None, self.sae.step_count
         config, facts, l1 = self._config, self._facts(), self._control.value
-        l1_now = l1 if step < config.hold_from else 0.0
+        l1_now = self._control.l1_at(step)
         result = self.sae.finish(begun, lr=config.lr_at(step), l1=l1_now, workspace=workspace)
         self._control.update(step, result.l0, result.least)
         done = step + 1

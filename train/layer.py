@@ -20,7 +20,7 @@ from train.kernels.base import TorchKernels, Workspace
 from train.loader import FOLLOW_POLL, AlignedLoader, Clock, LoaderConfig
 from train.look import Look
 from train.saver import Saver
-from train.sparsity.settings import Setting
+from train.sparsity.base import Sparsity
 
 
 def queues(device: torch.device) -> bool:
@@ -35,7 +35,7 @@ class LayerJob:
         self,
         cache: Cache,
         site: Site,
-        runs: list[tuple[Run, Setting]],
+        runs: list[tuple[Run, Sparsity]],
         config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,

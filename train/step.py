@@ -19,6 +19,7 @@ from torch import Tensor
 from shared.cli import Number, option
 from shared.runs.sae import Sae
 from train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
+from train.sparsity.base import RELU, Hidden
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -165,23 +166,21 @@ class TrainingSae:
         """Start b_pre at the mean of some activations [tokens, d]."""
         self.b_pre.copy_(x.double().mean(0))
 
-    def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, keep: float | None = None) -> StepResult:
-        """Train on x [B, d] (float16 as cached, or wider) with this λ. Nothing is changed if loss or gradient is not finite.
-        `keep` leaves nothing but the keep · B largest activations of the batch."""
-        return self.finish(self.begin(x, workspace, keep), lr=lr, l1=l1, workspace=workspace)
+    def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, hidden: Hidden = RELU) -> StepResult:
+        """Train on x [B, d] (float16 as cached, or wider) with this λ and hidden layer. Nothing is changed if loss or gradient
+        is not finite."""
+        return self.finish(self.begin(x, workspace, hidden), lr=lr, l1=l1, workspace=workspace)
 
-    def begin(self, x: Tensor, workspace: Workspace, keep: float | None = None) -> Begun:
+    def begin(self, x: Tensor, workspace: Workspace, hidden: Hidden = RELU) -> Begun:
         """Encode a batch. As many steps as the workspace has slots may be begun before the first of them is finished: then the
         device has work while the host reads the counts."""
         centred = self.kernels.centre(x, self.b_pre, self._compute)
         b_enc = self.b_enc * self._norms if self._free else self.b_enc
-        z, activation = self.kernels.encode(centred, self._enc, b_enc, workspace)
-        if keep is None:
-            counts = Late(self.kernels.counts(activation))
-        else:
-            activation, least = self.kernels.keep_largest_(z, max(1, round(keep * len(x))))
-            counts = Late(torch.cat([self.kernels.counts(activation), least.double()[None]]))
-        return Begun(x=x, centred=centred, z=z, activation=activation, counts=counts)
+        encoded = hidden.encode(self.kernels, centred, self._enc, b_enc, workspace)
+        counts = self.kernels.counts(encoded.activation)
+        if encoded.least is not None:
+            counts = torch.cat([counts, encoded.least.double()[None]])
+        return Begun(x=x, centred=centred, z=encoded.z, activation=encoded.activation, counts=Late(counts))
 
     def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
         """Decode, go back, and update; see `step`."""

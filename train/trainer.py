@@ -20,12 +20,12 @@ from train.job import machine, summary_writer
 from train.kernels.base import TorchKernels
 from train.layer import LayerJob
 from train.saver import Saver
-from train.sparsity.settings import Setting
+from train.sparsity.base import Sparsity
 from train.step import pick_kernels
 
 
 def train(
-    cache: Cache, name: str, sites: tuple[Site, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
+    cache: Cache, name: str, sites: tuple[Site, ...], settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions
 ) -> bool:
     """Train every layer at every setting; continue what was begun. Returns whether all of them finished.
 
@@ -63,7 +63,7 @@ def train(
 def _train_layers(
     cache: Cache,
     sites: tuple[Site, ...],
-    runs: list[tuple[Run, Setting]],
+    runs: list[tuple[Run, Sparsity]],
     config: TrainConfig,
     options: RunOptions,
     kernels: TorchKernels,
@@ -79,7 +79,7 @@ def _train_layers(
 
 
 def _require_trainable(
-    cache: Cache, sites: tuple[Site, ...], settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions
+    cache: Cache, sites: tuple[Site, ...], settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions
 ) -> None:
     spec = cache.spec
     absent = [site for site in sites if site not in cache.sites]
@@ -112,7 +112,7 @@ def _require_trainable(
             raise UserError(f"layer {site} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
 
 
-def run_folders(name: str, settings: tuple[Setting, ...], config: TrainConfig, options: RunOptions) -> list[Run]:
+def run_folders(name: str, settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions) -> list[Run]:
     """Where the SAEs of these settings go; the folders need not be there."""
     baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
     recipe = "" if options.recipe == PUBLISHED else f"-{options.recipe}"
@@ -120,8 +120,9 @@ def run_folders(name: str, settings: tuple[Setting, ...], config: TrainConfig, o
     return [Run(options.runs / each, options.mirror) for each in names]
 
 
-def _run_config(setting: Setting, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
-    return run_config(config.fields() | {"l1": dataclasses.asdict(setting)}, cache)
+def _run_config(setting: Sparsity, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
+    about = {} if setting.reading is None else {"sparsity": dataclasses.asdict(setting.reading)}
+    return run_config(config.fields() | {"l1": setting.fields()}, cache) | about
 
 
 def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:

@@ -30,9 +30,9 @@ from eval.report.page import (
 from shared.files import locked, publish_file
 from shared.progress import say
 from shared.runs.run import FINAL, Run, snapshot_tokens
+from shared.runs.sparsity import reading
 from shared.sites import HOOKS, RESID_POST, Site, format_sites
 from shared.units import format_count
-from train.sparsity.settings import has_thresholds, holds_l0, restored
 
 Record = dict[str, Any]
 
@@ -123,8 +123,7 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         features=train["expansion"] * spec["d_model"],
         tokens=train["tokens"],
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
-        setting=_setting(train),
-        threshold=has_thresholds(train),
+        sparsity=reading(config),
         bos=spec["bos"],
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: results}, None)],
         **_example(done[len(done) // 2].site if done else Site(0)),
@@ -140,13 +139,6 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         provenance=provenance(config),
         sisters=_sisters(sisters, publication),
     )
-
-
-def _setting(train: Record) -> str:
-    words = restored(train["l1"]).words
-    if holds_l0(train):
-        words += f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
-    return words
 
 
 def _example(site: Site) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from shared.sites import Site
 SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
 # {tool: {how z follows from relu's values: what the tool calls such an SAE}}
 KINDS = {
-    "saelens": {"relu": "standard", "threshold": "jumprelu"},
-    "sparsify": {"relu": "topk"},
-    "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE"},
+    "saelens": {"relu": "standard", "threshold": "jumprelu", "topk": "topk"},
+    "sparsify": {"relu": "topk", "topk": "topk"},
+    "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE", "topk": "AutoEncoderTopK"},
 }
 _WORDS = {"threshold": "thresholds, as BatchTopK and --hold-l0 leave"}
 Files = dict[str, bytes]
@@ -90,7 +90,7 @@ def saelens(sae: Sae, origin: Origin) -> Files:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": _known(metadata),
-    }
+    } | ({} if sae.k is None else {"k": sae.k, "rescale_acts_by_decoder_norm": False})
     weights = {"W_enc": sae.w_enc.t(), "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
     if sae.threshold is not None:
         weights["threshold"] = sae.threshold
@@ -108,7 +108,7 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
         "expansion_factor": n_features // d,
         "normalize_decoder": False,
         "num_latents": n_features,
-        "k": n_features,
+        "k": n_features if sae.k is None else sae.k,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
@@ -123,8 +123,8 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
 
 
 def dictionary_learning(sae: Sae, origin: Origin) -> Files:
-    """dictionary_learning: `load_dictionary(folder, device)`, and `from_pretrained(folder/ae.pt)` of AutoEncoder or, with
-    thresholds, of BatchTopKSAE. That has one threshold for all features: they are scaled so that it is the same one."""
+    """dictionary_learning: `load_dictionary(folder, device)`, and `from_pretrained(folder/ae.pt)` of AutoEncoder, with k of
+    AutoEncoderTopK, with thresholds of BatchTopKSAE. That has one threshold for all features: they are scaled to it."""
     b_enc, bias = fold(sae)
     trainer = {
         "dict_class": _kind("dictionary_learning", sae, origin),
@@ -134,23 +134,22 @@ def dictionary_learning(sae: Sae, origin: Origin) -> Files:
         "lm_name": origin.model,
         "submodule_name": f"{origin.site.hook}_layer_{origin.site.layer}",
     }
-    weights = {"bias": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
-    more: dict[str, Tensor] = {}
-    if sae.threshold is not None:
+    weights = {"b_dec": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
+    if sae.rule == "relu":
+        weights = {"bias": weights.pop("b_dec")} | weights
+    elif sae.k is not None:
+        weights["threshold"] = torch.tensor(-1.0)  # as where it has learnt none
+        trainer["k"] = sae.k
+    elif sae.threshold is not None:
         common = sae.threshold.mean()
         scale = torch.where(sae.threshold > 0, common / sae.threshold, 1.0)[:, None]
-        weights = {
-            "b_dec": bias,
-            "encoder.weight": sae.w_enc * scale,
-            "encoder.bias": b_enc * scale[:, 0],
-            "decoder.weight": (sae.w_dec / scale).t(),
-            "threshold": common,
-        }
+        weights["encoder.weight"], weights["encoder.bias"] = sae.w_enc * scale, b_enc * scale[:, 0]
+        weights["decoder.weight"], weights["threshold"] = (sae.w_dec / scale).t(), common
         trainer["k"] = round(sae.stats["l0"])  # as many of its last batch were kept
-        more["k"] = torch.tensor(trainer["k"], dtype=torch.int32)
     config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": _source(origin)}
+    k = {"k": torch.tensor(trainer["k"], dtype=torch.int32)} if "k" in trainer else {}
     content = io.BytesIO()
-    torch.save({name: _own(tensor) for name, tensor in weights.items()} | more, content)
+    torch.save({name: _own(tensor) for name, tensor in weights.items()} | k, content)
     return {"config.json": _json(config), "ae.pt": content.getvalue()}
 
 
@@ -163,7 +162,7 @@ FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
 
 def _kind(tool: str, sae: Sae, origin: Origin) -> str:
     """What a tool calls an SAE of this rule. Raises UserError where it has none."""
-    rule = "relu" if sae.threshold is None else "threshold"
+    rule = sae.rule
     if rule not in KINDS[tool]:
         others = " or ".join(name for name, kinds in KINDS.items() if rule in kinds)
         name = f"{origin.source.run}/{origin.source.file}"

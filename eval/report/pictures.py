@@ -77,7 +77,8 @@ def plot_runs(runs: list[Run], results: dict[str, list[Result]], measured: Exper
 
 def kind(train: dict[str, Any]) -> str:
     """How a run was trained but for the numbers in its setting."""
-    return canonical(train | {"l1": sorted(train["l1"])}).decode()
+    fields = sorted(f"kind {value}" if name == "kind" else name for name, value in train["l1"].items())
+    return canonical(train | {"l1": fields}).decode()
 
 
 def of_one_run(data: RunData, skipped: Skipped) -> Pictures:

@@ -2,14 +2,15 @@
 
 z = relu(W_enc (x − b_pre) + b_enc)        x̂ = W_dec z + b_dec + b_pre
 
-With thresholds θ [F] (settings that choose among a batch's activations have them), z_i is 0 unless it is above θ_i.
+With thresholds θ [F] (settings that choose among a batch's activations have them), z_i is 0 unless it is above θ_i. Where the
+config says k, a token's z is 0 but for its k largest entries.
 """
 
 import errno
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ _SHAPES = {
     "decoder.bias": ("d",),
 }
 _THRESHOLD = "threshold"  # [F], in the files of some
+Rule = Literal["relu", "threshold", "topk"]  # how z follows from relu's values
 
 
 class Damaged(UserError):
@@ -49,11 +51,23 @@ class Sae:
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d] → z [..., F] ≥ 0."""
         z = torch.relu((x - self.b_pre) @ self.w_enc.t() + self.b_enc)
-        return z if self.threshold is None else z * (z > self.threshold)
+        if self.threshold is not None:
+            z = z * (z > self.threshold)
+        return z if self.k is None else keep_top_k_(z, self.k)
 
     def decode(self, z: Tensor) -> Tensor:
         """z [..., F] → x̂ [..., d]."""
         return z @ self.w_dec + (self.b_dec + self.b_pre)
+
+    @property
+    def k(self) -> int | None:
+        """How many of its activations a token keeps, where its kind says so."""
+        k: int | None = self.config.get("sparsity", {}).get("k")
+        return k
+
+    @property
+    def rule(self) -> Rule:
+        return "threshold" if self.threshold is not None else "relu" if self.k is None else "topk"
 
     @property
     def rows(self) -> Rows:
@@ -117,6 +131,12 @@ class Sae:
     def checksum(path: Path) -> str:
         """The checksum that the file carries, which tells it from every other; the tensors are not read. Raises as `load`."""
         return str(_open(path)[2][SEAL])
+
+
+def keep_top_k_(z: Tensor, k: int) -> Tensor:
+    """z [..., F] ≥ 0 keeps the k largest entries of each row and becomes 0 elsewhere; returns it."""
+    largest = z.topk(min(k, z.shape[-1]), sorted=False)
+    return z.zero_().scatter_(-1, largest.indices, largest.values)
 
 
 _Content = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # model_state, config, stats

@@ -42,7 +42,7 @@ class Harvest:
 
 @pytest.fixture
 def harvest(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harvest:
-    for module in ("loader", "trainer", "__main__"):
+    for module in ("loader", "layer", "__main__"):
         monkeypatch.setattr(f"train.{module}.FOLLOW_POLL", 0.01)
     return Harvest(cache, tmp_path / "c")
 

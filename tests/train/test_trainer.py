@@ -1,4 +1,4 @@
-import functools
+import dataclasses
 import json
 import math
 import os
@@ -16,9 +16,11 @@ from shared.runs.run import Run, snapshot_tokens
 from shared.runs.sae import Sae
 from shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
-from train.config import RunOptions, TrainConfig
+from train.config import TrainConfig
 from train.kernels.base import Workspace
+from train.sparsity.base import Hidden
 from train.step import Begun, StepResult, TrainingSae
+from train.trainer import train
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -91,12 +93,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     """Have the process asked to stop when so many steps are begun."""
     begin, seen = TrainingSae.begin, 0
 
-    def watched(self: TrainingSae, x: torch.Tensor, workspace: Workspace, keep: float | None) -> Begun:
+    def watched(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden) -> Begun:
         nonlocal seen
         seen += 1
         if seen == calls:
             os.kill(os.getpid(), signal.SIGTERM)
-        return begin(self, x, workspace, keep)
+        return begin(self, x, workspace, hidden)
 
     monkeypatch.setattr(TrainingSae, "begin", watched)
 
@@ -347,7 +349,8 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
         monkeypatch.setattr(Run, "save_state", save)  # a second signal would mean now, wherever the trainer is
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("train.job.summary_writer", lambda: Writer)
+    for module in ("job", "trainer"):
+        monkeypatch.setattr(f"train.{module}.summary_writer", lambda: Writer)
     monkeypatch.setattr(Run, "save_state", stop)
     assert again(cli, cache_path, one, "--layers", 0, "--save-minutes", 0, "--tensorboard").code == 143
     state = one.load_state(Site(0))
@@ -401,7 +404,7 @@ def test_a_state_is_never_ahead_of_its_snapshots_nor_dropped_before_the_last(
     save, drop, seen = Run.save_state, Run.drop_state, []
 
     def labels(self: Run, site: Site) -> list[str]:
-        return [s.label for s in self.snapshots() if s.site.site == site]
+        return [s.label for s in self.snapshots() if s.site == site]
 
     def checked_save(self: Run, site: Site, tensors: dict[str, torch.Tensor], facts: dict[str, int]) -> None:
         due = [label for label, tokens in snapshot_tokens(20_480).items() if tokens // 256 <= facts["step"]]
@@ -448,12 +451,13 @@ def test_a_setting_that_diverges_stops_alone(
     """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end. Where
     nothing is written at that step it is noticed one later; and with steps begun a batch ahead, as on a GPU."""
     monkeypatch.setattr("train.layer.queues", lambda device: ahead)
-    monkeypatch.setattr("train.__main__.RunOptions", functools.partial(RunOptions, log_records=log_records))
+    records = {"log_records": log_records}
+    monkeypatch.setattr("train.__main__.train", lambda *args: train(*args[:-1], dataclasses.replace(args[-1], **records)))
     begin, first = TrainingSae.begin, list[TrainingSae]()
 
-    def poisoned(self: TrainingSae, x: torch.Tensor, workspace: Workspace, keep: float | None) -> Begun:
+    def poisoned(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden) -> Begun:
         first.append(self)
-        return begin(self, x * math.nan if self.step_count == 30 and self is first[0] else x, workspace, keep)
+        return begin(self, x * math.nan if self.step_count == 30 and self is first[0] else x, workspace, hidden)
 
     monkeypatch.setattr(TrainingSae, "begin", poisoned)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1)
@@ -512,7 +516,7 @@ OTHERS = (
     "--lr-decay",
     0.2,
     "--l1",
-    "3e-3,adaptive:5e-3@12,batchtopk:12",
+    "3e-3,adaptive:5e-3@12,batchtopk:12,topk:12",
     "--layers",
     1,
     "--save-minutes",
@@ -522,7 +526,7 @@ OTHERS = (
 
 @pytest.fixture(scope="module")
 def others(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained by the other recipe, one of them of the other kind."""
+    """Trained by the other recipe, in every kind."""
     path = tmp_path_factory.mktemp("others")
     assert invoke("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", path, *OTHERS) == 0
     return path

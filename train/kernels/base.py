@@ -119,10 +119,17 @@ class TorchKernels:
         z = _product(xc, w_enc.t(), out.z(len(xc), feature_major=self.feature_major))
         return z, self.activate_(z, bias)
 
+    def project(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> Tensor:
+        """h [B, F] = xc [B, d] · w_encᵀ + bias, for activation functions that `encode` does not have; in the workspace."""
+        return _add_(_product(xc, w_enc.t(), out.z(len(xc), feature_major=self.feature_major)), bias)
+
+    def count(self, z: Tensor) -> Activation:
+        """What `encode` counts, of a hidden layer z [B, F] ≥ 0 that something else made, in the order that `encode` fills."""
+        return self.activate_(z, torch.zeros(z.shape[1], dtype=_accumulator(z), device=z.device))
+
     def activate_(self, h: Tensor, bias: Tensor) -> Activation:
         """h [B, F] becomes z = relu(h + bias), rounded to h's dtype."""
-        torch.add(h, bias, out=h) if h.dtype == bias.dtype else h.copy_(h.to(bias.dtype) + bias)
-        h.relu_()
+        _add_(h, bias).relu_()
         active = h > 0
         return Activation(
             feature_count=active.sum(0, dtype=torch.int32),
@@ -142,7 +149,7 @@ class TorchKernels:
         last = ((room > 0) & (room < per_row)).int().argmax()
         some = equal[last] & (equal[last].cumsum(0) <= room[last]) & (room[last] < per_row[last])
         rows[last] += (least * some).to(z.dtype)
-        return self.activate_(z, torch.zeros(z.shape[1], dtype=_accumulator(z), device=z.device)), least
+        return self.count(z), least
 
     def kth_largest(self, x: Tensor, k: int) -> Tensor:
         """The k-th largest number of x ≥ 0, contiguous; a scalar."""
@@ -286,6 +293,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return _mm(a, b, out)
     _mm(b.t(), a.t(), out.t())
     return out
+
+
+def _add_(h: Tensor, bias: Tensor) -> Tensor:
+    """h + bias in the bias's precision, in h's place."""
+    return torch.add(h, bias, out=h) if h.dtype == bias.dtype else h.copy_(h.to(bias.dtype) + bias)
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -6,18 +6,31 @@ Alone, a token has no batch to compete with: then z keeps what is above a thresh
 of the least activation that was kept, so that L0 is about k on other text.
 """
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from train.sparsity.l1 import ControllerConfig
+from torch import Tensor
+
+from train.kernels.base import TorchKernels, Workspace
+from train.sparsity.base import Control, ControllerConfig, Encoded, Sparsity, parse_k
 
 SPAN = 0.02  # share of the run over which the threshold is averaged
 
 
+@dataclass(frozen=True, slots=True)
+class LargestOfBatch:
+    """A hidden layer that leaves a batch of B tokens its per_token · B largest activations."""
+
+    per_token: float
+
+    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> Encoded:
+        z, _ = kernels.encode(xc, w_enc, bias, out)
+        activation, least = kernels.keep_largest_(z, max(1, round(self.per_token * len(xc))))
+        return Encoded(z=z, activation=activation, least=least)
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
-class BatchTopK:
-    thresholds: ClassVar[bool] = True
+class BatchTopK(Sparsity):
     FORMS: ClassVar[str] = "batchtopk:64"
 
     k: int
@@ -27,17 +40,12 @@ class BatchTopK:
         return f"batchtopk-{self.k}"
 
     @property
-    def words(self) -> str:
-        return f"BatchTopK, the {self.k} largest activations a token"
-
-    @property
     def target(self) -> float:
         return self.k
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        match = re.fullmatch(r"batchtopk:([1-9][0-9]{0,8})", text, re.IGNORECASE)
-        return cls(k=int(match[1])) if match else None
+        return cls(k=k) if (k := parse_k("batchtopk", text)) else None
 
     def control(self, steps: int, config: ControllerConfig, hold: bool = False) -> "BatchTopKControl":
         return BatchTopKControl(self.k, steps)
@@ -48,19 +56,14 @@ class BatchTopKState:
     threshold: float = 0.0
 
 
-class BatchTopKControl:
-    value = 0.0
-
+class BatchTopKControl(Control):
     def __init__(self, k: int, steps: int) -> None:
-        self._k, self._span = k, max(1.0, SPAN * steps)
-        self.state = BatchTopKState()
+        super().__init__(LargestOfBatch(k), BatchTopKState())
+        self._span = max(1.0, SPAN * steps)
 
     @property
     def threshold(self) -> float:
-        return self.state.threshold
-
-    def keep_at(self, step: int) -> float:
-        return self._k
+        return float(self.state.threshold)
 
     def update(self, step: int, l0: float, least: float) -> None:
         self.state.threshold += (least - self.state.threshold) / min(step + 1, self._span)

@@ -5,14 +5,16 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from train.sparsity.base import RELU, Control, ControllerConfig, Hidden, Sparsity
+from train.sparsity.batchtopk import LargestOfBatch
+
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class L1Setting:
+class L1Setting(Sparsity):
     """λ at the start, and the L0 to steer to (None: λ stays as it is)."""
 
-    thresholds: ClassVar[bool] = False
     FORMS: ClassVar[str] = "a positive λ such as 3e-4, adaptive, adaptive:5e-4@150"
 
     init: float
@@ -26,10 +28,6 @@ class L1Setting:
         if (self.init, self.target) == (ADAPTIVE_INIT, ADAPTIVE_TARGET):
             return "l1-adaptive"
         return f"l1-adaptive-{format_l1(self.init)}-l0-{self.target:g}"
-
-    @property
-    def words(self) -> str:
-        return f"λ = {self.init:g}" + (f", steered to an L0 of {self.target:g}" if self.target else "")
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -46,7 +44,7 @@ class L1Setting:
             return None
         return cls(init=values[0], target=values[1] if len(values) == 2 else None)
 
-    def control(self, steps: int, config: "ControllerConfig", hold: bool = False) -> "L1Controller":
+    def control(self, steps: int, config: ControllerConfig, hold: bool = False) -> "L1Controller":
         return L1Controller(self, steps, config, hold)
 
 
@@ -54,21 +52,6 @@ def format_l1(value: float) -> str:
     """0.0003 → '3e-4', as the published runs write it."""
     mantissa, exponent = f"{value:.9e}".split("e")
     return f"{float(mantissa):.10g}e{int(exponent)}"
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class ControllerConfig:
-    """How λ is steered. Times are shares of the run, so that a short run is steered as far as a long one."""
-
-    shortest: int = 400  # steps: a run that has fewer is steered as slowly as one of so many, for L0 needs time to answer
-    gain: float = 25.0  # e-folds of λ over a whole run spent at e = 1
-    most: float = 0.5  # of |e|: how fast λ may run towards a target that is far
-    lead: float = 0.06  # how far ahead L0 is predicted: it answers late to λ, in short runs by a twentieth of the run
-    smoothing: float = 0.01  # horizon of the mean of L0, as a share like `lead`
-    slope: float = 0.45  # of the second integrator, over the square of the first's
-    near: float = 0.2  # |ln(L0 / target)| from which on the second integrator is at work
-    begin: float = 0.2  # λ stays at its start until then: L0 of a fresh SAE falls by itself
-    above: float = 4.0  # times the target, if the rest of the run holds L0 at that: further down, λ kills features
 
 
 @dataclass(slots=True)
@@ -82,7 +65,7 @@ class ControllerState:
     threshold: float | None = None  # mean of the least activation that was kept, once some were chosen
 
 
-class L1Controller:
+class L1Controller(Control):
     """λ of one SAE. From `begin` to the last step, with e = ln(L0 / target), L0 as it will be after `lead`:
 
         ln λ ← ln λ + k · clip(e, ±most) + s        s ← s + slope · k² · e  where |e| < near        k = gain / steps
@@ -96,7 +79,7 @@ class L1Controller:
     def __init__(self, setting: L1Setting, steps: int, config: ControllerConfig, hold: bool = False) -> None:
         self._setting, self._steps, self._config, self._hold = setting, steps, config, hold
         self._aim = None if setting.target is None else setting.target * (config.above if hold else 1)
-        self.state = ControllerState(value=setting.init)
+        self.state: ControllerState = ControllerState(value=setting.init)
 
     @property
     def value(self) -> float:
@@ -106,8 +89,12 @@ class L1Controller:
     def threshold(self) -> float | None:
         return self.state.threshold
 
-    def keep_at(self, step: int) -> float | None:
-        return (self._setting.target or self.state.mean) if self._hold and step >= self._steps else None
+    def l1_at(self, step: int) -> float:
+        return self.value if step < self._steps else 0.0
+
+    def hidden_at(self, step: int) -> Hidden:
+        held = self._hold and step >= self._steps
+        return LargestOfBatch(self._setting.target or self.state.mean) if held else RELU
 
     def update(self, step: int, l0: float, least: float = 0.0) -> None:
         """Take the L0 of step `step` (from 0) into account for the next, and the least activation if some were left out."""

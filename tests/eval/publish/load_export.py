@@ -41,9 +41,8 @@ def sparsify(folder, x):
 def dictionary_learning(folder, x):
     coder, config = import_module("dictionary_learning.utils").load_dictionary(folder, "cpu")
     trainer = config["trainer"]
-    kinds = {"AutoEncoder": "dictionary_learning", "BatchTopKSAE": "dictionary_learning.trainers.batch_top_k"}
-    kind = trainer["dict_class"]
-    alone = getattr(import_module(kinds[kind]), kind).from_pretrained(f"{folder}/ae.pt")
+    trainers, kind = {"BatchTopKSAE": ".trainers.batch_top_k", "AutoEncoderTopK": ".trainers.top_k"}, trainer["dict_class"]
+    alone = getattr(import_module(f"dictionary_learning{trainers.get(kind, '')}"), kind).from_pretrained(f"{folder}/ae.pt")
     return {
         way: {"z": sae.encode(x), "xhat": sae(x), "said": trainer}
         for way, sae in {"load_dictionary": coder, "from_pretrained": alone}.items()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.peers import ENVIRONMENTS
-from eval.publish.formats import FORMS, Origin, Source, fold
+from eval.publish.formats import FORMS, KINDS, Origin, Source, fold
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.runs.run import Run
@@ -25,7 +25,7 @@ from tests.conftest import Cli
 SAELENS_KEYS = {"W_enc": (64, 256), "b_enc": (256,), "W_dec": (256, 64), "b_dec": (64,)}
 
 
-def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, thresholds: bool = False) -> Sae:
+def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, rule: str = "relu") -> Sae:
     """One in which every bias matters: far from the origin, and with a decoder bias of its own."""
     rng = torch.Generator().manual_seed(0)
     w_dec = torch.nn.functional.normalize(torch.randn(n_features, d, generator=rng), dim=1)
@@ -35,9 +35,9 @@ def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, thresholds:
         b_enc=torch.randn(n_features, generator=rng) - 1,
         b_pre=20 * scale * torch.randn(d, generator=rng),
         b_dec=scale * torch.randn(d, generator=rng),
-        config={},
+        config={"sparsity": {"k": 20}} if rule == "topk" else {},
         stats={"l0": 20.2},
-        threshold=0.5 + torch.rand(n_features, generator=rng) if thresholds else None,
+        threshold=0.5 + torch.rand(n_features, generator=rng) if rule == "threshold" else None,
     )
 
 
@@ -47,7 +47,7 @@ def some_x(sae: Sae, n: int = 500) -> Tensor:
 
 def in_float64(sae: Sae, x: Tensor) -> tuple[Tensor, Tensor]:
     """(z, x̂) by the definition."""
-    exact = Sae(**{k: v.double() for k, v in sae.tensors().items()}, config={}, stats={})
+    exact = Sae(**{k: v.double() for k, v in sae.tensors().items()}, config=sae.config, stats={})
     z = exact.encode(x.double())
     return z, exact.decode(z)
 
@@ -55,16 +55,26 @@ def in_float64(sae: Sae, x: Tensor) -> tuple[Tensor, Tensor]:
 Forward = Callable[[Path, Tensor], tuple[Tensor, Tensor]]
 
 
+def as_topk(z: Tensor, k: int) -> Tensor:
+    values, indices = z.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter(1, indices, values)
+
+
 def as_saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     """StandardSAE: (x − b_dec · apply_b_dec_to_input) @ W_enc + b_enc, relu, @ W_dec + b_dec. JumpReLUSAE: what is not above
-    its threshold is 0."""
+    its threshold is 0. TopKSAE: relu of the k largest."""
     cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     assert (cfg["normalize_activations"], cfg["reshape_activations"]) == ("none", "none")
     z = torch.relu((x - w["b_dec"] * cfg["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"])
     if cfg["architecture"] == "jumprelu":
         z = z * (z > w["threshold"])
     else:
-        assert cfg["architecture"] == "standard" and "threshold" not in w
+        assert "threshold" not in w
+    if cfg["architecture"] == "topk":
+        assert (cfg["k"], cfg["rescale_acts_by_decoder_norm"]) == (20, False)
+        z = as_topk(z, cfg["k"])
+    else:
+        assert cfg["architecture"] in ("standard", "jumprelu") and "k" not in cfg
     return z, z @ w["W_dec"] + w["b_dec"]
 
 
@@ -74,23 +84,23 @@ def as_sparsify(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     assert (cfg["activation"], cfg["skip_connection"], cfg["transcode"]) == ("topk", False, False)
     assert w["encoder.weight"].shape == (cfg["num_latents"], cfg["d_in"])
     pre = torch.relu(torch.nn.functional.linear(x - w["b_dec"], w["encoder.weight"], w["encoder.bias"]))
-    values, indices = pre.topk(cfg["k"], dim=-1, sorted=False)
-    z = torch.zeros_like(pre).scatter(1, indices, values)
+    z = as_topk(pre, cfg["k"])
     return z, z @ w["W_dec"] + w["b_dec"]
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """AutoEncoder: relu(encoder(x − bias)), decoder(·) + bias. BatchTopKSAE: the bias is b_dec, and there is a threshold."""
+    """AutoEncoder: relu(encoder(x − bias)), decoder(·) + bias. BatchTopKSAE: the bias is b_dec, and there is a threshold.
+    AutoEncoderTopK: the same, but the k largest are kept, and a threshold of −1 says that there is none."""
     trainer = json.loads((folder / "config.json").read_text())["trainer"]
     w = torch.load(folder / "ae.pt", weights_only=True)
-    if trainer["dict_class"] == "BatchTopKSAE":
+    if trainer["dict_class"] in ("BatchTopKSAE", "AutoEncoderTopK"):
         assert (trainer["k"], int(w["k"]), w["threshold"].shape) == (20, 20, ())
         w["bias"] = w["b_dec"]
     else:
         assert trainer["dict_class"] == "AutoEncoder" and "threshold" not in w
     assert w["encoder.weight"].shape == (trainer["dict_size"], trainer["activation_dim"])
     z = torch.relu(torch.nn.functional.linear(x - w["bias"], w["encoder.weight"], w["encoder.bias"]))
-    z = z * (z > w.get("threshold", 0.0))
+    z = as_topk(z, trainer["k"]) if trainer["dict_class"] == "AutoEncoderTopK" else z * (z > w.get("threshold", 0.0))
     return z, torch.nn.functional.linear(z, w["decoder.weight"]) + w["bias"]
 
 
@@ -108,13 +118,13 @@ def written(form: str, sae: Sae, folder: Path, **known: Any) -> Path:
     return folder
 
 
-THRESHOLDS = [(form, thresholds) for form in FORMS for thresholds in (False, True) if (form, thresholds) != ("sparsify", True)]
+RULES = [(form, rule) for form in FORMS for rule in KINDS[form]]
 
 
-@pytest.mark.parametrize(("form", "thresholds"), THRESHOLDS)
-def test_the_exported_function_is_ours(form: str, thresholds: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "rule"), RULES)
+def test_the_exported_function_is_ours(form: str, rule: str, tmp_path: Path) -> None:
     """dictionary_learning has one threshold for all features, so that there z comes in other units."""
-    sae = a_sae(thresholds=thresholds)
+    sae = a_sae(rule=rule)
     x = some_x(sae)
     z, xhat = FORWARD[form](written(form, sae, tmp_path / "a"), x)
     exact_z, exact_xhat = in_float64(sae, x)
@@ -127,7 +137,7 @@ def test_the_exported_function_is_ours(form: str, thresholds: bool, tmp_path: Pa
 
 def test_thresholds_are_refused_where_a_tool_has_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^r/a.pt has thresholds, .* export it to saelens or dictionary_learning$"):
-        written("sparsify", a_sae(thresholds=True), tmp_path / "a")
+        written("sparsify", a_sae(rule="threshold"), tmp_path / "a")
 
 
 def test_the_fold_is_as_good_as_float32_allows() -> None:
@@ -391,12 +401,12 @@ def test_bad_input(cli: Cli, runs_path: Path, tmp_path: Path) -> None:
 TOOLS = {"saelens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 
 
-@pytest.mark.parametrize(("form", "thresholds"), THRESHOLDS)
-def test_the_tool_itself_loads_it_and_computes_the_same(form: str, thresholds: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "rule"), RULES)
+def test_the_tool_itself_loads_it_and_computes_the_same(form: str, rule: str, tmp_path: Path) -> None:
     environment = ENVIRONMENTS / TOOLS[form]
     if not (environment / "stamp.json").exists():  # which bench.peers puts into one that is complete
         pytest.skip(f"{TOOLS[form]} is not installed in {environment}; `python -m bench.peers` does it")
-    sae = a_sae(thresholds=thresholds)
+    sae = a_sae(rule=rule)
     x = some_x(sae)
     known: dict[str, Any] = {"model": "EleutherAI/pythia-410m", "context": 1024, "log10_density": torch.linspace(-10, 0, 256)}
     folder = written(form, sae, tmp_path / "export", **known)

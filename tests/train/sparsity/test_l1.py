@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.sparsity.l1 import ControllerConfig, ControllerState, L1Controller, L1Setting, format_l1
+from train.sparsity.base import RELU, ControllerConfig
+from train.sparsity.batchtopk import LargestOfBatch
+from train.sparsity.l1 import ControllerState, L1Controller, L1Setting, format_l1
 
 
 @given(st.floats(1e-9, 1e3))
@@ -36,13 +38,14 @@ def test_held_l0_is_the_target_or_what_it_was() -> None:
     for target, l0 in ((64, 64), (None, 100)):
         controller = L1Controller(L1Setting(init=3e-4, target=target), 400, ControllerConfig(), hold=True)
         for step in range(400):
-            assert controller.keep_at(step) is controller.threshold is None
+            assert controller.hidden_at(step) is RELU and controller.threshold is None and controller.l1_at(step) > 0
             controller.update(step, 100)
-        assert controller.keep_at(400) == pytest.approx(l0)
+        held = controller.hidden_at(400)
+        assert isinstance(held, LargestOfBatch) and held.per_token == pytest.approx(l0) and controller.l1_at(400) == 0
         for step, least in ((400, 2.0), (401, 4.0)):
             controller.update(step, 64, least)
         assert controller.threshold == 3
-        assert controller.keep_at(402) == pytest.approx(l0)
+        assert controller.hidden_at(402) == held
 
 
 def simulate(
@@ -86,7 +89,7 @@ def test_a_bend_of_the_ramp_costs_two_percent(steps: int) -> None:
 def test_l1_stops_above_the_target_where_the_rest_of_the_run_holds_it() -> None:
     controller = L1Controller(L1Setting(init=1e-3, target=20), 937, ControllerConfig(above=3.0), hold=True)
     assert simulate(controller, steps=937, target=60, lag=30)[-1] == pytest.approx(60, rel=0.01)
-    assert controller.keep_at(937) == 20
+    assert controller.hidden_at(937) == LargestOfBatch(20)
 
 
 def test_l1_hardly_overshoots() -> None:

@@ -4,17 +4,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train.recipes import RECIPES
 
 from shared.errors import UserError
 from shared.runs.run import run_config
-from train.config import TrainConfig
-from train.sparsity.batchtopk import BatchTopK
-from train.sparsity.l1 import ControllerConfig, L1Setting
-from train.sparsity.settings import KINDS, Setting, has_thresholds, holds_l0, parse_settings, restored
+from train.config import RECIPES, TrainConfig
+from train.sparsity.base import ControllerConfig, Sparsity
+from train.sparsity.batchtopk import BatchTopK, LargestOfBatch
+from train.sparsity.l1 import L1Setting
+from train.sparsity.settings import KINDS, parse_settings
+from train.sparsity.topk import TopK
 from train.step import StepConfig
 
-ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64"
+ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64,topk:64"
 
 
 def test_settings_as_people_write_them() -> None:
@@ -24,17 +25,18 @@ def test_settings_as_people_write_them() -> None:
         L1Setting(init=5e-4, target=150),
         L1Setting(init=1e-3, target=64),
         BatchTopK(k=64),
+        TopK(k=64),
     )
     names = [setting.name for setting in parse_settings(ALL)]
-    assert names == ["l1-3e-4-fixed", "l1-8e-5-fixed", "l1-adaptive", "l1-adaptive-1e-3-l0-64", "batchtopk-64"]
+    assert names == ["l1-3e-4-fixed", "l1-8e-5-fixed", "l1-adaptive", "l1-adaptive-1e-3-l0-64", "batchtopk-64", "topk-64"]
 
 
 NONE = "-1 0 adaptive:x adaptive:1e-3 1e-3@5 3e-4, nan inf 1.2.3 batchtopk batchtopk:0 batchtopk:1.5 batchtopk:-3 batchtopk:8@2"
 
 
-@pytest.mark.parametrize("text", ["", *NONE.split()])
+@pytest.mark.parametrize("text", ["", *NONE.split(), "topk", "topk:0"])
 def test_what_is_no_setting_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, batchtopk:64$"):
+    with pytest.raises(UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, batchtopk:64, topk:64$"):
         parse_settings(text)
 
 
@@ -44,14 +46,13 @@ def test_a_setting_named_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize("setting", parse_settings(ALL), ids=lambda s: s.name)
-def test_a_setting_is_known_again_by_what_a_config_says(setting: Setting) -> None:
-    assert restored(json.loads(json.dumps(dataclasses.asdict(setting)))) == setting
-
-
-def test_what_no_kind_says_is_not_taken_for_one() -> None:
-    assert len({frozenset(f.name for f in dataclasses.fields(kind)) for kind in KINDS}) == len(KINDS)
-    with pytest.raises(UserError, match="a setting of j, k is not known here"):
-        restored({"j": 1, "k": 2})
+def test_a_kind_is_told_by_its_name_or_was_there_before_names(setting: Sparsity) -> None:
+    fields = setting.fields()
+    assert fields.pop("kind", None) == setting.KIND
+    assert type(setting)(**json.loads(json.dumps(fields))) == setting
+    assert (setting.reading is None) is (setting.KIND is None) is (type(setting) in (L1Setting, BatchTopK))
+    names = [kind.KIND for kind in KINDS if kind.KIND is not None]
+    assert len(set(names)) == len(names) == len(KINDS) - 2
 
 
 def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_from_its_state() -> None:
@@ -65,7 +66,7 @@ def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_fro
         half.update(step, 8.0, least[step])
     assert half.state == whole.state
     assert whole.threshold == pytest.approx(3, rel=0.02)
-    assert (whole.value, whole.keep_at(0), whole.keep_at(999)) == (0.0, 8, 8)
+    assert (whole.value, whole.l1_at(0), whole.hidden_at(0), whole.hidden_at(999)) == (0, 0, *[LargestOfBatch(8)] * 2)
 
 
 DIGESTS = {
@@ -85,18 +86,5 @@ def test_digests_are_those_of_runs_that_exist(text: str, recipe: str) -> None:
     step = StepConfig(decoder_norm=chosen.pop("decoder_norm"))
     fields = TrainConfig(tokens=300_000_000, step=step, **chosen).fields()
     (setting,) = parse_settings(text)
-    run = run_config(fields | {"l1": dataclasses.asdict(setting)}, {"digest": "abc", "spec": {}})
+    run = run_config(fields | {"l1": setting.fields()}, {"digest": "abc", "spec": {}})
     assert run["digest"] == DIGESTS[text, recipe]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.2])
-def test_a_config_says_whether_l0_is_held_and_saes_have_thresholds(share: float) -> None:
-    """A thousandth of a hundred steps is none."""
-    config = TrainConfig(tokens=100, batch=1, hold_l0=share)
-    held = config.hold_from < config.steps
-    train = config.fields()
-    assert holds_l0(train) is held is (share == 0.2)
-    assert not holds_l0(train | {"refit_kind": "decoder"})  # which an earlier version had
-    assert has_thresholds(train | {"l1": dataclasses.asdict(L1Setting(init=1e-3))}) is held
-    assert has_thresholds(train | {"l1": dataclasses.asdict(BatchTopK(k=64))}) is True
-    assert has_thresholds({"tokens": 100, "batch": 1, "l1": {"init": 1e-3, "target": None}}) is False  # of an earlier version

@@ -1,0 +1,52 @@
+"""What a run says of its kind of sparsity to those who read its SAEs and do not train them.
+
+A kind that is told by its name writes a `Reading` of itself into config.json, and so into every checkpoint, under "sparsity".
+The L1 penalty and BatchTopK are older than that: they are known by the fields of their setting, of which digests are made.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import UserError
+from shared.runs.sae import Rule
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Reading:
+    words: str  # the setting, in a card
+    rule: Rule  # of finished SAEs; earlier snapshots may have no thresholds yet
+    k: int | None = None  # of the rule "topk"
+
+
+def reading(config: Mapping[str, Any]) -> Reading:
+    """The reading of a run, by its config. Raises UserError for a setting that nothing is known of."""
+    if "sparsity" in config:
+        return Reading(**config["sparsity"])
+    train = config["train"]
+    setting, held = train["l1"], holds_l0(train)
+    if set(setting) == {"init", "target"}:
+        words = f"λ = {setting['init']:g}" + (f", steered to an L0 of {setting['target']:g}" if setting["target"] else "")
+    elif set(setting) == {"k"}:
+        words = f"BatchTopK, the {setting['k']} largest activations a token"
+    else:
+        raise UserError(f"a setting of {', '.join(setting)} is not known here: use the version that trained it")
+    if held:
+        words += f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
+    return Reading(words=words, rule="threshold" if held or "k" in setting else "relu")
+
+
+def holds_l0(train: Mapping[str, Any]) -> bool:
+    """Whether training by a run's `config["train"]` ends with steps that hold L0 by a choice among each batch."""
+    steps = train["tokens"] // train["batch"]
+    return train.get("refit_kind") == "topk" and hold_from(steps, train.get("refit", 0.0)) < steps
+
+
+def hold_from(steps: int, share: float) -> int:
+    """The step at which L1 has done its work: λ is steered until then, and L0 is held for the rest of the run."""
+    return steps - round(share * steps)
+
+
+def held_fields(share: float) -> dict[str, Any]:
+    """How config.json says that L0 is held at the end: as one kind of refit, from when there was another."""
+    return {"l1_warmup": 0, "refit": share, "refit_kind": "topk" if share else "decoder"}
