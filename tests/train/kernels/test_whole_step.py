@@ -2,7 +2,6 @@
 compute: against float64 autograd, against plain torch, against itself after a kill. On a GPU at the job's width, too, and at
 sizes that no tile divides."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ def test_a_batchs_choice_is_plain_torchs_bit_for_bit(device: str, size: Size, ke
     """As many as are asked for, of which some are equal to the least; and more than there are."""
     sae, x = problem(device, size, sparse=True, seed=1)
     z = sae.begin(x, workspace(sae, len(x))).z
-    chosen, plainly_chosen = copy.deepcopy(z), copy.deepcopy(z)
+    chosen, plainly_chosen = z.clone(), z.clone()
     count = round(keep * float((z > 0).sum()))
     plain = TorchKernels()
     plain.feature_major = sae.kernels.feature_major  # which of equal ones stay goes by their order in memory
