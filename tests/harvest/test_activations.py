@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GPTNeoXConfig
 
-from harvest.language_model import ResidualModel
+from harvest.language_model import LanguageModel
 from shared.sites import Site
 from tests.devices import DEVICES
 
@@ -25,7 +25,7 @@ def base_model(d: int, vocab: int) -> nn.Module:
 
 def activations(base: nn.Module, device: torch.device, tokens: Tensor) -> list[Tensor]:
     taken: dict[Site, Tensor] = {}
-    model = ResidualModel(base.to(device), SITES, device)
+    model = LanguageModel(base.to(device), SITES, device)
     model.run(tokens, lambda site, output: taken.update({site: output.double().cpu()}))
     return [taken[site] for site in SITES]
 
