@@ -12,7 +12,7 @@ from bench import caches
 from bench.harness import Comparison, Contender, Run, timed
 from bench.setup import Setup
 from harvest.language_model import LanguageModel
-from harvest.neox import put_rows
+from harvest.rows import put_rows
 from harvest.run import HarvestConfig, Shares, harvest_blocks
 from harvest.writer import WriterConfig
 from shared.cache import Cache

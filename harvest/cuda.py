@@ -1,4 +1,4 @@
-"""Rows to their places in a block, as float16, in one pass on CUDA: what `writer.to_float16` and `index_copy_` do in six.
+"""Rows to their places in a block, as float16, in one pass on CUDA: what `to_float16` and `index_copy_` do in six.
 
 2 or 4 bytes a value read and 2 written; nothing waits for the device. In TRITON_INTERPRET=1 it runs on CPU tensors, slowly.
 """
@@ -17,7 +17,7 @@ _TOO_LARGE = tl.constexpr(65520.0)  # from here on the nearest float16 is infini
 
 
 def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
-    """x bfloat16 or float32 [n, d] as float16 to data[rows]; how many values did not fit, int64. As `native.put_rows`."""
+    """x bfloat16 or float32 [n, d] as float16 to data[rows]; how many values did not fit, int64. As `rows.put_rows`."""
     n, d = x.shape
     count = torch.zeros((), dtype=torch.int64, device=x.device)
     cols = min(COLS, max(16, triton.next_power_of_2(d)))

@@ -1,4 +1,4 @@
-"""The harvest's hot path: on a CPU GPT-NeoX blocks in bfloat16; everywhere rows to their places in the writer's buffer.
+"""GPT-NeoX blocks in bfloat16 on a CPU, the harvest's hot path there.
 
 The model's own weights, oneDNN's products, and neox.c for all that lies between. There transformers makes some twenty
 passes a block, most of them into fresh memory; here it is five, over buffers that stay. Arithmetic between the products is
@@ -15,33 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harvest.writer import to_float16
 from shared.compile import arguments, load
 from shared.lm import wide_weights
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 0.05  # relative, between two bfloat16 forwards of all layers: 0.014 apart for Pythia-410M with random weights
-
-
-def _library() -> ctypes.CDLL | None:
-    library = load(Path(__file__).with_name("neox.c"))
-    if library is not None:
-        library.store.restype = ctypes.c_int64
-    return library
-
-
-def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
-    """x float [n, d] as float16 to data[rows], float16 [≥ n, d]; how many values did not fit (see `to_float16`)."""
-    if x.device.type == "cuda":
-        from harvest.cuda import put_rows as in_one_pass
-
-        return in_one_pass(x, rows, data)
-    library = _library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 else None
-    if library is not None and x.is_contiguous():
-        return torch.tensor(_call(library.store, x, rows, data, *x.shape))
-    half, bad = to_float16(x)
-    data.index_copy_(0, rows, half)
-    return bad
 
 
 class NeoxForward:
@@ -103,7 +81,7 @@ class NeoxForward:
 
 def neox_forward(base: nn.Module) -> NeoxForward | None:
     """The fast way through a base model whose final norm is gone; None where there is none or it does not agree."""
-    library = _library() if _is_known(base) else None
+    library = load(Path(__file__).with_name("neox.c")) if _is_known(base) else None
     if library is None:
         return None
     fast = NeoxForward(base, library)
@@ -141,5 +119,5 @@ def _difference(base: Any, fast: NeoxForward) -> float:
     return float((last.float() - want).norm() / want.norm())
 
 
-def _call(function: Any, *values: Tensor | int | float) -> int:
-    return int(function(*arguments(*values)))
+def _call(function: Any, *values: Tensor | int | float) -> None:
+    function(*arguments(*values))

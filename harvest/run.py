@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from harvest.language_model import load_language_model
-from harvest.neox import put_rows
 from harvest.pieces import TextSource
+from harvest.rows import put_rows
 from harvest.source import ActivationSource
 from harvest.tokens import write_tokens
 from harvest.writer import BlockWriter, Buffer, WriterConfig

@@ -27,7 +27,6 @@ from shared.files import page_aligned
 from shared.sites import Site
 from shared.stores import Staged
 
-FP16_MAX = 65504.0
 _STATS_VALUES = 1 << 18  # values whose float32 copy stays in a core's cache while their moments are taken
 
 
@@ -195,13 +194,3 @@ def _torch_sums(data: NDArray[np.float16]) -> tuple[float, float, float]:
         square_sum += float(squares.sum(dtype=torch.float64))
         max_square = max(max_square, float(squares.max()))
     return total, square_sum, max_square
-
-
-def to_float16(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(float16 with nothing infinite in it, how many values did not fit): NaN becomes 0, too large becomes ±65504."""
-    half = x.to(torch.float16)
-    # On a CPU one pass shows that everything fits; on CUDA asking would mean waiting for the device.
-    if half.device.type == "cpu" and bool(torch.isfinite(half.abs().amax())):
-        return half, torch.zeros((), dtype=torch.int64)
-    bad = (~torch.isfinite(half)).sum()
-    return half.nan_to_num_(nan=0.0, posinf=FP16_MAX, neginf=-FP16_MAX), bad

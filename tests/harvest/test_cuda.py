@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harvest.writer import to_float16
+from harvest.rows import to_float16
 from tests.devices import GPU
 from tests.train.kernels.test_cuda import mend_interpreter, needs_triton, run_in_its_own_process
 

@@ -1,7 +1,6 @@
 """The fast forward against the model it stands in for, both measured from float64."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +9,14 @@ from transformers import AutoModel, GPTNeoXConfig
 
 from harvest import neox as native
 from harvest.language_model import LanguageModel
-from harvest.neox import put_rows
-from harvest.writer import to_float16
 from shared import lm
+from shared.compile import load
 from shared.sites import Site, parse_sites
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "neox-2m"
-needs_library = pytest.mark.skipif(native._library() is None, reason="neox.c does not compile here")
+DEMO = ROOT / "demo" / "neox-2m"
+needs_library = pytest.mark.skipif(load(ROOT / "harvest/neox.c") is None, reason="neox.c does not compile here")
 
 
 def neox(dtype: torch.dtype = torch.bfloat16, **options: object) -> nn.Module:
@@ -138,22 +137,6 @@ def test_a_model_it_does_not_fit_is_said_and_takes_the_hooks(
     assert "note: the fast forward does not fit this model (" in capsys.readouterr().err
 
 
-def test_without_a_compiler_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_hooks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda source: None)
     assert LanguageModel(neox(), parse_sites("0"), CPU).fast is None
-    data = torch.zeros(2, 8, dtype=torch.float16)
-    assert int(put_rows(torch.full((1, 8), 1e9, dtype=torch.bfloat16), torch.tensor([1]), data)) == 8
-    assert data.tolist() == [[0.0] * 8, [65504.0] * 8]
-
-
-@needs_library
-def test_rows_are_put_as_to_float16_makes_them() -> None:
-    """Every bfloat16 there is, NaN and infinity included."""
-    x = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16).reshape(256, 256)
-    place = torch.randperm(256, generator=torch.Generator().manual_seed(0)) + 10
-    data, want = torch.zeros(270, 256, dtype=torch.float16), torch.zeros(270, 256, dtype=torch.float16)
-    half, bad = to_float16(x)
-    want[place] = half
-    assert int(put_rows(x, place, data)) == int(bad) > 0
-    assert torch.equal(data.view(torch.int16), want.view(torch.int16))
-    assert torch.equal(put_rows(x.float(), place, data), bad)  # the way of other types
