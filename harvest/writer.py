@@ -2,32 +2,24 @@
 
 A block of all layers lies in one host buffer; there is a fixed number of these, so memory is bounded and a full disk
 queue makes the forward pass wait rather than memory grow. One layer of a block is one file: some threads do nothing but
-write and fsync files, so that the disk never waits; others take checksums and moments of what is written. Whoever finishes the
-last of a block moves its files to their places and publishes its ledger entry.
+write and fsync files, so that the disk never waits; others take checksums of what is written. Whoever finishes the last of a
+block moves its files to their places and publishes its ledger entry.
 """
 
-import ctypes
-import dataclasses
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import BlockStats, Cache, slice_checksums
-from shared.compile import load
+from shared.cache import BlockStats, Cache
 from shared.files import page_aligned
 from shared.sites import Site
 from shared.stores import Staged
-
-_STATS_VALUES = 1 << 18  # values whose float32 copy stays in a core's cache while their moments are taken
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -38,10 +30,10 @@ class WriterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Buffer:
-    """One block of all harvested layers, float16 [layers, block_rows, d_model], and what was met while filling it."""
+    """One block of all harvested sites."""
 
-    data: Tensor
-    nonfinite: Tensor  # int64 [layers]
+    data: Tensor  # float16 [sites, block_rows, d_model]
+    nonfinite: Tensor  # int64 [sites]: values that float16 cannot hold
     tokens: str = ""  # checksum of the tokens that these are the activations of
 
 
@@ -75,7 +67,7 @@ class BlockWriter:
         self._arithmetic = ThreadPoolExecutor(config.threads, "stats")
         self._error: BaseException | None = None
         self._lock = threading.Lock()
-        self._staged: dict[tuple[Site, int], Staged] = {}  # {layer, block: bytes on the disk that are not committed yet}
+        self._jobs: set[_BlockJob] = set()  # those that are not committed yet
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -83,7 +75,7 @@ class BlockWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for pool in (self._waiter, self._disk, self._arithmetic):  # the first of them feeds the others
             pool.shutdown(wait=True, cancel_futures=kind is not None)
-        self._cache.drop(self._staged.values())  # of blocks that did not become whole
+        self._cache.drop(staged for job in self._jobs for staged in job.staged.values())  # of blocks that did not become whole
         if kind is None:
             self._check()
 
@@ -99,7 +91,9 @@ class BlockWriter:
     def submit(self, block: int, buffer: Buffer, ready: Callable[[], None] | None = None) -> None:
         """Write a filled buffer; `ready`, called in a thread, returns when it has arrived. The writer gives the buffer back."""
         self._check()
-        job = _BlockJob(block=block, buffer=buffer, left=len(self._sites))
+        job = _BlockJob(block=block, buffer=buffer)
+        with self._lock:
+            self._jobs.add(job)
         self._waiter.submit(self._guarded, self._begin, job, ready)
 
     def _begin(self, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
@@ -118,25 +112,23 @@ class BlockWriter:
         site = self._sites[index]
         staged = self._cache.stage_block(site, job.block, job.buffer.data[index].numpy(), replace=self._replace)
         with self._lock:
-            job.staged[site] = self._staged[site, job.block] = staged
+            job.staged[site] = staged
         self._arithmetic.submit(self._guarded, self._take_stats, job, index)  # now: what lies there may be another harvest's
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
-        buffer, slice_rows = job.buffer, self._cache.spec.slice_rows
-        stats = block_stats(buffer.data[index].numpy(), int(buffer.nonfinite[index]), slice_rows, buffer.tokens)
-        with job.lock:
-            job.stats[self._sites[index]] = dataclasses.replace(stats, by=self._by)
-            job.left -= 1
-            last = job.left == 0
+        buffer, rows = job.buffer, self._cache.spec.slice_rows
+        data, nonfinite = buffer.data[index].numpy(), int(buffer.nonfinite[index])
+        stats = BlockStats.of(data, rows, tokens=buffer.tokens, nonfinite=nonfinite, by=self._by)
+        with self._lock:
+            job.stats[self._sites[index]] = stats
+            last = len(job.stats) == len(self._sites)
         if last:
             self._commit(job)
 
     def _commit(self, job: "_BlockJob") -> None:
-        stats = {site: job.stats[site] for site in self._sites}
-        self._cache.commit(job.block, stats, job.staged, replace=self._replace)
+        self._cache.commit(job.block, job.stats, job.staged, replace=self._replace)
         with self._lock:
-            for site in self._sites:
-                del self._staged[site, job.block]
+            self._jobs.remove(job)
         self._free.put(job.buffer)
         self._done(job.block)
 
@@ -145,52 +137,11 @@ class BlockWriter:
             raise self._error
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class _BlockJob:
-    """A block on its way to the disk: each of its layers is to be written, and to be summed up."""
+    """A block on its way to the disk, and of which sites it is written and summed up so far."""
 
     block: int
     buffer: Buffer
-    left: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
     staged: dict[Site, Staged] = field(default_factory=dict)
     stats: dict[Site, BlockStats] = field(default_factory=dict)
-
-
-def block_stats(data: NDArray[np.float16], nonfinite: int, slice_rows: int, tokens: str = "") -> BlockStats:
-    """Checksums, moments and largest row norm of finite float16 [rows, d_model]."""
-    total, square_sum, max_square = _sums(data)
-    mean = total / data.size
-    return BlockStats(
-        bytes=data.nbytes,
-        rows=len(data),
-        crc32c=slice_checksums(data, slice_rows),
-        tokens=tokens,
-        mean=mean,
-        m2=max(0.0, square_sum - data.size * mean * mean),
-        max_norm=max_square**0.5,
-        nonfinite=nonfinite,
-    )
-
-
-def _sums(data: NDArray[np.float16]) -> tuple[float, float, float]:
-    """Σ x, Σ x² and the largest row's Σ x²."""
-    library = load(Path(__file__).with_name("moments.c"))
-    if library is None:
-        return _torch_sums(data)
-    total, square_sum, max_square = ctypes.c_double(), ctypes.c_double(), ctypes.c_float()
-    results = (ctypes.byref(total), ctypes.byref(square_sum), ctypes.byref(max_square))
-    rows, d = data.shape
-    library.moments(ctypes.c_void_p(data.ctypes.data), ctypes.c_int64(rows), ctypes.c_int64(d), *results)
-    return total.value, square_sum.value, max_square.value
-
-
-def _torch_sums(data: NDArray[np.float16]) -> tuple[float, float, float]:
-    total = square_sum = max_square = 0.0
-    for piece in torch.split(torch.from_numpy(data), max(1, _STATS_VALUES // data.shape[1])):
-        x = piece.float()
-        squares = torch.linalg.vecdot(x, x)
-        total += float(x.sum(dtype=torch.float64))
-        square_sum += float(squares.sum(dtype=torch.float64))
-        max_square = max(max_square, float(squares.max()))
-    return total, square_sum, max_square

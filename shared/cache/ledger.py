@@ -27,20 +27,20 @@ _AT_ONCE = 16  # entries that are read at a time: each may be a round trip
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class BlockStats:
-    """What the ledger holds of one block of one layer; mean and M2 are over all its values, in float64.
-
-    Nothing here reads mean, M2 and the largest norm: they are part of the format, for whoever looks into a cache.
-    """
+    """What the ledger holds of one block of one layer."""
 
     bytes: int
     rows: int
     crc32c: str  # of each slice, eight hexadecimal digits after another
     tokens: str  # CRC-32C of the block's tokens that these are the activations of
-    mean: float
-    m2: float  # sum of squared deviations from the mean
-    max_norm: float  # largest Euclidean norm of a row
     nonfinite: int  # values the model gave that float16 cannot hold: NaN stored as 0, too large as ±65504
     by: str = ""  # what it was made on, as the last bits depend on it (shared.device.maker); "" where that was not recorded
+
+    @classmethod
+    def of(cls, data: NDArray[Any], slice_rows: int, *, tokens: str = "", nonfinite: int = 0, by: str = "") -> "BlockStats":
+        """data float16 [rows, d_model], as the block is stored."""
+        checksums = slice_checksums(data, slice_rows)
+        return cls(bytes=data.nbytes, rows=len(data), crc32c=checksums, tokens=tokens, nonfinite=nonfinite, by=by)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -63,6 +63,11 @@ class LayerTotals:
 def slice_checksums(data: NDArray[Any], slice_rows: int) -> str:
     """The CRC-32C of every slice of [rows, d_model], one after another."""
     return "".join(crc32c(data[first : first + slice_rows]) for first in range(0, len(data), slice_rows))
+
+
+def _without_moments(stats: dict[str, Any]) -> dict[str, Any]:
+    """Earlier versions also recorded moments and the largest norm, which nothing reads."""
+    return {k: v for k, v in stats.items() if k not in ("mean", "m2", "max_norm")}
 
 
 def damaged_block(cache: Location, site: Site, block: int, why: str) -> UserError:
@@ -147,7 +152,7 @@ class Ledger:
         if value.get("block") != block or set(value["layers"]) != {str(site) for site in _group_sites(group)}:
             raise ValueError("it is of another block or other layers")
         try:
-            stats = {Site.of(site): BlockStats(**s) for site, s in value["layers"].items()}
+            stats = {Site.of(site): BlockStats(**_without_moments(s)) for site, s in value["layers"].items()}
         except TypeError as error:
             raise ValueError(str(error)) from None
         size = (self._spec.block_bytes, self._spec.block_rows, 8 * self._spec.slices)

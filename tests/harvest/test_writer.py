@@ -8,38 +8,14 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from hypothesis import given
-from hypothesis import strategies as st
 
-from harvest.writer import BlockWriter, WriterConfig, _sums, _torch_sums, block_stats
+from harvest.writer import BlockWriter, WriterConfig
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.files import PAGE
-from shared.seal import crc32c
 from shared.sites import Site, parse_sites
 from shared.stores import Location
 from tests.shared.cache.test_cache import SPEC
-
-
-@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32 - 1), st.floats(-50, 50))
-def test_moments_are_those_of_float64(rows: int, d: int, seed: int, offset: float) -> None:
-    data = (np.random.default_rng(seed).standard_normal((rows, d)) + offset).astype(np.float16)
-    stats, x = block_stats(data, 7, rows, "abc"), data.astype(np.float64)
-    assert stats.mean == pytest.approx(x.mean(), rel=1e-5, abs=1e-5)
-    assert stats.m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-3, abs=1e-5 * x.size * (1 + offset * offset))
-    assert stats.max_norm == pytest.approx(np.linalg.norm(x, axis=1).max(), rel=1e-5)
-    assert (stats.rows, stats.bytes, stats.nonfinite, stats.tokens) == (rows, data.nbytes, 7, "abc")
-    assert stats.crc32c == crc32c(data)
-    assert block_stats(data, 7, 3, "abc").crc32c == "".join(crc32c(data[i : i + 3]) for i in range(0, rows, 3))
-
-
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 2**32 - 1))
-def test_c_and_torch_sum_alike(rows: int, d: int, seed: int) -> None:
-    bits = np.random.default_rng(seed).integers(0, 1 << 16, (rows, d), dtype=np.uint16)
-    data = np.where((bits & 0x7C00) == 0x7C00, 0, bits).astype(np.uint16).view(np.float16)  # every finite value there is
-    got, wanted = np.array(_sums(data)), np.array(_torch_sums(data))
-    added = np.array([np.abs(data.astype(np.float64)).sum(), *wanted[1:]])  # values of both signs may sum up to nothing
-    assert (np.abs(got - wanted) <= 1e-6 * added).all()
 
 
 def fill(writer: BlockWriter, block: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.caches import cache_spec
-from shared.cache import BlockStats, Cache, slice_checksums
+from shared.cache import BlockStats, Cache
 from shared.errors import UserError
 from shared.sites import Site, parse_sites
 from train import loader as module
@@ -72,10 +72,7 @@ def numbered_cache(path: Path, *, rows: int, blocks: int) -> Cache:
     cache = Cache.create(path, spec, parse_sites("0"))
     for block in range(blocks):
         data = np.arange(rows * block, rows * (block + 1), dtype=np.float16)[:, None]
-        stats = BlockStats(
-            bytes=data.nbytes, rows=rows, crc32c=slice_checksums(data, cache.spec.slice_rows),
-            tokens="0" * 8, mean=0.0, m2=1.0, max_norm=1.0, nonfinite=0,
-        )  # fmt: skip
+        stats = BlockStats.of(data, cache.spec.slice_rows)
         cache.commit(block, {Site(0): stats}, {Site(0): cache.stage_block(Site(0), block, data, replace=False)})
     return cache
 

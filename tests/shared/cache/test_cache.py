@@ -41,7 +41,7 @@ SPEC = CacheSpec(
     seed=0,
     precision="bf16",
 )
-STATS = BlockStats(bytes=48, rows=8, crc32c="0" * 64, tokens="0" * 8, mean=0.0, m2=1.0, max_norm=2.0, nonfinite=0)
+STATS = BlockStats(bytes=48, rows=8, crc32c="0" * 64, tokens="0" * 8, nonfinite=0)
 
 
 def test_crc32c_is_the_standard_one() -> None:
@@ -94,7 +94,7 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def commit(self, who: int, block: int, layers: set[Site], value: int, replace: bool) -> None:
         data = np.full((8, 3), value, np.float16)
-        stats = dataclasses.replace(STATS, crc32c=slice_checksums(data, SPEC.slice_rows), mean=float(value))
+        stats = dataclasses.replace(STATS, crc32c=slice_checksums(data, SPEC.slice_rows), tokens=f"{value:08d}")
         cache = self.caches[who]
         staged = {layer: cache.stage_block(layer, block, data.copy(), replace=replace) for layer in layers}
         cache.commit(block, dict.fromkeys(sorted(layers), stats), staged, replace=replace)
@@ -156,12 +156,11 @@ def test_the_ledger_tells_the_truth(cache: Cache) -> None:
     out = np.empty((cache.spec.block_rows, cache.spec.d_model), dtype=np.float16)
     for layer in cache.sites:
         cache.read_block(layer, 3, out)
-        stats, x = cache.stats(layer, 3), out.astype(np.float64)
+        stats = cache.stats(layer, 3)
         cache.check_block(layer, 3, out, stats)
-        assert (stats.bytes, stats.rows, stats.nonfinite) == (out.nbytes, len(out), 0)
-        assert stats.mean == pytest.approx(x.mean(), abs=1e-6)
-        assert stats.m2 == pytest.approx(((x - x.mean()) ** 2).sum(), rel=1e-5)
-        assert stats.max_norm == pytest.approx(np.linalg.norm(x, axis=1).max(), rel=1e-5)
+        checksums = "".join(crc32c(piece) for piece in np.split(out, 16))
+        assert (stats.bytes, stats.rows, stats.nonfinite, stats.crc32c) == (out.nbytes, len(out), 0, checksums)
+        assert stats.tokens == crc32c(cache.block_tokens(3).astype(cache.spec.token_dtype))
 
 
 def test_a_changed_byte_is_named_by_layer_and_block(cache: Cache) -> None:
@@ -382,13 +381,14 @@ def test_every_flip_in_an_entry_is_a_damaged_block(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_entries_from_before_their_maker_was_recorded_are_read(tmp_path: Path) -> None:
+def test_entries_of_earlier_versions_are_read(tmp_path: Path) -> None:
     cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0"))
     for block, by in enumerate(("", "cpu, threads: 2", "cpu, threads: 2")):
         cache.commit(block, {Site(0): dataclasses.replace(STATS, by=by)})
     path = cache.ledger.entry_path(parse_sites("0"), 0)
     entry = from_bytes(path.read_bytes())
     del entry["layers"]["0"]["by"]
+    entry["layers"]["0"] |= {"mean": 0.5, "m2": 1.0, "max_norm": 2.0}
     path.write_bytes(to_bytes(entry))
     assert cache.stats(Site(0), 0) == STATS
     assert cache.totals()[Site(0)].mixed == "1 on unknown, 2 on cpu, threads: 2"

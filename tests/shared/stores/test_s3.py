@@ -13,8 +13,8 @@ import pytest
 import zarr
 from hypothesis import settings
 
-from harvest.writer import BlockWriter, WriterConfig, block_stats
-from shared.cache import Cache
+from harvest.writer import BlockWriter, WriterConfig
+from shared.cache import BlockStats, Cache
 from shared.cache.zarr import block_key
 from shared.errors import UserError
 from shared.sites import Site, parse_sites
@@ -116,7 +116,7 @@ def test_of_two_harvests_of_a_block_whoever_records_it_speaks_of_what_lies_there
         staged_mine[Site(2)] = one.stage_block(Site(2), block, mine[Site(2)], replace=False)
         for cache, data, staged in ((one, mine, staged_mine), (other, theirs, staged_theirs)):
             if order in ("both", "one" if cache is one else "other"):
-                stats = {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}
+                stats = {layer: BlockStats.of(data[layer], SPEC.slice_rows) for layer in data}
                 cache.commit(block, stats, staged, replace=False)
         for cache in (one, other, Cache.open(place)):
             assert float(stored(cache, 0, block)[0, 0]) == np.float16(1.0)
@@ -155,7 +155,7 @@ def test_what_lies_in_a_block_s_place_and_is_not_of_it_is_written_over(place: Bu
     else:
         store.write(block_key(Site(0), 1), b"short")
     staged = cache.stage_block(Site(0), 1, data, replace=False)
-    cache.commit(1, {Site(0): block_stats(data, 0, SPEC.slice_rows)}, {Site(0): staged}, replace=False)
+    cache.commit(1, {Site(0): BlockStats.of(data, SPEC.slice_rows)}, {Site(0): staged}, replace=False)
     assert (stored(cache, 0, 1) == 2.0).all()
 
 
@@ -164,7 +164,7 @@ def test_two_that_change_an_entry_at_once_lose_nothing(place: Bucket, monkeypatc
     cache = Cache.create(place, SPEC, parse_sites("0,1"))
     data = {layer: of(layer.layer) for layer in parse_sites("0,1")}
     staged = {layer: cache.stage_block(layer, 3, data[layer], replace=False) for layer in data}
-    cache.commit(3, {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}, staged)
+    cache.commit(3, {layer: BlockStats.of(data[layer], SPEC.slice_rows) for layer in data}, staged)
     both, replace = threading.Barrier(2), S3.replace
     waited: list[int] = []
 
@@ -179,7 +179,7 @@ def test_two_that_change_an_entry_at_once_lose_nothing(place: Bucket, monkeypatc
     def again(layer: int) -> None:
         mine, new = Cache.open(place), of(layer + 10)
         token = mine.stage_block(Site(layer), 3, new, replace=True)
-        mine.commit(3, {Site(layer): block_stats(new, 0, SPEC.slice_rows)}, {Site(layer): token}, replace=True)
+        mine.commit(3, {Site(layer): BlockStats.of(new, SPEC.slice_rows)}, {Site(layer): token}, replace=True)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(again, (0, 1)))
@@ -200,7 +200,7 @@ def test_zarr_reads_what_lies_in_a_bucket(place: Bucket) -> None:
         Cache.create(place, SPEC, parse_sites("0,2")),
         np.random.default_rng(0).standard_normal((8, 3)).astype(np.float16),
     )
-    stats = {Site(2): block_stats(data, 0, SPEC.slice_rows)}
+    stats = {Site(2): BlockStats.of(data, SPEC.slice_rows)}
     cache.commit(3, stats, {Site(2): cache.stage_block(Site(2), 3, data, replace=False)})
     group = zarr.open_group(zarr.storage.ObjectStore(S3(place)._store, read_only=True), path="activations.zarr", mode="r")
     np.testing.assert_array_equal(group["resid_post/02"][3 * 8 : 4 * 8], data)
@@ -266,7 +266,7 @@ def test_a_server_that_stays_away_is_one_line(through: Through, place: Bucket, m
     cache = Cache.create(place, SPEC, parse_sites("0"))
     data = of(1.0)
     cache.commit(
-        0, {Site(0): block_stats(data, 0, SPEC.slice_rows)}, {Site(0): cache.stage_block(Site(0), 0, data, replace=False)}
+        0, {Site(0): BlockStats.of(data, SPEC.slice_rows)}, {Site(0): cache.stage_block(Site(0), 0, data, replace=False)}
     )
     dead.set()
     monkeypatch.setattr(s3, "PATIENCE", 0.5)

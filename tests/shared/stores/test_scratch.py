@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harvest.writer import block_stats
-from shared.cache import Cache
+from shared.cache import BlockStats, Cache
 from shared.errors import UserError
 from shared.sites import Site, parse_sites
 from shared.stores import Folder
@@ -26,7 +25,7 @@ def far(tmp_path: Path) -> Path:
         shape, sites = (SPEC.block_rows, SPEC.d_model), parse_sites("0,1")
         data = {site: np.full(shape, site.layer * 10 + block, np.float16) for site in sites}
         staged = {layer: cache.stage_block(layer, block, data[layer], replace=False) for layer in data}
-        cache.commit(block, {layer: block_stats(data[layer], 0, SPEC.slice_rows) for layer in data}, staged)
+        cache.commit(block, {layer: BlockStats.of(data[layer], SPEC.slice_rows) for layer in data}, staged)
     return tmp_path / "far"
 
 
