@@ -131,10 +131,8 @@ def _more_ways(setup: Setup, sparse: Steps) -> dict[str, Steps]:
     free = StepConfig(decoder_norm="free")
     ways["free rows"] = replace(sparse, saes=new_saes(setup, "sparse", config=free))
     positive = min(2000, setup.features // 8)  # a token, of which it keeps `l0`
-    ways["BatchTopK"] = replace(
-        sparse, saes=new_saes(setup, "sparse", config=free, l0=positive), hidden=LargestOfBatch(setup.l0)
-    )
-    return ways
+    saes = new_saes(setup, "sparse", config=free, l0=positive)
+    return ways | {"BatchTopK": replace(sparse, saes=saes, hidden=LargestOfBatch(setup.l0))}
 
 
 def _products(setup: Setup) -> list[Contender]:

@@ -142,6 +142,6 @@ def _standing(ours: Entry, other: Entry) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    said = [f"{entry.name}: {entry.note}" for entry in comparison.entries if entry.note]
-    parts = [part for part in (comparison.note, *said) if part]
-    return [f"- {comparison.name}. {'; '.join(parts)}."] if parts else []
+    parts = [comparison.note, *(f"{entry.name}: {entry.note}" for entry in comparison.entries if entry.note)]
+    shown = "; ".join(filter(None, parts))
+    return [f"- {comparison.name}. {shown}."] if shown else []

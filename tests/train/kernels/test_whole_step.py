@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tests.devices import on_gpu
 from train.kernels.base import TorchKernels, Workspace
+from train.sparsity.base import RELU
+from train.sparsity.batchtopk import LargestOfBatch
 from train.step import StepConfig, TrainingSae, pick_kernels
 
 L1 = 0.01
@@ -89,7 +91,8 @@ def step_gradients(sae: TrainingSae, x: Tensor, recipe: Recipe) -> tuple[Gradien
     """What the step hands to Adam: its first moment after one step is (1 − β₁) times the gradient. And which entries of z
     are active."""
     room = workspace(sae, len(x))
-    begun = sae.begin(x, room, None if recipe.keep is None else recipe.keep * nominal_l0(sae.n_features))
+    hidden = RELU if recipe.keep is None else LargestOfBatch(recipe.keep * nominal_l0(sae.n_features))
+    begun = sae.begin(x, room, hidden)
     active = begun.z > 0
     result = sae.finish(begun, lr=0.0, l1=L1, workspace=room)
     w_enc, w_dec, bias = (10 * sae.state()[f"m.{name}"].double() for name in ("w_enc", "w_dec", "bias"))
