@@ -1,8 +1,8 @@
 """The language model as a source of activations: without its head, and cut off after the last wanted layer.
 
 Activations are the outputs of decoder blocks or of modules in them, taken by forward hooks. (`output_hidden_states` will not
-do: the last of them is taken after the final layer norm.) One pass serves all wanted sites. Where only the residual stream is
-wanted, Pythia in bfloat16 on a CPU takes a faster way to the same values (harvest/neox.py).
+do: the last of them is taken after the final layer norm.) One pass serves all wanted sites. Pythia in bfloat16 on a CPU takes
+a faster way to the same values (harvest/neox.py); every other model, precision and device takes the hooks.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from harvest.source import Sink
 from shared.device import announce, send
 from shared.identity import Model
 from shared.lm import find_blocks, hook_module, load_model, widen
-from shared.sites import RESID_POST, Site
+from shared.sites import Site
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 
@@ -41,7 +41,7 @@ class LanguageModel:
             if isinstance(getattr(base, norm, None), nn.Module):
                 setattr(base, norm, nn.Identity())
         self.model = base.to(device).eval().requires_grad_(False)
-        self.fast = neox_forward(self.model) if all(site.hook == RESID_POST for site in sites) else None
+        self.fast = neox_forward(self.model, sites)
         if self.fast is None:
             widen(self.model)
 
@@ -57,9 +57,8 @@ class LanguageModel:
     def run(self, tokens: Tensor, sink: Sink, first: int = 0) -> None:
         """As `ActivationSource.run`, in the order in which the model comes to the sites."""
         if self.fast is not None:
-            for layer, output in enumerate(self.fast.run(tokens)):
-                if (site := Site(layer)) in self.sites:
-                    sink(site, output)
+            for site, output in self.fast.run(tokens, self.sites):
+                sink(site, output)
             return
         self._sink = sink
         try:

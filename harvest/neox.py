@@ -7,7 +7,7 @@ float32, so this rounds less often than the model it stands in for.
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from shared.compile import arguments, load
 from shared.lm import wide_weights
+from shared.sites import MLP_OUT, RESID_POST, Site
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 0.05  # relative, between two bfloat16 forwards of all layers: 0.014 apart for Pythia-410M with random weights
@@ -31,8 +32,11 @@ class NeoxForward:
         self._rows = 0
         self._wide = wide_weights(base)
 
-    def run(self, tokens: Tensor) -> Iterator[Tensor]:
-        """tokens int64 [sequences, context] → each block's output, bfloat16 [sequences, context, d_model]."""
+    def run(self, tokens: Tensor, sites: Collection[Site]) -> Iterator[tuple[Site, Tensor]]:
+        """tokens int64 [sequences, context] → each site and its activations [sequences, context, d_model].
+
+        Those of the residual stream are bfloat16. What an MLP adds is float32: rounded once, in the product.
+        """
         sequences, context = tokens.shape
         x = self._base.embed_in(tokens)
         rows, d, heads = sequences * context, x.shape[-1], self._base.config.num_attention_heads
@@ -40,22 +44,25 @@ class NeoxForward:
         shape = (sequences, context, heads, d // heads, cos.shape[1])
         self._reserve(rows, d)
         a, b, qkv, turned, hidden = self._a, self._b, self._qkv, self._turned, self._hidden
-        for block in self._base.layers:
+        for layer, block in enumerate(self._base.layers):
             first, second, attention, mlp = block.input_layernorm, block.post_attention_layernorm, block.attention, block.mlp
             affine = (first.weight, first.bias, second.weight, second.bias)
             _call(self._c.norms, x, *affine, a, b, first.eps, rows, d)
             self._product(a, attention.query_key_value, qkv)
             _call(self._c.rotate, qkv, attention.query_key_value.bias, cos, sin, turned, *shape)
-            query, key, value = turned.view(3, sequences, heads, context, -1)  # a head's rows together: 10 % less attention
+            query, key, value = turned.view(3, sequences, heads, context, -1)  # a head's rows together: attention is faster
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(rows, d)
             self._product(mixed, attention.dense, a)
             self._product(b, mlp.dense_h_to_4h, hidden)
             _call(self._c.gelu, hidden, mlp.dense_h_to_4h.bias, *hidden.shape)
             self._product(hidden, mlp.dense_4h_to_h, b)
+            if (site := Site(layer, MLP_OUT)) in sites:
+                yield site, torch.add(b.float(), mlp.dense_4h_to_h.bias).view_as(x)
             after = torch.empty_like(x)  # whoever is given it may keep it
             _call(self._c.residual, x, a, attention.dense.bias, b, mlp.dense_4h_to_h.bias, after, rows, d)
             x = after
-            yield x
+            if (site := Site(layer)) in sites:
+                yield site, x
 
     def _product(self, x: Tensor, linear: nn.Linear, out: Tensor) -> None:
         """x · weightᵀ, all of them bfloat16; the bias is added by whoever reads `out`."""
@@ -71,7 +78,7 @@ class NeoxForward:
         return cos, sin
 
     def _reserve(self, rows: int, d: int) -> None:
-        """Buffers for `rows` tokens. Fresh ones for every product would cost 25,000 page faults a pass of 1,024 tokens."""
+        """Make buffers for `rows` tokens, unless they are there: fresh ones for every product would cost page faults."""
         if rows != self._rows:
             widths = (d, d, 3 * d, 3 * d, self._base.config.intermediate_size)
             buffers = (torch.empty(rows, width, dtype=torch.bfloat16) for width in widths)
@@ -79,9 +86,10 @@ class NeoxForward:
             self._rows = rows
 
 
-def neox_forward(base: nn.Module) -> NeoxForward | None:
+def neox_forward(base: nn.Module, sites: Collection[Site]) -> NeoxForward | None:
     """The fast way through a base model whose final norm is gone; None where there is none or it does not agree."""
-    library = load(Path(__file__).with_name("neox.c")) if _is_known(base) else None
+    known = _is_known(base) and all(site.hook in (RESID_POST, MLP_OUT) for site in sites)
+    library = load(Path(__file__).with_name("neox.c")) if known else None
     if library is None:
         return None
     fast = NeoxForward(base, library)
@@ -114,7 +122,7 @@ def _is_known(base: Any) -> bool:
 def _difference(base: Any, fast: NeoxForward) -> float:
     """How far the last layer's outputs are apart, relative to the model's own."""
     tokens = torch.arange(_CHECKED_TOKENS)[None] % base.get_input_embeddings().num_embeddings
-    *_, last = fast.run(tokens)
+    ((_, last),) = fast.run(tokens, (Site(len(base.layers) - 1),))
     want = base(input_ids=tokens, use_cache=False).last_hidden_state.float()
     return float((last.float() - want).norm() / want.norm())
 

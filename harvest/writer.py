@@ -24,6 +24,8 @@ from shared.stores import Staged
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class WriterConfig:
+    """How blocks are written."""
+
     threads: int = 4
     buffers: int = 2  # blocks of all layers in flight; host memory is buffers · layers · block bytes
 
@@ -38,9 +40,10 @@ class Buffer:
 
 
 class BlockWriter:
-    """Use as a context manager; leaving it waits for all writes. An error in a thread reaches the next call.
+    """Writes and commits blocks behind the caller's back: a context manager, which waits for all writes when it is left.
 
-    A block that is in the cache already is left alone (another harvest was faster), unless it is to be replaced.
+    A block that is in the cache already is left alone (another harvest was faster), unless it is to be replaced. An error in a
+    thread reaches the next call.
     """
 
     def __init__(

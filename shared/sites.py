@@ -13,6 +13,7 @@ from shared.errors import UserError
 from shared.units import format_layers, parse_layers
 
 RESID_POST = "resid_post"  # the output of a decoder block: the residual stream after it
+MLP_OUT = "mlp_out"  # what a block's MLP adds to the residual stream
 _PLAIN = ("gpt_neox", "gpt2", "gptj", "llama", "mistral", "qwen2", "qwen3", "phi", "gemma", "olmo", "stablelm")
 _NORMED = ("gemma2", "gemma3_text", "olmo2", "olmo3")  # these norm what a sublayer adds to the residual stream
 ANY = "any"
@@ -20,8 +21,7 @@ ANY = "any"
 # {hook: {model_type of a family: the module of a decoder block whose output the hook is}}; "" is the block itself
 HOOKS: dict[str, dict[str, str]] = {
     RESID_POST: {ANY: ""},
-    # what the MLP adds to the residual stream
-    "mlp_out": dict.fromkeys(_PLAIN, "mlp") | dict.fromkeys(_NORMED, "post_feedforward_layernorm"),
+    MLP_OUT: dict.fromkeys(_PLAIN, "mlp") | dict.fromkeys(_NORMED, "post_feedforward_layernorm"),
 }
 
 

@@ -26,10 +26,10 @@ CPU = torch.device("cpu")
 
 
 def residuals(lm: Path, tokens: torch.Tensor, precision: str = "bf16") -> dict[Site, torch.Tensor]:
-    found: dict[Site, torch.Tensor] = {}
+    outputs: dict[Site, torch.Tensor] = {}
     model = LanguageModel(load_model(str(lm), None, precision, head=False), parse_sites("0,1,2"), CPU)
-    model.run(tokens, lambda layer, output: found.__setitem__(layer, output.float()))
-    return found
+    model.run(tokens, lambda layer, output: outputs.__setitem__(layer, output.float()))
+    return outputs
 
 
 def test_every_row_is_the_activation_its_place_says(lm: Path, cache: Cache) -> None:

@@ -15,6 +15,7 @@ from harvest.source import ActivationSource, Sink
 from shared.cache import Cache
 from shared.errors import UserError
 from shared.sites import Site, parse_sites
+from tests.devices import DEVICES
 from tests.shared.cache.test_cache import SPEC
 
 CPU = torch.device("cpu")
@@ -24,12 +25,13 @@ SITES = parse_sites("0,2,2.mlp_out")
 class RandomRows:
     """A synthetic world: rows are drawn by site and number of the sequence, whatever its tokens are."""
 
-    def __init__(self, d_model: int = SPEC.d_model) -> None:
-        self.sites, self.d_model, self.device = SITES, d_model, CPU
+    def __init__(self, d_model: int = SPEC.d_model, device: torch.device = CPU) -> None:
+        self.sites, self.d_model, self.device = SITES, d_model, device
 
     def run(self, tokens: Tensor, sink: Sink, first: int = 0) -> None:
         for site in self.sites:
-            sink(site, torch.stack([self.rows(site, n) for n in range(first, first + len(tokens))]))
+            rows = [self.rows(site, n) for n in range(first, first + len(tokens))]
+            sink(site, torch.stack(rows).to(self.device))
 
     def rows(self, site: Site, sequence: int) -> Tensor:
         generator = torch.Generator().manual_seed(crc32(f"{site} {sequence}".encode()))
@@ -49,8 +51,9 @@ def fill(cache: Cache, source: ActivationSource, *blocks: int, sequences: int = 
     harvest_blocks(cache, source, list(blocks), HarvestConfig(device=CPU, forward_sequences=sequences), replace=replace)
 
 
-def test_rows_lie_where_their_sequences_are(world: Cache) -> None:
-    source = RandomRows()
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_lie_where_their_sequences_are(world: Cache, device: str) -> None:
+    source = RandomRows(device=torch.device(device))
     fill(world, source, *range(SPEC.n_blocks))
     assert world.missing(SITES) == {} and verify(world, SITES, 1).lines == []
     for site in SITES:
