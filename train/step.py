@@ -59,8 +59,8 @@ class Late:
     def read(self) -> list[float]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        found: list[float] = self._host.tolist()
-        return found
+        numbers: list[float] = self._host.tolist()
+        return numbers
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

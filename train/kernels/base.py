@@ -1,8 +1,8 @@
 """The arithmetic of a training step in pieces, and which implementation runs them.
 
 `TorchKernels` (this file) is plain torch, runs on any device and in any dtype, and is the definition that the others are
-tested against; they replace those of its methods at which they are faster. `native.NativeKernels` is compiled C for CPUs,
-`triton_kernels.TritonKernels` is for CUDA. Shapes everywhere: B tokens, d = d_model, F features. Weights and their
+tested against; they replace those of its methods at which they are faster: `cpu` with compiled C, `cuda` and `hopper` with
+Triton. Shapes everywhere: B tokens, d = d_model, F features. Weights and their
 gradients are [F, d], a row is a feature. The hidden layer is a [B, F] view of memory that the native kernels fill
 feature-major: then a feature's tokens are a row, for the products, for the bias, and for the lists of active entries.
 """

@@ -80,9 +80,9 @@ class NativeKernels(TorchKernels):
         expected = sample.numel() * count / n
         rank = min(sample.numel(), math.ceil(expected + 4 * math.sqrt(expected) + 4))
         for first in (max(1, int(sample.topk(rank).values[-1])), 1):
-            found = torch.zeros(self._threads, _PATTERNS, dtype=torch.int32)
-            self._c.histogram(*arguments(hidden, found, first, n))
-            at_least = found.sum(0).flip(0).cumsum(0)  # from the largest pattern down
+            histogram = torch.zeros(self._threads, _PATTERNS, dtype=torch.int32)
+            self._c.histogram(*arguments(hidden, histogram, first, n))
+            at_least = histogram.sum(0).flip(0).cumsum(0)  # from the largest pattern down
             if at_least[-1] >= count:
                 place = int(torch.searchsorted(at_least, count))
                 return _PATTERNS - 1 - place, int(at_least[place - 1]) if place else 0

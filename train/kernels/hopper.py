@@ -1,14 +1,7 @@
 """The two products of a training step whose results are [B, F], with the pass over the result inside. For H100 and H200.
 
-At full size, B = F = 32,768 and d = 1024, a product is 2.2 TFLOP. Milliseconds on an H200 (torch 2.11, triton 3.6), cool and,
-in turns with others, under load, when its 700 W lower the clock by a quarter:
-
-                    cuBLAS alone   and the pass of triton_kernels   here
-    encode            2.9, 3.3           4.3                     3.5, 3.9   (0.07 of it the count)
-    hidden_grad       2.9, 3.3           4.2                     3.4, 3.7
-
-cuBLAS's own epilogue (bias in bfloat16 and relu) takes 3.15 and leaves the counting, a read of 2.1 GB, to be done. Finishing a
-tile during the products of the next one was tried: its registers spill, and it took 5.4 ms and more.
+cuBLAS has an epilogue for relu, but features would still have to be counted in a pass of their own. What was measured:
+docs/findings/kernels.md.
 
 - Tiles come and go through the tensor memory accelerator: a few programs for each multiprocessor take tiles in turn, and
   the loads of the next tile begin before the last one is finished (`flatten` makes one loop of two for that).
@@ -30,7 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shared.launch import launch as _launch
 from train.kernels.base import Activation, Workspace
-from train.kernels.cuda import MarkedActivation, TritonKernels, _bits, _store_bits
+from train.kernels.cuda import TritonKernels
+from train.kernels.cuda_hidden import MarkedActivation, bits_of, store_bits
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -49,10 +43,6 @@ class Tiling:
 
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Others that were tried, in ms: encode under load (3.85) in four strips 3.93, with three stages 3.99, counting while a tile is
-# finished 4.2; hidden_grad (3.67) with sums carried from tile to tile 3.56, which takes matrices that divide evenly, in strips
-# of 16 rows of tiles 3.8, with 128 x 256 4.0 and more; cool (3.4) with 256 x 128 3.6, 128 x 128 in two strips 5.0. Warps of
-# their own for loads: the compiler does not make them (`warp_specialize`), and kernels written so in Gluon hung.
 ENCODE = Tiling(rows=128, cols=256, stages=4, parts=2)
 HIDDEN_GRAD = Tiling(rows=128, cols=128, warps=4, parts=4, per_processor=2)
 COUNT_ROWS, COUNT_WORDS, COUNT_BLOCK = 32, 32, 2048  # feature_count: a tile of bits, and the rows that one program goes down
@@ -70,7 +60,7 @@ class HopperKernels(TritonKernels):
     def hidden_grad(self, g: Tensor, w_dec: Tensor, z: Tensor, activation: Activation, l1_grad: float, gz: Tensor) -> Tensor:
         if not fits(len(g), *w_dec.shape):
             return super().hidden_grad(g, w_dec, z, activation, l1_grad, gz)
-        return hidden_grad(g, w_dec, _bits(activation), l1_grad, gz)
+        return hidden_grad(g, w_dec, bits_of(activation), l1_grad, gz)
 
 
 def fits(n_rows: int, n_cols: int, d: int) -> bool:
@@ -237,7 +227,7 @@ def _encode_kernel(
             z_tiles.store([first_row, first_col + i * WIDTH], z)
             sums += tl.sum(wide, axis=1)
             words = tl.sum(flags << (2 * tl.arange(0, 4))[None, None, :], axis=2)
-            _store_bits(bits_ptr, words, rows, first_col + i * WIDTH, n_rows, n_cols, bits_stride, WIDTH)
+            store_bits(bits_ptr, words, rows, first_col + i * WIDTH, n_rows, n_cols, bits_stride, WIDTH)
         tl.store(partial_ptr + tile, tl.sum(tl.where(rows < n_rows, sums, 0.0)))
 
 

@@ -86,20 +86,12 @@ def kernels() -> Any:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that the sizes above cross every edge: several slices of d, several chunks of a feature."""
-    tiles = {
-        "TILE_ROWS": 8,
-        "TILE_COLS": 64,
-        "TILE_BLOCK": 16,
-        "MASK_ROWS": 8,
-        "MASK_COLS": 64,
-        "MASK_BLOCK": 16,
-        "WORDS": 2,
-        "SAMPLE": 4,
-        "RESIDUAL_ELEMENTS": 64,
-    }
-    tiles |= {"DECODE_ENTRIES": 4, "DECODE_COLS": 32, "GRAD_ENTRIES": 4, "GRAD_COLS": 32, "CHUNK": 8}
-    for name, value in (tiles | {"ADAM_ELEMENTS": 32}).items():
-        monkeypatch.setattr(f"train.kernels.cuda.{name}", value)
+    hidden = {"TILE_ROWS": 8, "TILE_COLS": 64, "TILE_BLOCK": 16, "MASK_ROWS": 8, "MASK_COLS": 64, "MASK_BLOCK": 16, "SAMPLE": 4}
+    sparse = {"DECODE_ENTRIES": 4, "DECODE_COLS": 32, "GRAD_ENTRIES": 4, "GRAD_COLS": 32, "CHUNK": 8}
+    rows = {"RESIDUAL_ELEMENTS": 64, "ADAM_ELEMENTS": 32}
+    for part, tiles in {"hidden": hidden, "lists": {"WORDS": 2}, "sparse": sparse, "rows": rows}.items():
+        for name, value in tiles.items():
+            monkeypatch.setattr(f"train.kernels.cuda_{part}.{name}", value)
 
 
 @pytest.fixture
@@ -321,8 +313,8 @@ def check_frequent_features(
     kernels: Any, small_tiles: None, fences: None, monkeypatch: pytest.MonkeyPatch, size: Size, dtype: torch.dtype
 ) -> None:
     """A few by dense products and the rest by their entries: what the entries alone give."""
-    monkeypatch.setattr("train.kernels.cuda.FREQUENT", 0.3)
-    monkeypatch.setattr("train.kernels.cuda.FREQUENT_STEP", 8)
+    monkeypatch.setattr("train.kernels.cuda_lists.FREQUENT", 0.3)
+    monkeypatch.setattr("train.kernels.cuda_lists.FREQUENT_STEP", 8)
     z, bias = hidden(size, dtype)
     activation = kernels.activate_(z, bias)
     often = activation.feature_count > 0.3 * size.tokens
@@ -466,7 +458,9 @@ def check_that_strided_columns_are_refused(kernels: Any) -> None:
 def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size, dtype: torch.dtype) -> list[Any]:
     """Every launch of a step, on tensors that have a shape and no memory, so at full size."""
     launches: list[Any] = []
-    monkeypatch.setattr("train.kernels.cuda._launch", lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta)))
+    for part in ("hidden", "lists", "sparse", "rows"):
+        name = f"train.kernels.cuda_{part}._launch"
+        monkeypatch.setattr(name, lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta)))
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

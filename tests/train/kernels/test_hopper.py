@@ -1,5 +1,5 @@
 """The products that finish their results, against torch; in the interpreter, through the compiler, and on a GPU where
-there is one of compute capability 9. How and why in processes of their own: see test_triton_kernels."""
+there is one of compute capability 9. How and why in processes of their own: see test_cuda."""
 
 import re
 from pathlib import Path
@@ -43,9 +43,9 @@ def products() -> Any:
     if INTERPRETED:
         mend_interpreter()
         mend_products_of_bfloat16()
-    from train.kernels import hopper as triton_products
+    from train.kernels import hopper
 
-    return triton_products
+    return hopper
 
 
 def mend_products_of_bfloat16() -> None:
