@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from PIL import Image
-
 from eval.measure.features import load_features
 from eval.publish.card import REGISTRY
+from eval.report.pictures import picture_is_whole
 from shared.errors import UserError
 from shared.files import publish_file, publish_json
 from shared.progress import Progress, say
@@ -65,20 +64,12 @@ def check(run: Run, files: dict[str, Path]) -> None:
                 Sae.check(path, belongs=run.belongs(label.site, label.label) if label else {"digest": run.config()["digest"]})
             elif name.startswith("results/features/"):
                 load_features(path)
-            elif path.suffix == ".png":
-                _check_picture(path)
+            elif path.suffix in (".png", ".svg") and not picture_is_whole(path):
+                raise UserError(f"{path} is damaged: run `python -m eval` to have it drawn again")
             progress.advance(path.stat().st_size)
     for site in sorted({s.site for s in snapshots.values()}):
         if not run.metrics(site) and run.snapshot_path(site, FINAL) in snapshots:
             say(f"note: the training curve of layer {site} is gone from {run.path}, and is not published", err=True)
-
-
-def _check_picture(path: Path) -> None:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError):
-        raise UserError(f"{path} is damaged: delete it, and run `python -m eval` to draw it again") from None
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from eval.floors.measured import measured_floors
-from eval.measure.store import stored_results
+from eval.measure.store import Results
 from eval.publish.card import Publication, sister_runs, write_card
 from eval.publish.contents import PublishedForm, check, published_files
 from eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
@@ -83,11 +83,13 @@ def prepare(run: Run, publication: Publication) -> None:
     finals = [s for s in run.snapshots() if s.label == FINAL]
     if not finals:
         raise UserError(f"{run.path} has no finished layer to publish: train it to its end first")
-    records = stored_results(run)
+    stored = Results(run)
+    records = stored.present()
     if not records:
         raise UserError(
             f"{run.path} has not been evaluated: run `python -m eval` first, for nobody can use SAEs of unknown worth"
         )
+    stored.tabulate()  # the .csv has no checksum
     remove_leftovers(run.path)
     measured = measured_floors(run.path.parent, run.config()["cache"]["digest"])
     config = ExportConfig(form="saelens", out=run.path)

@@ -160,7 +160,8 @@ def test_what_is_damaged_is_not_sent(cli: Cli, run: Run) -> None:
     args = ("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run")
     assert cli(*args).code == 0
     for name, at in (
-        ("sae_layer00_10240.pt", -9000), ("metrics/layer01.jsonl", 30), ("plots/4_snapshots.png", 5000), ("config.json", -15),
+        ("sae_layer00_10240.pt", -9000), ("metrics/layer01.jsonl", 30), ("plots/4_snapshots.png", 5000),
+        ("plots/7_capacity.svg", -900), ("config.json", -15),
         ("results/metrics.json", 60), ("results/features/layer02_final.safetensors", -1),
     ):  # fmt: skip
         path = run.path / name
@@ -171,6 +172,10 @@ def test_what_is_damaged_is_not_sent(cli: Cli, run: Run) -> None:
         result = cli(*args)
         assert result.code == 2 and path.name in result.err.splitlines()[-1] and not result.out, name
         path.write_bytes(whole)
+    table = run.path / "results" / "metrics.csv"
+    right = table.read_text()
+    table.write_text(right.replace("1", "2"))
+    assert cli(*args).code == 0 and table.read_text() == right
     path = run.path / "layer_1" / "sae_weights.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"?")
