@@ -143,9 +143,9 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
 
 def _example(site: Site) -> dict[str, Any]:
     """A site as the card's code reads it: its hook by the names that the module has in blocks, the rarer first."""
-    if site.hook == RESID_POST:
-        return {"example": site, "hook": "", "modules": []}
-    return {"example": site, "hook": f".{site.hook}", "modules": list(dict.fromkeys(reversed(HOOKS[site.hook].values())))}
+    plain = site.hook == RESID_POST
+    modules = [] if plain else list(dict.fromkeys(reversed(HOOKS[site.hook].values())))
+    return {"example": site, "folder": f"layer_{site}", "hook": Safe("" if plain else f".{site.hook}"), "modules": modules}
 
 
 def _counts(numbers: Iterable[int]) -> str:

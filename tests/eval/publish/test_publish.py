@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from eval.measure.store import stored_results
 from eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from eval.publish.contents import published_files
 from shared.files import temporary
-from shared.lm import find_blocks
+from shared.lm import hook_module
 from shared.runs.run import Run, run_config
 from shared.runs.sae import Sae
 from shared.sites import Site
@@ -317,12 +318,13 @@ def family(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("site", [Site(1), Site(1, "mlp_out")], ids=str)
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
 def test_the_cards_code_runs_for_every_family(
-    name: str, bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, bos: bool, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And gives the SAE what it was trained on: this layer's output, with a BOS in front or without."""
+    """And gives the SAE what it was trained on: the activations of its site, with a BOS in front or without."""
     results = make_runs(tmp_path / "runs", layers=3)
     made_up = Run(tmp_path / "runs" / "pythia-410m-saes-x32-l1-3e-4-fixed")
     config, run = made_up.config(), Run(tmp_path / "runs" / "another")
@@ -330,13 +332,17 @@ def test_the_cards_code_runs_for_every_family(
     run.path.mkdir()
     run.create(run_config(config["train"], config["cache"]), config["machine"])
     monkeypatch.chdir(tmp_path)
+    made_up.snapshot_path(Site(1), "final").rename(made_up.snapshot_path(site, "final"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _repo, file: made_up.path / file)
+    measured = [replace(r, site=replace(r.site, hook=site.hook)) for r in results[made_up.name]]
+    plain, saelens = blocks(card(run, measured, None, [], Publication(owner="org")))
+    assert f'"layer_{site}"' in saelens
     names: dict[str, Any] = {}
-    exec(blocks(card(run, results[made_up.name], None, [], Publication(owner="org")))[0], names)
+    exec(plain, names)
     text = [1] * bos + AutoTokenizer.from_pretrained(name)("The cat sat on the mat.", add_special_tokens=False)["input_ids"]
     outputs: list[Any] = []
     base = AutoModel.from_pretrained(name)
-    find_blocks(base)[1][1].register_forward_hook(lambda _block, _args, output: outputs.append(output))
+    hook_module(base, site).register_forward_hook(lambda _module, _args, output: outputs.append(output))
     base(input_ids=torch.tensor([text]))
     expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     torch.testing.assert_close(names["x"], expected)
