@@ -91,7 +91,7 @@ def test_a_harvest_killed_three_times_is_as_one_on_a_disk(bucket_cache: str, cac
 
 
 def test_how_far_a_fleet_is_is_read_in_the_bucket(bucket_cache: str, s3_server: Server) -> None:
-    assert cluster._blocks(Bucket.parse(bucket_cache), (0, 1, 2)) == (132, 132, "blocks")
+    assert cluster._blocks(Bucket.parse(bucket_cache), parse_sites("0-2")) == (132, 132, "blocks")
     runs = Bucket.parse(s3_server.place())
     for name in ("sae_layer01_final.pt", "sae_layer01_3413.pt", "sae_layer02_final.pt", "config.json"):
         s3.S3(runs / "a").write(name, b"")
