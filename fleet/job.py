@@ -18,7 +18,7 @@ from fleet.plan import Plan
 from fleet.room import Room, Window, room, used_bytes, windows
 from shared.cache import Cache, CacheSpec
 from shared.errors import Busy, UserError
-from shared.files import make_dir, owned, remove_leftovers
+from shared.files import append_line, make_dir, owned, remove_leftovers
 from shared.progress import say
 from shared.runs.run import SNAPSHOTS, Run, made
 from shared.seal import seal, sealed
@@ -118,8 +118,7 @@ class Job:
         finally:
             named = [site.json for site in layers]
             record = {"stage": stage, "layers": named, "began": began, "seconds": time.time() - began, "code": code}
-            with self._log.open("a") as file:
-                file.write(json.dumps(seal(record)) + "\n")
+            append_line(self._log, json.dumps(seal(record)).encode())
 
     # --- what there is ---
 

@@ -96,6 +96,36 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     os.fsync(fd)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file, whole or not at all: after an error the file ends where it did. Raises UserError.
+
+    Half a line that a kill left at the end is removed first, lest this one be glued to it.
+    """
+    with writing(path):
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            end = _cut_half_line(fd)
+            try:
+                view = memoryview(line + b"\n")
+                if _move_all(fd, view, lambda part, done: os.write(fd, part), False) < len(view):
+                    raise OSError(errno.EIO, "the file system took no more bytes")
+            except BaseException:
+                os.ftruncate(fd, end)
+                raise
+        finally:
+            os.close(fd)
+
+
+def _cut_half_line(fd: int) -> int:
+    """Cut an open file after its last whole line; gives its size then."""
+    size = end = os.fstat(fd).st_size
+    while end and os.pread(fd, 1, end - 1) != b"\n":
+        end -= 1
+    if end < size:
+        os.ftruncate(fd, end)
+    return end
+
+
 def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
     """Fill `out` from byte `offset` of a file; return the bytes read, fewer where the file ends. Raises OSError.
 
@@ -208,8 +238,15 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its content, if it exists."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove a file, a folder with its content, or a link but not what it points at, if it exists."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def refuse_links(*paths: Path) -> None:
+    """Raises UserError for a link: in a folder from somebody else it may point at any file of ours."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is left alone: put the thing itself in its place")
 
 
 @contextlib.contextmanager
@@ -259,7 +296,7 @@ def locked(path: Path, *, make: bool = False) -> Iterator[None]:
 
     On a file system without locks nobody waits, and duplicate work may end as damage that is noticed.
     """
-    fd, create = None, os.O_CREAT if make else 0
+    fd, create = None, os.O_CREAT | os.O_NOFOLLOW if make else 0
     try:
         with contextlib.suppress(OSError):
             # network file systems lock only files that are open for writing
@@ -292,11 +329,12 @@ def owned(path: Path) -> Iterator[str]:
 
 
 def _own(path: Path) -> int | None:
-    """The descriptor of the locked file; None if another process holds the lock."""
+    """The descriptor of the locked file; None if another process holds the lock. Raises UserError for a link."""
     while True:
+        refuse_links(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the folder has just gone with its last owner
             continue
         try:

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from shared.errors import UserError
-from shared.files import locked, publish_json
+from shared.files import append_line, locked, publish_json
 from shared.seal import seal, sealed, unsealed
 from shared.sites import Site
 
@@ -131,9 +131,8 @@ class JsonLines(Generic[R]):
         self.path, self._kind = path, kind
 
     def append(self, record: R) -> None:
-        """Add a line in one write, so that a kill leaves a line that is whole or the last one."""
-        with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(seal(record.to_dict())).encode() + b"\n")
+        """Add a line, whole or not at all. Raises UserError where the disk does not take it."""
+        append_line(self.path, json.dumps(seal(record.to_dict())).encode())
 
     def lines(self) -> list[tuple[bytes, R | None]]:
         """Every line and its record, None where it is damaged; not a last line that is being written or that a crash cut."""

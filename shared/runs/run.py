@@ -27,7 +27,7 @@ from torch import Tensor
 
 from shared.cache import ADVICE, Cache
 from shared.errors import Busy, UserError
-from shared.files import create_file, make_dir, owned, remove, remove_leftovers, replacing, sync_dir
+from shared.files import append_line, create_file, make_dir, owned, refuse_links, remove, remove_leftovers, replacing, sync_dir
 from shared.progress import say
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
@@ -218,6 +218,7 @@ class Run:
     @contextlib.contextmanager
     def _claim(self, site: Site) -> Iterator[None]:
         path = self._owner_path(site)
+        refuse_links(self.path / "metrics", path.parent.parent, path.parent)
         try:
             with owned(path) as owner:
                 if owner:
@@ -294,8 +295,7 @@ class Run:
         """Durable after `sync_metrics`."""
         path = self.metrics_path(site)
         path.parent.mkdir(exist_ok=True)
-        with path.open("ab", buffering=0) as file:
-            file.write(json.dumps(seal(record)).encode() + b"\n")
+        append_line(path, json.dumps(seal(record)).encode())
 
     def sync_metrics(self, site: Site) -> None:
         path = self.metrics_path(site)

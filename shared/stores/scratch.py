@@ -18,7 +18,7 @@ from pathlib import Path
 from zlib import crc32
 
 from shared.errors import UserError
-from shared.files import locked, make_dir, read_file, remove_leftovers, temporary, write_all
+from shared.files import locked, make_dir, read_file, refuse_links, remove_leftovers, temporary, write_all
 from shared.progress import say
 from shared.sites import Site
 from shared.units import format_bytes, parse_bytes
@@ -50,6 +50,7 @@ class Scratch:
         self._config, self._folder = config, config.folder / digest[:16]
         self._locks = config.folder / "locks"
         self._full = False
+        refuse_links(self._folder, self._locks, config.folder / "used")
         for folder in (self._folder, self._locks):
             make_dir(folder)
         with self._account() as change:

@@ -16,6 +16,7 @@ from shared.errors import UserError
 from shared.files import (
     PAGE,
     UNKNOWN_FREE,
+    append_line,
     create_file,
     free_bytes,
     locked,
@@ -26,6 +27,7 @@ from shared.files import (
     publish_file,
     publish_json,
     read_file,
+    remove,
     remove_leftovers,
     replacing,
     sync_dir,
@@ -34,6 +36,50 @@ from shared.files import (
 )
 from shared.progress import Progress
 from tests.conftest import ROOT
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system takes of it at a time, and on a disk that is full after a few bytes."""
+    path, write, room = tmp_path / "curve.jsonl", os.write, [100]
+
+    def short(fd: int, data: memoryview) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        n = write(fd, data[: min(3, room[0])])
+        room[0] -= n
+        return n
+
+    monkeypatch.setattr(os, "write", short)
+    append_line(path, b"the first")
+    room[0] = 5
+    with pytest.raises(UserError, match=r"curve.jsonl: No space left"):
+        append_line(path, b"the second")
+    assert path.read_bytes() == b"the first\n"
+    room[0] = 100
+    append_line(path, b"the second")
+    path.write_bytes(path.read_bytes() + b"half of what a kill le")
+    append_line(path, b"the third")
+    assert path.read_bytes() == b"the first\nthe second\nthe third\n"
+
+
+def test_nothing_is_changed_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "key", tmp_path / "link"
+    target.write_text("secret")
+    link.symlink_to(target)
+    with pytest.raises(UserError, match="link is a link to .*key, which is left alone"), owned(link):
+        pass
+    with pytest.raises(UserError, match="cannot write .*link"):
+        append_line(link, b"line")
+    with locked(link, make=True):
+        pass
+    remove(link)
+    link.symlink_to(target.parent)
+    remove(link)
+    link.symlink_to(tmp_path / "nothing" / "there")
+    with pytest.raises(UserError, match="left alone"), owned(link):
+        pass
+    assert target.read_text() == "secret" and not (tmp_path / "nothing").exists()
 
 
 def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

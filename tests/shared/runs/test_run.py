@@ -281,6 +281,20 @@ def test_a_layer_has_one_owner(tmp_path: Path) -> None:
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
 
 
+@pytest.mark.parametrize("name", ["state", "state/layer01", "state/layer01/owner", "metrics"])
+def test_a_link_in_a_run_of_somebody_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    run, ours = new_run(tmp_path / "r"), tmp_path / "ours"
+    ours.mkdir()
+    (ours / "state.tmp").write_text("secret")
+    link = run.path / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(ours / "state.tmp" if name.endswith("owner") else ours)
+    with pytest.raises(UserError, match=f"{name} is a link to .*, which is left alone"), run.claim([Site(1)]):
+        pass
+    assert [path.name for path in ours.iterdir()] == ["state.tmp"] and (ours / "state.tmp").read_text() == "secret"
+    assert link.is_symlink()
+
+
 def test_metrics_after_the_cursor_are_dropped(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
