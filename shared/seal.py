@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,6 +45,14 @@ def _google_crc32c(raw: NDArray[np.uint8]) -> int:
     return value
 
 
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError for anything else, and for what is nested too deep."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def canonical(value: Any) -> bytes:
     """Canonical JSON: equal values give equal bytes, before and after a round trip through JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -66,7 +75,7 @@ def to_bytes(value: dict[str, Any]) -> bytes:
 
 def from_bytes(data: bytes) -> dict[str, Any]:
     """The dictionary that `to_bytes` was given. Raises ValueError for bytes that are damaged or no sealed JSON."""
-    value = json.loads(data)
+    value = parse_json(data)
     if not sealed(value):
         raise ValueError("its checksum does not match")
     return unsealed(value)
@@ -91,9 +100,9 @@ def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -
 def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the dictionary that `save_sealed` was given. Raises ValueError, which says why, for a damaged file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        data = path.read_bytes()  # not mapped: a bad block, or a file that is cut meanwhile, would end the process
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts, tensors = parse_json(header["__metadata__"]["facts"]), load_tensors(data)
         if not sealed(facts, tensors):
             raise ValueError("its checksum does not match")
     except Exception as error:  # safetensors raises its own type, and OSError, and KeyError

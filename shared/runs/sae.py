@@ -6,6 +6,7 @@ With thresholds θ [F] (settings that choose among a batch's activations have th
 config says k, a token's z is 0 but for its k largest entries.
 """
 
+import contextlib
 import errno
 import io
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Sae:
     @staticmethod
     def checksum(path: Path) -> str:
         """The checksum that the file carries, which tells it from every other; the tensors are not read. Raises as `load`."""
-        return str(_open(path)[2][SEAL])
+        return str(_open(path, tensors=False)[2][SEAL])
 
 
 def keep_top_k_(z: Tensor, k: int) -> Tensor:
@@ -146,7 +147,7 @@ def _read(path: Path, belongs: dict[str, Any] | None) -> _Content:
     state, config, stats = _open(path)
     try:
         right = sealed(_facts(config, stats) | {SEAL: stats[SEAL]}, state)
-    except (TypeError, ValueError):  # values that are no JSON, or tensors that are none
+    except (TypeError, ValueError, RecursionError):  # values that are no JSON, or tensors that are none
         right = False
     if not right:
         raise Damaged(f"{path} is damaged: its checksum does not match; train again to make it again")
@@ -158,12 +159,18 @@ def _read(path: Path, belongs: dict[str, Any] | None) -> _Content:
     return state, config, stats
 
 
-def _open(path: Path) -> _Content:
+def _open(path: Path, *, tensors: bool = True) -> _Content:
+    """The content of a file, as it stands there; without `tensors` their values are not read."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file, contextlib.nullcontext() if tensors else torch.serialization.skip_data():
+            # not mapped: a bad block, or a file that is cut meanwhile, would end the process
+            content = torch.load(io.BytesIO(file.read()) if tensors else file, map_location="cpu", weights_only=True)
         state, config, stats = content["model_state"], dict(content["config"]), dict(content["stats"])
         names = [*_SHAPES, _THRESHOLD] if _THRESHOLD in state else _SHAPES
-        return {name: state[name] for name in names}, config, stats | {SEAL: stats[SEAL]}
+        state = {name: state[name] for name in names}
+        if any(tensor.layout != torch.strided for tensor in state.values()):
+            raise ValueError("a sparse tensor")
+        return state, config, stats | {SEAL: stats[SEAL]}
     except FileNotFoundError:
         raise Damaged(f"no checkpoint at {path}") from None
     except Exception as error:  # a damaged zip, pickle or dictionary fails in too many ways to name them

@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.files import temporary
 from shared.runs.run import Run, run_config, snapshot_tokens
 from shared.runs.sae import Damaged, Sae
-from shared.seal import SEAL
+from shared.seal import SEAL, load_sealed
 from shared.sites import Site
 from tests.conftest import ROOT
 
@@ -107,6 +107,37 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     content = {"model_state": {}, "config": {}, "stats": {}}
     torch.save(content, path)
     with pytest.raises(UserError, match="not a readable"):
+        Sae.load(path)
+
+
+def test_a_file_on_a_bad_block_is_an_error_in_words() -> None:
+    """As /proc/self/mem is at its beginning. Of a mapping the system would end the process."""
+    path = Path("/proc/self/mem")
+    for read in (Sae.load, Sae.checksum):
+        with pytest.raises(UserError, match="cannot read /proc/self/mem: Input/output error"):
+            read(path)
+    with pytest.raises(ValueError, match="Input/output error"):
+        load_sealed(path)
+
+
+def test_a_sparse_tensor_is_damage(tmp_path: Path) -> None:
+    sae().save(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["model_state"]["b_pre"] = content["model_state"]["b_pre"].to_sparse()
+    torch.save(content, tmp_path / "a.pt")
+    for read in (Sae.load, Sae.checksum):
+        with pytest.raises(Damaged, match="not a readable SAE checkpoint"):
+            read(tmp_path / "a.pt")
+
+
+def test_the_checksum_is_read_without_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    sae(64, 4096).save(path)
+    checksum, content = Sae.checksum(path), path.read_bytes()
+    assert checksum == torch.load(path, weights_only=True)["stats"][SEAL]
+    path.write_bytes(content[:400_000] + b"x" * 100_000 + content[500_000:])
+    assert Sae.checksum(path) == checksum
+    with pytest.raises(Damaged):
         Sae.load(path)
 
 
