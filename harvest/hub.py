@@ -1,13 +1,14 @@
 """Documents of datasets on the hub, streamed by `datasets`."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harvest.documents import LocalText, is_local
 from harvest.pieces import FilePoint, Piece, ResumePoint, Row, StreamPoint, TextSource, column_of, reason, split_rows
 from shared.errors import UserError
+from shared.hub import retried
 from shared.identity import dataset_commit, unreachable
 
 if TYPE_CHECKING:  # imported where text is read: a harvest whose tokens are written does without
@@ -34,18 +35,11 @@ class HubText:
 
     def _rows(self, start: StreamPoint | None) -> Iterator[Row]:
         name = f"the dataset {self.dataset}"
-        try:
-            stream = self._stream()
-            if start:
-                stream.load_state_dict(start.stream)
-            records = iter(stream)
-        except Exception as error:  # the hub's client, the network, and whatever describes a dataset
-            raise unreachable(name, error) from None
+        reader = _Reader(self._stream, start.stream if start else None)
         for number in itertools.count(start.row if start else 0):
             try:
-                before = stream.state_dict()
-                record = next(records, None)
-            except Exception as error:
+                before, record = retried(name, reader.read)
+            except Exception as error:  # the hub's client, the network, and whatever describes a dataset
                 if number == 0:
                     raise unreachable(name, error) from None
                 raise UserError(f"{name}, after row {number}: {reason(error)}; run again to continue there") from None
@@ -58,6 +52,29 @@ class HubText:
         from datasets import load_dataset
 
         return load_dataset(self.dataset, revision=self.revision, split=self.split, streaming=True)
+
+
+class _Reader:
+    """The records of a stream, which is opened again where it was after a failure."""
+
+    def __init__(self, open_stream: Callable[[], "IterableDataset"], state: dict[str, Any] | None) -> None:
+        self._open, self._state = open_stream, state  # the state before the next record
+        self._stream: IterableDataset | None = None
+        self._records: Iterator[Any] = iter(())
+
+    def read(self) -> tuple[dict[str, Any], Any]:
+        """(state before a record, the record); the record is None at the end."""
+        try:
+            if self._stream is None:
+                self._stream = self._open()
+                if self._state:
+                    self._stream.load_state_dict(self._state)
+                self._records = iter(self._stream)
+            self._state = self._stream.state_dict()
+            return self._state, next(self._records, None)
+        except Exception:
+            self._stream = None
+            raise
 
 
 def open_text(*, dataset: str, revision: str | None, split: str, column: str) -> TextSource:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shared.cache import Cache
 from shared.errors import UserError
+from shared.hub import retried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,10 +103,19 @@ def open_model(model: str, revision: str | None) -> Model:
 def _download(model: str, revision: str | None) -> Path:
     """The folder of a hub model at one commit, named after that. Raises UserError."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    patterns = [*_IS_MODEL, *_TOKENIZER]
+
+    def download() -> Path:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        # A hub that does not answer leaves what there is in the cache, which may be the configuration alone.
+        if not any(folder.glob("*.safetensors")) and not HF_HUB_OFFLINE:
+            raise ConnectionError("it has no weights in *.safetensors, or the hub does not answer")
+        return folder
 
     try:
-        patterns = [*_IS_MODEL, *_TOKENIZER]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return retried(f"the model {model}", download)
     except Exception as error:  # the hub's client has a dozen kinds
         raise unreachable(f"the model {model}", error) from None
 
@@ -127,7 +137,7 @@ def dataset_commit(dataset: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(dataset, revision=revision).sha)
+        return str(retried(f"the dataset {dataset}", lambda: HfApi().dataset_info(dataset, revision=revision).sha))
     except Exception as error:
         raise unreachable(f"the dataset {dataset}", error) from None
 

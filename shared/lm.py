@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from shared.device import bfloat16_is_slow
 from shared.errors import UserError
+from shared.hub import retried
 from shared.identity import unreachable
 from shared.sites import Site, hook_name
 
@@ -30,7 +31,8 @@ logging.disable_progress_bar()
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
     """A fast tokenizer for whole documents: nothing cut off or added, special tokens quoted in a text are text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, use_fast=True, trust_remote_code=False)
+        load = partial(AutoTokenizer.from_pretrained, model, revision=revision, use_fast=True, trust_remote_code=False)
+        tokenizer = retried(f"the tokenizer of {model}", load)
     except Exception as error:  # each kind of tokenizer has its own ways of failing
         raise unreachable(f"the tokenizer of {model}", error) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -45,7 +47,8 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
 def load_config(model: str, revision: str | None) -> PretrainedConfig:
     """The configuration of a plain, unquantised language model. Raises UserError for any other, or where it is not there."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        load = partial(AutoConfig.from_pretrained, model, revision=revision, trust_remote_code=False)
+        config: PretrainedConfig = retried(f"the model {model}", load)
     except Exception as error:  # configurations are code of some hundred models, each with its own ways of failing
         raise unreachable(f"the model {model}", error) from None
     if config.get_text_config() is not config or not all(isinstance(getattr(config, name, None), int) for name in _SHAPE):

@@ -33,8 +33,8 @@ from shared.runs.run import Run, run_config
 from shared.runs.sae import Sae
 from shared.sites import Site
 from tests.conftest import ROOT, Cli, invoke
-from tests.eval.hub import TOKEN, Hub
 from tests.eval.synthetic import make_distilled, make_runs
+from tests.hub import TOKEN, Hub
 
 
 @pytest.fixture(scope="module")
