@@ -55,26 +55,35 @@ class HubText:
 
 
 class _Reader:
-    """The records of a stream, which is opened again where it was after a failure."""
+    """The records of a stream, which is opened again after a failure at the record before it."""
 
     def __init__(self, open_stream: Callable[[], "IterableDataset"], state: dict[str, Any] | None) -> None:
-        self._open, self._state = open_stream, state  # the state before the next record
+        self._open, self._state = open_stream, state  # the state before the last record, or before the first
         self._stream: IterableDataset | None = None
         self._records: Iterator[Any] = iter(())
+        self._last: Any = None  # the record read last
 
     def read(self) -> tuple[dict[str, Any], Any]:
-        """(state before a record, the record); the record is None at the end."""
+        """(state before a record, the record); the record is None at the end. Raises whatever `datasets` does."""
         try:
             if self._stream is None:
-                self._stream = self._open()
-                if self._state:
-                    self._stream.load_state_dict(self._state)
-                self._records = iter(self._stream)
-            self._state = self._stream.state_dict()
-            return self._state, next(self._records, None)
+                self._stream = self._opened()
+            state = self._stream.state_dict()
+            self._last = next(self._records, None)
+            self._state = state
+            return state, self._last
         except Exception:
             self._stream = None
             raise
+
+    def _opened(self) -> "IterableDataset":
+        stream = self._open()
+        if self._state:
+            stream.load_state_dict(self._state)
+        self._records = iter(stream)
+        if self._last is not None and repr(next(self._records, None)) != repr(self._last):
+            raise ValueError("the stream goes on at another row than that at which it broke")
+        return stream
 
 
 def open_text(*, dataset: str, revision: str | None, split: str, column: str) -> TextSource:

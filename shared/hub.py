@@ -66,8 +66,8 @@ class _Notice:
     """One line for everything that waits for the hub: these look-ups, and what the client itself does again."""
 
     def __init__(self) -> None:
-        self._what = ""  # is asked for now
-        self._said = float("-inf")
+        self._what = ""  # the model, tokenizer or dataset that is asked for
+        self._said = float("-inf")  # when the line was printed
 
     def waiting(self, status: int | None = None) -> None:
         if time.monotonic() - self._said > _SILENCE:

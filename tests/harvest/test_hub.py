@@ -1,6 +1,7 @@
 """Documents of a hub dataset: a file stands for it, streamed by `datasets`. Over HTTP: tests/test_hub.py."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,36 @@ def test_hub_datasets_that_cannot_be_opened(hub: Path) -> None:
     refused("row 1: it has no column 'body'; it has n, text", column="body")
     hub.unlink()
     refused("cannot load the dataset some/dataset")
+
+
+class Breaking:
+    """A stream whose connection breaks after each ten rows; `lies`: it is opened again at the beginning whatever it is told."""
+
+    lies = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.state_dict = stream.state_dict
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not self.lies:
+            self._stream.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, record in enumerate(self._stream):
+            if i == 10:
+                raise ConnectionResetError("gone")
+            yield record
+
+
+def test_a_stream_that_breaks_is_opened_again_where_it_was(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.write_bytes(lines(TEXTS[:27]))
+    stream = HubText._stream
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(HubText, "_stream", lambda self: Breaking(stream(self)))
+    assert [piece.text for piece in SOURCE.pieces()] == TEXTS[:27]
+    monkeypatch.setattr(Breaking, "lies", True)
+    refused("after row 10: the stream goes on at another row than that at which it broke; run again")
 
 
 def test_what_is_a_path_is_not_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
