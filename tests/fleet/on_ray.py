@@ -26,8 +26,9 @@ from ray.cluster_utils import Cluster
 from fleet.cluster import Fleet, RayCommands
 from fleet.commands import JobConfig, Stage
 from shared.cli import run
+from shared.sites import parse_sites
 
-LAYERS = (0, 1, 2)
+LAYERS = parse_sites("0-2")
 
 
 def read_config(text: str) -> JobConfig:

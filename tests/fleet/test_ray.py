@@ -15,6 +15,7 @@ from fleet import cluster
 from fleet.cluster import Fleet, RayCommands, _task
 from fleet.commands import JobConfig
 from shared.errors import Busy, UserError
+from shared.sites import parse_sites
 from tests.conftest import ROOT, TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
 
@@ -47,7 +48,7 @@ def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_e
 
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as a task has it
     one = replace(here, cache=tmp_path / "one" / "c", runs=tmp_path / "one" / "r")
-    for argv in (one.command("harvest", range(3)), one.command("train", range(3))):
+    for argv in (one.command("harvest", parse_sites("0-2")), one.command("train", parse_sites("0-2"))):
         subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, env=alone, check=True, capture_output=True)
     assert difference(contents(tmp_path / "f"), contents(tmp_path / "one")) == ""
 
@@ -68,4 +69,4 @@ def test_a_task_waits_for_the_owner_of_its_layer(monkeypatch: pytest.MonkeyPatch
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     config = JobConfig(disk=0, cache=tmp_path / "c", runs=tmp_path, preset="demo", l1="1", expansion=1)
     with pytest.raises(UserError, match="there is no Ray cluster at 127.0.0.1:1 .*: start one, name its address"):
-        RayCommands(config, Fleet(address="127.0.0.1:1", workers=1)).run("harvest", (0,))
+        RayCommands(config, Fleet(address="127.0.0.1:1", workers=1)).run("harvest", parse_sites("0"))
