@@ -21,7 +21,7 @@ from shared.errors import Busy, UserError
 from shared.files import append_line, make_dir, owned, remove_leftovers
 from shared.progress import say
 from shared.runs.run import SNAPSHOTS, Run, made
-from shared.seal import seal, sealed
+from shared.seal import parse_sealed, seal
 from shared.sites import Site, format_sites
 from shared.units import format_bytes, format_seconds
 
@@ -178,13 +178,8 @@ class Job:
 
     def _records(self) -> list[dict[str, Any]]:
         """Of the stages that ended, the whole lines of the log."""
-        records = []
-        for line in self._log.read_bytes().splitlines() if self._log.exists() else ():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if sealed(record):
-                    records.append(record)
-        return records
+        lines = self._log.read_bytes().splitlines() if self._log.exists() else []
+        return [record for record in map(parse_sealed, lines) if record is not None]
 
     def _table(self, states: dict[Site, LayerState]) -> str:
         """A line for each run of layers that are equally far, what it took, and what is left."""

@@ -94,25 +94,21 @@ Config = TypeVar("Config")
 _OPTION = "option"  # in a field's metadata: what click.option takes
 
 
-def option(help: str, default: Any = MISSING, *, preset: bool = False, flag: str = "", **how: Any) -> Any:
-    """A field of a config that is an option as well: `--its-name`, or `--flag`. `how` is as for `click.option`.
+def option(help: str, default: Any = MISSING, *, preset: bool = False, **how: Any) -> Any:
+    """A field of a config that is an option as well: `--its-name`. `how` is as for `click.option`.
 
     Without a default the field must be given, and the option may be: what it leaves open is filled in by the command. With
     `preset` the option leaves it open, too, though the field has a default.
     """
     own = None if preset or default is MISSING else default
-    how |= {"flag": flag, "help": help, "default": own, "show_default": own is not None and not how.get("is_flag")}
+    how |= {"help": help, "default": own, "show_default": own is not None and not how.get("is_flag")}
     return field(default=default, metadata={_OPTION: how}) if default is not MISSING else field(metadata={_OPTION: how})
 
 
 def options_of(config: type, *names: str) -> Callable[[Command], Command]:
     """The options that a config's fields are, in the order of the fields; only these, where `names` are given."""
     fields = [f for f in dataclasses.fields(config) if _OPTION in f.metadata and (not names or f.name in names)]
-    return options(*(_click_option(f.name, **f.metadata[_OPTION]) for f in fields))
-
-
-def _click_option(name: str, *, flag: str, **how: Any) -> Callable[[Command], Command]:
-    return click.option(f"--{flag or name.replace('_', '-')}", name, **how)
+    return options(*(click.option(f"--{f.name.replace('_', '-')}", f.name, **f.metadata[_OPTION]) for f in fields))
 
 
 def filled(config: type[Config], options: Mapping[str, Any], **given: Any) -> Config:

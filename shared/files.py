@@ -91,9 +91,13 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write to an open file and fsync it."""
     view = memoryview(data).cast("B")
     direct = _in_pages(view) and _set_direct(fd, True)
+    _put_all(fd, view, direct)
+    os.fsync(fd)
+
+
+def _put_all(fd: int, view: memoryview, direct: bool) -> None:
     if _move_all(fd, view, lambda part, done: os.write(fd, part), direct) < len(view):
         raise OSError(errno.EIO, "the file system took no more bytes")
-    os.fsync(fd)
 
 
 def append_line(path: Path, line: bytes) -> None:
@@ -106,9 +110,7 @@ def append_line(path: Path, line: bytes) -> None:
         try:
             end = _cut_half_line(fd)
             try:
-                view = memoryview(line + b"\n")
-                if _move_all(fd, view, lambda part, done: os.write(fd, part), False) < len(view):
-                    raise OSError(errno.EIO, "the file system took no more bytes")
+                _put_all(fd, memoryview(line + b"\n"), False)
             except BaseException:
                 os.ftruncate(fd, end)
                 raise

@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeVar, get_args, get_origin, get_type_h
 
 from shared.errors import UserError
 from shared.files import append_line, locked, publish_json
-from shared.seal import seal, sealed, unsealed
+from shared.seal import parse_json, parse_sealed, seal, sealed, unsealed
 from shared.sites import Site
 
 
@@ -106,7 +106,7 @@ class JsonRecords(Generic[R]):
         if not self.path.exists():
             return []
         try:
-            content = json.loads(self.path.read_bytes())
+            content = parse_json(self.path.read_bytes())
             records = content if self._names is None else list(content.values())
             if isinstance(records, list) and all(map(sealed, records)):
                 return [self._kind.from_dict(unsealed(record)) for record in records]
@@ -150,7 +150,7 @@ class JsonLines(Generic[R]):
 
     def _parsed(self, line: bytes) -> R | None:
         try:
-            record = json.loads(line)
-            return self._kind.from_dict(unsealed(record)) if sealed(record) else None
+            record = parse_sealed(line)
+            return None if record is None else self._kind.from_dict(unsealed(record))
         except (ValueError, TypeError):
             return None

@@ -81,6 +81,15 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     return unsealed(value)
 
 
+def parse_sealed(data: bytes) -> dict[str, Any] | None:
+    """A sealed JSON object, its seal included; None for bytes that are damaged or none."""
+    try:
+        value = parse_json(data)
+    except ValueError:
+        return None
+    return value if sealed(value) else None
+
+
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Replace a safetensors file by tensors on the CPU and a dictionary for JSON, sealed, in one move. Raises UserError."""
     content, folder = json.dumps(seal(facts, tensors)), temporary(path)
@@ -97,12 +106,18 @@ def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises the library's own errors, OSError, ValueError and KeyError."""
+    data = path.read_bytes()  # not mapped: a bad block, or a file that is cut meanwhile, would end the process
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return load_tensors(data), header.get("__metadata__", {})
+
+
 def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the dictionary that `save_sealed` was given. Raises ValueError, which says why, for a damaged file."""
     try:
-        data = path.read_bytes()  # not mapped: a bad block, or a file that is cut meanwhile, would end the process
-        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        facts, tensors = parse_json(header["__metadata__"]["facts"]), load_tensors(data)
+        tensors, metadata = read_tensors(path)
+        facts = parse_json(metadata["facts"])
         if not sealed(facts, tensors):
             raise ValueError("its checksum does not match")
     except Exception as error:  # safetensors raises its own type, and OSError, and KeyError

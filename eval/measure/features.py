@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from shared.errors import UserError
 from shared.files import make_dir, publish_file
 from shared.runs.run import Run
-from shared.seal import seal, sealed
+from shared.seal import read_tensors, seal, sealed
 from shared.sites import Site
 
 
@@ -34,7 +33,7 @@ def features_path(run: Run, site: Site, label: str) -> Path:
 def save_features(path: Path, features: Features, *, tokens: int, file: str) -> None:
     """Publish as safetensors, with the number of tokens that it rests on and the checksum `file` of the checkpoint. Statistics
     of the same checkpoint from more tokens stay. Raises UserError where nothing can be written."""
-    old = _facts(path)
+    _, old = _read(path)
     if old.get("file") == file and int(old.get("tokens", 0)) > tokens:
         return
     tensors = {name: getattr(features, name).contiguous() for name in Features.__slots__}
@@ -45,13 +44,9 @@ def save_features(path: Path, features: Features, *, tokens: int, file: str) -> 
 
 def load_features(path: Path) -> tuple[Features, dict[str, str]]:
     """Features, and what they rest on: `tokens` and `file`. Raises UserError if the file is missing or damaged."""
-    facts = _facts(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in Features.__slots__}
-    except Exception:  # safetensors raises its own type, and OSError
-        facts = {}
-    if not facts or not sealed(facts, tensors):
+    tensors, facts = _read(path)
+    tensors = {name: tensors[name] for name in Features.__slots__ if name in tensors}
+    if len(tensors) < len(Features.__slots__) or not sealed(facts, tensors):
         raise UserError(f"{path} is missing or damaged: delete what is there, and run `python -m eval` again")
     return Features(**tensors), facts
 
@@ -66,9 +61,8 @@ def measured_features(run: Run, site: Site, label: str, file: str) -> tuple[Feat
     return (features, int(facts["tokens"])) if facts["file"] == file else None  # else of an earlier checkpoint of that name
 
 
-def _facts(path: Path) -> dict[str, str]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+        return read_tensors(path)
     except Exception:  # safetensors raises its own type, and OSError
-        return {}
+        return {}, {}

@@ -21,13 +21,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.pages import features
 from shared.errors import UserError
 from shared.files import locked, make_dir, publish_file, publish_json, remove_leftovers, sync_dir, write_file
-from shared.seal import SEAL, canonical, crc32c, seal, sealed
+from shared.seal import SEAL, canonical, crc32c, parse_sealed, read_tensors, seal
 from shared.sites import Site
 
 FORMAT = 1
@@ -53,7 +52,7 @@ class Pages:
         facts = whole_facts(folder)
         if facts is None:
             raise UserError(f"{folder} does not hold whole feature pages: run `python -m eval pages` again")
-        return cls(facts=facts, columns=load_file(folder / "columns.safetensors"))
+        return cls(facts=facts, columns=read_tensors(folder / "columns.safetensors")[0])
 
     def around(self, feature: int, n: int) -> tuple[Tensor, Tensor]:
         """(offsets from `columns["row"][feature, n]`, activations there) of what is not zero near it."""
@@ -83,10 +82,10 @@ def publish_pages(folder: Path, facts: Facts, files: Iterable[tuple[str, bytes]]
 def read_facts(folder: Path) -> Facts | None:
     """What a folder says of itself, None unless it is readable and of this format; its other files are not looked at."""
     try:
-        facts = json.loads((folder / _FACTS).read_bytes())
-    except (OSError, ValueError):
+        facts = parse_sealed((folder / _FACTS).read_bytes())
+    except OSError:
         return None
-    return facts if sealed(facts) and facts.get("format") == FORMAT else None
+    return facts if facts is not None and facts.get("format") == FORMAT else None
 
 
 def whole_facts(folder: Path) -> Facts | None:

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,11 @@ from shared.errors import UserError
 from shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file
 from shared.identity import unpin
 from shared.progress import Progress, say
-from shared.runs.run import FINAL, Run
+from shared.runs.run import FINAL, Run, snapshot_name
 from shared.runs.sae import Sae
 from shared.seal import SEAL
 from shared.sites import Site, format_sites
 
-_FILE = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
@@ -109,16 +107,16 @@ def find_checkpoints(places: tuple[Path, ...], config: ExportConfig) -> list[Che
 def _found_at(place: Path, config: ExportConfig) -> list[Checkpoint]:
     if place.is_file():
         run = Run(place.parent) if _is_run(place.parent) else None
-        named = _FILE.fullmatch(place.name)
-        return [Checkpoint(path=place, site=_site_of(place, config), label=named[2] if named else place.stem, run=run)]
+        named = snapshot_name(place.name)
+        return [Checkpoint(path=place, site=_site_of(place, config), label=named[1] if named else place.stem, run=run)]
     if _is_run(place):
         run = Run(place)
         return [
             Checkpoint(path=s.path, site=s.site, label=s.label, run=run) for s in run.snapshots() if s.label == config.snapshot
         ]
-    names = [(path, _FILE.fullmatch(path.name)) for path in sorted(place.glob("sae_layer*.pt"))]
+    names = [(path, snapshot_name(path.name)) for path in sorted(place.glob("sae_layer*.pt"))]
     if names:
-        return [Checkpoint(path=p, site=Site.of(m[1]), label=m[2]) for p, m in names if m and m[2] == config.snapshot]
+        return [Checkpoint(path=p, site=n[0], label=n[1]) for p, n in names if n and n[1] == config.snapshot]
     inside = sorted({path.parent for pattern in ("*/config.json", "*/sae_layer*.pt") for path in place.glob(pattern)})
     return [c for folder in inside for c in _found_at(folder, config)]
 
@@ -135,8 +133,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _site_of(path: Path, config: ExportConfig) -> Site:
-    if named := _FILE.fullmatch(path.name):
-        return Site.of(named[1])
+    if named := snapshot_name(path.name):
+        return named[0]
     if config.layers is None or len(config.layers) != 1:
         raise UserError(f"the name of {path} does not say which layer it is of: name it with --layers")
     return config.layers[0]

@@ -30,7 +30,7 @@ from shared.errors import Busy, UserError
 from shared.files import append_line, create_file, make_dir, owned, refuse_links, remove, remove_leftovers, replacing, sync_dir
 from shared.progress import say
 from shared.runs.sae import Damaged, Sae
-from shared.seal import SEAL, canonical, load_sealed, save_sealed, seal, sealed
+from shared.seal import SEAL, canonical, load_sealed, parse_json, parse_sealed, save_sealed, seal, sealed
 from shared.sites import Site
 from shared.stores import Location, open_store
 from shared.stores.mirror import Mirror
@@ -39,7 +39,7 @@ from shared.units import format_count
 FORMAT = 2
 SNAPSHOTS = 6
 FINAL = "final"  # the label of the last
-_SNAPSHOT = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")  # site, label
+_SNAPSHOT = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")
 
 # Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
 _ADDED: dict[str, Any] = {
@@ -88,10 +88,19 @@ def snapshot_tokens(tokens: int) -> dict[str, int]:
     return {format_count(mark): mark for mark in marks} | {FINAL: tokens}
 
 
+def snapshot_name(name: str) -> tuple[Site, str] | None:
+    """(site, label) of a checkpoint by the name of its file; None for any other name."""
+    match = _SNAPSHOT.fullmatch(name)
+    try:
+        return (Site.of(match[1]), match[2]) if match else None
+    except ValueError:  # a hook that is not known here
+        return None
+
+
 def made(run: Location, sites: Iterable[Site]) -> int:
     """How many checkpoints of these layers a run has, by their names: enough for whoever waits for them."""
-    names = open_store(run).list("")
-    return sum(bool(re.fullmatch(rf"sae_layer{re.escape(site.key)}_\w+\.pt", name)) for site in sites for name in names)
+    wanted, named = set(sites), filter(None, map(snapshot_name, open_store(run).list("")))
+    return sum(site in wanted for site, _ in named)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -121,7 +130,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Raises UserError unless this is a run, of a format that can be read, and as it was written."""
         try:
-            config = json.loads(self.config_path.read_bytes())
+            config = parse_json(self.config_path.read_bytes())
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} is not a run folder: it has no config.json; train one with `python -m train`"
@@ -249,8 +258,8 @@ class Run:
     def snapshots(self) -> list[Snapshot]:
         """All checkpoints that are there, by layer and then by age."""
         labels = list(snapshot_tokens(self.config()["train"]["tokens"]))
-        matches = [(path, _SNAPSHOT.fullmatch(path.name)) for path in self.path.glob("sae_layer*.pt")]
-        found = [Snapshot(path=path, site=Site.of(m[1]), label=m[2]) for path, m in matches if m and m[2] in labels]
+        named = [(path, snapshot_name(path.name)) for path in self.path.glob("sae_layer*.pt")]
+        found = [Snapshot(path=path, site=n[0], label=n[1]) for path, n in named if n and n[1] in labels]
         return sorted(found, key=lambda s: (s.site, labels.index(s.label)))
 
     def belongs(self, site: Site, label: str) -> dict[str, Any]:
@@ -281,7 +290,7 @@ class Run:
         another line is damaged."""
         records = []
         for number, line in enumerate(self._metrics_lines(site), 1):
-            record = _parse(line)
+            record = parse_sealed(line)
             if record is None:
                 raise UserError(f"line {number} of {self.metrics_path(site)} is damaged: delete that line to use the others")
             records.append(record)
@@ -310,7 +319,7 @@ class Run:
         """Drop, in one move, the records after `step`, which a resumed run writes again, and what is damaged."""
         path, kept = self.metrics_path(site), []
         for number, line in enumerate(self._metrics_lines(site), 1):
-            record = _parse(line)
+            record = parse_sealed(line)
             if record is None:
                 say(f"line {number} of {path} is damaged, and dropped", err=True)
             elif record["step"] <= step:
@@ -363,12 +372,3 @@ class Run:
             if path.name != "owner":
                 remove(path)
         self.push(self.state_path(site))
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line of our own JSON, or None if it is not as it was written."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if sealed(record) else None

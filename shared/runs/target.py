@@ -1,6 +1,5 @@
 """Targets: which sites a dictionary reads and which it writes. An SAE reads and writes one."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,13 +16,6 @@ class Target:
     @classmethod
     def itself(cls, site: Site) -> Self:
         return cls((site,), (site,))
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """The target of a checkpoint, by its config. Raises ValueError for what is no site."""
-        here = [config["layer"]]
-        inputs, outputs = (tuple(map(Site.of, config.get(key, here))) for key in ("inputs", "outputs"))
-        return cls(inputs, outputs)
 
     @property
     def sites(self) -> tuple[Site, ...]:

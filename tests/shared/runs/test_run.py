@@ -15,7 +15,7 @@ import torch
 
 from shared.errors import UserError
 from shared.files import temporary
-from shared.runs.run import Run, run_config, snapshot_tokens
+from shared.runs.run import Run, made, run_config, snapshot_name, snapshot_tokens
 from shared.runs.sae import Damaged, Sae
 from shared.seal import SEAL, load_sealed
 from shared.sites import Site
@@ -464,3 +464,11 @@ def test_a_run_from_before_an_option_was_there_is_one_without_it(tmp_path: Path)
     run.require_same(run_config(now, cache))
     with pytest.raises(UserError, match=r"\(max_norm is None there, 10 here\)"):
         run.require_same(run_config(now | {"max_norm": 10}, cache))
+
+
+def test_a_checkpoint_of_a_hook_that_is_not_known_is_passed_over(tmp_path: Path) -> None:
+    """Its name is another program's, or a later version's."""
+    run = new_run(tmp_path / "run")
+    assert snapshot_name("sae_layer03.mlp_out_final.pt") == (Site(3, "mlp_out"), "final")
+    (run.path / "sae_layer03.no_such_hook_final.pt").write_bytes(b"")
+    assert run.snapshots() == [] and made(run.path, [Site(3)]) == 0
