@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. The full job: `make harvest`, `make train L1=3e-4`, `make eval`.
 # On a disk that is too small for it: `make job DISK=4TB L1=3e-4,8e-5,adaptive`.
-# Everything else a command can do is an option of it: `.venv/bin/python -m train --help`; pass them as ARGS="--layers 0-5".
+# Everything else a command can do is an option of it: `rsae train --help`; pass them as ARGS="--layers 0-5".
 
 PYTHON ?= python3
 PRESET ?= pythia-410m
@@ -19,6 +19,7 @@ setup: .venv/fresh
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet --no-deps --editable .
 	touch $@
 
 demo: PRESET := demo

@@ -31,9 +31,9 @@ import torch
 from bench import caches, lm, project, quality, report, steps, table
 from bench.harness import Comparison, Entry, free, reason
 from bench.setup import GPU, MEMORY, SCRATCH, Measure, Setup, small
-from shared.cli import DefaultRun, options, run
-from shared.device import pick_device
-from shared.errors import UserError
+from residual_saes.shared.cli import DefaultRun, options, run
+from residual_saes.shared.device import pick_device
+from residual_saes.shared.errors import UserError
 
 COMPARISONS: dict[str, Measure] = {
     "forward": lm.forward,  # first: in a process as transformers' users have it, and not yet as our commands set theirs up

@@ -18,11 +18,11 @@ from bench.harness import Comparison, Contender, timed
 from bench.peers import WRITERS
 from bench.setup import Setup
 from bench.steps import WAYS, Steps
-from harvest.writer import BlockWriter, WriterConfig
-from shared import files
-from shared.cache import Cache, CacheSpec
-from shared.sites import Site
-from train.loader import ActivationLoader, LoaderConfig
+from residual_saes.harvest.writer import BlockWriter, WriterConfig
+from residual_saes.shared import files
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.sites import Site
+from residual_saes.train.loader import ActivationLoader, LoaderConfig
 
 
 def cache_spec(*, d: int, n_layers: int, context: int, sequences: int, blocks: int, vocab: int = 50_304) -> CacheSpec:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Run, timed
-from shared.files import PAGE, page_aligned
+from residual_saes.shared.files import PAGE, page_aligned
 
 Layout = tuple[bool, bool, bool]  # of A, B and C in C = A·B: is its transpose what is contiguous?
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from bench import caches
 from bench.harness import Comparison, Contender, Run, timed
 from bench.setup import Setup
-from harvest.language_model import LanguageModel
-from harvest.rows import put_rows
-from harvest.run import HarvestConfig, Shares, harvest_blocks
-from harvest.writer import WriterConfig
-from shared.cache import Cache
-from shared.sites import Site
+from residual_saes.harvest.language_model import LanguageModel
+from residual_saes.harvest.rows import put_rows
+from residual_saes.harvest.run import HarvestConfig, Shares, harvest_blocks
+from residual_saes.harvest.writer import WriterConfig
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.sites import Site
 
 
 def lm_config(setup: Setup) -> Any:
@@ -101,7 +101,7 @@ def _products(model: nn.Module, rows: int, device: torch.device) -> Run:
 
 
 def harvest(setup: Setup) -> Comparison:
-    """End to end, as `python -m harvest` runs it: forward, checksums, durable files, ledger."""
+    """End to end, as `rsae harvest` runs it: forward, checksums, durable files, ledger."""
     model, context = residual_model(setup), setup.context
     spec = caches.cache_spec(
         d=setup.d, n_layers=setup.layers, context=context, sequences=setup.harvest_sequences, blocks=setup.harvest_blocks,

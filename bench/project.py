@@ -15,9 +15,9 @@ from typing import Any
 import click
 
 from bench import report
-from fleet.hours import Rates, Times, Work, for_this_machine
-from shared.errors import UserError
-from shared.units import parse_count
+from residual_saes.fleet.hours import Rates, Times, Work, for_this_machine
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.units import parse_count
 
 PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
 D, FEATURES, SETTINGS = 1024, 32_768, 3

@@ -2,7 +2,7 @@
 
     python -m bench quality --cache data/demo     # after `make demo`, or a harvest of these layers alone
 
-Ours are trained by `python -m train`, theirs by their own trainers in their own environments, from a file with the batches
+Ours are trained by `rsae train`, theirs by their own trainers in their own environments, from a file with the batches
 that our loader gives (100 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
 before is kept: more --seeds or --layers add to it. With --publish that is bench/results/quality.json, README's table and
 docs/quality.png; else results and picture are in build/bench/results.
@@ -26,23 +26,23 @@ import torch
 
 from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment, variables
 from bench.report import RESULTS, UNPUBLISHED, machine, today
-from eval.measure.evaluate import heldout
-from eval.measure.heldout import heldout_tokens
-from eval.measure.splice import SplicedModel
-from shared.cache import Cache
-from shared.identity import harvested_model
-from shared.presets import get_preset
-from shared.runs.sae import Sae
-from shared.sites import Site
-from shared.units import parse_count
-from train.loader import ActivationLoader, LoaderConfig
+from residual_saes.eval.measure.evaluate import heldout
+from residual_saes.eval.measure.heldout import heldout_tokens
+from residual_saes.eval.measure.splice import SplicedModel
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.identity import harvested_model
+from residual_saes.shared.presets import get_preset
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
+from residual_saes.shared.units import parse_count
+from residual_saes.train.loader import ActivationLoader, LoaderConfig
 
 NAME, PICTURE = "quality.json", ROOT / "docs" / "quality.png"
 SCRATCH = ROOT / "build" / "bench" / "quality"
 CPU = torch.device("cpu")
 Point = dict[str, Any]
 
-# Who takes part. Ours with options of `python -m train`, among which --l1 may take the place of the λs; theirs with their names
+# Who takes part. Ours with options of `rsae train`, among which --l1 may take the place of the λs; theirs with their names
 # in bench/workers/quality.py and in bench/peers.py.
 OUR_LEVELS = (4, 10, 27, 75, 210)  # no further apart than APART
 OURS = {
@@ -166,7 +166,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 
 def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
-    """The batches that `python -m train --preset demo` has, float16 [steps, batch, d]."""
+    """The batches that `rsae train --preset demo` has, float16 [steps, batch, d]."""
     p = get_preset("demo")
     config = LoaderConfig(batch=p.batch, window_blocks=p.window_blocks, threads=2, seed=seed)
     shape = (steps, p.batch, cache.spec.d_model)

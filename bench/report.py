@@ -16,8 +16,8 @@ import torch
 
 from bench.harness import Comparison, Entry
 from bench.peers import ROOT
-from fleet.hours import processor
-from shared.compile import cpu_flags
+from residual_saes.fleet.hours import processor
+from residual_saes.shared.compile import cpu_flags
 
 RESULTS = Path(__file__).resolve().parent / "results"
 UNPUBLISHED = ROOT / "build" / "bench" / "results"  # unless somebody asks for more

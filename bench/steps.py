@@ -13,11 +13,11 @@ from bench import limits
 from bench.harness import Comparison, Contender, Entry, timed
 from bench.peers import STEPS, Peer, PeerFailed, Worker, environment
 from bench.setup import Setup
-from train.kernels.base import Workspace
-from train.layer import queues
-from train.sparsity.base import RELU, Hidden
-from train.sparsity.batchtopk import LargestOfBatch
-from train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
+from residual_saes.train.kernels.base import Workspace
+from residual_saes.train.layer import queues
+from residual_saes.train.sparsity.base import RELU, Hidden
+from residual_saes.train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 LR = 1e-9  # the whole of Adam's work, and an SAE that stays as sparse as it was set
 L1 = 1e-5

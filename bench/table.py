@@ -11,7 +11,7 @@ from bench import legacy, project, quality
 from bench.goals import goals
 from bench.harness import Comparison, Entry
 from bench.report import RESULTS, Results, format_rate, markdown, read
-from fleet.hours import RATES
+from residual_saes.fleet.hours import RATES
 
 ROOT = RESULTS.parent.parent
 MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"

@@ -1,36 +1,36 @@
-"""`python -m eval`: numbers, pictures and a report; `pages`: a look at every feature; `export`: SAEs for other tools; …"""
+"""`rsae eval`: numbers, pictures and a report; `pages`: a look at every feature; `export`: SAEs for other tools; …"""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from eval.floors.distill import DistillOptions, distill, distill_table
-from eval.floors.measured import measured_floors
-from eval.floors.students import DistillConfig
-from eval.measure.evaluate import EvalConfig, evaluate
-from eval.measure.match import match_runs, match_table, match_to_final, open_run
-from eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
-from eval.measure.result import DEAD_AT, Result
-from eval.measure.runs import Skipped, find_runs, runs_in
-from eval.pages.write import PagesConfig, write_pages
-from eval.publish.card import Publication, sister_runs, write_card
-from eval.publish.export import ExportConfig, export
-from eval.publish.formats import FORMS
-from eval.publish.upload import PublishConfig, publish
-from eval.report.page import text_table, write_report
-from eval.report.pictures import plot_runs
-from shared.cache import Cache
-from shared.cli import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS, DefaultRun, Number, run
-from shared.device import pick_device
-from shared.errors import UserError
-from shared.presets import get_preset
-from shared.progress import say
-from shared.runs.run import Run
-from shared.sites import parse_sites
-from shared.stores import Location
-from shared.stores.mirror import fetched, local
-from shared.units import parse_count
+from residual_saes.eval.floors.distill import DistillOptions, distill, distill_table
+from residual_saes.eval.floors.measured import measured_floors
+from residual_saes.eval.floors.students import DistillConfig
+from residual_saes.eval.measure.evaluate import EvalConfig, evaluate
+from residual_saes.eval.measure.match import match_runs, match_table, match_to_final, open_run
+from residual_saes.eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
+from residual_saes.eval.measure.result import DEAD_AT, Result
+from residual_saes.eval.measure.runs import Skipped, find_runs, runs_in
+from residual_saes.eval.pages.write import PagesConfig, write_pages
+from residual_saes.eval.publish.card import Publication, sister_runs, write_card
+from residual_saes.eval.publish.export import ExportConfig, export
+from residual_saes.eval.publish.formats import FORMS
+from residual_saes.eval.publish.upload import PublishConfig, publish
+from residual_saes.eval.report.page import text_table, write_report
+from residual_saes.eval.report.pictures import plot_runs
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS, DefaultRun, Number, run
+from residual_saes.shared.device import pick_device
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.presets import get_preset
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.sites import parse_sites
+from residual_saes.shared.stores import Location
+from residual_saes.shared.stores.mirror import fetched, local
+from residual_saes.shared.units import parse_count
 
 
 @click.group(cls=DefaultRun)

@@ -1,4 +1,4 @@
-"""`python -m fleet job`: the whole job on a disk that does not take all layers at once; `plan`: what that will be."""
+"""`rsae fleet job`: the whole job on a disk that does not take all layers at once; `plan`: what that will be."""
 
 import shlex
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from fleet.cluster import Fleet, RayCommands
-from fleet.commands import Commands, JobConfig, Stage
-from fleet.job import Job, wanted
-from shared.cli import CACHE, DEVICE, PRESET, RUNS, Number, options, run
-from shared.errors import UserError
-from shared.presets import get_preset
-from shared.progress import say
-from shared.units import parse_bytes
+from residual_saes.fleet.cluster import Fleet, RayCommands
+from residual_saes.fleet.commands import Commands, JobConfig, Stage
+from residual_saes.fleet.job import Job, wanted
+from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, Number, options, run
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.presets import get_preset
+from residual_saes.shared.progress import say
+from residual_saes.shared.units import parse_bytes
 
 
 @click.group()
@@ -26,13 +26,13 @@ _job = options(
     PRESET,
     CACHE,
     RUNS,
-    click.option("--l1", help="Settings, as `python -m train` takes them."),
+    click.option("--l1", help="Settings, as `rsae train` takes them."),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
     click.option("--expansion", type=click.IntRange(1, 1 << 16), help="Features per dimension."),
     DEVICE,
     click.option("--harvest", "harvest_options", default="", help='More options of a command, as "--tokens 100M".'),
-    click.option("--train", "train_options", default="", help="More options of `python -m train`."),
-    click.option("--eval", "eval_options", default="", help="More options of `python -m eval`."),
+    click.option("--train", "train_options", default="", help="More options of `rsae train`."),
+    click.option("--eval", "eval_options", default="", help="More options of `rsae eval`."),
 )
 
 

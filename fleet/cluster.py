@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleet.commands import Commands, JobConfig, Stage, start
-from shared.cache import Cache
-from shared.errors import Busy, UserError
-from shared.progress import Progress, say
-from shared.runs.run import SNAPSHOTS, made
-from shared.sites import Site
-from shared.stores import Location
+from residual_saes.fleet.commands import Commands, JobConfig, Stage, start
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.run import SNAPSHOTS, made
+from residual_saes.shared.sites import Site
+from residual_saes.shared.stores import Location
 
 LOCAL = "local"
 Reached = tuple[int, int, str]  # how many are there, of how many, of what

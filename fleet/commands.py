@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import click
 
-from shared.sites import Site, format_sites
-from shared.stores import Location
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.stores import Location
 
 Stage = Literal["plan", "harvest", "free", "train", "runs", "eval", "report"]
 _LOOK = 0.5  # seconds between looks at whether it is to stop
@@ -73,11 +73,11 @@ class Commands:
 
 
 def start(argv: Sequence[str], **options: Any) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `python -m …`; the last two where `options` of the process ask for a pipe.
+    """(exit code, stdout, stderr) of `rsae …`; the last two where `options` of the process ask for a pipe.
 
     The process is in a group of its own, or a terminal's Ctrl-C would reach it twice, and twice means at once.
     """
-    program = [sys.executable, "-m", *argv]
+    program = [sys.executable, "-m", "residual_saes", *argv]
     child = subprocess.Popen(program, text=True, process_group=0, preexec_fn=_end_with_parent, **options)
     try:
         said, complained = _outcome(child)

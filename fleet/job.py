@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.measure.store import measured
-from fleet.commands import Commands, Stage
-from fleet.plan import Plan
-from fleet.room import Room, Window, room, used_bytes, windows
-from shared.cache import Cache, CacheSpec
-from shared.errors import Busy, UserError
-from shared.files import append_line, make_dir, owned, remove_leftovers
-from shared.progress import say
-from shared.runs.run import SNAPSHOTS, Run, made
-from shared.seal import parse_sealed, seal
-from shared.sites import Site, format_sites
-from shared.units import format_bytes, format_seconds
+from residual_saes.eval.measure.store import measured
+from residual_saes.fleet.commands import Commands, Stage
+from residual_saes.fleet.plan import Plan
+from residual_saes.fleet.room import Room, Window, room, used_bytes, windows
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.files import append_line, make_dir, owned, remove_leftovers
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import SNAPSHOTS, Run, made
+from residual_saes.shared.seal import parse_sealed, seal
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.units import format_bytes, format_seconds
 
 STAGES: tuple[Stage, ...] = ("harvest", "train", "eval")
 

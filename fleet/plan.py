@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from fleet.hours import Rates, Work, measured_rates
-from fleet.room import Window
-from shared.cache import CacheSpec
-from shared.sites import format_sites
-from shared.units import format_bytes, format_seconds
+from residual_saes.fleet.hours import Rates, Work, measured_rates
+from residual_saes.fleet.room import Window
+from residual_saes.shared.cache import CacheSpec
+from residual_saes.shared.sites import format_sites
+from residual_saes.shared.units import format_bytes, format_seconds
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

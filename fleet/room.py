@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
-from shared.errors import UserError
-from shared.files import PAGE
-from shared.runs.run import SNAPSHOTS, made
-from shared.sites import Site
-from shared.units import format_bytes
+from residual_saes.shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import PAGE
+from residual_saes.shared.runs.run import SNAPSHOTS, made
+from residual_saes.shared.sites import Site
+from residual_saes.shared.units import format_bytes
 
 _HEADER = 8 << 10  # of a checkpoint or a state: its configuration, and what its format adds
 _CURVE = 128 << 10  # a training curve: 300 records

@@ -1,4 +1,4 @@
-"""`python -m harvest [plan | verify | repair | free]`: fill an activation cache, or look after one."""
+"""`rsae harvest [plan | verify | repair | free]`: fill an activation cache, or look after one."""
 
 import contextlib
 import json
@@ -8,24 +8,24 @@ from typing import Any
 
 import click
 
-from harvest.care import Damage, free, notes_on_mixing, repair, verify, warnings_of_overflow
-from harvest.hub import open_text, refuse_local_split
-from harvest.pieces import TextSource
-from harvest.plan import make_plan, planned_bytes, remaining_bytes, require_space
-from harvest.run import HarvestConfig, harvest
-from harvest.tokens import require_one_context
-from harvest.writer import WriterConfig
-from shared.cache import Cache, CacheSpec
-from shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
-from shared.device import pick_device
-from shared.errors import UserError
-from shared.identity import Model, harvested_model, open_model, tokenizer_hash, unpin
-from shared.lm import load_config, load_tokenizer, require_model
-from shared.presets import Preset, get_preset
-from shared.progress import say
-from shared.sites import Site, format_sites, hook_name, parse_sites
-from shared.stores import Location, open_store
-from shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
+from residual_saes.harvest.care import Damage, free, notes_on_mixing, repair, verify, warnings_of_overflow
+from residual_saes.harvest.hub import open_text, refuse_local_split
+from residual_saes.harvest.pieces import TextSource
+from residual_saes.harvest.plan import make_plan, planned_bytes, remaining_bytes, require_space
+from residual_saes.harvest.run import HarvestConfig, harvest
+from residual_saes.harvest.tokens import require_one_context
+from residual_saes.harvest.writer import WriterConfig
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
+from residual_saes.shared.device import pick_device
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.identity import Model, harvested_model, open_model, tokenizer_hash, unpin
+from residual_saes.shared.lm import load_config, load_tokenizer, require_model
+from residual_saes.shared.presets import Preset, get_preset
+from residual_saes.shared.progress import say
+from residual_saes.shared.sites import Site, format_sites, hook_name, parse_sites
+from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -5,16 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from harvest.language_model import load_language_model
-from harvest.pieces import TextSource
-from harvest.run import HarvestConfig, harvest_blocks
-from harvest.tokens import write_tokens
-from shared.cache import Cache, LayerTotals
-from shared.errors import UserError
-from shared.identity import Model, tokenizer_hash
-from shared.lm import load_tokenizer
-from shared.progress import Progress
-from shared.sites import Site, format_sites
+from residual_saes.harvest.language_model import load_language_model
+from residual_saes.harvest.pieces import TextSource
+from residual_saes.harvest.run import HarvestConfig, harvest_blocks
+from residual_saes.harvest.tokens import write_tokens
+from residual_saes.shared.cache import Cache, LayerTotals
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.identity import Model, tokenizer_hash
+from residual_saes.shared.lm import load_tokenizer
+from residual_saes.shared.progress import Progress
+from residual_saes.shared.sites import Site, format_sites
 
 
 def warnings_of_overflow(totals: dict[Site, LayerTotals]) -> list[str]:

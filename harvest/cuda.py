@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.launch import launch as _launch
-from shared.launch import row_stride as _row_stride
+from residual_saes.shared.launch import launch as _launch
+from residual_saes.shared.launch import row_stride as _row_stride
 
 ROWS, COLS = 4, 1024  # of a tile; 16-byte reads need 8 bfloat16 columns a thread, and 128 threads span 1024
 _LARGEST = tl.constexpr(65504.0)

@@ -15,9 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from harvest.pieces import FilePoint, Piece, ResumePoint, Row, StreamPoint, column_of, reason, split_bytes, split_rows
-from shared.errors import UserError
-from shared.identity import hash_files, unreachable
+from residual_saes.harvest.pieces import (
+    FilePoint,
+    Piece,
+    ResumePoint,
+    Row,
+    StreamPoint,
+    column_of,
+    reason,
+    split_bytes,
+    split_rows,
+)
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.identity import hash_files, unreachable
 
 _ARRAY_BYTES = 256 << 20  # of a JSON array, which has to be read whole
 _PACKED = 4 << 10  # bytes of zstandard unpacked at once: of the emptiest text they make 128 MiB

@@ -5,11 +5,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harvest.documents import LocalText, is_local
-from harvest.pieces import FilePoint, Piece, ResumePoint, Row, StreamPoint, TextSource, column_of, reason, split_rows
-from shared.errors import UserError
-from shared.hub import retried
-from shared.identity import dataset_commit, unreachable
+from residual_saes.harvest.documents import LocalText, is_local
+from residual_saes.harvest.pieces import (
+    FilePoint,
+    Piece,
+    ResumePoint,
+    Row,
+    StreamPoint,
+    TextSource,
+    column_of,
+    reason,
+    split_rows,
+)
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.hub import retried
+from residual_saes.shared.identity import dataset_commit, unreachable
 
 if TYPE_CHECKING:  # imported where text is read: a harvest whose tokens are written does without
     from datasets import IterableDataset

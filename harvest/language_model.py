@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from harvest.neox import neox_forward
-from harvest.source import Sink
-from shared.device import announce, send
-from shared.identity import Model
-from shared.lm import find_blocks, hook_module, load_model, widen
-from shared.sites import Site
+from residual_saes.harvest.neox import neox_forward
+from residual_saes.harvest.source import Sink
+from residual_saes.shared.device import announce, send
+from residual_saes.shared.identity import Model
+from residual_saes.shared.lm import find_blocks, hook_module, load_model, widen
+from residual_saes.shared.sites import Site
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.compile import arguments, load
-from shared.lm import wide_weights
-from shared.sites import MLP_OUT, RESID_POST, Site
+from residual_saes.shared.compile import arguments, load
+from residual_saes.shared.lm import wide_weights
+from residual_saes.shared.sites import MLP_OUT, RESID_POST, Site
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 0.05  # relative, between two bfloat16 forwards of all layers: 0.014 apart for Pythia-410M with random weights

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from shared.errors import UserError
+from residual_saes.shared.errors import UserError
 
 _PIECE = 4 << 20  # bytes of a document tokenised in one go: a tokeniser needs 150 bytes of memory for each
 _NULLS = 256  # consecutive rows without text are a column that is not there any more

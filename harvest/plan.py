@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
-from shared.errors import UserError
-from shared.files import UNKNOWN_FREE, existing, write_all
-from shared.sites import Site
-from shared.stores import Location, open_store
-from shared.units import format_bytes, format_seconds
+from residual_saes.shared.cache import LEDGER_BYTES_PER_LAYER, Cache, CacheSpec
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import UNKNOWN_FREE, existing, write_all
+from residual_saes.shared.sites import Site
+from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.units import format_bytes, format_seconds
 
 _PROBE_BYTES = 64 << 20
 
@@ -101,5 +101,5 @@ def require_space(path: Location, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"the harvest needs {format_bytes(needed)} more at {path}, and {format_bytes(free)} are free: "
-            "harvest fewer --layers or --tokens, or choose a larger disk; `python -m harvest plan` says what fits"
+            "harvest fewer --layers or --tokens, or choose a larger disk; `rsae harvest plan` says what fits"
         )

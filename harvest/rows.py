@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.compile import arguments, load
+from residual_saes.shared.compile import arguments, load
 
 FP16_MAX = 65504.0
 
@@ -14,7 +14,7 @@ FP16_MAX = 65504.0
 def put_rows(x: Tensor, rows: Tensor, data: Tensor) -> Tensor:
     """x float [n, d] as float16 to data[rows], float16 [≥ n, d]; how many values did not fit (see `to_float16`)."""
     if x.device.type == "cuda":
-        from harvest.cuda import put_rows as in_one_pass
+        from residual_saes.harvest.cuda import put_rows as in_one_pass
 
         return in_one_pass(x, rows, data)
     if x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and x.is_contiguous() and (library := _library()) is not None:

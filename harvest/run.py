@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harvest.language_model import load_language_model
-from harvest.pieces import TextSource
-from harvest.rows import put_rows
-from harvest.source import ActivationSource
-from harvest.tokens import write_tokens
-from harvest.writer import BlockWriter, Buffer, WriterConfig
-from shared.cache import Cache, CacheSpec
-from shared.device import maker, new_event, new_stream, send
-from shared.errors import UserError
-from shared.identity import Model
-from shared.lm import load_tokenizer
-from shared.progress import Progress, say
-from shared.shuffle import block_turns, permutation
-from shared.sites import Site, format_sites
-from shared.units import ALONE, Shard, format_seconds
+from residual_saes.harvest.language_model import load_language_model
+from residual_saes.harvest.pieces import TextSource
+from residual_saes.harvest.rows import put_rows
+from residual_saes.harvest.source import ActivationSource
+from residual_saes.harvest.tokens import write_tokens
+from residual_saes.harvest.writer import BlockWriter, Buffer, WriterConfig
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.device import maker, new_event, new_stream, send
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.identity import Model
+from residual_saes.shared.lm import load_tokenizer
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.shuffle import block_turns, permutation
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.units import ALONE, Shard, format_seconds
 
 _CPU_TOKENS = 2048  # of one forward pass on a CPU: more of them only leave its caches
 _RECOUNT = 15.0  # seconds between looks at what other harvests have done meanwhile

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shared.sites import Site
+from residual_saes.shared.sites import Site
 
 Sink = Callable[[Site, Tensor], None]
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harvest.pieces import Piece, ResumePoint, TextSource, resume_point
-from shared.cache import Cache, CacheSpec
-from shared.errors import UserError
-from shared.progress import Progress
+from residual_saes.harvest.pieces import Piece, ResumePoint, TextSource, resume_point
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.progress import Progress
 
 # Tokenised in one call, over all cores: as many documents as there are in so many characters, and no more than these.
 _DOCUMENTS = 256

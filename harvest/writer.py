@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.cache import BlockStats, Cache
-from shared.files import page_aligned
-from shared.sites import Site
-from shared.stores import Staged
+from residual_saes.shared.cache import BlockStats, Cache
+from residual_saes.shared.files import page_aligned
+from residual_saes.shared.sites import Site
+from residual_saes.shared.stores import Staged
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

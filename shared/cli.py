@@ -17,17 +17,17 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import click
 
-from shared.errors import UserError
-from shared.progress import mute, say
-from shared.stop import SIGNALS, Terminated
-from shared.stores import parse_location
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.progress import mute, say
+from residual_saes.shared.stop import SIGNALS, Terminated
+from residual_saes.shared.stores import parse_location
 
 
 class DefaultRun(click.Group):
-    """A group whose command `run` may be left out: `python -m harvest --tokens 1M` is `python -m harvest run --tokens 1M`."""
+    """A group whose command `run` may be left out: `rsae harvest --tokens 1M` is `rsae harvest run --tokens 1M`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        named = args and (args[0] in self.commands or args[0] == "--help")
+        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
         return super().parse_args(ctx, args if named else ["run", *args])
 
 
@@ -58,9 +58,9 @@ def run(command: click.Command) -> NoReturn:
 def _invoke(command: click.Command) -> int:
     """Not through `command.main`, which takes a file that ends too early (EOFError) for Ctrl-C."""
     program = Path(sys.argv[0])
-    name = program.parent.name if program.stem == "__main__" else program.name
+    name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
     try:
-        with command.make_context(f"python -m {name}", sys.argv[1:]) as context:
+        with command.make_context(name, sys.argv[1:], help_option_names=["-h", "--help"]) as context:
             result = command.invoke(context)
     except click.exceptions.Exit as done:  # --help
         return done.exit_code

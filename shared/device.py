@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from shared.compile import keep_memory
-from shared.errors import UserError
-from shared.progress import say
+from residual_saes.shared.compile import keep_memory
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.progress import say
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _HOST_MEMORY = 8 << 30  # bytes of a group of `fitting` on a CPU

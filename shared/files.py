@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
+from residual_saes.shared.errors import UserError
 
 PAGE = mmap.PAGESIZE
 UNKNOWN_FREE = 1 << 62  # bytes: the result of `free_bytes` where the file system does not say

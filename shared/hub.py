@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from shared.progress import say
+from residual_saes.shared.progress import say
 
 _WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds before each further try, as the hub's own client has them
 _LONGEST_WAIT = 300.0  # seconds: the window in which the hub counts requests

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.hub import retried
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.hub import retried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

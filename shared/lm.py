@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from shared.device import bfloat16_is_slow
-from shared.errors import UserError
-from shared.hub import retried
-from shared.identity import unreachable
-from shared.sites import Site, hook_name
+from residual_saes.shared.device import bfloat16_is_slow
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.hub import retried
+from residual_saes.shared.identity import unreachable
+from residual_saes.shared.sites import Site, hook_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from shared.cli import option
-from shared.errors import UserError
-from shared.units import parse_count
+from residual_saes.shared.cli import option
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.units import parse_count
 
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
 

@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from shared.units import format_seconds
+from residual_saes.shared.units import format_seconds
 
 
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from shared.errors import UserError
-from shared.files import append_line, locked, publish_json
-from shared.seal import parse_json, parse_sealed, seal, sealed, unsealed
-from shared.sites import Site
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import append_line, locked, publish_json
+from residual_saes.shared.seal import parse_json, parse_sealed, seal, sealed, unsealed
+from residual_saes.shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -18,8 +18,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.compile import load
-from shared.files import replacing, temporary
+from residual_saes.shared.compile import load
+from residual_saes.shared.files import replacing, temporary
 
 SEAL = "checksum"
 _SOURCE = Path(__file__).with_name("crc32c.c")

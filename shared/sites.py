@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from shared.errors import UserError
-from shared.units import format_layers, parse_layers
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.units import format_layers, parse_layers
 
 RESID_POST = "resid_post"  # the output of a decoder block: the residual stream after it
 MLP_OUT = "mlp_out"  # what a block's MLP adds to the residual stream

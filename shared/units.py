@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from shared.errors import UserError
+from residual_saes.shared.errors import UserError
 
 _MOST = 10**15  # tokens, layers or blocks: beyond it is a slip of the keyboard
 _MOST_LISTED = 10**7

@@ -16,20 +16,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-import eval.__main__
-import fleet.__main__
-import harvest.__main__
-import train.__main__
-from shared.cache import Cache
-from shared.cli import run
+import residual_saes.eval.__main__
+import residual_saes.fleet.__main__
+import residual_saes.harvest.__main__
+import residual_saes.train.__main__
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import run
 from tests.bucket import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
-    "harvest": harvest.__main__.main,
-    "train": train.__main__.main,
-    "eval": eval.__main__.main,
-    "fleet": fleet.__main__.main,
+    "harvest": residual_saes.harvest.__main__.main,
+    "train": residual_saes.train.__main__.main,
+    "eval": residual_saes.eval.__main__.main,
+    "fleet": residual_saes.fleet.__main__.main,
 }
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without, and commands heed that
@@ -135,7 +135,7 @@ SHAPE = ("--context", 32, "--block-sequences", 16, "--tokens", 20_480, "--holdou
 
 @pytest.fixture(scope="session")
 def harvest_args(lm: Path, text: Path) -> tuple[object, ...]:
-    """Everything that `python -m harvest` needs but the cache folder: 40 blocks to train on, 4 held out, 3 layers."""
+    """Everything that `rsae harvest` needs but the cache folder: 40 blocks to train on, 4 held out, 3 layers."""
     return ("--preset", "demo", "--model", lm, "--dataset", text, *SHAPE)
 
 

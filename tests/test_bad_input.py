@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import presets
-from shared.cache import Cache
-from shared.presets import PRESETS
-from shared.seal import to_bytes
+from residual_saes.shared import presets
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.presets import PRESETS
+from residual_saes.shared.seal import to_bytes
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
 
@@ -99,8 +99,8 @@ def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path
 def test_no_room(
     cli: Cli, cache_path: Path, harvest_args: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.files.free_bytes", lambda _: 1000)
-    monkeypatch.setattr("train.trainer.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("residual_saes.shared.files.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("residual_saes.train.trainer.free_bytes", lambda _: 1000)
     refused(cli("harvest", *harvest_args, "--cache", tmp_path / "c"), "and 1 KB are free: harvest fewer --layers")
     assert not (tmp_path / "c").exists()
     refused(cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path / "r"), "1 KB are free: train fewer --layers")
@@ -149,7 +149,7 @@ def test_bad_rows_are_named_before_anything_is_written(cli: Cli, harvest_args: t
 def test_models_are_opened_before_their_text_is_tokenised(
     cli: Cli, harvest_args: tuple[object, ...], lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harvest.run.write_tokens", lambda *_: pytest.fail("tokenised first"))
+    monkeypatch.setattr("residual_saes.harvest.run.write_tokens", lambda *_: pytest.fail("tokenised first"))
     shutil.copytree(lm, tmp_path / "lm")
     args = (*harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm")
     refused(cli("harvest", *args, "--context", 128), "contexts of 128 tokens do not fit the 64 positions of")

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from fleet import cluster
-from shared.sites import parse_sites
-from shared.stores import Bucket
-from shared.stores.mirror import Mirror, fetched
+from residual_saes.fleet import cluster
+from residual_saes.shared.sites import parse_sites
+from residual_saes.shared.stores import Bucket
+from residual_saes.shared.stores.mirror import Mirror, fetched
 from tests.bucket import KEY, SECRET, Server, serving
 from tests.conftest import TRAIN_ARGS, Cli, invoke
 from tests.test_bad_input import refused
 
-s3 = pytest.importorskip("shared.stores.s3") if __import__("importlib").util.find_spec("obstore") else None
+s3 = pytest.importorskip("residual_saes.shared.stores.s3") if __import__("importlib").util.find_spec("obstore") else None
 pytestmark = pytest.mark.skipif(s3 is None, reason="the extra [s3] is not installed")
 
 RUN = ("--l1", "3e-3", "--layers", "1")

@@ -28,6 +28,11 @@ def module(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
+def _plain(name: str) -> str:
+    """A module by its place in the repository; it is imported as a part of residual_saes."""
+    return name.removeprefix("residual_saes.")
+
+
 def imports() -> dict[str, set[str]]:
     """{module: modules of this project that its code imports}, at the top, in functions and for type checking alike."""
     sources = {module(path): path for path in files(*PRODUCT, "bench") if path.suffix == ".py"}
@@ -36,11 +41,13 @@ def imports() -> dict[str, set[str]]:
         names: set[str] = set()
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
+                names.update(_plain(alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 assert node.module and not node.level, f"{path} imports by a relative name"
-                whole = (f"{node.module}.{alias.name}" for alias in node.names)
-                names.update(each if each in sources else node.module for each in whole)
+                assert node.module.split(".")[0] not in PRODUCT, f"{path} imports {node.module} outside residual_saes"
+                source = _plain(node.module)
+                whole = (f"{source}.{alias.name}" for alias in node.names)
+                names.update(each if each in sources else source for each in whole)
         graph[name] = names & sources.keys()
     return graph
 
@@ -76,5 +83,5 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_a_cache_is_opened_without_command_line_and_language_models() -> None:
-    code = "import shared.cache, sys; assert not {'click', 'transformers'} & set(sys.modules)"
+    code = "import residual_saes.shared.cache, sys; assert not {'click', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

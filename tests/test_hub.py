@@ -1,4 +1,4 @@
-"""The front door: `python -m harvest` with the hub's names, against a server that speaks its API and fails in every way."""
+"""The front door: `rsae harvest` with the hub's names, against a server that speaks its API and fails in every way."""
 
 import json
 import re
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from shared.cache import Cache
-from shared.presets import PRESETS
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.presets import PRESETS
 from tests.conftest import documents, invoke
 from tests.hub import ROOT, Hub
 
@@ -84,8 +84,8 @@ def test_the_published_preset_killed_and_continued(hub: Hub, expected: Cache, tm
 
 
 LOOK_UPS = """
-from shared.identity import dataset_commit, open_model
-from shared.lm import load_config, load_tokenizer
+from residual_saes.shared.identity import dataset_commit, open_model
+from residual_saes.shared.lm import load_config, load_tokenizer
 
 load_config("org/lm", None)  # the configuration alone is in the hub's cache from now on
 model = open_model("org/lm", None)

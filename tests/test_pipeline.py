@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from shared.cache import Cache
+from residual_saes.shared.cache import Cache
 from tests.conftest import ROOT, TRAIN_ARGS
 
 

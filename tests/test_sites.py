@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-from eval.measure.splice import SplicedModel
-from shared.cache import Cache
-from shared.sites import Site, parse_sites
+from residual_saes.eval.measure.splice import SplicedModel
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.sites import Site, parse_sites
 from tests.conftest import Cli, invoke
 from tests.harvest.conftest import content, flip
 

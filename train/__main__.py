@@ -1,4 +1,4 @@
-"""`python -m train`: SAEs from an activation cache."""
+"""`rsae train`: SAEs from an activation cache."""
 
 import time
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 import click
 
-from shared.cache import Cache
-from shared.cli import CACHE, DEVICE, PRESET, RUNS, filled, options_of, run
-from shared.device import pick_device
-from shared.errors import UserError
-from shared.presets import get_preset
-from shared.progress import say
-from shared.sites import Site, format_sites, parse_sites
-from shared.stores import Bucket, Location
-from shared.stores.mirror import Mirror, local
-from shared.stores.scratch import ScratchConfig
-from shared.units import Shard, parse_shard
-from train.config import RECIPES, RunOptions, TrainConfig
-from train.loader import FOLLOW_POLL
-from train.sparsity.settings import FORMS, parse_settings
-from train.step import StepConfig
-from train.trainer import run_folders, train
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, filled, options_of, run
+from residual_saes.shared.device import pick_device
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.presets import get_preset
+from residual_saes.shared.progress import say
+from residual_saes.shared.sites import Site, format_sites, parse_sites
+from residual_saes.shared.stores import Bucket, Location
+from residual_saes.shared.stores.mirror import Mirror, local
+from residual_saes.shared.stores.scratch import ScratchConfig
+from residual_saes.shared.units import Shard, parse_shard
+from residual_saes.train.config import RECIPES, RunOptions, TrainConfig
+from residual_saes.train.loader import FOLLOW_POLL
+from residual_saes.train.sparsity.settings import FORMS, parse_settings
+from residual_saes.train.step import StepConfig
+from residual_saes.train.trainer import run_folders, train
 
 
 @click.command()

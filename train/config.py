@@ -8,12 +8,12 @@ from typing import Any
 import click
 import torch
 
-from shared.cli import SEED, THREADS, Number, option
-from shared.runs.sparsity import held_fields, hold_from
-from shared.stores.mirror import Mirror
-from shared.units import parse_count
-from train.sparsity.base import ControllerConfig
-from train.step import StepConfig
+from residual_saes.shared.cli import SEED, THREADS, Number, option
+from residual_saes.shared.runs.sparsity import held_fields, hold_from
+from residual_saes.shared.stores.mirror import Mirror
+from residual_saes.shared.units import parse_count
+from residual_saes.train.sparsity.base import ControllerConfig
+from residual_saes.train.step import StepConfig
 
 # Values of options that are not given. What each of them gains: docs/findings/training.md.
 PUBLISHED = "published"

@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 
-from shared.cache import Cache
-from shared.device import device_kind
-from shared.errors import UserError
-from shared.progress import say
-from shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
-from shared.runs.sae import Damaged, Sae
-from shared.runs.target import Target
-from shared.seal import SEAL
-from train.config import RunOptions, TrainConfig
-from train.kernels.base import TorchKernels, Workspace
-from train.loader import Clock
-from train.look import Look
-from train.saver import Saver
-from train.sparsity.base import Sparsity
-from train.step import Begun, StepResult, TrainingSae
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.device import device_kind
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
+from residual_saes.shared.runs.sae import Damaged, Sae
+from residual_saes.shared.runs.target import Target
+from residual_saes.shared.seal import SEAL
+from residual_saes.train.config import RunOptions, TrainConfig
+from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.loader import Clock
+from residual_saes.train.look import Look
+from residual_saes.train.saver import Saver
+from residual_saes.train.sparsity.base import Sparsity
+from residual_saes.train.step import Begun, StepResult, TrainingSae
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class SaeJob:
         say(
             f"\nwarning: {self._run.name} layer {self._site} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
             f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._site)}. Check the cache with "
-            "`python -m harvest verify`, or train with a lower --lr",
+            "`rsae harvest verify`, or train with a lower --lr",
             err=True,
         )
 

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 import torch
 
-from shared.cache import Cache
-from shared.progress import Progress, say
-from shared.runs.rows import Rows
-from shared.runs.run import Run
-from shared.runs.target import Target
-from shared.shuffle import epoch_slices
-from shared.sites import Site
-from train.config import RunOptions, TrainConfig
-from train.job import SaeJob
-from train.kernels.base import TorchKernels, Workspace
-from train.loader import FOLLOW_POLL, AlignedLoader, Clock, LoaderConfig
-from train.look import Look
-from train.saver import Saver
-from train.sparsity.base import Sparsity
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.rows import Rows
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.target import Target
+from residual_saes.shared.shuffle import epoch_slices
+from residual_saes.shared.sites import Site
+from residual_saes.train.config import RunOptions, TrainConfig
+from residual_saes.train.job import SaeJob
+from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.loader import FOLLOW_POLL, AlignedLoader, Clock, LoaderConfig
+from residual_saes.train.look import Look
+from residual_saes.train.saver import Saver
+from residual_saes.train.sparsity.base import Sparsity
 
 
 def queues(device: torch.device) -> bool:

@@ -34,14 +34,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import BlockStats, Cache
-from shared.device import new_event, new_stream
-from shared.errors import UserError
-from shared.files import page_aligned
-from shared.progress import say
-from shared.runs.rows import ALL, Rows, fill
-from shared.shuffle import epoch_slices, window_rows
-from shared.sites import Site
+from residual_saes.shared.cache import BlockStats, Cache
+from residual_saes.shared.device import new_event, new_stream
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import page_aligned
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.rows import ALL, Rows, fill
+from residual_saes.shared.shuffle import epoch_slices, window_rows
+from residual_saes.shared.sites import Site
 
 _SPREAD = 0.7  # share of a window's time over which the next but one is read
 _TURNS = 4  # that a reader thread has in a window, at least: with fewer, the last ones of a window would be waited for

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache
-from shared.runs.rows import Rows, norms, nothing_left
-from shared.shuffle import epoch_slices
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.rows import Rows, norms, nothing_left
+from residual_saes.shared.shuffle import epoch_slices
+from residual_saes.shared.sites import Site
 
 LONG = 10  # times the median norm
 FLATTERS = 0.5  # share of variance in one direction, in first positions or in long rows, from which FVU says little

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from shared.device import new_event, new_stream
+from residual_saes.shared.device import new_event, new_stream
 
 
 class Saver:

@@ -16,10 +16,10 @@ import click
 import torch
 from torch import Tensor
 
-from shared.cli import Number, option
-from shared.runs.sae import Sae
-from train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
-from train.sparsity.base import RELU, Hidden
+from residual_saes.shared.cli import Number, option
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
+from residual_saes.train.sparsity.base import RELU, Hidden
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -110,12 +110,12 @@ class StepResult:
 def pick_kernels(precision: str, device: torch.device) -> TorchKernels:
     """The fastest implementation for this device and precision; plain torch where there is no other."""
     if precision == "bf16" and device.type == "cuda":
-        from train.kernels.cuda import TritonKernels
-        from train.kernels.hopper import HopperKernels
+        from residual_saes.train.kernels.cuda import TritonKernels
+        from residual_saes.train.kernels.hopper import HopperKernels
 
         return HopperKernels() if torch.cuda.get_device_capability(device) == (9, 0) else TritonKernels()
     if precision == "bf16" and device.type == "cpu":
-        from train.kernels.cpu import load_native
+        from residual_saes.train.kernels.cpu import load_native
 
         return load_native() or TorchKernels()
     return TorchKernels()

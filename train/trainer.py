@@ -6,22 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
-from shared.device import announce
-from shared.errors import UserError
-from shared.files import free_bytes
-from shared.progress import say
-from shared.runs.run import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
-from shared.sites import Site, format_sites
-from shared.stop import finishing
-from shared.units import format_bytes
-from train.config import PUBLISHED, RunOptions, TrainConfig
-from train.job import machine, summary_writer
-from train.kernels.base import TorchKernels
-from train.layer import LayerJob
-from train.saver import Saver
-from train.sparsity.base import Sparsity
-from train.step import pick_kernels
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.device import announce
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import free_bytes
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.stop import finishing
+from residual_saes.shared.units import format_bytes
+from residual_saes.train.config import PUBLISHED, RunOptions, TrainConfig
+from residual_saes.train.job import machine, summary_writer
+from residual_saes.train.kernels.base import TorchKernels
+from residual_saes.train.layer import LayerJob
+from residual_saes.train.saver import Saver
+from residual_saes.train.sparsity.base import Sparsity
+from residual_saes.train.step import pick_kernels
 
 
 def train(
@@ -86,7 +86,7 @@ def _require_trainable(
     if absent:
         raise UserError(
             f"layers {format_sites(absent)} are not in {cache.path}, which has {format_sites(cache.sites)}: "
-            f"add them with `python -m harvest --layers {format_sites(absent)}`"
+            f"add them with `rsae harvest --layers {format_sites(absent)}`"
         )
     if config.tokens > spec.train_tokens * options.epochs:
         raise UserError(
@@ -109,7 +109,7 @@ def _require_trainable(
     for site in () if options.follow else sites:
         missing = sum(map(len, cache.missing((site,)).values()))
         if missing:
-            raise UserError(f"layer {site} of {cache.path} lacks {missing} blocks: run `python -m harvest` again to finish it")
+            raise UserError(f"layer {site} of {cache.path} lacks {missing} blocks: run `rsae harvest` again to finish it")
 
 
 def run_folders(name: str, settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions) -> list[Run]:

@@ -1,8 +1,8 @@
 """Measured loss floors: students narrower than the model, trained from it, and what is left between them on held-out tokens.
 
-`python -m eval distill` trains students (students.py) of several widths and seeds on the cache's training tokens, measures
+`rsae eval distill` trains students (students.py) of several widths and seeds on the cache's training tokens, measures
 each on its held-out tokens, and holds the floors beside those that eval/measure/predicted.py predicts from every SAE that
-`python -m eval` has measured. All of it is in one file, <runs>/distilled.json (measured.py).
+`rsae eval` has measured. All of it is in one file, <runs>/distilled.json (measured.py).
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.floors.fit import Fit, fit_floors, spread
-from eval.floors.measured import (
+from residual_saes.eval.floors.fit import Fit, fit_floors, spread
+from residual_saes.eval.floors.measured import (
     Experiment,
     Floor,
     Predicted,
@@ -27,24 +27,24 @@ from eval.floors.measured import (
     TeacherRecord,
     experiments_in,
 )
-from eval.floors.students import DistillConfig, Student, Teacher, Texts, student_config
-from eval.measure.features import measured_features
-from eval.measure.heldout import heldout_tokens
-from eval.measure.metrics import finite
-from eval.measure.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
-from eval.measure.runs import Skipped, find_runs
-from shared.cache import Cache
-from shared.device import announce, device_kind
-from shared.errors import UserError
-from shared.files import make_dir, remove_leftovers, sync_dir
-from shared.identity import harvested_model
-from shared.lm import load_config, load_model
-from shared.progress import Progress
-from shared.runs.run import Run, Snapshot
-from shared.runs.sae import Sae
-from shared.seal import canonical
-from shared.sites import format_sites
-from shared.stop import finishing
+from residual_saes.eval.floors.students import DistillConfig, Student, Teacher, Texts, student_config
+from residual_saes.eval.measure.features import measured_features
+from residual_saes.eval.measure.heldout import heldout_tokens
+from residual_saes.eval.measure.metrics import finite
+from residual_saes.eval.measure.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
+from residual_saes.eval.measure.runs import Skipped, find_runs
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.device import announce, device_kind
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir, remove_leftovers, sync_dir
+from residual_saes.shared.identity import harvested_model
+from residual_saes.shared.lm import load_config, load_model
+from residual_saes.shared.progress import Progress
+from residual_saes.shared.runs.run import Run, Snapshot
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import canonical
+from residual_saes.shared.sites import format_sites
+from residual_saes.shared.stop import finishing
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -169,9 +169,7 @@ def _predictions(cache: Cache, options: DistillOptions, skipped: Skipped) -> lis
                 predictions += [prediction for prediction in made.values() if prediction is not None]
                 if missing := [site for site, prediction in made.items() if prediction is None]:
                     layers = format_sites(missing)
-                    raise UserError(
-                        f"layers {layers} of {run.path} have not been evaluated: run `python -m eval`, then this again"
-                    )
+                    raise UserError(f"layers {layers} of {run.path} have not been evaluated: run `rsae eval`, then this again")
     return predictions
 
 

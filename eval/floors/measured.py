@@ -1,4 +1,4 @@
-"""Measured loss floors: the records of <runs>/distilled.json, which `python -m eval distill` writes for whoever shows them.
+"""Measured loss floors: the records of <runs>/distilled.json, which `rsae eval distill` writes for whoever shows them.
 
 The file is a list of experiments, the one asked for last first. An experiment is everything that was distilled under one
 setting; widths and seeds are added to it and never taken away.
@@ -7,9 +7,9 @@ setting; widths and seeds are added to it and never taken away.
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.floors.fit import Fit
-from shared.records import JsonRecords, Record
-from shared.sites import Site
+from residual_saes.eval.floors.fit import Fit
+from residual_saes.shared.records import JsonRecords, Record
+from residual_saes.shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True)

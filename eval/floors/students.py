@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.files import make_dir
-from shared.lm import widen
-from shared.progress import say
-from shared.seal import load_sealed, save_sealed
-from shared.shuffle import text_order
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir
+from residual_saes.shared.lm import widen
+from residual_saes.shared.progress import say
+from residual_saes.shared.seal import load_sealed, save_sealed
+from residual_saes.shared.shuffle import text_order
 
 FAMILIES = ("gpt_neox", "gpt2")  # whose heads, keys and values have one width
 _LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}  # values of a matrix of logits held at once; on a CPU they stay near its caches

@@ -11,25 +11,25 @@ from typing import Any
 
 import torch
 
-from eval.measure.features import features_path, save_features
-from eval.measure.heldout import Activations, heldout_blocks, heldout_tokens
-from eval.measure.metrics import Measurement, losses, measure
-from eval.measure.result import Basis, Losses, Result
-from eval.measure.runs import Skipped
-from eval.measure.splice import SplicedModel, constant, only, through
-from eval.measure.store import Results
-from shared.cache import Cache
-from shared.device import announce, fitting
-from shared.errors import UserError
-from shared.files import remove_leftovers
-from shared.identity import harvested_model
-from shared.progress import Progress, say
-from shared.runs.rows import ALL, Rows
-from shared.runs.run import Run, Snapshot
-from shared.runs.sae import Sae
-from shared.seal import SEAL
-from shared.sites import Site, format_sites
-from shared.stop import finishing
+from residual_saes.eval.measure.features import features_path, save_features
+from residual_saes.eval.measure.heldout import Activations, heldout_blocks, heldout_tokens
+from residual_saes.eval.measure.metrics import Measurement, losses, measure
+from residual_saes.eval.measure.result import Basis, Losses, Result
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.eval.measure.splice import SplicedModel, constant, only, through
+from residual_saes.eval.measure.store import Results
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.device import announce, fitting
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import remove_leftovers
+from residual_saes.shared.identity import harvested_model
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.rows import ALL, Rows
+from residual_saes.shared.runs.run import Run, Snapshot
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import SEAL
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.stop import finishing
 
 
 @dataclass(kw_only=True, frozen=True)

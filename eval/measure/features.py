@@ -6,11 +6,11 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.files import make_dir, publish_file
-from shared.runs.run import Run
-from shared.seal import read_tensors, seal, sealed
-from shared.sites import Site
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir, publish_file
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.seal import read_tensors, seal, sealed
+from residual_saes.shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -47,7 +47,7 @@ def load_features(path: Path) -> tuple[Features, dict[str, str]]:
     tensors, facts = _read(path)
     tensors = {name: tensors[name] for name in Features.__slots__ if name in tensors}
     if len(tensors) < len(Features.__slots__) or not sealed(facts, tensors):
-        raise UserError(f"{path} is missing or damaged: delete what is there, and run `python -m eval` again")
+        raise UserError(f"{path} is missing or damaged: delete what is there, and run `rsae eval` again")
     return Features(**tensors), facts
 
 

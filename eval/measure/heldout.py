@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.cache import Cache
-from shared.runs.rows import ALL, Rows
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.rows import ALL, Rows
+from residual_saes.shared.sites import Site
 
 _TOP = 3  # principal directions
 Block = tuple[Tensor, Tensor]  # activations float16 [n, d], and for each its position in its context, int64 [n]

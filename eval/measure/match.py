@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.measure.features import measured_features
-from eval.measure.metrics import finite, largest_cosine, unit
-from shared.errors import UserError
-from shared.files import make_dir, publish_json
-from shared.records import Record
-from shared.runs.run import FINAL, Run, Snapshot
-from shared.runs.sae import Sae
-from shared.seal import SEAL
-from shared.sites import Site
+from residual_saes.eval.measure.features import measured_features
+from residual_saes.eval.measure.metrics import finite, largest_cosine, unit
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir, publish_json
+from residual_saes.shared.records import Record
+from residual_saes.shared.runs.run import FINAL, Run, Snapshot
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import SEAL
+from residual_saes.shared.sites import Site
 
 MATCHED_ABOVE = 0.7  # cosine
 _Sae = tuple[Run, Snapshot]

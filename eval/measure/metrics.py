@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.measure.features import Features
-from eval.measure.heldout import Activations, Block
-from eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
-from eval.measure.result import DEAD_AT, Losses, Metrics, Predicted, Reconstruction, Sparsity, Weights
-from eval.measure.splice import Loss
-from shared.runs.sae import Sae
+from residual_saes.eval.measure.features import Features
+from residual_saes.eval.measure.heldout import Activations, Block
+from residual_saes.eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
+from residual_saes.eval.measure.result import DEAD_AT, Losses, Metrics, Predicted, Reconstruction, Sparsity, Weights
+from residual_saes.eval.measure.splice import Loss
+from residual_saes.shared.runs.sae import Sae
 
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # values of z held at once; on a CPU they stay in its cache
 _CHUNK_ROWS = 256  # at least: below, the weights are read too often

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from shared.errors import UserError
+from residual_saes.shared.errors import UserError
 
 ALIVE_ABOVE = 1e-5  # density; the threshold of the paper's Pythia figures
 PUBLISHED_WIDTHS = (128, 256, 384, 512, 768, 1024)  # of students of a teacher of width 1,024

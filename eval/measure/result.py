@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from eval.measure.predicted import ALIVE_ABOVE
-from shared.records import Record
-from shared.runs.run import FINAL
-from shared.sites import Site
+from residual_saes.eval.measure.predicted import ALIVE_ABOVE
+from residual_saes.shared.records import Record
+from residual_saes.shared.runs.run import FINAL
+from residual_saes.shared.sites import Site
 
 DEAD_AT = 1e-5  # density
 Number = float | None

@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.progress import say
-from shared.runs.run import Run
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import Run
 
 
 class Skipped:
@@ -33,7 +33,7 @@ def runs_in(folder: Path) -> list[Run]:
     """The runs in `folder` (or `folder` itself, if it is one), none of them opened. Raises UserError if there is none."""
     folders = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not folders:
-        raise UserError(f"no runs in {folder}: train one with `make train` or `python -m train`")
+        raise UserError(f"no runs in {folder}: train one with `make train` or `rsae train`")
     return list(map(Run, folders))
 
 

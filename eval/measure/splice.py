@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shared.lm import find_blocks, hook_module, load_model, widen
-from shared.runs.rows import Rows
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.shared.lm import find_blocks, hook_module, load_model, widen
+from residual_saes.shared.runs.rows import Rows
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 
 Replacement = Callable[[Tensor], Tensor]
 Output = Tensor | tuple[Tensor, ...]  # of a block: some families wrap it

@@ -11,15 +11,15 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-from eval.measure.features import features_path
-from eval.measure.result import Basis, Result
-from eval.measure.runs import Skipped
-from shared.errors import UserError
-from shared.files import locked, publish_file, sync_dir
-from shared.records import JsonRecords
-from shared.runs.run import Run, Snapshot, snapshot_tokens
-from shared.runs.sae import Damaged, Sae
-from shared.sites import Site
+from residual_saes.eval.measure.features import features_path
+from residual_saes.eval.measure.result import Basis, Result
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import locked, publish_file, sync_dir
+from residual_saes.shared.records import JsonRecords
+from residual_saes.shared.runs.run import Run, Snapshot, snapshot_tokens
+from residual_saes.shared.runs.sae import Damaged, Sae
+from residual_saes.shared.sites import Site
 
 _NO_COLUMNS = ("run", "file")  # of the .csv
 

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from shared.cache import Cache
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 
 TOP, SAMPLES, NEAREST, WORDS = 20, 25, 8, 10
 BEFORE, AFTER = 47, 16  # tokens shown around a row: what is before it is what the model had read

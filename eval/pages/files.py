@@ -23,11 +23,11 @@ import jinja2
 import numpy as np
 from torch import Tensor
 
-from eval.pages import features
-from shared.errors import UserError
-from shared.files import locked, make_dir, publish_file, publish_json, remove_leftovers, sync_dir, write_file
-from shared.seal import SEAL, canonical, crc32c, parse_sealed, read_tensors, seal
-from shared.sites import Site
+from residual_saes.eval.pages import features
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import locked, make_dir, publish_file, publish_json, remove_leftovers, sync_dir, write_file
+from residual_saes.shared.seal import SEAL, canonical, crc32c, parse_sealed, read_tensors, seal
+from residual_saes.shared.sites import Site
 
 FORMAT = 1
 CHUNK = 64  # features in a file
@@ -51,7 +51,7 @@ class Pages:
         """One SAE's folder. Raises UserError if it is not whole."""
         facts = whole_facts(folder)
         if facts is None:
-            raise UserError(f"{folder} does not hold whole feature pages: run `python -m eval pages` again")
+            raise UserError(f"{folder} does not hold whole feature pages: run `rsae eval pages` again")
         return cls(facts=facts, columns=read_tensors(folder / "columns.safetensors")[0])
 
     def around(self, feature: int, n: int) -> tuple[Tensor, Tensor]:

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
-from eval.measure.runs import Skipped
-from eval.pages import features, files
-from eval.pages.spell import spell
-from shared.cache import Cache
-from shared.device import announce, fitting
-from shared.errors import UserError
-from shared.files import make_dir
-from shared.identity import harvested_model, tokenizer_hash
-from shared.lm import Unembedding, load_model, load_tokenizer
-from shared.progress import Progress, say
-from shared.runs.run import FINAL, Run, Snapshot
-from shared.runs.sae import Sae
-from shared.sites import Site, format_sites
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.eval.pages import features, files
+from residual_saes.eval.pages.spell import spell
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.device import announce, fitting
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir
+from residual_saes.shared.identity import harvested_model, tokenizer_hash
+from residual_saes.shared.lm import Unembedding, load_model, load_tokenizer
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.run import FINAL, Run, Snapshot
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site, format_sites
 
 _TEXT_CHUNK = 1 << 16  # tokens in a file, or one context
 _IN_CHUNKS = (

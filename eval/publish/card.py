@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from eval.floors.measured import Experiment
-from eval.measure.result import Result, finished, latest
-from eval.report.columns import columns, floor_columns, written
-from eval.report.page import (
+from residual_saes.eval.floors.measured import Experiment
+from residual_saes.eval.measure.result import Result, finished, latest
+from residual_saes.eval.report.columns import columns, floor_columns, written
+from residual_saes.eval.report.page import (
     CAPTIONS,
     FIT_HEADS,
     fit_rows,
@@ -27,17 +27,17 @@ from eval.report.page import (
     trained_on,
     warnings,
 )
-from shared.files import locked, publish_file
-from shared.progress import say
-from shared.runs.run import FINAL, Run, snapshot_tokens
-from shared.runs.sparsity import reading
-from shared.sites import HOOKS, RESID_POST, Site, format_sites
-from shared.units import format_count
+from residual_saes.shared.files import locked, publish_file
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import FINAL, Run, snapshot_tokens
+from residual_saes.shared.runs.sparsity import reading
+from residual_saes.shared.sites import HOOKS, RESID_POST, Site, format_sites
+from residual_saes.shared.units import format_count
 
 Record = dict[str, Any]
 
 REGISTRY = "pretrained_saes.yaml"
-MARKER = "<!-- written by `python -m eval`; remove this line to keep your own changes -->"
+MARKER = "<!-- written by `rsae eval`; remove this line to keep your own changes -->"
 _LICENSE = "apache-2.0"
 _HOSTILE = re.compile(r"([\\`*_\[\]<>|~$&])")
 
@@ -105,7 +105,7 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
     others = [r for r in latest(results) if not r.final]
     floors = (*columns("floors"), *floor_columns(results))
     base_model, dataset = _on_hub(config)
-    environment = templates("eval.publish", autoescape=False)
+    environment = templates("residual_saes.eval.publish", autoescape=False)
     environment.finalize = markdown
     environment.filters |= {"yaml": _literal, "python": _literal}
     heads = [c.card_title or c.title for c in columns("card")]

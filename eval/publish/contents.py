@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from eval.measure.features import load_features
-from eval.publish.card import REGISTRY
-from eval.report.pictures import picture_is_whole
-from shared.errors import UserError
-from shared.files import publish_file, publish_json
-from shared.progress import Progress, say
-from shared.runs.run import FINAL, Run
-from shared.runs.sae import Sae
-from shared.seal import SEAL, seal
+from residual_saes.eval.measure.features import load_features
+from residual_saes.eval.publish.card import REGISTRY
+from residual_saes.eval.report.pictures import picture_is_whole
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import publish_file, publish_json
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.run import FINAL, Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import SEAL, seal
 
 _PUBLISHED = (
     "sae_layer*.pt",
@@ -65,7 +65,7 @@ def check(run: Run, files: dict[str, Path]) -> None:
             elif name.startswith("results/features/"):
                 load_features(path)
             elif path.suffix in (".png", ".svg") and not picture_is_whole(path):
-                raise UserError(f"{path} is damaged: run `python -m eval` to have it drawn again")
+                raise UserError(f"{path} is damaged: run `rsae eval` to have it drawn again")
             progress.advance(path.stat().st_size)
     for site in sorted({s.site for s in snapshots.values()}):
         if not run.metrics(site) and run.snapshot_path(site, FINAL) in snapshots:

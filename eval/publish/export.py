@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.measure.features import measured_features
-from eval.publish.formats import FORMS, Files, Origin, Source
-from shared.errors import UserError
-from shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file
-from shared.identity import unpin
-from shared.progress import Progress, say
-from shared.runs.run import FINAL, Run, snapshot_name
-from shared.runs.sae import Sae
-from shared.seal import SEAL
-from shared.sites import Site, format_sites
+from residual_saes.eval.measure.features import measured_features
+from residual_saes.eval.publish.formats import FORMS, Files, Origin, Source
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file
+from residual_saes.shared.identity import unpin
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import SEAL
+from residual_saes.shared.sites import Site, format_sites
 
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
@@ -85,7 +85,7 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
     if without_name:
         say("the language model's name is left out where only its folder is known: give it with --model", err=True)
     if config.form == "saelens" and without_density:
-        say("sparsity.safetensors is left out where `python -m eval` has not measured how often features fire", err=True)
+        say("sparsity.safetensors is left out where `rsae eval` has not measured how often features fire", err=True)
     if failed:
         raise UserError(f"{failed} of {len(found)} SAEs are left out, as said above; the others are in {config.out}")
     return targets

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 
 SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
 # {tool: {how z follows from relu's values: what the tool calls such an SAE}}

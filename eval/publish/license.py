@@ -5,7 +5,7 @@ import json
 
 from huggingface_hub import constants, get_session, get_token
 
-from shared.errors import UserError
+from residual_saes.shared.errors import UserError
 
 # Known without asking the hub; of others it is asked.
 _KNOWN = """

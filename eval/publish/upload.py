@@ -1,4 +1,4 @@
-"""Runs on the hub: what `python -m eval publish` prepares in a run's folder, and how it gets there.
+"""Runs on the hub: what `rsae eval publish` prepares in a run's folder, and how it gets there.
 
 Prepared: the model card (README.md), the entry for SAELens' registry, and beside the checkpoints one folder a layer in SAELens'
 form, layer_12, by which `SAE.from_pretrained("org/repo", "layer_12")` finds it. Uploaded is what contents.py names and nothing
@@ -21,18 +21,18 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from eval.floors.measured import measured_floors
-from eval.measure.store import Results
-from eval.publish.card import Publication, sister_runs, write_card
-from eval.publish.contents import PublishedForm, check, published_files
-from eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
-from eval.publish.formats import saelens
-from eval.publish.license import require_license, require_valid
-from shared.errors import UserError
-from shared.files import remove_leftovers, temporary
-from shared.progress import Progress, say
-from shared.runs.run import FINAL, Run
-from shared.units import format_bytes
+from residual_saes.eval.floors.measured import measured_floors
+from residual_saes.eval.measure.store import Results
+from residual_saes.eval.publish.card import Publication, sister_runs, write_card
+from residual_saes.eval.publish.contents import PublishedForm, check, published_files
+from residual_saes.eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
+from residual_saes.eval.publish.formats import saelens
+from residual_saes.eval.publish.license import require_license, require_valid
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import remove_leftovers, temporary
+from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.run import FINAL, Run
+from residual_saes.shared.units import format_bytes
 
 _COMMIT_FILES, _COMMIT_BYTES = 50, 5 << 30  # in one commit: what a kill costs at the most
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -86,9 +86,7 @@ def prepare(run: Run, publication: Publication) -> None:
     stored = Results(run)
     records = stored.present()
     if not records:
-        raise UserError(
-            f"{run.path} has not been evaluated: run `python -m eval` first, for nobody can use SAEs of unknown worth"
-        )
+        raise UserError(f"{run.path} has not been evaluated: run `rsae eval` first, for nobody can use SAEs of unknown worth")
     stored.tabulate()  # the .csv has no checksum
     remove_leftovers(run.path)
     measured = measured_floors(run.path.parent, run.config()["cache"]["digest"])

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eval.measure.result import Result
+from residual_saes.eval.measure.result import Result
 
 
 @dataclass(frozen=True, slots=True)

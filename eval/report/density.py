@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from eval.measure.features import Features
-from eval.report.figures import SHADES, LayerColours, RunData, finished, grid, logarithmic
-from shared.sites import Site
+from residual_saes.eval.measure.features import Features
+from residual_saes.eval.report.figures import SHADES, LayerColours, RunData, finished, grid, logarithmic
+from residual_saes.shared.sites import Site
 
 _BINS = np.linspace(-6, 0, 49)  # log10 of density
 _CLASSES = (  # features with a density above the first and up to the second number

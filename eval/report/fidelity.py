@@ -5,9 +5,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.measure.result import Result
-from eval.report.columns import Column, columns
-from eval.report.figures import (
+from residual_saes.eval.measure.result import Result
+from residual_saes.eval.report.columns import Column, columns
+from residual_saes.eval.report.figures import (
     MARKERS,
     LayerColours,
     RunData,
@@ -20,7 +20,7 @@ from eval.report.figures import (
     points,
     run_style,
 )
-from shared.sites import RESID_POST, Site
+from residual_saes.shared.sites import RESID_POST, Site
 
 
 def sparsity_fidelity(runs: list[RunData]) -> Figure:

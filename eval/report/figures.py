@@ -19,11 +19,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
-from eval.measure.result import Result, latest
-from eval.report.columns import Column
-from shared.runs.run import Run
-from shared.sites import Site
-from shared.units import format_count
+from residual_saes.eval.measure.result import Result, latest
+from residual_saes.eval.report.columns import Column
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.sites import Site
+from residual_saes.shared.units import format_count
 
 matplotlib.rcdefaults()  # the user's own style may not fit
 matplotlib.rcParams.update({

@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from eval.floors.measured import Experiment
-from eval.report.columns import student_widths
-from eval.report.figures import COLOURS, LayerColours, RunData, finished, finite, grid, layer_axis, run_style, say
-from shared.sites import Site
+from residual_saes.eval.floors.measured import Experiment
+from residual_saes.eval.report.columns import student_widths
+from residual_saes.eval.report.figures import COLOURS, LayerColours, RunData, finished, finite, grid, layer_axis, run_style, say
+from residual_saes.shared.sites import Site
 
 
 def loss_floors(runs: list[RunData], measured: Experiment | None) -> Figure:

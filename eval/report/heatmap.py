@@ -6,9 +6,9 @@ import textwrap
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.measure.result import Result
-from eval.report.columns import columns, written
-from eval.report.figures import SHADES, RunData, finished, grid, is_number
+from residual_saes.eval.measure.result import Result
+from residual_saes.eval.report.columns import columns, written
+from residual_saes.eval.report.figures import SHADES, RunData, finished, grid, is_number
 
 
 def heatmap(data: RunData) -> Figure:

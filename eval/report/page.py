@@ -12,16 +12,16 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from eval.floors.measured import Experiment
-from eval.measure.result import Result, finished, latest
-from eval.measure.runs import Skipped
-from eval.report.columns import Column, columns, floor_columns, written
-from eval.report.pictures import short_labels
-from shared.files import locked, publish_file, remove_leftovers
-from shared.runs.rows import left_out
-from shared.runs.run import Run
-from shared.sites import Site, format_sites
-from shared.units import format_count, format_layers
+from residual_saes.eval.floors.measured import Experiment
+from residual_saes.eval.measure.result import Result, finished, latest
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.eval.report.columns import Column, columns, floor_columns, written
+from residual_saes.eval.report.pictures import short_labels
+from residual_saes.shared.files import locked, publish_file, remove_leftovers
+from residual_saes.shared.runs.rows import left_out
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.units import format_count, format_layers
 
 Record = dict[str, Any]
 
@@ -84,7 +84,7 @@ def write_report(
     """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
     labels = short_labels([run.name for run in runs])
     page = (
-        templates("eval.report", autoescape=True)
+        templates("residual_saes.eval.report", autoescape=True)
         .get_template("report.html.j2")
         .render(
             runs=[

@@ -25,17 +25,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from eval.floors.measured import Experiment
-from eval.measure.features import Features, measured_features
-from eval.measure.result import Result
-from eval.measure.runs import Skipped
-from eval.report import density, fidelity, floors, training
-from eval.report.figures import RunData
-from eval.report.heatmap import heatmap
-from shared.files import locked, publish_file
-from shared.runs.run import Run
-from shared.seal import canonical, crc32c
-from shared.sites import Site
+from residual_saes.eval.floors.measured import Experiment
+from residual_saes.eval.measure.features import Features, measured_features
+from residual_saes.eval.measure.result import Result
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.eval.report import density, fidelity, floors, training
+from residual_saes.eval.report.figures import RunData
+from residual_saes.eval.report.heatmap import heatmap
+from residual_saes.shared.files import locked, publish_file
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.seal import canonical, crc32c
+from residual_saes.shared.sites import Site
 
 _SUMS = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(__file__).parent.glob("*.py"))]
 _CODE = [*_SUMS, matplotlib.__version__]  # that draws

@@ -6,10 +6,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from eval.report.columns import columns
-from eval.report.figures import LayerColours, RunData, finished, finite, grid, logarithmic, points, say, token_axis
-from shared.runs.run import snapshot_tokens
-from shared.sites import Site
+from residual_saes.eval.report.columns import columns
+from residual_saes.eval.report.figures import (
+    LayerColours,
+    RunData,
+    finished,
+    finite,
+    grid,
+    logarithmic,
+    points,
+    say,
+    token_axis,
+)
+from residual_saes.shared.runs.run import snapshot_tokens
+from residual_saes.shared.sites import Site
 
 Curves = dict[Site, list[dict[str, Any]]]
 _CURVES = (  # key, label, whether its axis is logarithmic

@@ -18,10 +18,10 @@ whoever reads it compares all of that: bytes of the right kind in the wrong plac
 the array's bytes, so chunks are written and read as they are, at the disk's speed and straight into the caller's memory.
 """
 
-from shared.cache.cache import Cache
-from shared.cache.ledger import LEDGER_BYTES_PER_LAYER, BlockStats, LayerTotals, slice_checksums
-from shared.cache.spec import ADVICE, CacheSpec
-from shared.cache.tokens import TokenChunk
+from residual_saes.shared.cache.cache import Cache
+from residual_saes.shared.cache.ledger import LEDGER_BYTES_PER_LAYER, BlockStats, LayerTotals, slice_checksums
+from residual_saes.shared.cache.spec import ADVICE, CacheSpec
+from residual_saes.shared.cache.tokens import TokenChunk
 
 __all__ = [
     "ADVICE", "LEDGER_BYTES_PER_LAYER", "BlockStats", "Cache", "CacheSpec", "LayerTotals", "TokenChunk", "slice_checksums",

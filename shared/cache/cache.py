@@ -10,18 +10,18 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache import zarr
-from shared.cache.ledger import BlockStats, LayerTotals, Ledger, damaged_block, slice_checksums
-from shared.cache.spec import FORMAT, SPEC_FILE, CacheSpec, other_format
-from shared.cache.tokens import TokenArray
-from shared.cache.view import Layer
-from shared.errors import UserError
-from shared.files import page_aligned
-from shared.seal import crc32c, from_bytes, to_bytes
-from shared.shuffle import block_rows
-from shared.sites import Site
-from shared.stores import Location, Staged, Store, local_path, open_store
-from shared.stores.scratch import Scratch, ScratchConfig
+from residual_saes.shared.cache import zarr
+from residual_saes.shared.cache.ledger import BlockStats, LayerTotals, Ledger, damaged_block, slice_checksums
+from residual_saes.shared.cache.spec import FORMAT, SPEC_FILE, CacheSpec, other_format
+from residual_saes.shared.cache.tokens import TokenArray
+from residual_saes.shared.cache.view import Layer
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import page_aligned
+from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
+from residual_saes.shared.shuffle import block_rows
+from residual_saes.shared.sites import Site
+from residual_saes.shared.stores import Location, Staged, Store, local_path, open_store
+from residual_saes.shared.stores.scratch import Scratch, ScratchConfig
 
 assert sys.byteorder == "little", "the cache stores little-endian values as they lie in memory"
 
@@ -51,7 +51,7 @@ class Cache:
             data = store.get(SPEC_FILE)
         except OSError:
             zarr.refuse_foreign(store)
-            raise UserError(f"no activation cache at {path}: run `make harvest` or `python -m harvest` first") from None
+            raise UserError(f"no activation cache at {path}: run `make harvest` or `rsae harvest` first") from None
         try:
             value = from_bytes(data)
             if value["format"] != FORMAT:
@@ -63,7 +63,7 @@ class Cache:
             if not store.has(zarr.GROUP):
                 raise UserError(f"{path / SPEC_FILE} is not of an activation cache; choose another folder") from None
             raise UserError(
-                f"{path / SPEC_FILE} is damaged ({error}): remove that file and run the `python -m harvest` command that made "
+                f"{path / SPEC_FILE} is damaged ({error}): remove that file and run the `rsae harvest` command that made "
                 "the cache again; it writes the file anew and keeps what is committed"
             ) from None
         return cls(store, spec, scratch)

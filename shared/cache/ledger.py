@@ -14,12 +14,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from shared.cache.spec import SPEC_FILE, CacheSpec
-from shared.cache.zarr import has_group
-from shared.errors import UserError
-from shared.seal import crc32c, from_bytes, to_bytes
-from shared.sites import Site, format_sites, parse_sites
-from shared.stores import Location, Store, get_or_none, local_path
+from residual_saes.shared.cache.spec import SPEC_FILE, CacheSpec
+from residual_saes.shared.cache.zarr import has_group
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
+from residual_saes.shared.sites import Site, format_sites, parse_sites
+from residual_saes.shared.stores import Location, Store, get_or_none, local_path
 
 LEDGER_BYTES_PER_LAYER = 360  # of one block, as measured at most; it is 0.0005 % of a full-size block
 _AT_ONCE = 16  # entries that are read at a time: each may be a round trip
@@ -73,7 +73,7 @@ def _without_moments(stats: dict[str, Any]) -> dict[str, Any]:
 def damaged_block(cache: Location, site: Site, block: int, why: str) -> UserError:
     return UserError(
         f"layer {site} block {block} of {cache} is damaged: {why}; "
-        f"mend it with `python -m harvest repair --cache {cache} --blocks {block}`"
+        f"mend it with `rsae harvest repair --cache {cache} --blocks {block}`"
     )
 
 
@@ -164,7 +164,7 @@ class Ledger:
         """The record of one block of one layer. Raises UserError if there is none, or it is damaged."""
         group = self._find_group(site, block)
         if group is None:
-            raise UserError(f"layer {site} block {block} of {self._store.root} is not harvested: run `python -m harvest` again")
+            raise UserError(f"layer {site} block {block} of {self._store.root} is not harvested: run `rsae harvest` again")
         return self._read(group, block, site)[site]
 
     def _read(self, group: str, block: int, site: Site) -> dict[Site, BlockStats]:
@@ -269,7 +269,7 @@ class Ledger:
         layers = format_sites(sites)
         return UserError(
             f"the training blocks of layers {layers} of {self._store.root} were freed: "
-            f"harvest them again with `python -m harvest --layers {layers}`"
+            f"harvest them again with `rsae harvest --layers {layers}`"
         )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import UserError
-from shared.seal import canonical
-from shared.stores import Location
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.seal import canonical
+from residual_saes.shared.stores import Location
 
 FORMAT = 2
 SPEC_FILE = "cache.json"

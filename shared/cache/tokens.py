@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache.spec import CacheSpec
-from shared.cache.zarr import stored_token_chunks, token_key
-from shared.errors import UserError
-from shared.seal import crc32c, from_bytes, to_bytes
-from shared.stores import Store, local_path
+from residual_saes.shared.cache.spec import CacheSpec
+from residual_saes.shared.cache.zarr import stored_token_chunks, token_key
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
+from residual_saes.shared.stores import Store, local_path
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -110,9 +110,7 @@ class TokenArray:
 
     def _damaged(self, chunk: int, why: str) -> UserError:
         root = self._store.root
-        return UserError(
-            f"token chunk {chunk} of {root} is damaged: {why}; mend it with `python -m harvest repair --cache {root}`"
-        )
+        return UserError(f"token chunk {chunk} of {root} is damaged: {why}; mend it with `rsae harvest repair --cache {root}`")
 
 
 def _entry_key(chunk: int) -> str:

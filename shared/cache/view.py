@@ -15,11 +15,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache.ledger import BlockStats
-from shared.cache.spec import CacheSpec
-from shared.errors import UserError
-from shared.sites import Site, format_sites
-from shared.stores import Location
+from residual_saes.shared.cache.ledger import BlockStats
+from residual_saes.shared.cache.spec import CacheSpec
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.stores import Location
 
 Rows: TypeAlias = int | np.integer[Any] | slice | Sequence[int] | NDArray[Any]
 _Gather: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[Any]]  # (block, rows in it, in reading order) → their values

@@ -7,10 +7,10 @@ import dataclasses
 import json
 from typing import Any
 
-from shared.cache.spec import FORMAT, CacheSpec, other_format
-from shared.errors import UserError
-from shared.sites import HOOKS, RESID_POST, Site
-from shared.stores import Store, get_or_none
+from residual_saes.shared.cache.spec import FORMAT, CacheSpec, other_format
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import HOOKS, RESID_POST, Site
+from residual_saes.shared.stores import Store, get_or_none
 
 GROUP = "activations.zarr"
 

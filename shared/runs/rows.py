@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.errors import UserError
+from residual_saes.shared.errors import UserError
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -25,16 +25,26 @@ from typing import Any
 
 from torch import Tensor
 
-from shared.cache import ADVICE, Cache
-from shared.errors import Busy, UserError
-from shared.files import append_line, create_file, make_dir, owned, refuse_links, remove, remove_leftovers, replacing, sync_dir
-from shared.progress import say
-from shared.runs.sae import Damaged, Sae
-from shared.seal import SEAL, canonical, load_sealed, parse_json, parse_sealed, save_sealed, seal, sealed
-from shared.sites import Site
-from shared.stores import Location, open_store
-from shared.stores.mirror import Mirror
-from shared.units import format_count
+from residual_saes.shared.cache import ADVICE, Cache
+from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.files import (
+    append_line,
+    create_file,
+    make_dir,
+    owned,
+    refuse_links,
+    remove,
+    remove_leftovers,
+    replacing,
+    sync_dir,
+)
+from residual_saes.shared.progress import say
+from residual_saes.shared.runs.sae import Damaged, Sae
+from residual_saes.shared.seal import SEAL, canonical, load_sealed, parse_json, parse_sealed, save_sealed, seal, sealed
+from residual_saes.shared.sites import Site
+from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.stores.mirror import Mirror
+from residual_saes.shared.units import format_count
 
 FORMAT = 2
 SNAPSHOTS = 6
@@ -132,9 +142,7 @@ class Run:
         try:
             config = parse_json(self.config_path.read_bytes())
         except FileNotFoundError:
-            raise UserError(
-                f"{self.path} is not a run folder: it has no config.json; train one with `python -m train`"
-            ) from None
+            raise UserError(f"{self.path} is not a run folder: it has no config.json; train one with `rsae train`") from None
         except ValueError:
             raise UserError(
                 f"{self.config_path} is not readable JSON; restore it or train into another --runs folder"

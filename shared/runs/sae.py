@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
-from shared.files import replacing
-from shared.runs.rows import Rows
-from shared.seal import SEAL, seal, sealed
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import replacing
+from residual_saes.shared.runs.rows import Rows
+from residual_saes.shared.seal import SEAL, seal, sealed
 
 _SHAPES = {
     "b_pre": ("d",),

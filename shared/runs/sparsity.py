@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.errors import UserError
-from shared.runs.sae import Rule
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.sae import Rule
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

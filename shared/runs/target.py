@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
-from shared.sites import Site
+from residual_saes.shared.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from shared.stores.folder import Folder
-from shared.stores.location import Bucket, Location, parse_location
-from shared.stores.protocol import Staged, Store, get_or_none, local_path
+from residual_saes.shared.stores.folder import Folder
+from residual_saes.shared.stores.location import Bucket, Location, parse_location
+from residual_saes.shared.stores.protocol import Staged, Store, get_or_none, local_path
 
 __all__ = ["Bucket", "Folder", "Location", "Staged", "Store", "get_or_none", "local_path", "open_store", "parse_location"]
 
@@ -13,6 +13,6 @@ def open_store(location: Location) -> Store:
     """The store at a location. Raises UserError for a bucket where the package that it needs is not installed."""
     if isinstance(location, Path):
         return Folder(location)
-    from shared.stores.s3 import S3  # here, because its package is an extra
+    from residual_saes.shared.stores.s3 import S3  # here, because its package is an extra
 
     return S3(location)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from shared import files
-from shared.errors import UserError
-from shared.stores.protocol import Staged
+from residual_saes.shared import files
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.stores.protocol import Staged
 
 
 class Folder:

@@ -10,10 +10,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.errors import UserError
-from shared.files import replacing
-from shared.progress import Progress
-from shared.stores.location import Bucket, Location
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import replacing
+from residual_saes.shared.progress import Progress
+from residual_saes.shared.stores.location import Bucket, Location
 
 _LOCAL = Path("data") / "s3"
 
@@ -34,7 +34,7 @@ class Mirror:
     """The bucket's side and the folder's. Every method raises UserError where the bucket fails."""
 
     def __init__(self, bucket: Bucket) -> None:
-        from shared.stores.s3 import S3  # here, because its package is an extra
+        from residual_saes.shared.stores.s3 import S3  # here, because its package is an extra
 
         self.bucket, self.folder = bucket, local(bucket)
         self._store = S3(bucket)

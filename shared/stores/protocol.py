@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from shared.stores.location import Location
+from residual_saes.shared.stores.location import Location
 
 Staged: TypeAlias = Path | None  # the temporary file of a staged object; None where it lies in its place already
 

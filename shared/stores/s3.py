@@ -32,12 +32,12 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from shared.errors import UserError
-from shared.files import UNKNOWN_FREE
-from shared.seal import canonical, crc32c
-from shared.stop import stopping
-from shared.stores.location import Bucket
-from shared.stores.protocol import Staged
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import UNKNOWN_FREE
+from residual_saes.shared.seal import canonical, crc32c
+from residual_saes.shared.stop import stopping
+from residual_saes.shared.stores.location import Bucket
+from residual_saes.shared.stores.protocol import Staged
 
 try:
     import obstore

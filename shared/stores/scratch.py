@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from shared.errors import UserError
-from shared.files import locked, make_dir, read_file, refuse_links, remove_leftovers, temporary, write_all
-from shared.progress import say
-from shared.sites import Site
-from shared.units import format_bytes, parse_bytes
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import locked, make_dir, read_file, refuse_links, remove_leftovers, temporary, write_all
+from residual_saes.shared.progress import say
+from residual_saes.shared.sites import Site
+from residual_saes.shared.units import format_bytes, parse_bytes
 
 _LOCKS = 256  # blocks that share one wait for each other, which costs little
 

@@ -16,8 +16,8 @@ from bench.harness import Comparison, Contender, Entry
 from bench.report import Machine, Results
 from bench.setup import Setup, small
 from bench.workers.worker import Job
-from fleet import hours
-from shared.errors import UserError
+from residual_saes.fleet import hours
+from residual_saes.shared.errors import UserError
 
 MACHINE = Machine(
     slug="box-2c", cpu="Box", cores=2, memory_gib=8.0, flags=("amx_bf16",), gpu=None, system="Linux", python="3", torch="2",

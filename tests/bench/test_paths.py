@@ -19,8 +19,8 @@ from bench.peers import STEPS, WRITERS, Peer, PeerFailed, Worker
 from bench.setup import GPU, Measure, Setup, small
 from bench.steps import Steps
 from bench.workers.worker import Job
-from shared import files
-from shared.errors import UserError
+from residual_saes.shared import files
+from residual_saes.shared.errors import UserError
 from tests.conftest import ROOT
 
 SMALL = replace(small(Setup()), threads=2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench.quality import THEIRS, dump, fvu_at, longest, over_best_peer, rows
-from shared.cache import Cache
+from residual_saes.shared.cache import Cache
+from residual_saes.train.step import Begun, TrainingSae
 from tests.conftest import Cli
-from train.step import Begun, TrainingSae
 
 FIRST, SECOND, THIRD = THEIRS
 OURS = "ours"

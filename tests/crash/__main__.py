@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from shared.progress import Progress
+from residual_saes.shared.progress import Progress
 from tests.crash.sweep import FAULTS, SCENARIOS, Outcome, Sweep, Trial
 
 

@@ -1,4 +1,4 @@
-"""A process that has imported everything, and forks for each command: what is left of `python -m harvest` is its work.
+"""A process that has imported everything, and forks for each command: what is left of `rsae harvest` is its work.
 
     python -m tests.crash.server MODEL
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
-from shared.seal import SEAL
+from residual_saes.shared.seal import SEAL
 from tests.conftest import ROOT, documents, make_lm
 from tests.crash.disk import NEEDS_ROOM, WRITES, Disk, Operation, read_log, read_tree, write_tree
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from eval.measure.features import Features, features_path, save_features
-from eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
-from eval.measure.result import Result
-from shared.cache import CacheSpec
-from shared.runs.run import Run, run_config, snapshot_tokens
-from shared.runs.sae import Sae
-from shared.seal import seal
-from shared.sites import Site
-from train.config import TrainConfig
-from train.sparsity.l1 import L1Setting
+from residual_saes.eval.measure.features import Features, features_path, save_features
+from residual_saes.eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
+from residual_saes.eval.measure.result import Result
+from residual_saes.shared.cache import CacheSpec
+from residual_saes.shared.runs.run import Run, run_config, snapshot_tokens
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import seal
+from residual_saes.shared.sites import Site
+from residual_saes.train.config import TrainConfig
+from residual_saes.train.sparsity.l1 import L1Setting
 
 SETTINGS = {"3e-4-fixed": (3e-4, 90.0), "8e-5-fixed": (8e-5, 320.0), "adaptive": (5e-4, 150.0)}  # λ and the L0 it ends at
 TOKENS, D_MODEL, FEATURES = 300_000_000, 1024, 4096

@@ -23,10 +23,10 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AU
 import ray
 from ray.cluster_utils import Cluster
 
-from fleet.cluster import Fleet, RayCommands
-from fleet.commands import JobConfig, Stage
-from shared.cli import run
-from shared.sites import parse_sites
+from residual_saes.fleet.cluster import Fleet, RayCommands
+from residual_saes.fleet.commands import JobConfig, Stage
+from residual_saes.shared.cli import run
+from residual_saes.shared.sites import parse_sites
 
 LAYERS = parse_sites("0-2")
 

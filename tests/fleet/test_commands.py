@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fleet.commands import Commands, JobConfig, Stage
+from residual_saes.fleet.commands import Commands, JobConfig, Stage
 from tests.conftest import ROOT
 
 

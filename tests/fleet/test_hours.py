@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fleet import hours
-from fleet.hours import RATES, Rates, Work, measured_rates, this_machine
-from fleet.plan import Plan
-from fleet.room import Window
-from shared.cache import CacheSpec
-from shared.sites import Site
+from residual_saes.fleet import hours
+from residual_saes.fleet.hours import RATES, Rates, Work, measured_rates, this_machine
+from residual_saes.fleet.plan import Plan
+from residual_saes.fleet.room import Window
+from residual_saes.shared.cache import CacheSpec
+from residual_saes.shared.sites import Site
 
 SHAPE = {"d_model": 1024, "features": 32_768}
 RATES_OF_TWO = {"forward": 1.0, "write": 2 / 5, "read": 2 / 2, "dense": 1 / 7, "sparse": 1.0}
@@ -44,7 +44,7 @@ def test_the_package_comes_with_rates_of_a_gpu_at_the_published_shape() -> None:
 
 
 def test_a_plan_adds_up_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.plan.measured_rates", lambda d_model, features: [rates()])
+    monkeypatch.setattr("residual_saes.fleet.plan.measured_rates", lambda d_model, features: [rates()])
     spec = CacheSpec(
         model="m", model_revision="", dataset="d", dataset_revision="", split="", text_column="", tokenizer_sha256="",
         separator=0, context=4, d_model=1, n_layers=4, vocab_size=9, block_sequences=1, n_blocks=10, holdout_blocks=2, seed=0,

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fleet.commands import Commands, JobConfig, Stage
-from fleet.job import Job
-from fleet.room import Room, Window, used_bytes, windows
-from shared.cache import Cache
-from shared.errors import Busy, UserError
-from shared.runs.run import Run
-from shared.sites import Site, format_sites, parse_sites
+from residual_saes.fleet.commands import Commands, JobConfig, Stage
+from residual_saes.fleet.job import Job
+from residual_saes.fleet.room import Room, Window, used_bytes, windows
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.sites import Site, format_sites, parse_sites
 from tests.conftest import TRAIN_ARGS, invoke
 
 L1 = "3e-3"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fleet import cluster
-from fleet.cluster import Fleet, RayCommands, _task
-from fleet.commands import JobConfig
-from shared.errors import Busy, UserError
-from shared.sites import parse_sites
+from residual_saes.fleet import cluster
+from residual_saes.fleet.cluster import Fleet, RayCommands, _task
+from residual_saes.fleet.commands import JobConfig
+from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.sites import parse_sites
 from tests.conftest import ROOT, TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
 

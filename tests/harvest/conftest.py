@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shared.cache import Cache
+from residual_saes.shared.cache import Cache
 from tests.conftest import Cli
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GPTNeoXConfig
 
-from harvest.language_model import LanguageModel
-from shared.sites import Site
+from residual_saes.harvest.language_model import LanguageModel
+from residual_saes.shared.sites import Site
 from tests.devices import DEVICES
 
 SITES = tuple(map(Site, range(4)))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.presets import PRESETS
-from shared.sites import Site, parse_sites
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.presets import PRESETS
+from residual_saes.shared.sites import Site, parse_sites
 from tests.conftest import Cli
 from tests.harvest.conftest import content, flip, other_weights, small_args
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harvest.rows import to_float16
+from residual_saes.harvest.rows import to_float16
 from tests.devices import GPU
 from tests.train.kernels.test_cuda import mend_interpreter, needs_triton, run_in_its_own_process
 
@@ -32,7 +32,7 @@ def rows_module() -> Any:
     """Imported here: in other processes of this file triton may be missing, or be imported the other way."""
     if INTERPRETED:
         mend_interpreter()
-    from harvest import cuda
+    from residual_saes.harvest import cuda
 
     return cuda
 

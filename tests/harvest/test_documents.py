@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from harvest.documents import LocalText
-from harvest.pieces import TextSource, resume_point
-from shared.errors import UserError
+from residual_saes.harvest.documents import LocalText
+from residual_saes.harvest.pieces import TextSource, resume_point
+from residual_saes.shared.errors import UserError
 
 TEXTS = [f"document {i}, with an é\nand two lines" for i in range(40)]
 
@@ -62,7 +62,7 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 @pytest.fixture(params=[*COMPRESSED, "array.json", "t.parquet", "t.txt", "folder"])
 def any_kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same 40 documents in every kind of file (as txt one document), in pieces of at most 25 bytes."""
-    monkeypatch.setattr("harvest.pieces._PIECE", 25)
+    monkeypatch.setattr("residual_saes.harvest.pieces._PIECE", 25)
     path = tmp_path / str(request.param)
     if path.name in COMPRESSED:
         compress = COMPRESSED[path.name]
@@ -236,7 +236,7 @@ def test_parquet_strings_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_txt_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.pieces._PIECE", 16)
+    monkeypatch.setattr("residual_saes.harvest.pieces._PIECE", 16)
     (tmp_path / "t.txt").write_bytes(b"a text of some length, caf\xe9")
     refused(tmp_path / "t.txt", "t.txt, byte 26: it is not UTF-8")
 
@@ -255,6 +255,6 @@ def test_files_that_were_cut_off(tmp_path: Path, name: str, share: float) -> Non
 
 
 def test_an_array_too_long_to_be_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.documents._ARRAY_BYTES", 100)
+    monkeypatch.setattr("residual_saes.harvest.documents._ARRAY_BYTES", 100)
     (tmp_path / "t.json").write_text(json.dumps([{"text": t} for t in TEXTS]))
     refused(tmp_path / "t.json", "is one JSON array of more than 0 MiB: write one object a line")

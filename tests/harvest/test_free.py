@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.measure.heldout import heldout_blocks
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.seal import to_bytes
-from shared.sites import Site, parse_sites
+from residual_saes.eval.measure.heldout import heldout_blocks
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.seal import to_bytes
+from residual_saes.shared.sites import Site, parse_sites
 from tests.conftest import TRAIN_ARGS, Cli
 
 
@@ -75,7 +75,7 @@ def test_what_is_freed_is_not_trained(cli: Cli, copy: Cache, tmp_path: Path) -> 
     args = ("train", *TRAIN_ARGS, "--cache", copy.path, "--runs", tmp_path / "r", "--l1", "3e-3", "--tokens", 2048)
     refused = cli(*args, "--layers", "1-2")
     assert refused.code == 2
-    assert "layers 1 of" in refused.err and "were freed: harvest them again with `python -m harvest --layers 1`" in refused.err
+    assert "layers 1 of" in refused.err and "were freed: harvest them again with `rsae harvest --layers 1`" in refused.err
     assert not (tmp_path / "r").exists()
     rest = cli(*args)
     assert rest.code == 0 and "note: layers 0-1 were freed and are left out" in rest.err

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from harvest.hub import HubText, open_text
-from harvest.pieces import resume_point
-from shared.errors import UserError
+from residual_saes.harvest.hub import HubText, open_text
+from residual_saes.harvest.pieces import resume_point
+from residual_saes.shared.errors import UserError
 from tests.harvest.test_documents import TEXTS, lines
 
 SOURCE = HubText(dataset="some/dataset", revision=None, split="train", column="text")
@@ -37,7 +37,7 @@ def refused(message: str, column: str = "text") -> None:
 
 
 def test_a_hub_dataset_goes_on_at_every_row(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.pieces._PIECE", 25)
+    monkeypatch.setattr("residual_saes.harvest.pieces._PIECE", 25)
     pieces = list(SOURCE.pieces())
     assert [piece.ends for piece in pieces].count(True) == 40
     for i in (0, 1, 2, 40, len(pieces) - 1):

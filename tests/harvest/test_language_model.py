@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harvest.language_model import LanguageModel
-from shared.errors import UserError
-from shared.sites import parse_sites
+from residual_saes.harvest.language_model import LanguageModel
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import parse_sites
 from tests.shared.test_lm import family
 
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GPTNeoXConfig
 
-from harvest import neox as native
-from harvest.language_model import LanguageModel
-from shared import lm
-from shared.compile import load
-from shared.sites import Site, parse_sites
+from residual_saes.harvest import neox as native
+from residual_saes.harvest.language_model import LanguageModel
+from residual_saes.shared import lm
+from residual_saes.shared.compile import load
+from residual_saes.shared.sites import Site, parse_sites
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

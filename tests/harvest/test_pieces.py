@@ -1,11 +1,11 @@
 import pytest
 
-from harvest.pieces import FilePoint, StreamPoint, resume_point, split_text
-from shared.errors import UserError
+from residual_saes.harvest.pieces import FilePoint, StreamPoint, resume_point, split_text
+from residual_saes.shared.errors import UserError
 
 
 def test_long_texts_are_parted_before_a_single_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.pieces._PIECE", 16)
+    monkeypatch.setattr("residual_saes.harvest.pieces._PIECE", 16)
     for text in ("one two  three\n four five six seven eight", "é" * 50, "a" * 33, "  " * 20):
         parts = [part for part, _ in split_text(text)]
         assert "".join(parts) == text

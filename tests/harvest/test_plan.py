@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from harvest.plan import planned_bytes, probe_write
-from shared.cache import Cache
+from residual_saes.harvest.plan import planned_bytes, probe_write
+from residual_saes.shared.cache import Cache
 from tests.conftest import Cli
 
 

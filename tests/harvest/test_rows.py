@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from harvest import rows as module
-from harvest.rows import put_rows, to_float16
+from residual_saes.harvest import rows as module
+from residual_saes.harvest.rows import put_rows, to_float16
 
 
 def test_what_float16_cannot_hold_is_counted_and_never_infinite() -> None:

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.care import warnings_of_overflow
-from harvest.hub import HubText
-from harvest.language_model import LanguageModel
-from harvest.run import HarvestConfig, Shares, await_tokens, harvest_blocks, in_turn
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.identity import harvested_model, open_model
-from shared.lm import load_model
-from shared.sites import Site, parse_sites
-from shared.units import ALONE, Shard
+from residual_saes.harvest.care import warnings_of_overflow
+from residual_saes.harvest.hub import HubText
+from residual_saes.harvest.language_model import LanguageModel
+from residual_saes.harvest.run import HarvestConfig, Shares, await_tokens, harvest_blocks, in_turn
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.identity import harvested_model, open_model
+from residual_saes.shared.lm import load_model
+from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.shared.units import ALONE, Shard
 from tests.conftest import Cli
 from tests.harvest.conftest import content, other_weights, small_args
 
@@ -146,8 +146,8 @@ def test_shards_do_their_own_blocks_first_and_leave_none_out(cache: Cache) -> No
 def test_shards_wait_for_the_first_to_tokenise(
     cli: Cli, harvest_args: tuple[object, ...], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harvest.run._POLL", 0.01)
-    monkeypatch.setattr("harvest.run._LATE", 0.0)
+    monkeypatch.setattr("residual_saes.harvest.run._POLL", 0.01)
+    monkeypatch.setattr("residual_saes.harvest.run._LATE", 0.0)
     shutil.copytree(cache.path, tmp_path / "c")
     copy = Cache.open(tmp_path / "c")
     whole = copy.tokens.entry_path(1).read_bytes()
@@ -159,11 +159,11 @@ def test_shards_wait_for_the_first_to_tokenise(
     assert time.monotonic() - began > 0.4
     timer.join()
     copy.tokens.entry_path(1).unlink()
-    monkeypatch.setattr("harvest.run._PATIENCE", 0.1)
+    monkeypatch.setattr("residual_saes.harvest.run._PATIENCE", 0.1)
     alone = cli("harvest", *harvest_args, "--cache", copy.path, "--shard", "3/8")
     assert alone.code == 0 and "nothing came for 0s: shard 3/8 writes the tokens itself" in alone.err
     assert copy.tokens.entry_path(1).read_bytes() == whole
-    monkeypatch.setattr("harvest.run._PATIENCE", 600.0)
+    monkeypatch.setattr("residual_saes.harvest.run._PATIENCE", 600.0)
     (tmp_path / "c" / "cache.json").unlink()
     copy.tokens.entry_path(1).unlink()
     with pytest.raises(UserError, match="shard 0/8 has given up"):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harvest.care import verify
-from harvest.run import HarvestConfig, harvest_blocks
-from harvest.source import ActivationSource, Sink
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.sites import Site, parse_sites
+from residual_saes.harvest.care import verify
+from residual_saes.harvest.run import HarvestConfig, harvest_blocks
+from residual_saes.harvest.source import ActivationSource, Sink
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import Site, parse_sites
 from tests.devices import DEVICES
 from tests.shared.cache.test_cache import SPEC
 

@@ -10,14 +10,14 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from harvest.documents import LocalText
-from harvest.pieces import FilePoint, Piece
-from harvest.tokens import _encode, _take, _token_batches, require_one_context, write_tokens
-from shared.cache import Cache
-from shared.cache.tokens import TokenArray
-from shared.errors import UserError
-from shared.lm import load_tokenizer
-from shared.sites import Site, parse_sites
+from residual_saes.harvest.documents import LocalText
+from residual_saes.harvest.pieces import FilePoint, Piece
+from residual_saes.harvest.tokens import _encode, _take, _token_batches, require_one_context, write_tokens
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.cache.tokens import TokenArray
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.lm import load_tokenizer
+from residual_saes.shared.sites import Site, parse_sites
 from tests.conftest import documents
 
 
@@ -41,9 +41,11 @@ def test_continues_after_every_chunk(
     lm: Path, text: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stop after each chunk, open everything anew, go on: the same array, and nothing written twice."""
-    monkeypatch.setattr("harvest.tokens._DOCUMENTS", 7)
-    monkeypatch.setattr("harvest.pieces._PIECE", 3000)  # some documents are longer: pieces fall into several batches
-    monkeypatch.setattr("harvest.tokens._CHARACTERS", 2000)
+    monkeypatch.setattr("residual_saes.harvest.tokens._DOCUMENTS", 7)
+    monkeypatch.setattr(
+        "residual_saes.harvest.pieces._PIECE", 3000
+    )  # some documents are longer: pieces fall into several batches
+    monkeypatch.setattr("residual_saes.harvest.tokens._CHARACTERS", 2000)
     again = Cache.create(tmp_path / "c", cache.spec, parse_sites("0"))
     tokenizer, written = load_tokenizer(str(lm), None), []
 
@@ -115,15 +117,15 @@ def test_long_documents_have_the_tokens_of_the_whole(
     path.write_text("".join(documents(20)))
     tokenizer = load_tokenizer(str(lm), None)
     whole = np.concatenate([tokens for _, tokens in _token_batches(source(path), tokenizer, cache.spec, None)])
-    monkeypatch.setattr("harvest.pieces._PIECE", 1000)
+    monkeypatch.setattr("residual_saes.harvest.pieces._PIECE", 1000)
     pieces = [tokens for _, tokens in _token_batches(source(path), tokenizer, cache.spec, None)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
     assert len(whole) > 1000
 
 
 def test_what_is_tokenised_at_once_is_bounded_by_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.tokens._CHARACTERS", 100)
-    monkeypatch.setattr("harvest.pieces._PIECE", 60)
+    monkeypatch.setattr("residual_saes.harvest.tokens._CHARACTERS", 100)
+    monkeypatch.setattr("residual_saes.harvest.pieces._PIECE", 60)
     for length in (1, 50, 200):
         path = tmp_path / "t.jsonl"
         path.write_text((json.dumps({"text": "x" * length}) + "\n") * 300)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import zarr
 
-from harvest.writer import BlockWriter, WriterConfig
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.files import PAGE
-from shared.sites import Site, parse_sites
-from shared.stores import Location
+from residual_saes.harvest.writer import BlockWriter, WriterConfig
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import PAGE
+from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.shared.stores import Location
 from tests.shared.cache.test_cache import SPEC
 
 

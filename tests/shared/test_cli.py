@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.cli import Number, run
-from shared.errors import Busy, UserError
-from shared.progress import say
-from shared.stop import Terminated, finishing
-from shared.units import (
+from residual_saes.shared.cli import Number, run
+from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.progress import say
+from residual_saes.shared.stop import Terminated, finishing
+from residual_saes.shared.units import (
     format_bytes,
     format_count,
     format_layers,
@@ -125,7 +125,7 @@ def test_a_signal_waits_for_the_step_where_work_says_so(
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # as Ray does, whatever it was
 
-    monkeypatch.setattr("shared.stop._ONE_REQUEST", 0.0)
+    monkeypatch.setattr("residual_saes.shared.stop._ONE_REQUEST", 0.0)
     before = signal.getsignal(number)
     for work in (patient, at_once, twice, through_a_library):
         assert program(work, capfd, monkeypatch)[0] == code

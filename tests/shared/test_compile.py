@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import compile as native
-from shared.compile import cpu_flags, load
+from residual_saes.shared import compile as native
+from residual_saes.shared.compile import cpu_flags, load
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -169,7 +169,7 @@ def test_the_folder_is_closed_to_others(tmp_path: Path) -> None:
 def test_without_a_compiler_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shared.compile.shutil.which", lambda _: None)
+    monkeypatch.setattr("residual_saes.shared.compile.shutil.which", lambda _: None)
     assert load(tmp_path / "a.c") is None
     assert "a.c cannot be used (no C compiler found)" in capsys.readouterr().err
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import device as module
-from shared.device import announce, pick_device, send
-from shared.errors import UserError
+from residual_saes.shared import device as module
+from residual_saes.shared.device import announce, pick_device, send
+from residual_saes.shared.errors import UserError
 
 TOO_OLD = (
     "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver "

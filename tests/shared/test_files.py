@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.errors import UserError
-from shared.files import (
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import (
     PAGE,
     UNKNOWN_FREE,
     append_line,
@@ -34,7 +34,7 @@ from shared.files import (
     temporary,
     write_file,
 )
-from shared.progress import Progress
+from residual_saes.shared.progress import Progress
 from tests.conftest import ROOT
 
 
@@ -138,7 +138,7 @@ def test_of_many_that_create_a_file_one_does(tmp_path: Path, monkeypatch: pytest
 
 
 def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from shared.files import temporary; temporary(pathlib.Path(sys.argv[1])).touch()"
+    code = "import sys, pathlib; from residual_saes.shared.files import temporary; temporary(pathlib.Path(sys.argv[1])).touch()"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.0.0")], check=True, cwd=ROOT)
     (dead,) = tmp_path.iterdir()
     elsewhere = tmp_path / dead.name.replace(socket.gethostname(), "another-host")
@@ -316,7 +316,7 @@ def test_progress_says_how_far_how_fast_and_how_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("shared.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("residual_saes.shared.progress.time.monotonic", lambda: now)
     with Progress("training layer 3", 5000, "tokens", start=1000) as progress:
         now += 20
         progress.update(3000, "L0 31")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from shared.hub import retried
+from residual_saes.shared.hub import retried
 
 
 class Refused(Exception):
@@ -26,7 +26,7 @@ def wrapped(cause: Exception) -> Exception:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("shared.hub._NOTICE._said", float("-inf"))
+    monkeypatch.setattr("residual_saes.shared.hub._NOTICE._said", float("-inf"))
     return waits
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.errors import UserError
-from shared.identity import hash_files
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.identity import hash_files
 
 
 def test_files_are_known_by_content_not_by_name(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_files_are_known_by_content_not_by_name(tmp_path: Path) -> None:
 
 
 def test_of_large_weights_every_tensor_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.identity._HASHED_WHOLE", 1000)
+    monkeypatch.setattr("residual_saes.shared.identity._HASHED_WHOLE", 1000)
     path = tmp_path / "m.safetensors"
     tensors = {f"layers.{i}.weight": torch.full((64, 4096), float(i)) for i in range(4)} | {"none": torch.empty(0)}
     seen = set()

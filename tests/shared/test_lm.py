@@ -18,8 +18,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from shared.errors import UserError
-from shared.lm import Unembedding, find_blocks, load_config, load_model, require_model
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.lm import Unembedding, find_blocks, load_config, load_model, require_model
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 120}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}

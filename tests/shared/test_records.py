@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from shared.errors import UserError
-from shared.records import JsonLines, JsonRecords, Record
-from shared.seal import seal
-from shared.sites import Site
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.records import JsonLines, JsonRecords, Record
+from residual_saes.shared.seal import seal
+from residual_saes.shared.sites import Site
 
 
 @dataclass(kw_only=True, frozen=True)

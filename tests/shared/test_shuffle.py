@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.shuffle import block_rows, block_turns, epoch_slices, permutation, window_rows
+from residual_saes.shared.shuffle import block_rows, block_turns, epoch_slices, permutation, window_rows
 
 keys = st.lists(st.integers(0, 2**40), max_size=4)
 

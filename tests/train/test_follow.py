@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
-from shared.files import publish_file
-from shared.shuffle import block_turns
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.files import publish_file
+from residual_saes.shared.shuffle import block_turns
+from residual_saes.shared.sites import Site
+from residual_saes.train.step import Begun, StepResult, TrainingSae
 from tests.conftest import TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
-from train.step import Begun, StepResult, TrainingSae
 
 ARGS = ("train", *TRAIN_ARGS[:-4], "--device", "cpu", "--window-blocks", 1, "--layers", 1, "--l1", "3e-3,adaptive:5e-3@12")
 FIRST = 4 + 16  # blocks: held-out ones, and those of the first window
@@ -43,7 +43,7 @@ class Harvest:
 @pytest.fixture
 def harvest(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harvest:
     for module in ("loader", "layer", "__main__"):
-        monkeypatch.setattr(f"train.{module}.FOLLOW_POLL", 0.01)
+        monkeypatch.setattr(f"residual_saes.train.{module}.FOLLOW_POLL", 0.01)
     return Harvest(cache, tmp_path / "c")
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench.caches import cache_spec
-from shared.cache import BlockStats, Cache
-from shared.errors import UserError
-from shared.sites import Site, parse_sites
-from train import loader as module
-from train.loader import ActivationLoader, LoaderConfig
+from residual_saes.shared.cache import BlockStats, Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.train import loader as module
+from residual_saes.train.loader import ActivationLoader, LoaderConfig
 
 CPU = torch.device("cpu")
 

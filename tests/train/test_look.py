@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.shuffle import epoch_slices
-from shared.sites import Site
-from train.look import Look
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.shuffle import epoch_slices
+from residual_saes.shared.sites import Site
+from residual_saes.train.look import Look
 
 
 def of(x: np.ndarray, positions: np.ndarray, **without: int) -> Look:  # type: ignore[type-arg]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.measure.heldout import heldout_blocks
-from eval.measure.metrics import largest_cosine, measure
-from shared.cache import Cache
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.eval.measure.heldout import heldout_blocks
+from residual_saes.eval.measure.metrics import largest_cosine, measure
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
+from residual_saes.train.kernels.base import Workspace
+from residual_saes.train.step import StepConfig, TrainingSae, pick_kernels
 from tests.conftest import Cli, invoke
-from train.kernels.base import Workspace
-from train.step import StepConfig, TrainingSae, pick_kernels
 
 CPU = torch.device("cpu")
 DIMENSIONS, TRUE, FEATURES, BATCH, STEPS = 32, 64, 96, 256, 500

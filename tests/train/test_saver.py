@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from train.saver import Saver
+from residual_saes.train.saver import Saver
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels.base import TorchKernels, Workspace
-from train.kernels.cpu import load_native
-from train.sparsity.base import RELU, Hidden, Unfused
-from train.sparsity.batchtopk import LargestOfBatch
-from train.sparsity.topk import TopK
-from train.step import Begun, StepConfig, TrainingSae
+from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.kernels.cpu import load_native
+from residual_saes.train.sparsity.base import RELU, Hidden, Unfused
+from residual_saes.train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.sparsity.topk import TopK
+from residual_saes.train.step import Begun, StepConfig, TrainingSae
 
 CPU = torch.device("cpu")
 D, F, B = ODD = 24, 100, 37

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.runs.run import Run, snapshot_tokens
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.run import Run, snapshot_tokens
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
+from residual_saes.train.config import TrainConfig
+from residual_saes.train.kernels.base import Workspace
+from residual_saes.train.sparsity.base import Hidden
+from residual_saes.train.step import Begun, StepResult, TrainingSae
+from residual_saes.train.trainer import train
 from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
-from train.config import TrainConfig
-from train.kernels.base import Workspace
-from train.sparsity.base import Hidden
-from train.step import Begun, StepResult, TrainingSae
-from train.trainer import train
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -74,7 +74,7 @@ def test_a_setting_that_comes_later_catches_up_with_the_others(
 ) -> None:
     """As on a GPU, where steps are begun a batch ahead: two SAEs are stopped after 40 steps, and go on when the third is there.
     What is stopped before it had a batch of its own keeps the state that it has."""
-    monkeypatch.setattr("train.layer.queues", lambda device: True)
+    monkeypatch.setattr("residual_saes.train.layer.queues", lambda device: True)
     args = (*TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, "--layers", 1, "--save-minutes", 60)
     for l1, calls, steps in (("8e-4,adaptive:5e-3@12", 80, [40, 40]), (L1, 10, [10, 40, 40])):
         stop_after(monkeypatch, calls)
@@ -84,7 +84,7 @@ def test_a_setting_that_comes_later_catches_up_with_the_others(
         assert sorted(state[1]["step"] for state in states if state is not None) == steps
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
         monkeypatch.undo()
-        monkeypatch.setattr("train.layer.queues", lambda device: True)
+        monkeypatch.setattr("residual_saes.train.layer.queues", lambda device: True)
     assert cli("train", *args, "--l1", L1).code == 0
     same(finals(tmp_path), {name: each for name, each in finals(runs_path).items() if "layer01" in name})
 
@@ -180,7 +180,7 @@ def test_resumes_bit_for_bit(
 ) -> None:
     """Killed in the middle of the second setting's step, with states saved as often as they can be, or none at all; and with
     steps begun a batch ahead, as on a GPU."""
-    monkeypatch.setattr("train.layer.queues", lambda device: ahead)
+    monkeypatch.setattr("residual_saes.train.layer.queues", lambda device: ahead)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", L1, "--layers", 1, "--save-minutes", save_minutes)
     kill_in_step(monkeypatch, cli, kill_at, *args)
     assert bool(list(tmp_path.glob("*/state/*/*"))) == (save_minutes == 0)  # by the clock alone, not at snapshots
@@ -210,7 +210,7 @@ def test_a_signal_costs_no_work(
 ) -> None:
     """It comes in the middle of the first setting's 31st step: that step is finished for both, or the one that is begun a
     batch ahead, and saved."""
-    monkeypatch.setattr("train.layer.queues", lambda device: bool(ahead))
+    monkeypatch.setattr("residual_saes.train.layer.queues", lambda device: bool(ahead))
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1, "--save-minutes", 60)
     finish, calls = TrainingSae.finish, 0
 
@@ -350,7 +350,7 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
         os.kill(os.getpid(), signal.SIGTERM)
 
     for module in ("job", "trainer"):
-        monkeypatch.setattr(f"train.{module}.summary_writer", lambda: Writer)
+        monkeypatch.setattr(f"residual_saes.train.{module}.summary_writer", lambda: Writer)
     monkeypatch.setattr(Run, "save_state", stop)
     assert again(cli, cache_path, one, "--layers", 0, "--save-minutes", 0, "--tensorboard").code == 143
     state = one.load_state(Site(0))
@@ -389,7 +389,7 @@ def test_training_goes_on_while_a_state_is_written(
     monkeypatch.setattr(Run, "save_state", slow)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3", "--layers", 1, "--save-minutes", 0, "--tokens", 20_480)
     # no snapshot may be due before the 50th step, for it would wait for room
-    monkeypatch.setattr("train.job.snapshot_tokens", lambda tokens: {"final": tokens})
+    monkeypatch.setattr("residual_saes.train.job.snapshot_tokens", lambda tokens: {"final": tokens})
     result = cli("train", *TRAIN_ARGS, *args)
     assert result.code == 0, result.err
     assert states[0] == (1, 1)
@@ -450,9 +450,11 @@ def test_a_setting_that_diverges_stops_alone(
 ) -> None:
     """One SAE's loss turns NaN at its 30th step: it stops there with its state kept, the other goes on to the same end. Where
     nothing is written at that step it is noticed one later; and with steps begun a batch ahead, as on a GPU."""
-    monkeypatch.setattr("train.layer.queues", lambda device: ahead)
+    monkeypatch.setattr("residual_saes.train.layer.queues", lambda device: ahead)
     records = {"log_records": log_records}
-    monkeypatch.setattr("train.__main__.train", lambda *args: train(*args[:-1], dataclasses.replace(args[-1], **records)))
+    monkeypatch.setattr(
+        "residual_saes.train.__main__.train", lambda *args: train(*args[:-1], dataclasses.replace(args[-1], **records))
+    )
     begin, first = TrainingSae.begin, list[TrainingSae]()
 
     def poisoned(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden) -> Begun:
@@ -537,7 +539,7 @@ def test_other_recipes_and_settings_resume_bit_for_bit(
     cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int, ahead: bool
 ) -> None:
     """Killed before L0 is held, and after; and with steps begun a batch ahead, as on a GPU."""
-    monkeypatch.setattr("train.layer.queues", lambda device: ahead)
+    monkeypatch.setattr("residual_saes.train.layer.queues", lambda device: ahead)
     kill_in_step(monkeypatch, cli, kill_at, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     result = cli("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", tmp_path, *OTHERS)
     assert result.code == 0, result.err

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.compile import arguments, cpu_flags, load
-from train.kernels.base import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
+from residual_saes.shared.compile import arguments, cpu_flags, load
+from residual_saes.train.kernels.base import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
 
 _AMX_SIDE = 32  # sizes must be multiples of it: two tiles
 _PATTERNS = 1 << 15  # of the bits of numbers that are not negative, which are in the numbers' order

@@ -11,10 +11,10 @@ the lists (cuda_sparse), rows of [B, d] and [F, d] (cuda_rows). What holds for a
 - Offsets of the [B, F] matrices and of the entry lists are 64 bits wide: B·F passes 2^31 before it passes the memory.
 """
 
-from train.kernels.cuda_hidden import HiddenKernels
-from train.kernels.cuda_lists import ListKernels
-from train.kernels.cuda_rows import RowKernels
-from train.kernels.cuda_sparse import SparseKernels
+from residual_saes.train.kernels.cuda_hidden import HiddenKernels
+from residual_saes.train.kernels.cuda_lists import ListKernels
+from residual_saes.train.kernels.cuda_rows import RowKernels
+from residual_saes.train.kernels.cuda_sparse import SparseKernels
 
 
 class TritonKernels(HiddenKernels, ListKernels, SparseKernels, RowKernels):

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.launch import launch as _launch
-from shared.launch import row_stride as _row_stride
-from train.kernels.base import Activation, TorchKernels, starts
+from residual_saes.shared.launch import launch as _launch
+from residual_saes.shared.launch import row_stride as _row_stride
+from residual_saes.train.kernels.base import Activation, TorchKernels, starts
 
 TILE_ROWS, TILE_COLS, TILE_BLOCK = 8, 512, 512  # activate_: a tile, and the rows that one program goes down
 PATTERNS = 2**15  # of 16-bit floats that are not negative

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.launch import launch as _launch
-from shared.launch import row_stride as _row_stride
-from train.kernels.base import Activation, Active, Frequent, TorchKernels, starts
-from train.kernels.cuda_hidden import bits_of
+from residual_saes.shared.launch import launch as _launch
+from residual_saes.shared.launch import row_stride as _row_stride
+from residual_saes.train.kernels.base import Activation, Active, Frequent, TorchKernels, starts
+from residual_saes.train.kernels.cuda_hidden import bits_of
 
 WORDS = 1024  # compact: words of 32 features at a time
 FREQUENT = 1 / 64  # share of the tokens above which a feature is taken into dense products

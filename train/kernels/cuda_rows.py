@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.launch import launch as _launch
-from shared.launch import row_stride as _row_stride
-from train.kernels.base import AdamStep, TorchKernels
+from residual_saes.shared.launch import launch as _launch
+from residual_saes.shared.launch import row_stride as _row_stride
+from residual_saes.train.kernels.base import AdamStep, TorchKernels
 
 RESIDUAL_ELEMENTS = 4096  # centre, dense_residual: elements of a program
 ADAM_ELEMENTS = 1024  # adam_: elements a program updates, where rows are shorter

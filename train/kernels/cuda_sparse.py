@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shared.launch import launch as _launch
-from shared.launch import row_stride as _row_stride
-from train.kernels.base import Active, Frequent, TorchKernels, WeightGrads, Workspace, starts
-from train.kernels.cuda_rows import slice_of
+from residual_saes.shared.launch import launch as _launch
+from residual_saes.shared.launch import row_stride as _row_stride
+from residual_saes.train.kernels.base import Active, Frequent, TorchKernels, WeightGrads, Workspace, starts
+from residual_saes.train.kernels.cuda_rows import slice_of
 
 DECODE_ENTRIES, DECODE_COLS, DECODE_WARPS = 8, 128, 1  # residual: rows gathered at once, and the slice of d
 GRAD_ENTRIES, GRAD_COLS, GRAD_WARPS = 2, 512, 1  # weight_grads: the same

@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from shared.launch import launch as _launch
-from train.kernels.base import Activation, Workspace
-from train.kernels.cuda import TritonKernels
-from train.kernels.cuda_hidden import MarkedActivation, bits_of, store_bits
+from residual_saes.shared.launch import launch as _launch
+from residual_saes.train.kernels.base import Activation, Workspace
+from residual_saes.train.kernels.cuda import TritonKernels
+from residual_saes.train.kernels.cuda_hidden import MarkedActivation, bits_of, store_bits
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
-from shared.runs.sparsity import Reading
-from train.kernels.base import Activation, TorchKernels, Workspace
+from residual_saes.shared.runs.sparsity import Reading
+from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

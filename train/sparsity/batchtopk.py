@@ -11,8 +11,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from train.kernels.base import TorchKernels, Workspace
-from train.sparsity.base import Control, ControllerConfig, Encoded, Sparsity, parse_k
+from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Sparsity, parse_k
 
 SPAN = 0.02  # share of the run over which the threshold is averaged
 

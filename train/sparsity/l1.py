@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from train.sparsity.base import RELU, Control, ControllerConfig, Hidden, Sparsity
-from train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.sparsity.base import RELU, Control, ControllerConfig, Hidden, Sparsity
+from residual_saes.train.sparsity.batchtopk import LargestOfBatch
 
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
 

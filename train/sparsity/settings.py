@@ -1,10 +1,10 @@
 """The kinds of sparsity that `--l1` names, any number of them side by side on one stream."""
 
-from shared.errors import UserError
-from train.sparsity.base import Sparsity
-from train.sparsity.batchtopk import BatchTopK
-from train.sparsity.l1 import L1Setting
-from train.sparsity.topk import TopK
+from residual_saes.shared.errors import UserError
+from residual_saes.train.sparsity.base import Sparsity
+from residual_saes.train.sparsity.batchtopk import BatchTopK
+from residual_saes.train.sparsity.l1 import L1Setting
+from residual_saes.train.sparsity.topk import TopK
 
 KINDS: tuple[type[Sparsity], ...] = (
     L1Setting,

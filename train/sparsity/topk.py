@@ -10,9 +10,9 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from shared.runs.sae import keep_top_k_
-from shared.runs.sparsity import Reading
-from train.sparsity.base import Sparsity, parse_k
+from residual_saes.shared.runs.sae import keep_top_k_
+from residual_saes.shared.runs.sparsity import Reading
+from residual_saes.train.sparsity.base import Sparsity, parse_k
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

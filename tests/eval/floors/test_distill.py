@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.floors.students import Student, Teacher
-from eval.measure.features import load_features
-from eval.measure.predicted import Statistics, critical_width, floors
-from shared.seal import sealed
+from residual_saes.eval.floors.students import Student, Teacher
+from residual_saes.eval.measure.features import load_features
+from residual_saes.eval.measure.predicted import Statistics, critical_width, floors
+from residual_saes.shared.seal import sealed
 from tests.conftest import Cli, invoke
 
 Call = Callable[..., list[dict[str, Any]]]
@@ -206,7 +206,7 @@ def test_what_was_not_evaluated_is_left_out_with_a_line_a_run(
     args = ("--preset", "demo", "--cache", cache_path, "--runs", evaluated, "--device", "cpu", *SMALL)
     result = cli("eval", "distill", *args, "--widths", 8, "--seeds", 1)
     assert result.code == 2
-    assert f"layers 0,2 of {evaluated / name} have not been evaluated: run `python -m eval`, then this again" in result.err
+    assert f"layers 0,2 of {evaluated / name} have not been evaluated: run `rsae eval`, then this again" in result.err
     (experiment,) = json.loads((evaluated / "distilled.json").read_bytes())
     assert [p["layer"] for p in experiment["predictions"]] == [1, 1] and len(experiment["students"]) == 1
 
@@ -219,7 +219,7 @@ def test_a_state_that_a_kill_left_after_its_student_was_measured_goes_with_the_n
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("eval.floors.distill._drop_states", measured)
+        patch.setattr("residual_saes.eval.floors.distill._drop_states", measured)
         distil(evaluated, "--seeds", 1)
     assert list(evaluated.rglob("distilling/*/width*_seed0.safetensors"))
     distil(evaluated, "--seeds", 1)

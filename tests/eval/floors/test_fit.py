@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.floors.fit import fit_floors
+from residual_saes.eval.floors.fit import fit_floors
 
 WIDTHS = (16, 32, 48, 64, 96)
 FLOORS = {w: [1 / w + 0.01 * s * (1 + w % 5) for s in range(3)] for w in WIDTHS}

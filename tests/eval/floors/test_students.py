@@ -6,10 +6,19 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
-from eval.floors.students import _LOGITS, DistillConfig, Student, Target, Teacher, Texts, make_student, student_config
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.lm import load_model
+from residual_saes.eval.floors.students import (
+    _LOGITS,
+    DistillConfig,
+    Student,
+    Target,
+    Teacher,
+    Texts,
+    make_student,
+    student_config,
+)
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.lm import load_model
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from eval.measure import evaluate
-from eval.report.page import CAPTIONS
-from shared.progress import Progress
-from shared.seal import seal
+from residual_saes.eval.measure import evaluate
+from residual_saes.eval.report.page import CAPTIONS
+from residual_saes.shared.progress import Progress
+from residual_saes.shared.seal import seal
 from tests.conftest import Cli, invoke
 
 Evaluated = tuple[Path, tuple[object, ...], str]
@@ -114,7 +114,7 @@ def test_records_that_cannot_be_written_are_one_line(cli: Cli, evaluated: Evalua
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(mine, path)
 
-    monkeypatch.setattr("shared.files.os.replace", full)
+    monkeypatch.setattr("residual_saes.shared.files.os.replace", full)
     result = cli("eval", *args, NUMBERS)
     assert result.code == 2
     assert "No space left on device" in result.err and "Traceback" not in result.err
@@ -122,7 +122,7 @@ def test_records_that_cannot_be_written_are_one_line(cli: Cli, evaluated: Evalua
 
 def test_a_second_evaluation_computes_nothing_again(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     _, args, out = evaluated
-    monkeypatch.setattr("eval.measure.evaluate.SplicedModel", None)
+    monkeypatch.setattr("residual_saes.eval.measure.evaluate.SplicedModel", None)
     again = cli("eval", *args)
     assert again.code == 0, again.err
     assert again.out == out
@@ -147,7 +147,7 @@ def test_another_amount_of_text_adds_records_and_a_copy_keeps_them(
     assert len(after) == 36
     assert {name: after[name] for name in before} == before
     assert sorted({r["tokens"] for r in after.values()}) == [64, 2048]
-    monkeypatch.setattr("eval.measure.evaluate.SplicedModel", None)
+    monkeypatch.setattr("residual_saes.eval.measure.evaluate.SplicedModel", None)
     shutil.copytree(runs, tmp_path / "copy", copy_function=shutil.copyfile)
     copied = tuple(tmp_path / "copy" if a == runs else a for a in args)
     for same in (args, copied):

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.measure.features import Features, features_path, save_features
-from eval.measure.match import match
-from shared.runs.run import Run
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.eval.measure.features import Features, features_path, save_features
+from residual_saes.eval.measure.match import match
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 from tests.conftest import Cli
 from tests.test_bad_input import refused
 

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eval.measure.features import Features, features_path, load_features, save_features
-from eval.measure.heldout import Activations, Moments, heldout_blocks, heldout_tokens
-from eval.measure.match import match
-from eval.measure.metrics import largest_cosine, measure
-from eval.measure.predicted import Statistics
-from eval.measure.result import Metrics, Number
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.runs.run import Run
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.eval.measure.features import Features, features_path, load_features, save_features
+from residual_saes.eval.measure.heldout import Activations, Moments, heldout_blocks, heldout_tokens
+from residual_saes.eval.measure.match import match
+from residual_saes.eval.measure.metrics import largest_cosine, measure
+from residual_saes.eval.measure.predicted import Statistics
+from residual_saes.eval.measure.result import Metrics, Number
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 from tests.conftest import Cli
 
 D, F, CONTEXT = 16, 50, 7
@@ -183,8 +183,8 @@ def test_chunks_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(4)
     sae, other, blocks = random_sae(), random_sae(features=31), random_blocks(2)
     whole = metrics(sae, blocks)
-    monkeypatch.setattr("eval.measure.metrics._CHUNK_ROWS", 1)
-    monkeypatch.setattr("eval.measure.metrics._CHUNK_VALUES", {"cpu": 33 * F})
+    monkeypatch.setattr("residual_saes.eval.measure.metrics._CHUNK_ROWS", 1)
+    monkeypatch.setattr("residual_saes.eval.measure.metrics._CHUNK_VALUES", {"cpu": 33 * F})
     activations, (first, second) = measure(iter(blocks), [other, sae], CONTEXT)
     assert by_name(second.finish(activations, 1e-5, 1e-5)[0]) == pytest.approx(whole, rel=1e-6)
     assert by_name(first.finish(activations, 1e-5, 1e-5)[0]) == pytest.approx(metrics(other, blocks), rel=1e-6)
@@ -286,7 +286,7 @@ def test_a_damaged_held_out_block_is_refused(cache: Cache, monkeypatch: pytest.M
 
 
 def test_largest_cosines_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.measure.metrics._COSINES", 40)
+    monkeypatch.setattr("residual_saes.eval.measure.metrics._COSINES", 40)
     a = torch.nn.functional.normalize(torch.randn(23, 5), dim=1)
     whole = (a @ a.T).fill_diagonal_(-2)
     assert torch.allclose(largest_cosine(a, a, others=True), whole.max(1).values)
@@ -389,7 +389,7 @@ def test_records_of_an_evaluation(
 
     # other definitions are other records; SAEs that do not fit into memory together are read for one after the other
     blocks.clear()
-    monkeypatch.setattr("shared.device._HOST_MEMORY", 1)
+    monkeypatch.setattr("residual_saes.shared.device._HOST_MEMORY", 1)
     middle = float(saved.density.median())
     options = ("--dead-at", middle, "--alive-above", middle, "--ablation", "mean", "--eval-tokens", 1000)
     assert cli(*command, *options).code == 0

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
+from residual_saes.eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
 from tests.conftest import ROOT, Cli
 from tests.test_bad_input import refused
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import shared.lm
-from eval.measure.heldout import heldout_blocks, heldout_tokens
-from eval.measure.metrics import losses, measure
-from eval.measure.splice import Loss, Replacement, SplicedModel, constant, through
-from shared.cache import Cache
-from shared.runs.run import Run
-from shared.runs.sae import Sae
-from shared.sites import Site
+import residual_saes.shared.lm
+from residual_saes.eval.measure.heldout import heldout_blocks, heldout_tokens
+from residual_saes.eval.measure.metrics import losses, measure
+from residual_saes.eval.measure.splice import Loss, Replacement, SplicedModel, constant, through
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_losses_are_those_of_the_model_under_hooks(
     assert losses[0].kl > 0.01
     assert abs(losses[2].kl) < 1e-9
     assert losses[2].ce == pytest.approx(spliced.losses(Site(layer), [])[0], rel=1e-6)
-    monkeypatch.setattr("eval.measure.splice._LOGITS", 1)  # a sequence at a time
+    monkeypatch.setattr("residual_saes.eval.measure.splice._LOGITS", 1)  # a sequence at a time
     for one, got in zip(spliced.losses(Site(layer), random_replacements())[1], losses, strict=True):
         assert (one.ce, one.kl) == (pytest.approx(got.ce, rel=1e-6), pytest.approx(got.kl, rel=1e-5, abs=1e-9))
 
@@ -168,7 +168,7 @@ def test_products_in_float32_are_no_further_from_float64(lm: Path, tokens: Tenso
     replacements: list[Replacement] = [lambda x: x + shift.to(x), torch.zeros_like]
     found = []
     for slow in (False, True):
-        monkeypatch.setattr(shared.lm, "bfloat16_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(residual_saes.shared.lm, "bfloat16_is_slow", lambda slow=slow: slow)
         found.append(SplicedModel(str(lm), None, "bf16", CPU, tokens).losses(Site(1), replacements))
     _, wanted = exact.losses(Site(1), replacements)
     assert found[0] != found[1]

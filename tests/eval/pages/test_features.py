@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.pages import features
-from eval.pages.features import (
+from residual_saes.eval.pages import features
+from residual_saes.eval.pages.features import (
     AFTER,
     BEFORE,
     BINS,
@@ -25,10 +25,10 @@ from eval.pages.features import (
     similar,
     words,
 )
-from shared.cache import Cache
-from shared.lm import Unembedding, load_model
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.lm import Unembedding, load_model
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 
 F, D, CONTEXT, TOKENS, WORDS = 40, 8, 100, 3000, 30
 ALWAYS, NEVER, ONCE = 3, 5, 7  # features

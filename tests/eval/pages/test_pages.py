@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval.pages import features
-from eval.pages.features import SAMPLES, TOP
-from eval.pages.files import Pages, script, write_index
-from eval.pages.spell import spell
-from shared.cache import Cache
-from shared.lm import load_tokenizer
-from shared.runs.sae import Sae
-from shared.seal import seal
+from residual_saes.eval.pages import features
+from residual_saes.eval.pages.features import SAMPLES, TOP
+from residual_saes.eval.pages.files import Pages, script, write_index
+from residual_saes.eval.pages.spell import spell
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.lm import load_tokenizer
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import seal
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.browser import PHONE, Browser, Keys
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.peers import ENVIRONMENTS
-from eval.publish.formats import FORMS, KINDS, Origin, Source, fold
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.runs.run import Run
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.eval.publish.formats import FORMS, KINDS, Origin, Source, fold
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 from tests.conftest import Cli
 
 SAELENS_KEYS = {"W_enc": (64, 256), "b_enc": (256,), "W_dec": (256, 64), "b_dec": (64,)}
@@ -222,7 +222,7 @@ def test_how_often_features_fire_is_as_the_evaluation_measured_it(
     shutil.copy(folder / "sae_layer01_final.pt", run)
     args = ("--to", "saelens", "--runs", run, "--out")
     bare = cli("eval", "export", *args, tmp_path / "bare")
-    assert bare.code == 0 and "sparsity.safetensors is left out where `python -m eval` has not measured" in bare.err
+    assert bare.code == 0 and "sparsity.safetensors is left out where `rsae eval` has not measured" in bare.err
     assert not list((tmp_path / "bare").rglob("sparsity.safetensors"))
     evaluated = cli(
         "eval", "--preset", "demo", "--cache", cache.path, "--runs", run, "--ce-tokens", 32, "--device", "cpu", "--numbers-only"

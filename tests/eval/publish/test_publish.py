@@ -21,17 +21,17 @@ from tokenizers import Tokenizer, models, processors
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.peers import ENVIRONMENTS
-from eval.floors.measured import measured_floors
-from eval.measure.features import measured_features
-from eval.measure.result import Result
-from eval.measure.store import stored_results
-from eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
-from eval.publish.contents import published_files
-from shared.files import temporary
-from shared.lm import hook_module
-from shared.runs.run import Run, run_config
-from shared.runs.sae import Sae
-from shared.sites import Site
+from residual_saes.eval.floors.measured import measured_floors
+from residual_saes.eval.measure.features import measured_features
+from residual_saes.eval.measure.result import Result
+from residual_saes.eval.measure.store import stored_results
+from residual_saes.eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
+from residual_saes.eval.publish.contents import published_files
+from residual_saes.shared.files import temporary
+from residual_saes.shared.lm import hook_module
+from residual_saes.shared.runs.run import Run, run_config
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.synthetic import make_distilled, make_runs
 from tests.hub import TOKEN, Hub
@@ -235,7 +235,7 @@ def test_refusals_are_one_line_without_the_token(hub: Hub, run: Run, tmp_path: P
 
 
 def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(cli: Cli, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.publish.upload.HfApi", None)
+    monkeypatch.setattr("residual_saes.eval.publish.upload.HfApi", None)
     result = cli("eval", "publish", "--runs", run.path, "--to", "org/other-name", "--dry-run", "--license", "mit")
     assert result.code == 0, result.err
     head, *listed = result.out.splitlines()
@@ -250,7 +250,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(cli: Cli, run: Run, m
 
 def test_what_can_not_be_published(cli: Cli, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("eval.publish.upload.get_token", lambda: None)
+    monkeypatch.setattr("residual_saes.eval.publish.upload.get_token", lambda: None)
     both, one = ("--runs", run.path.parent), ("--runs", run.path)
     for args, message in (
         ((*both, "--to", "org/name"), "2 runs cannot share the repository org/name"),

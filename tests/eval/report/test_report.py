@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from eval.floors.measured import measured_floors
-from eval.measure.features import features_path, load_features
-from eval.measure.result import Result
-from eval.measure.runs import Skipped
-from eval.report import density, floors, heatmap, pictures, training
-from eval.report.columns import columns
-from eval.report.fidelity import sparsity_fidelity
-from eval.report.figures import Figure, RunData
-from eval.report.page import CAPTIONS, text_table, warnings, write_report
-from eval.report.pictures import picture_is_whole, plot_runs
-from shared.errors import UserError
-from shared.runs.run import Run, run_config
-from shared.sites import Site
+from residual_saes.eval.floors.measured import measured_floors
+from residual_saes.eval.measure.features import features_path, load_features
+from residual_saes.eval.measure.result import Result
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.eval.report import density, floors, heatmap, pictures, training
+from residual_saes.eval.report.columns import columns
+from residual_saes.eval.report.fidelity import sparsity_fidelity
+from residual_saes.eval.report.figures import Figure, RunData
+from residual_saes.eval.report.page import CAPTIONS, text_table, warnings, write_report
+from residual_saes.eval.report.pictures import picture_is_whole, plot_runs
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.run import Run, run_config
+from residual_saes.shared.sites import Site
 from tests.eval.browser import PHONE, Browser
 from tests.eval.synthetic import make_distilled, make_runs
 

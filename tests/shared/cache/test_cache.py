@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shared.cache import BlockStats, Cache, CacheSpec, TokenChunk, slice_checksums
-from shared.cache.zarr import block_key
-from shared.errors import UserError
-from shared.files import temporary
-from shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
-from shared.sites import Site, parse_sites
-from shared.stores import Location, open_store
+from residual_saes.shared.cache import BlockStats, Cache, CacheSpec, TokenChunk, slice_checksums
+from residual_saes.shared.cache.zarr import block_key
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import temporary
+from residual_saes.shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
+from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.shared.stores import Location, open_store
 
 SPEC = CacheSpec(
     model="m",
@@ -55,7 +55,7 @@ def test_every_way_to_the_checksum_is_the_same(data: bytes) -> None:
 
 
 def test_checksums_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.seal.load", lambda source: None)
+    monkeypatch.setattr("residual_saes.shared.seal.load", lambda source: None)
     assert crc32c(np.frombuffer(b"123456789", dtype=np.uint8)) == "e3069283"
 
 
@@ -501,7 +501,7 @@ def test_no_default_stands_in_for_tokens(tmp_path: Path) -> None:
         again = Cache.open(tmp_path / "c")
         np.testing.assert_array_equal(again.block_tokens(0), np.arange(8).reshape(2, 4))
         for start, stop in ((32, 34), (10, 66)):
-            with pytest.raises(UserError, match=r"token chunk 1 of .* is damaged: .*; mend it with `python -m harvest repair"):
+            with pytest.raises(UserError, match=r"token chunk 1 of .* is damaged: .*; mend it with `rsae harvest repair"):
                 again.read_tokens(start, stop)
         path.write_bytes(whole)
         entry.write_bytes(record)

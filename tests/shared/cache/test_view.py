@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.sites import Site
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import Site
 from tests.conftest import ROOT
 
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from eval.measure.heldout import heldout_blocks
-from eval.measure.splice import only
-from eval.pages.features import look
-from shared.cache import Cache
-from shared.errors import UserError
-from shared.runs.rows import ALL, Rows, fill, norms
-from shared.runs.run import Run
-from shared.runs.sae import Sae
-from shared.shuffle import window_rows
-from shared.sites import Site
+from residual_saes.eval.measure.heldout import heldout_blocks
+from residual_saes.eval.measure.splice import only
+from residual_saes.eval.pages.features import look
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.rows import ALL, Rows, fill, norms
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.shuffle import window_rows
+from residual_saes.shared.sites import Site
+from residual_saes.train.loader import ActivationLoader, LoaderConfig
 from tests.conftest import TRAIN_ARGS, Cli
-from train.loader import ActivationLoader, LoaderConfig
 
 CPU = torch.device("cpu")
 LAYER, BATCH = 1, 160  # an epoch is 128 batches

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import UserError
-from shared.files import temporary
-from shared.runs.run import Run, made, run_config, snapshot_name, snapshot_tokens
-from shared.runs.sae import Damaged, Sae
-from shared.seal import SEAL, load_sealed
-from shared.sites import Site
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import temporary
+from residual_saes.shared.runs.run import Run, made, run_config, snapshot_name, snapshot_tokens
+from residual_saes.shared.runs.sae import Damaged, Sae
+from residual_saes.shared.seal import SEAL, load_sealed
+from residual_saes.shared.sites import Site
 from tests.conftest import ROOT
 
 TRAIN: dict[str, Any] = {"tokens": 60, "lr": 1e-3}
@@ -297,7 +297,8 @@ def test_a_layer_has_one_owner(tmp_path: Path) -> None:
         pass
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json"]
     hold = (
-        "import sys, time; from pathlib import Path; from shared.runs.run import Run; from shared.sites import Site\n"
+        "import sys, time; from pathlib import Path\n"
+        "from residual_saes.shared.runs.run import Run; from residual_saes.shared.sites import Site\n"
         "with Run(Path(sys.argv[1])).claim([Site(1)]):\n    print('mine', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, run.path], cwd=ROOT, stdout=subprocess.PIPE) as other:

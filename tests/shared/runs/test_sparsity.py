@@ -1,7 +1,7 @@
 import pytest
 
-from shared.errors import UserError
-from shared.runs.sparsity import Reading, held_fields, holds_l0, reading
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.sparsity import Reading, held_fields, holds_l0, reading
 
 OLD = {"tokens": 100, "batch": 1, "l1": {"init": 1e-3, "target": None}}  # of before L0 could be held
 

@@ -1,7 +1,7 @@
 import pytest
 
-from shared.errors import UserError
-from shared.stores import Bucket
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.stores import Bucket
 
 
 @pytest.mark.parametrize(("text", "name", "prefix"), [("s3://abc", "abc", ""), ("s3://a.b-c/d/e_f.g/", "a.b-c", "d/e_f.g")])

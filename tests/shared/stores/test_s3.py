@@ -13,21 +13,21 @@ import pytest
 import zarr
 from hypothesis import settings
 
-from harvest.writer import BlockWriter, WriterConfig
-from shared.cache import BlockStats, Cache
-from shared.cache.zarr import block_key
-from shared.errors import UserError
-from shared.sites import Site, parse_sites
-from shared.stores import Bucket, Folder, Location, Store, open_store
-from shared.stores.mirror import Mirror
+from residual_saes.harvest.writer import BlockWriter, WriterConfig
+from residual_saes.shared.cache import BlockStats, Cache
+from residual_saes.shared.cache.zarr import block_key
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.shared.stores import Bucket, Folder, Location, Store, open_store
+from residual_saes.shared.stores.mirror import Mirror
 from tests.bucket import BUCKET, KEY, SECRET, Proxy, Server
 from tests.harvest.test_writer import write_at_once
 from tests.shared.cache import test_cache
 from tests.shared.cache.test_cache import SPEC, STATS
 
 pytest.importorskip("obstore", reason="the extra [s3] is not installed")
-from shared.stores import s3
-from shared.stores.s3 import S3
+from residual_saes.shared.stores import s3
+from residual_saes.shared.stores.s3 import S3
 
 
 @pytest.fixture
@@ -306,6 +306,6 @@ def test_credentials_may_lie_in_files(place: Bucket, tmp_path: Path, monkeypatch
 
 def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.delitem(sys.modules, "shared.stores.s3")
+    monkeypatch.delitem(sys.modules, "residual_saes.shared.stores.s3")
     with pytest.raises(UserError, match="needs the obstore package: pip install obstore"):
         open_store(Bucket(BUCKET))

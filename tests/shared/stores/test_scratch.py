@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import BlockStats, Cache
-from shared.errors import UserError
-from shared.sites import Site, parse_sites
-from shared.stores import Folder
-from shared.stores.scratch import Scratch, ScratchConfig
-from shared.units import parse_bytes
+from residual_saes.shared.cache import BlockStats, Cache
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.shared.stores import Folder
+from residual_saes.shared.stores.scratch import Scratch, ScratchConfig
+from residual_saes.shared.units import parse_bytes
 from tests.shared.cache.test_cache import SPEC
 
 SIZE = SPEC.block_bytes  # of a block
@@ -131,7 +131,7 @@ def test_a_disk_that_takes_no_more_is_said_once(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("os.posix_fallocate", "shared.stores.scratch.write_all"):
+    for name in ("os.posix_fallocate", "residual_saes.shared.stores.scratch.write_all"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             read_all(Cache.open(far, config(tmp_path, 12)))

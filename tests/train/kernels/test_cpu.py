@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.compile import cpu_flags
-from train.kernels.base import Active, AdamStep, TorchKernels, Workspace, row_norms
-from train.kernels.cpu import AmxKernels, NativeKernels, load_native
+from residual_saes.shared.compile import cpu_flags
+from residual_saes.train.kernels.base import Active, AdamStep, TorchKernels, Workspace, row_norms
+from residual_saes.train.kernels.cpu import AmxKernels, NativeKernels, load_native
 
 TORCH = TorchKernels()
 SIZES = [(37, 24, 100), (8, 17, 33), (130, 64, 515)]  # B, d, F

@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from residual_saes.train.kernels.base import COMPUTE, Active, AdamStep, TorchKernels, Workspace, row_norms
 from tests.devices import GPU
-from train.kernels.base import COMPUTE, Active, AdamStep, TorchKernels, Workspace, row_norms
 
 TORCH = TorchKernels()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,7 +78,7 @@ def kernels() -> Any:
     """Imported here: in other processes of this file triton may be missing, or be imported the other way."""
     if INTERPRETED:
         mend_interpreter()
-    from train.kernels.cuda import TritonKernels
+    from residual_saes.train.kernels.cuda import TritonKernels
 
     return TritonKernels()
 
@@ -91,7 +91,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"RESIDUAL_ELEMENTS": 64, "ADAM_ELEMENTS": 32}
     for part, tiles in {"hidden": hidden, "lists": {"WORDS": 2}, "sparse": sparse, "rows": rows}.items():
         for name, value in tiles.items():
-            monkeypatch.setattr(f"train.kernels.cuda_{part}.{name}", value)
+            monkeypatch.setattr(f"residual_saes.train.kernels.cuda_{part}.{name}", value)
 
 
 @pytest.fixture
@@ -313,8 +313,8 @@ def check_frequent_features(
     kernels: Any, small_tiles: None, fences: None, monkeypatch: pytest.MonkeyPatch, size: Size, dtype: torch.dtype
 ) -> None:
     """A few by dense products and the rest by their entries: what the entries alone give."""
-    monkeypatch.setattr("train.kernels.cuda_lists.FREQUENT", 0.3)
-    monkeypatch.setattr("train.kernels.cuda_lists.FREQUENT_STEP", 8)
+    monkeypatch.setattr("residual_saes.train.kernels.cuda_lists.FREQUENT", 0.3)
+    monkeypatch.setattr("residual_saes.train.kernels.cuda_lists.FREQUENT_STEP", 8)
     z, bias = hidden(size, dtype)
     activation = kernels.activate_(z, bias)
     often = activation.feature_count > 0.3 * size.tokens
@@ -459,7 +459,7 @@ def recorded_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: Size,
     """Every launch of a step, on tensors that have a shape and no memory, so at full size."""
     launches: list[Any] = []
     for part in ("hidden", "lists", "sparse", "rows"):
-        name = f"train.kernels.cuda_{part}._launch"
+        name = f"residual_saes.train.kernels.cuda_{part}._launch"
         monkeypatch.setattr(name, lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta)))
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -43,7 +43,7 @@ def products() -> Any:
     if INTERPRETED:
         mend_interpreter()
         mend_products_of_bfloat16()
-    from train.kernels import hopper
+    from residual_saes.train.kernels import hopper
 
     return hopper
 
@@ -149,7 +149,7 @@ def compile_all(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At full size, on tensors that have a shape and no memory."""
     launches: list[Any] = []
     monkeypatch.setattr(
-        "train.kernels.hopper._launch", lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta))
+        "residual_saes.train.kernels.hopper._launch", lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta))
     )
 
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

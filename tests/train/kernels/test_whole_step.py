@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.sparsity.base import RELU
+from residual_saes.train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.step import StepConfig, TrainingSae, pick_kernels
 from tests.devices import on_gpu
-from train.kernels.base import TorchKernels, Workspace
-from train.sparsity.base import RELU
-from train.sparsity.batchtopk import LargestOfBatch
-from train.step import StepConfig, TrainingSae, pick_kernels
 
 L1 = 0.01
 NAMES = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.sparsity.base import RELU, ControllerConfig
-from train.sparsity.batchtopk import LargestOfBatch
-from train.sparsity.l1 import ControllerState, L1Controller, L1Setting, format_l1
+from residual_saes.train.sparsity.base import RELU, ControllerConfig
+from residual_saes.train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.sparsity.l1 import ControllerState, L1Controller, L1Setting, format_l1
 
 
 @given(st.floats(1e-9, 1e3))

@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.errors import UserError
-from shared.runs.run import run_config
-from train.config import RECIPES, TrainConfig
-from train.sparsity.base import ControllerConfig, Sparsity
-from train.sparsity.batchtopk import BatchTopK, LargestOfBatch
-from train.sparsity.l1 import L1Setting
-from train.sparsity.settings import KINDS, parse_settings
-from train.sparsity.topk import TopK
-from train.step import StepConfig
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.run import run_config
+from residual_saes.train.config import RECIPES, TrainConfig
+from residual_saes.train.sparsity.base import ControllerConfig, Sparsity
+from residual_saes.train.sparsity.batchtopk import BatchTopK, LargestOfBatch
+from residual_saes.train.sparsity.l1 import L1Setting
+from residual_saes.train.sparsity.settings import KINDS, parse_settings
+from residual_saes.train.sparsity.topk import TopK
+from residual_saes.train.step import StepConfig
 
 ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64,topk:64"
 

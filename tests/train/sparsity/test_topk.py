@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from eval.publish.formats import FORMS
-from shared.cache import Cache
-from shared.runs.run import Run, run_config
-from shared.runs.sae import Sae, keep_top_k_
-from shared.sites import Site
+from residual_saes.eval.publish.formats import FORMS
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.runs.run import Run, run_config
+from residual_saes.shared.runs.sae import Sae, keep_top_k_
+from residual_saes.shared.sites import Site
+from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.kernels.cpu import load_native
+from residual_saes.train.sparsity.base import Unfused
+from residual_saes.train.sparsity.topk import TopK
 from tests.conftest import TRAIN_ARGS, Cli
-from train.kernels.base import TorchKernels, Workspace
-from train.kernels.cpu import load_native
-from train.sparsity.base import Unfused
-from train.sparsity.topk import TopK
 
 
 def test_a_token_keeps_its_largest() -> None:
