@@ -281,6 +281,27 @@ def test_a_server_that_stays_away_is_one_line(through: Through, place: Bucket, m
     assert (stored(cache, 0, 0) == 1.0).all()
 
 
+def test_what_is_read_goes_by_the_proxy_that_writes_go_by(
+    through: Through, place: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = through(lambda n, head: "" if b" http://store.invalid:9000/" in head.partition(b"\r\n")[0] else "503")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.invalid:9000")  # a name that the proxy alone knows
+    monkeypatch.setenv("HTTP_PROXY", proxy.endpoint)
+    store, out = S3(place), bytearray(5)
+    store.prepare()
+    store.write("a", b"hello")
+    assert (store.read("a", memoryview(out)), bytes(out), store.get("a")) == (5, b"hello", b"hello")
+
+
+def test_a_bucket_that_can_be_written_but_not_read_is_refused_at_once(
+    through: Through, place: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PATIENCE", 0.5)
+    through(lambda n, head: "503" if head.startswith(b"GET") else "")
+    with pytest.raises(UserError, match=r"cannot read s3://.*/trial-\w+: http://.* answers with status 503"):
+        S3(place).prepare()
+
+
 # --- who we are ---
 
 
@@ -302,6 +323,13 @@ def test_credentials_may_lie_in_files(place: Bucket, tmp_path: Path, monkeypatch
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     with pytest.raises(UserError, match="refuses our credentials"):
         S3(place).get("a")
+
+
+def test_what_makes_the_package_panic_is_one_line(place: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SERVER_SIDE_ENCRYPTION", "aws:kms")
+    monkeypatch.setenv("AWS_SSE_KMS_KEY_ID", "é\n")
+    with pytest.raises(UserError, match=r"AWS_\* variable"):
+        S3(place).write("a", b"")
 
 
 def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
