@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from residual_saes.shared.typed import read
+
 RATES = Path(__file__).with_name("rates.json")
 
 
@@ -82,7 +84,7 @@ class Rates:
 
 def measured_rates(d_model: int, features: int) -> list[Rates]:
     """Of SAEs of this shape: the rates of this machine, if it was measured, and of a GPU."""
-    rates = [Rates(**raw) for raw in json.loads(RATES.read_bytes())["rates"]]
+    rates = read(list[Rates], json.loads(RATES.read_bytes())["rates"])
     return for_this_machine([one for one in rates if (one.d_model, one.features) == (d_model, features)])
 
 

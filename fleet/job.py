@@ -23,6 +23,7 @@ from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, made
 from residual_saes.shared.seal import parse_sealed, seal
 from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.typed import read
 from residual_saes.shared.units import format_bytes, format_seconds
 
 STAGES: tuple[Stage, ...] = ("harvest", "train", "eval")
@@ -66,7 +67,7 @@ class Job:
         self._log = config.runs / "job.jsonl"
         self._folders: list[Run] = []
         self._layers, shape = wanted(commands)
-        self._spec = CacheSpec(**shape)
+        self._spec = read(CacheSpec, shape)
 
     def run(self) -> int:
         """0, or the exit code of the stage that failed and has said why. Raises UserError if not even one layer fits, or

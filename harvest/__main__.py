@@ -15,7 +15,7 @@ from residual_saes.harvest.plan import make_plan, planned_bytes, remaining_bytes
 from residual_saes.harvest.run import HarvestConfig, harvest
 from residual_saes.harvest.tokens import require_one_context
 from residual_saes.harvest.writer import WriterConfig
-from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cache import Cache, CacheSpec, Precision
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
@@ -37,7 +37,7 @@ class Job:
     sites: tuple[Site, ...]
     threads: int = option("Threads for the disk.", 4, type=click.IntRange(1))
     bos: bool = option("Begin every context with the tokenizer's BOS, as Llama and Gemma expect.", False, is_flag=True)
-    precision: str = option("", "bf16", type=click.Choice(["bf16", "fp32"]))
+    precision: Precision = option("", "bf16", type=click.Choice(["bf16", "fp32"]))
     seed: int = option("Of the order inside blocks.", 0, type=click.IntRange(0))
     shard: Shard = option("This process is i of n at work on the same cache, such as 0/8.", ALONE, type=parse_shard)
 

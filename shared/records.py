@@ -5,18 +5,17 @@ which is compared wherever it is read.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Self, TypeVar
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import append_line, locked, publish_json
 from residual_saes.shared.seal import parse_json, parse_sealed, seal, sealed, unsealed
 from residual_saes.shared.sites import Site
+from residual_saes.shared.typed import checked, fields
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -39,26 +38,13 @@ class Record:
         return {k: values.get(k, v) for k, v in self.stored.items()} | full
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Self:
-        """Raises TypeError where a field without default is missing."""
-        return cls(**_known(cls, stored) | {"stored": stored})
-
-
-@functools.cache
-def _fields(kind: Any) -> dict[str, tuple[str, Any]]:
-    """{key: (name, type)} of a dataclass."""
-    hints = get_type_hints(kind)
-    known = [f for f in dataclasses.fields(kind) if f.name != "stored"]
-    return {f.metadata.get("key", f.name): (f.name, hints[f.name]) for f in known}
-
-
-def _known(kind: Any, stored: dict[str, Any]) -> dict[str, Any]:
-    """{name: value} of the fields of a dataclass that are stored."""
-    return {name: _typed(of, stored[key]) for key, (name, of) in _fields(kind).items() if key in stored}
+    def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
+        """Raises ValueError for values of other types than the fields'. `name` is that of the field that holds the record."""
+        return cls(**checked(cls, stored, name), stored=stored)
 
 
 def _values(of: Any) -> dict[str, Any]:
-    return {key: _plain(getattr(of, name)) for key, (name, _) in _fields(of.__class__).items()}
+    return {key: _plain(getattr(of, f.name)) for key, (f, _) in fields(of.__class__).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -72,24 +58,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     return list(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _typed(kind: Any, value: Any) -> Any:
-    """What `_plain` made of a value of this type."""
-    of = get_args(kind)
-    if value is None:
-        return None
-    if NoneType in of:  # X | None
-        return _typed(of[0], value)
-    if get_origin(kind) is dict:
-        return {of[0](key): _typed(of[1], each) for key, each in value.items()}
-    if get_origin(kind) in (list, tuple):
-        return get_origin(kind)(_typed(of[0], each) for each in value)
-    if kind is Site:
-        return Site.of(value)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return kind.from_dict(value) if issubclass(kind, Record) else kind(**_known(kind, value))
-    return value
 
 
 R = TypeVar("R", bound=Record)
@@ -110,7 +78,7 @@ class JsonRecords(Generic[R]):
             records = content if self._names is None else list(content.values())
             if isinstance(records, list) and all(map(sealed, records)):
                 return [self._kind.from_dict(unsealed(record)) for record in records]
-        except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of something else
+        except (ValueError, AttributeError):  # no JSON, or JSON of something else
             pass
         raise UserError(f"{self.path} is damaged: restore it, or delete it to measure everything again")
 
@@ -152,5 +120,5 @@ class JsonLines(Generic[R]):
         try:
             record = parse_sealed(line)
             return None if record is None else self._kind.from_dict(unsealed(record))
-        except (ValueError, TypeError):
+        except ValueError:
             return None

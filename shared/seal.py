@@ -54,8 +54,12 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def canonical(value: Any) -> bytes:
-    """Canonical JSON: equal values give equal bytes, before and after a round trip through JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    """Canonical JSON: equal values give equal bytes, before and after a round trip through JSON. Raises ValueError for what is
+    nested too deep."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def seal(value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
@@ -85,9 +89,9 @@ def parse_sealed(data: bytes) -> dict[str, Any] | None:
     """A sealed JSON object, its seal included; None for bytes that are damaged or none."""
     try:
         value = parse_json(data)
+        return value if sealed(value) else None
     except ValueError:
         return None
-    return value if sealed(value) else None
 
 
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from residual_saes.shared import presets
-from residual_saes.shared.cache import Cache
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import PRESETS
-from residual_saes.shared.seal import to_bytes
+from residual_saes.shared.seal import from_bytes, to_bytes
 from tests.conftest import TRAIN_ARGS, Cli, Result
 
 
@@ -87,6 +89,48 @@ def test_cache_of_another_version(cli: Cli, cache_path: Path, tmp_path: Path) ->
     shutil.copytree(cache_path, tmp_path / "c")
     (tmp_path / "c" / "cache.json").write_bytes(to_bytes({"format": 3}))
     refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), "is a cache of format 3")
+
+
+SPECS: list[tuple[dict[str, object], str]] = [
+    ({"n_blocks": "x"}, "n_blocks is 'x', and must be a whole number"),
+    ({"n_blocks": 10**12}, "n_blocks is 1000000000000, and must be a whole number from 1 to 10,000,000"),
+    ({"n_blocks": True}, "n_blocks is True, and must be a whole number"),
+    ({"n_blocks": 44.0}, "n_blocks is 44.0, and must be a whole number"),
+    ({"context": 0}, "context is 0, and must be a whole number from 1"),
+    ({"d_model": 10**9}, "d_model is 1000000000, and must be a whole number from 1 to 16,777,216"),
+    ({"d_model": 1 << 24, "context": 1 << 24}, "bytes, and must be of 68,719,476,736 at most"),
+    ({"holdout_blocks": 99}, "holdout_blocks is 99, and must be at most n_blocks, 44"),
+    ({"seed": -1}, "seed is -1, and must be a whole number"),
+    ({"precision": "fp8"}, "precision is 'fp8', and must be bf16 or fp32"),
+    ({"bos": [[]]}, "bos is a list, and must be true or false"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SPECS)
+def test_a_cache_of_values_that_cannot_be(
+    cli: Cli, cache_path: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    """They are under right checksums: somebody else's program, or a hand, wrote them."""
+    (tmp_path / "c" / "activations.zarr").mkdir(parents=True)
+    spec = from_bytes((cache_path / "cache.json").read_bytes())["spec"] | changes
+    digest = CacheSpec(**spec).digest
+    (tmp_path / "c" / "cache.json").write_bytes(to_bytes({"format": 2, "digest": digest, "spec": spec}))
+    refused(cli("train", *TRAIN_ARGS, "--cache", tmp_path / "c"), message)
+    with pytest.raises(UserError, match=f"no cache can be made at .*{re.escape(message)}"):
+        Cache.create(tmp_path / "new", CacheSpec(**spec), ())
+    assert not (tmp_path / "new").exists()
+
+
+def test_json_that_is_nested_too_deep(cli: Cli, tmp_path: Path) -> None:
+    """Whether the parser gives up or the checksum does, which calls itself deeper."""
+    args = ("--preset", "demo", "--device", "cpu", "--runs", tmp_path / "r")
+    for depth in (300, 600, 800, 850, 900, 950, 200_000):
+        nested = b'{"format": 2, "a": ' + b"[" * depth + b"]" * depth + b"}"
+        for name in ("c/cache.json", "c/activations.zarr/zarr.json"):
+            shutil.rmtree(tmp_path / "c", ignore_errors=True)
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_bytes(nested)
+            refused(cli("eval", *args, "--cache", tmp_path / "c"), "")
 
 
 def test_a_cache_that_is_not_finished(cli: Cli, cache_path: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from residual_saes.eval.measure.predicted import ALIVE_ABOVE
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.run import FINAL
 from residual_saes.shared.sites import Site
+from residual_saes.shared.typed import read
 
 DEAD_AT = 1e-5  # density
 Number = float | None
@@ -146,9 +147,9 @@ class Result(Basis, Losses, Metrics, Subject, Record):
         return values
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Self:
-        floors = {int(key.removeprefix("floor_")): stored[key] for key in stored if key.startswith("floor_")}
-        return dataclasses.replace(super().from_dict(stored), floors=floors)
+    def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
+        floors = read(dict[int, Number], {k.removeprefix("floor_"): stored[k] for k in stored if k.startswith("floor_")})
+        return dataclasses.replace(super().from_dict(stored, name), floors=floors)
 
 
 def latest(results: Iterable[Result]) -> list[Result]:

@@ -22,6 +22,7 @@ from residual_saes.shared.shuffle import block_rows
 from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location, Staged, Store, local_path, open_store
 from residual_saes.shared.stores.scratch import Scratch, ScratchConfig
+from residual_saes.shared.typed import read
 
 assert sys.byteorder == "little", "the cache stores little-endian values as they lie in memory"
 
@@ -54,12 +55,12 @@ class Cache:
             raise UserError(f"no activation cache at {path}: run `make harvest` or `rsae harvest` first") from None
         try:
             value = from_bytes(data)
-            if value["format"] != FORMAT:
+            if value.get("format", FORMAT) != FORMAT:
                 raise other_format(path, value["format"])
-            spec = CacheSpec(**value["spec"])
-            if value["digest"] != spec.digest:
+            spec = read(CacheSpec, value.get("spec"))
+            if value.get("digest") != spec.digest:
                 raise ValueError("its digest does not match")
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             if not store.has(zarr.GROUP):
                 raise UserError(f"{path / SPEC_FILE} is not of an activation cache; choose another folder") from None
             raise UserError(
@@ -70,13 +71,18 @@ class Cache:
 
     @classmethod
     def create(cls, path: Location, spec: CacheSpec, sites: tuple[Site, ...]) -> Self:
-        """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec."""
-        store = open_store(path)
+        """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec, or
+        the spec is of sizes that no cache can have."""
+        store, content = open_store(path), dataclasses.asdict(spec)
+        try:
+            read(CacheSpec, content)
+        except ValueError as error:
+            raise UserError(f"no cache can be made at {path}: {error}") from None
         if not store.has(SPEC_FILE):
             zarr.refuse_foreign(store)
             Ledger(store, spec).drop_foreign()
             zarr.write_metadata(store, spec, ())
-            store.create(SPEC_FILE, to_bytes({"format": FORMAT, "digest": spec.digest, "spec": dataclasses.asdict(spec)}))
+            store.create(SPEC_FILE, to_bytes({"format": FORMAT, "digest": spec.digest, "spec": content}))
         cache = cls.open(path)
         cache.require_same(spec)
         cache.add_sites(sites)

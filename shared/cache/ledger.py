@@ -20,6 +20,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.stores import Location, Store, get_or_none, local_path
+from residual_saes.shared.typed import read
 
 LEDGER_BYTES_PER_LAYER = 360  # of one block, as measured at most; it is 0.0005 % of a full-size block
 _AT_ONCE = 16  # entries that are read at a time: each may be a round trip
@@ -27,7 +28,7 @@ _AT_ONCE = 16  # entries that are read at a time: each may be a round trip
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class BlockStats:
-    """What the ledger holds of one block of one layer."""
+    """What the ledger holds of one block of one layer. Earlier versions recorded moments and the largest norm as well."""
 
     bytes: int
     rows: int
@@ -63,11 +64,6 @@ class LayerTotals:
 def slice_checksums(data: NDArray[Any], slice_rows: int) -> str:
     """The CRC-32C of every slice of [rows, d_model], one after another."""
     return "".join(crc32c(data[first : first + slice_rows]) for first in range(0, len(data), slice_rows))
-
-
-def _without_moments(stats: dict[str, Any]) -> dict[str, Any]:
-    """Earlier versions also recorded moments and the largest norm, which nothing reads."""
-    return {k: v for k, v in stats.items() if k not in ("mean", "m2", "max_norm")}
 
 
 def damaged_block(cache: Location, site: Site, block: int, why: str) -> UserError:
@@ -149,12 +145,9 @@ class Ledger:
         value = from_bytes(data)
         if value.get("cache") != self._digest:
             raise ValueError("it is of another cache")
-        if value.get("block") != block or set(value["layers"]) != {str(site) for site in _group_sites(group)}:
+        stats = {Site.of(site): s for site, s in read(dict[str, BlockStats], value.get("layers")).items()}
+        if value.get("block") != block or set(stats) != set(_group_sites(group)):
             raise ValueError("it is of another block or other layers")
-        try:
-            stats = {Site.of(site): BlockStats(**_without_moments(s)) for site, s in value["layers"].items()}
-        except TypeError as error:
-            raise ValueError(str(error)) from None
         size = (self._spec.block_bytes, self._spec.block_rows, 8 * self._spec.slices)
         if any((s.bytes, s.rows, len(s.crc32c)) != size for s in stats.values()):
             raise ValueError("it is of blocks of another size")

@@ -4,18 +4,22 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import canonical
 from residual_saes.shared.stores import Location
+from residual_saes.shared.typed import Bounds, checked
 
 FORMAT = 2
 SPEC_FILE = "cache.json"
 SLICES = 16  # of a block
 TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
+Precision = Literal["bf16", "fp32"]
+Size = Annotated[int, Bounds(1, 1 << 24)]
+_MOST_BLOCKS, _LARGEST_BLOCK = 10**7, 1 << 36
 ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
 
 
@@ -31,18 +35,28 @@ class CacheSpec:
     text_column: str
     tokenizer_sha256: str
     separator: int  # token put between documents
-    context: int
-    d_model: int
-    n_layers: int
-    vocab_size: int
-    block_sequences: int
-    n_blocks: int
-    holdout_blocks: int
-    seed: int
-    precision: str  # of the model's forward pass: bf16 or fp32
+    context: Size
+    d_model: Size
+    n_layers: Annotated[int, Bounds(1, 10_000)]
+    vocab_size: Annotated[int, Bounds(1, 1 << 32)]
+    block_sequences: Size
+    n_blocks: Annotated[int, Bounds(1, _MOST_BLOCKS)]
+    holdout_blocks: Annotated[int, Bounds(0, _MOST_BLOCKS)]
+    seed: Annotated[int, Bounds(0, 1 << 63)]
+    precision: Precision  # of the model's forward pass
     bos: bool = False  # every context begins with the tokeniser's BOS
     model_branch: str = ""  # the revision of a hub model as it was asked for
     model_commit: str = ""  # and the commit that this was when the harvest began
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
+        """As JSON has it. Raises ValueError for what cannot be a cache's."""
+        spec, of = cls(**checked(cls, stored, name)), f" in {name}" if name else ""
+        if spec.holdout_blocks > spec.n_blocks:
+            raise ValueError(f"holdout_blocks{of} is {spec.holdout_blocks}, and must be at most n_blocks, {spec.n_blocks}")
+        if spec.block_bytes > _LARGEST_BLOCK:
+            raise ValueError(f"a block{of} is of {spec.block_bytes:,} bytes, and must be of {_LARGEST_BLOCK:,} at most")
+        return spec
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from residual_saes.shared.cache.zarr import stored_token_chunks, token_key
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
 from residual_saes.shared.stores import Store, local_path
+from residual_saes.shared.typed import read
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -72,10 +73,10 @@ class TokenArray:
             value = from_bytes(self._store.get(_entry_key(chunk)))
             if (value.pop("cache"), value.pop("chunk")) != (self._digest, chunk):
                 raise ValueError("it is of another chunk")
-            return TokenChunk(**value)
+            return read(TokenChunk, value)
         except FileNotFoundError:
             raise self._damaged(chunk, "it is not in the ledger") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise self._damaged(chunk, f"its ledger entry is unreadable ({error})") from None
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:

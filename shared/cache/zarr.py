@@ -9,6 +9,7 @@ from typing import Any
 
 from residual_saes.shared.cache.spec import FORMAT, CacheSpec, other_format
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.seal import parse_json
 from residual_saes.shared.sites import HOOKS, RESID_POST, Site
 from residual_saes.shared.stores import Store, get_or_none
 
@@ -101,7 +102,7 @@ def refuse_foreign(store: Store) -> None:
     if data is None:
         return
     try:
-        attributes = json.loads(data)["attributes"]
+        attributes = parse_json(data)["attributes"]
         version, _ = attributes["format"], attributes["spec"]
     except ValueError as error:
         raise UserError(f"{store.root} is not a readable Zarr v3 group ({error}); harvest into another folder") from None

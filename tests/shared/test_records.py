@@ -47,7 +47,7 @@ def test_a_record_is_the_json_of_its_fields() -> None:
     assert Line.from_dict(json.loads(json.dumps(STORED))) == LINE
     whole = Line(name="b", parts=[LINE])
     assert Line.from_dict(whole.to_dict()) == whole and whole.parts == [LINE]
-    with pytest.raises(TypeError, match="name"):
+    with pytest.raises(ValueError, match="name is missing"):
         Line.from_dict({"lambda": 1.0})
 
 
