@@ -124,7 +124,7 @@ def _task(argv: tuple[str, ...], threads: int, folder: str) -> tuple[int, str]:
         except OSError as error:
             return (
                 2,
-                f"error: {socket.gethostname()} cannot run {argv[0]} in {folder}: {error.strerror}; put that right there",
+                f"error: {socket.gethostname()} cannot run {argv[1]} in {folder}: {error.strerror}; put that right there",
             )
         if code != Busy.exit_code:
             break

@@ -43,7 +43,7 @@ class JobConfig:
         where = ("--preset", self.preset, "--cache", str(self.cache))
         device = ("--device", self.device) if self.device else ()
         trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
-        return {
+        stages: dict[Stage, tuple[str, ...]] = {
             "plan": ("harvest", "plan", "--json", *where, *wanted, *self.harvest_options),
             "harvest": ("harvest", "run", *where, *named, *device, *self.harvest_options),
             "free": ("harvest", "free", *where, *named, "--yes"),
@@ -51,7 +51,8 @@ class JobConfig:
             "runs": ("train", *where, *named, *device, *trained, *self.train_options, "--list"),
             "eval": ("eval", "run", *where, "--runs", str(self.runs), "--numbers-only", *device, *self.eval_options),
             "report": ("eval", "run", *where, "--runs", str(self.runs), *device, *self.eval_options),
-        }[stage]
+        }
+        return ("residual_saes", *stages[stage])
 
 
 class Commands:
@@ -73,11 +74,11 @@ class Commands:
 
 
 def start(argv: Sequence[str], **options: Any) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `rsae …`; the last two where `options` of the process ask for a pipe.
+    """(exit code, stdout, stderr) of `python -m …`; the last two where `options` of the process ask for a pipe.
 
     The process is in a group of its own, or a terminal's Ctrl-C would reach it twice, and twice means at once.
     """
-    program = [sys.executable, "-m", "residual_saes", *argv]
+    program = [sys.executable, "-m", *argv]
     child = subprocess.Popen(program, text=True, process_group=0, preexec_fn=_end_with_parent, **options)
     try:
         said, complained = _outcome(child)

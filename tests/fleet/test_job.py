@@ -37,11 +37,11 @@ class Here(Commands):
         if len(self.ran) == self._most:
             raise Stopped
         self.ran.append(stage)
-        return 0 if stage == "report" else invoke(*self.config.command(stage, layers))
+        return 0 if stage == "report" else invoke(*self.config.command(stage, layers)[1:])
 
     def ask(self, stage: Stage, layers: Sequence[int] = ()) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            assert invoke(*self.config.command(stage, layers)) == 0
+            assert invoke(*self.config.command(stage, layers)[1:]) == 0
         return out.getvalue()
 
 

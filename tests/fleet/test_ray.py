@@ -54,7 +54,7 @@ def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_e
 
 
 def test_a_node_without_the_folder_says_so() -> None:
-    code, said = _task(("harvest",), 1, "/nowhere")
+    code, said = _task(("residual_saes", "harvest"), 1, "/nowhere")
     assert code == 2 and said.endswith("cannot run harvest in /nowhere: No such file or directory; put that right there")
 
 
@@ -63,7 +63,7 @@ def test_a_task_waits_for_the_owner_of_its_layer(monkeypatch: pytest.MonkeyPatch
     ends = iter([(Busy.exit_code, "", "error: held"), (Busy.exit_code, "", "error: held"), (2, "", "a line\nerror: bad\n")])
     monkeypatch.setattr(cluster, "start", lambda argv, **options: next(ends))
     monkeypatch.setattr(cluster, "_PAUSE", 0.0)
-    assert _task(("train",), 1, ".") == (2, "error: bad") and next(ends, None) is None
+    assert _task(("residual_saes", "train"), 1, ".") == (2, "error: bad") and next(ends, None) is None
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
