@@ -17,9 +17,9 @@ from residual_saes.shared.stores import Bucket, Location
 from residual_saes.shared.stores.mirror import Mirror, local
 from residual_saes.shared.stores.scratch import ScratchConfig
 from residual_saes.shared.units import Shard, parse_shard
-from residual_saes.train.config import RECIPES, RunOptions, TrainConfig
+from residual_saes.train.config import PUBLISHED, RECIPES, RunOptions, TrainConfig, parse_plans
 from residual_saes.train.loader import FOLLOW_POLL
-from residual_saes.train.sparsity.settings import FORMS, parse_settings
+from residual_saes.train.sparsity.settings import FORMS
 from residual_saes.train.step import StepConfig
 from residual_saes.train.trainer import run_folders, train
 
@@ -38,6 +38,13 @@ from residual_saes.train.trainer import run_folders, train
 @click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all in the cache].")
 @options_of(TrainConfig)
 @options_of(StepConfig)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default=PUBLISHED,
+    show_default=True,
+    help="Where the defaults of --decoder-norm, --lr-decay and --hold-l0 come from, for settings that name no /recipe.",
+)
 @options_of(RunOptions)
 @DEVICE
 @click.option(
@@ -49,7 +56,6 @@ def main(
 ) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
     p = get_preset(preset)
-    settings = parse_settings(options["l1"] or p.l1)
     shard: Shard = options["shard"]
     device = pick_device(options["device"])
     where = cache or Path("data") / p.name
@@ -61,16 +67,20 @@ def main(
     if not sites:
         return say(f"shard {shard} has no layer to train: there are fewer of them than shards", err=True)
     given = {name: getattr(p, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}
-    recipe = dict(RECIPES[options["recipe"]])
-    step = filled(StepConfig, options, decoder_norm=recipe.pop("decoder_norm"))
-    tokens = min(p.tokens, opened.spec.train_tokens)
-    config = filled(TrainConfig, options, **given, **recipe, tokens=tokens, step=step)
+    given["tokens"] = min(p.tokens, opened.spec.train_tokens)
+
+    def config(recipe: str) -> TrainConfig:
+        values = dict(RECIPES[recipe])
+        step = filled(StepConfig, options, decoder_norm=values.pop("decoder_norm"))
+        return filled(TrainConfig, options, **given, **values, step=step)
+
+    plans = parse_plans(options["l1"] or p.l1, options["recipe"], config)
     mirror = Mirror(runs) if isinstance(runs, Bucket) else None
     run_options = filled(RunOptions, options | {"device": device}, runs=local(runs), mirror=mirror)
     name = Path(opened.spec.model).name
     if listing:
-        return say("\n".join(str(run.path) for run in run_folders(name, settings, config, run_options)))
-    if not train(opened, name, sites, settings, config, run_options):
+        return say("\n".join(str(run.path) for run in run_folders(name, plans, run_options)))
+    if not train(opened, name, sites, plans, run_options):
         raise UserError("some SAEs stopped early, as said above; the others are complete")
     say(f"trained layers {format_sites(sites)} into {runs}/", err=True)
 

@@ -1,6 +1,7 @@
 """What a run's SAEs depend on, how a run is carried out, and recipes: defaults of some options by name."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import click
 import torch
 
 from residual_saes.shared.cli import SEED, THREADS, Number, option
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sparsity import held_fields, hold_from
 from residual_saes.shared.stores.mirror import Mirror
 from residual_saes.shared.units import parse_count
-from residual_saes.train.sparsity.base import ControllerConfig
+from residual_saes.train.sparsity.base import ControllerConfig, Sparsity
+from residual_saes.train.sparsity.settings import parse_setting
 from residual_saes.train.step import StepConfig
 
 # Values of options that are not given. What each of them gains: docs/findings/training.md.
@@ -20,6 +23,7 @@ PUBLISHED = "published"
 
 RECIPES: dict[str, dict[str, float | str]] = {
     PUBLISHED: {"decoder_norm": "unit", "lr_decay": 0.0, "hold_l0": 0.0},
+    "decay": {"decoder_norm": "unit", "lr_decay": 0.2, "hold_l0": 0.0},
     "best": {"decoder_norm": "free", "lr_decay": 0.0, "hold_l0": 0.2},
 }
 
@@ -78,6 +82,31 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class Plan:
+    """A run that is asked for. Plans of one call are trained on the same batches: their configs differ in what recipes say."""
+
+    sparsity: Sparsity
+    config: TrainConfig
+    recipe: str = PUBLISHED  # for the run's name
+
+
+def parse_plans(text: str, recipe: str, config: Callable[[str], TrainConfig]) -> tuple[Plan, ...]:
+    """Read settings such as '3e-4,batchtopk:64/decay': with the recipe behind the slash, or else `recipe`. Raises UserError.
+
+    `config` makes a recipe's config.
+    """
+    plans = []
+    for part in text.split(","):
+        setting, slash, own = map(str.strip, part.partition("/"))
+        if slash and own not in RECIPES:
+            raise UserError(f"{part!r} is of no recipe: write one of {', '.join(RECIPES)} behind the slash")
+        plans.append(Plan(sparsity=parse_setting(setting), config=config(own or recipe), recipe=own or recipe))
+    if len({(plan.sparsity, plan.recipe) for plan in plans}) < len(plans):
+        raise UserError(f"{text!r} names a setting twice; name each once")
+    return tuple(plans)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class RunOptions:
     """How a run is carried out; nothing here changes its SAEs."""
 
@@ -89,6 +118,4 @@ class RunOptions:
     save_minutes: float = option("Between resume states.", 5.0, type=Number(0))
     log_records: int = 300  # points of a training curve
     tensorboard: bool = option("Write TensorBoard curves as well.", False, is_flag=True)
-    # for the runs' names: what it consists of is in the TrainConfig
-    recipe: str = option("Where the defaults of the next three come from.", PUBLISHED, type=click.Choice(list(RECIPES)))
     follow: bool = option("Begin beside the harvest, and wait for what is not there yet.", False, is_flag=True)

@@ -14,12 +14,11 @@ from residual_saes.shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.runs.target import Target
 from residual_saes.shared.seal import SEAL
-from residual_saes.train.config import RunOptions, TrainConfig
+from residual_saes.train.config import Plan, RunOptions
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.loader import Clock
 from residual_saes.train.look import Look
 from residual_saes.train.saver import Saver
-from residual_saes.train.sparsity.base import Sparsity
 from residual_saes.train.step import Begun, StepResult, TrainingSae
 
 
@@ -34,23 +33,23 @@ class SaeJob:
     def __init__(
         self,
         run: Run,
-        setting: Sparsity,
+        plan: Plan,
         cache: Cache,
         target: Target,
         due: list[str],
         look: Look,
-        config: TrainConfig,
         options: RunOptions,
         kernels: TorchKernels,
         saver: Saver,
     ) -> None:
         """`due` are the labels of the snapshots to be made; others are there already."""
+        config = plan.config
         self._run, self._site, self._config, self._options, self._saver = run, target.place, config, options, saver
         self._look, self._target = look, target
         d = cache.spec.d_model
         seed = config.seed * 1000 + target.place.layer
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed)
-        self._control = setting.control(config.hold_from, config.controller, hold=config.hold_from < config.steps)
+        self._control = plan.sparsity.control(config.hold_from, config.controller, hold=config.hold_from < config.steps)
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
         self._snapshots = {tokens // config.batch: label for label, tokens in marks if label in due}

@@ -14,13 +14,12 @@ from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.target import Target
 from residual_saes.shared.shuffle import epoch_slices
 from residual_saes.shared.sites import Site
-from residual_saes.train.config import RunOptions, TrainConfig
+from residual_saes.train.config import Plan, RunOptions
 from residual_saes.train.job import SaeJob
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.loader import FOLLOW_POLL, AlignedLoader, Clock, LoaderConfig
 from residual_saes.train.look import Look
 from residual_saes.train.saver import Saver
-from residual_saes.train.sparsity.base import Sparsity
 
 
 def queues(device: torch.device) -> bool:
@@ -35,17 +34,17 @@ class LayerJob:
         self,
         cache: Cache,
         site: Site,
-        runs: list[tuple[Run, Sparsity]],
-        config: TrainConfig,
+        runs: list[tuple[Run, Plan]],
         options: RunOptions,
         kernels: TorchKernels,
         saver: Saver,
         asked: Callable[[], bool],
     ) -> None:
         """`asked` says whether to stop."""
+        config = runs[0][1].config  # for what is the same in all plans
         self._cache, self._site, self._config, self._options, self._saver = cache, site, config, options, saver
         self._asked, self._target = asked, Target.itself(site)
-        due = [(run, setting, run.due(site)) for run, setting in runs]
+        due = [(run, plan, run.due(site)) for run, plan in runs]
         for run, _, labels in due:
             if not labels:
                 run.drop_state(site)  # left over if the last run was killed right at its end
@@ -57,9 +56,9 @@ class LayerJob:
         look = Look.at(cache, site, config.seed, skip_positions=config.skip_positions, max_norm=config.max_norm)
         self._rows = Rows.of(dataclasses.asdict(config), dataclasses.asdict(look))
         say(f"layer {site}: {look}", err=True)
-        for run, setting, labels in due:
+        for run, plan, labels in due:
             if labels:
-                self._jobs.append(SaeJob(run, setting, cache, self._target, labels, look, config, options, kernels, saver))
+                self._jobs.append(SaeJob(run, plan, cache, self._target, labels, look, options, kernels, saver))
 
     def _first_window(self) -> bool:
         """Wait for the blocks with which training begins; False if it was asked to stop meanwhile."""

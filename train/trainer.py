@@ -15,45 +15,42 @@ from residual_saes.shared.runs.run import SNAPSHOTS, Run, cache_identity, run_co
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.stop import finishing
 from residual_saes.shared.units import format_bytes
-from residual_saes.train.config import PUBLISHED, RunOptions, TrainConfig
+from residual_saes.train.config import PUBLISHED, Plan, RunOptions, TrainConfig
 from residual_saes.train.job import machine, summary_writer
 from residual_saes.train.kernels.base import TorchKernels
 from residual_saes.train.layer import LayerJob
 from residual_saes.train.saver import Saver
-from residual_saes.train.sparsity.base import Sparsity
 from residual_saes.train.step import pick_kernels
 
 
-def train(
-    cache: Cache, name: str, sites: tuple[Site, ...], settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions
-) -> bool:
-    """Train every layer at every setting; continue what was begun. Returns whether all of them finished.
+def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, ...], options: RunOptions) -> bool:
+    """Train every layer by every plan; continue what was begun. Returns whether all of them finished.
 
     Raises UserError for what cannot be done, before anything is written, and where the disk does not take a file.
     SIGTERM and Ctrl-C are raised when the step in hand is done and its state saved.
     """
-    _require_trainable(cache, sites, settings, config, options)
-    identity = cache_identity(cache)
-    runs = run_folders(name, settings, config, options)
-    plans = list(zip(runs, [_run_config(setting, config, identity) for setting in settings], strict=True))
+    for plan in plans:
+        _require_trainable(cache, sites, plan, options)
+    identity, config = cache_identity(cache), plans[0].config
+    runs = run_folders(name, plans, options)
+    wanted = list(zip(runs, [_run_config(plan, identity) for plan in plans], strict=True))
     if options.mirror is not None:
         options.mirror.prepare()
-    for run, wanted in plans:
+    for run, stored in wanted:
         run.pull_config()
-        run.require_same(wanted)
+        run.require_same(stored)
     _require_space(cache, runs, sites, config, options.runs)
     here = machine(options.device)
     try:
         with finishing() as asked, contextlib.ExitStack() as owned:
-            for run, wanted in plans:
+            for run, stored in wanted:
                 owned.enter_context(run.claim(sites))
                 run.pull(sites)
-                run.create(wanted, here)
+                run.create(stored, here)
             announce(options.device)
             _note_other_machine(runs, here)
             kernels = pick_kernels(config.step.precision, options.device)
-            pairs = list(zip(runs, settings, strict=True))
-            return _train_layers(cache, sites, pairs, config, options, kernels, asked)
+            return _train_layers(cache, sites, list(zip(runs, plans, strict=True)), options, kernels, asked)
     except OSError as error:
         raise UserError(
             f"cannot write to {options.runs} ({error}): put that right and run the same command again to continue"
@@ -63,8 +60,7 @@ def train(
 def _train_layers(
     cache: Cache,
     sites: tuple[Site, ...],
-    runs: list[tuple[Run, Sparsity]],
-    config: TrainConfig,
+    runs: list[tuple[Run, Plan]],
     options: RunOptions,
     kernels: TorchKernels,
     asked: Callable[[], bool],
@@ -74,14 +70,12 @@ def _train_layers(
         for site in sites:
             if asked():
                 break
-            whole &= LayerJob(cache, site, runs, config, options, kernels, saver, asked).run()
+            whole &= LayerJob(cache, site, runs, options, kernels, saver, asked).run()
     return whole
 
 
-def _require_trainable(
-    cache: Cache, sites: tuple[Site, ...], settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions
-) -> None:
-    spec = cache.spec
+def _require_trainable(cache: Cache, sites: tuple[Site, ...], plan: Plan, options: RunOptions) -> None:
+    spec, config, target = cache.spec, plan.config, plan.sparsity.target
     absent = [site for site in sites if site not in cache.sites]
     if absent:
         raise UserError(
@@ -98,10 +92,8 @@ def _require_trainable(
     if config.skip_positions >= spec.context:
         raise UserError(f"contexts have {spec.context} positions: lower --skip-positions, which leaves none of them")
     features = config.expansion * spec.d_model
-    if beyond := [s.target for s in settings if s.target is not None and s.target > features]:
-        raise UserError(
-            f"an L0 of {beyond[0]:g} is more than the {features} features there are: lower it, or raise --expansion"
-        )
+    if target is not None and target > features:
+        raise UserError(f"an L0 of {target:g} is more than the {features} features there are: lower it, or raise --expansion")
     if options.tensorboard:
         summary_writer()
     if freed := set(sites).intersection(cache.freed()):
@@ -112,17 +104,21 @@ def _require_trainable(
             raise UserError(f"layer {site} of {cache.path} lacks {missing} blocks: run `rsae harvest` again to finish it")
 
 
-def run_folders(name: str, settings: tuple[Sparsity, ...], config: TrainConfig, options: RunOptions) -> list[Run]:
-    """Where the SAEs of these settings go; the folders need not be there."""
+def run_folders(name: str, plans: tuple[Plan, ...], options: RunOptions) -> list[Run]:
+    """Where the SAEs of these plans go; the folders need not be there."""
+    return [Run(options.runs / _folder_name(name, plan), options.mirror) for plan in plans]
+
+
+def _folder_name(model: str, plan: Plan) -> str:
+    config = plan.config
     baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
-    recipe = "" if options.recipe == PUBLISHED else f"-{options.recipe}"
-    names = [f"{name}-saes-x{config.expansion}-{setting.name}{baseline}{recipe}" for setting in settings]
-    return [Run(options.runs / each, options.mirror) for each in names]
+    recipe = "" if plan.recipe == PUBLISHED else f"-{plan.recipe}"
+    return f"{model}-saes-x{config.expansion}-{plan.sparsity.name}{baseline}{recipe}"
 
 
-def _run_config(setting: Sparsity, config: TrainConfig, cache: dict[str, Any]) -> dict[str, Any]:
-    about = {} if setting.reading is None else {"sparsity": dataclasses.asdict(setting.reading)}
-    return run_config(config.fields() | {"l1": setting.fields()}, cache) | about
+def _run_config(plan: Plan, cache: dict[str, Any]) -> dict[str, Any]:
+    about = {} if plan.sparsity.reading is None else {"sparsity": dataclasses.asdict(plan.sparsity.reading)}
+    return run_config(plan.config.fields() | {"l1": plan.sparsity.fields()}, cache) | about
 
 
 def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:

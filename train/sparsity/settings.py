@@ -14,15 +14,8 @@ KINDS: tuple[type[Sparsity], ...] = (
 FORMS = ", ".join(kind.FORMS for kind in KINDS)
 
 
-def parse_settings(text: str) -> tuple[Sparsity, ...]:
-    """'3e-4,adaptive:1e-3@64,batchtopk:64' → settings. Raises UserError."""
-    settings = tuple(_parse(part.strip()) for part in text.split(","))
-    if len(set(settings)) < len(settings):
-        raise UserError(f"{text!r} names a setting twice; name each once")
-    return settings
-
-
-def _parse(text: str) -> Sparsity:
+def parse_setting(text: str) -> Sparsity:
+    """Read one setting, such as adaptive:1e-3@64. Raises UserError."""
     for kind in KINDS:
         if (setting := kind.parse(text)) is not None:
             return setting

@@ -7,11 +7,11 @@ import pytest
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.run import run_config
-from residual_saes.train.config import RECIPES, TrainConfig
+from residual_saes.train.config import PUBLISHED, RECIPES, TrainConfig, parse_plans
 from residual_saes.train.sparsity.base import ControllerConfig, Sparsity
 from residual_saes.train.sparsity.batchtopk import BatchTopK, LargestOfBatch
 from residual_saes.train.sparsity.l1 import L1Setting
-from residual_saes.train.sparsity.settings import KINDS, parse_settings
+from residual_saes.train.sparsity.settings import KINDS, parse_setting
 from residual_saes.train.sparsity.topk import TopK
 from residual_saes.train.step import StepConfig
 
@@ -19,7 +19,7 @@ ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64,topk:64"
 
 
 def test_settings_as_people_write_them() -> None:
-    assert parse_settings(ALL) == (
+    assert tuple(map(parse_setting, ALL.split(","))) == (
         L1Setting(init=3e-4),
         L1Setting(init=8e-5),
         L1Setting(init=5e-4, target=150),
@@ -27,7 +27,7 @@ def test_settings_as_people_write_them() -> None:
         BatchTopK(k=64),
         TopK(k=64),
     )
-    names = [setting.name for setting in parse_settings(ALL)]
+    names = [setting.name for setting in map(parse_setting, ALL.split(","))]
     assert names == ["l1-3e-4-fixed", "l1-8e-5-fixed", "l1-adaptive", "l1-adaptive-1e-3-l0-64", "batchtopk-64", "topk-64"]
 
 
@@ -37,15 +37,22 @@ NONE = "-1 0 adaptive:x adaptive:1e-3 1e-3@5 3e-4, nan inf 1.2.3 batchtopk batch
 @pytest.mark.parametrize("text", ["", *NONE.split(), "topk", "topk:0"])
 def test_what_is_no_setting_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, batchtopk:64, topk:64$"):
-        parse_settings(text)
+        parse_setting(text)
 
 
-def test_a_setting_named_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="twice"):
-        parse_settings("3e-4,0.0003")
+def test_each_setting_has_its_recipe() -> None:
+    plans = parse_plans("3e-4, 3e-4/best,batchtopk:8/decay", PUBLISHED, lambda recipe: TrainConfig(tokens=len(recipe)))
+    assert [(p.sparsity, p.recipe, p.config.tokens) for p in plans] == [
+        (L1Setting(init=3e-4), "published", 9),
+        (L1Setting(init=3e-4), "best", 4),
+        (BatchTopK(k=8), "decay", 5),
+    ]
+    for text, said in (("3e-4,0.0003", "twice"), ("3e-4/best,3e-4/best", "twice"), ("3e-4/worst", "published, decay, best")):
+        with pytest.raises(UserError, match=said):
+            parse_plans(text, PUBLISHED, lambda recipe: TrainConfig(tokens=1))
 
 
-@pytest.mark.parametrize("setting", parse_settings(ALL), ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", map(parse_setting, ALL.split(",")), ids=lambda s: s.name)
 def test_a_kind_is_told_by_its_name_or_was_there_before_names(setting: Sparsity) -> None:
     fields = setting.fields()
     assert fields.pop("kind", None) == setting.KIND
@@ -85,6 +92,6 @@ def test_digests_are_those_of_runs_that_exist(text: str, recipe: str) -> None:
     chosen = dict[str, Any](RECIPES[recipe])
     step = StepConfig(decoder_norm=chosen.pop("decoder_norm"))
     fields = TrainConfig(tokens=300_000_000, step=step, **chosen).fields()
-    (setting,) = parse_settings(text)
+    setting = parse_setting(text)
     run = run_config(fields | {"l1": setting.fields()}, {"digest": "abc", "spec": {}})
     assert run["digest"] == DIGESTS[text, recipe]
