@@ -20,11 +20,11 @@ from residual_saes.eval.publish.formats import FORMS
 from residual_saes.eval.publish.upload import PublishConfig, publish
 from residual_saes.eval.report.page import text_table, write_report
 from residual_saes.eval.report.pictures import plot_runs
-from residual_saes.shared.cache import Cache
+from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.cli import CACHE, DEVICE, MODEL, PRESET, RUNS, SEVERAL_RUNS, DefaultRun, Number, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import get_preset
+from residual_saes.shared.presets import Training, cache_place, get_preset
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import parse_sites
@@ -59,7 +59,7 @@ def main() -> None:
 @click.option("--numbers-only", is_flag=True, help="Measure and say it, but leave pictures, cards and report as they are.")
 @DEVICE
 def run_command(
-    preset: str,
+    preset: str | None,
     cache: Location | None,
     runs: Location,
     eval_tokens: str | None,
@@ -72,12 +72,11 @@ def run_command(
     device: str | None,
 ) -> None:
     """Evaluate every snapshot of every run on held-out tokens; what is done already is kept."""
-    p = get_preset(preset)
-    picked, opened = pick_device(device), Cache.open(cache or Path("data") / p.name)
+    picked, opened = pick_device(device), Cache.open(cache_place(cache, preset))
     config = EvalConfig(
         device=picked,
         eval_tokens=parse_count(eval_tokens) if eval_tokens else opened.spec.holdout_tokens,
-        ce_tokens=parse_count(ce_tokens or str(p.ce_tokens)),
+        ce_tokens=parse_count(ce_tokens) if ce_tokens else _ce_tokens(preset, opened.spec),
         model=model,
         dead_at=dead_at,
         alive_above=alive_above,
@@ -94,6 +93,11 @@ def run_command(
         say(f"\nreport: {report}")
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
+
+
+def _ce_tokens(preset: str | None, spec: CacheSpec) -> int:
+    training = get_preset(preset) if preset else Training.of(spec.d_model, spec.train_tokens, spec.holdout_tokens)
+    return training.ce_tokens
 
 
 def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Result]], cache: str, skipped: Skipped) -> Path:
@@ -140,7 +144,7 @@ def export_command(
 @MODEL
 @DEVICE
 def pages_command(
-    preset: str,
+    preset: str | None,
     cache: Location | None,
     runs: Location,
     layers: str | None,
@@ -149,7 +153,7 @@ def pages_command(
     **options: Any,
 ) -> None:
     """A page to look at every feature of every SAE; what is there already is kept."""
-    opened = Cache.open(cache or Path("data") / get_preset(preset).name)
+    opened = Cache.open(cache_place(cache, preset))
     config = PagesConfig(
         device=pick_device(options["device"]),
         out=out or local(runs) / "pages",
@@ -205,9 +209,9 @@ def floor_command(statistics: Path, widths: str) -> None:
 @click.option("--alive-above", type=Number(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @DEVICE
 @click.option("--save-minutes", type=Number(0), default=5.0, show_default=True, help="Between resume states.")
-def distill_command(preset: str, cache: Location | None, runs: Location, **options: Any) -> None:
+def distill_command(preset: str | None, cache: Location | None, runs: Location, **options: Any) -> None:
     """Train narrower students from the model and hold their loss floors beside the predicted ones; run it again to continue."""
-    picked, opened = pick_device(options["device"]), Cache.open(cache or Path("data") / get_preset(preset).name)
+    picked, opened = pick_device(options["device"]), Cache.open(cache_place(cache, preset))
     spec, skipped = opened.spec, Skipped()
     widths = tuple(map(parse_count, options["widths"].split(","))) if options["widths"] else student_widths(spec.d_model)[:-1]
     config = DistillConfig(

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +11,7 @@ from residual_saes.fleet.commands import Commands, JobConfig, Stage
 from residual_saes.fleet.job import Job, wanted
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, Number, options, run
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import get_preset
+from residual_saes.shared.presets import DATA, PRESETS, get_preset
 from residual_saes.shared.progress import say
 from residual_saes.shared.units import parse_bytes
 
@@ -37,10 +36,14 @@ _job = options(
 
 
 def _config(options: dict[str, Any]) -> JobConfig:
+    if options["preset"] is None:
+        raise UserError(
+            f"name the job with --preset {' or '.join(PRESETS)}; change what is different with --harvest and --train"
+        )
     preset = get_preset(options["preset"])
     more = {f"{name}_options": _split(name, options.pop(f"{name}_options")) for name in ("harvest", "train", "eval")}
     chosen = {
-        "cache": options["cache"] or Path("data") / preset.name,
+        "cache": options["cache"] or DATA / preset.name,
         "l1": options["l1"] or preset.l1,
         "expansion": options["expansion"] or preset.expansion,
     }

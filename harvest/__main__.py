@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.identity import Model, harvested_model, open_model, tokenizer_hash, unpin
 from residual_saes.shared.lm import load_config, load_tokenizer, require_model
-from residual_saes.shared.presets import Preset, get_preset
+from residual_saes.shared.presets import DATA, PRESETS, Preset, cache_place, get_preset, short_name
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites, hook_name, parse_sites
 from residual_saes.shared.stores import Location, open_store
@@ -106,21 +107,32 @@ _settings = options(
 )
 
 
-def _job(options: dict[str, Any]) -> Job:
-    preset = get_preset(options["preset"])
-    changes = {f.name: options[f.name] for f in fields(Preset) if options.get(f.name) is not None}
-    if "dataset" in changes:
-        changes.setdefault("dataset_revision", None)
-    if "model" in changes:
-        changes.setdefault("revision", None)
-        changes |= _model_shape(changes["model"], changes["revision"])
-    preset = replace(preset, **changes)
+def job_of(options: Mapping[str, Any]) -> Job:
+    """The job that the values of all options describe. Raises UserError."""
+    preset = _preset(options["preset"], {f.name: options[f.name] for f in fields(Preset) if options.get(f.name) is not None})
     preset.require_files()
     if options["split"] is not None:
         refuse_local_split(preset.dataset)
     sites = parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers)
-    cache = options.pop("cache") or Path("data") / preset.name
-    return filled(Job, options | {"preset": preset}, cache=cache, sites=sites)
+    cache = options["cache"] or DATA / preset.name
+    return filled(Job, {**options, "preset": preset, "cache": cache}, sites=sites)
+
+
+def _preset(name: str | None, given: dict[str, Any]) -> Preset:
+    """The defaults with the command line's values over them."""
+    if name is None and (missing := [f"--{option}" for option in ("model", "dataset", "tokens") if option not in given]):
+        raise UserError(f"say what to harvest with {', '.join(missing)}, or name a preset: --preset {' or '.join(PRESETS)}")
+    if "dataset" in given:
+        given.setdefault("dataset_revision", None)
+    if "model" in given:
+        given.setdefault("revision", None)
+        given |= _model_shape(given["model"], given["revision"])
+    if name is None:
+        return Preset.of_model(load_config(given["model"], given["revision"]), given)
+    preset = get_preset(name)
+    if given.get("model", preset.model) != preset.model:
+        given["name"] = short_name(given["model"])
+    return replace(preset, **given)
 
 
 def _model_shape(model: str, revision: str | None) -> dict[str, Any]:
@@ -138,9 +150,14 @@ def main() -> None:
 @_settings
 @DEVICE
 @options_of(Job, "shard")
-def run_command(device: str | None, **options: Any) -> None:
+def run_command(**options: Any) -> None:
     """Fill the cache (the default command); run it again to continue, or to add layers."""
-    job = _job(options)
+    fill(**options)
+
+
+def fill(device: str | None, **options: Any) -> None:
+    """Harvest the job that the values of all options describe. Raises UserError."""
+    job = job_of(options)
     config = job.config(device)
     open_store(job.cache).prepare()
     if not Cache.exists(job.cache):
@@ -178,7 +195,7 @@ def run_command(device: str | None, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Layers and shape for a program, without the probe of the disk.")
 def plan_command(as_json: bool, **options: Any) -> None:
     """Bytes, free disk and time of a harvest, before it is begun. Needs neither weights nor text."""
-    job = _job(options)
+    job = job_of(options)
     if as_json:
         return say(json.dumps({"layers": [site.json for site in job.sites], "shape": asdict(job.shape())}))
     say(str(make_plan(job.cache, job.shape(), job.sites, job.threads)))
@@ -186,7 +203,7 @@ def plan_command(as_json: bool, **options: Any) -> None:
 
 @main.command("verify")
 @_common
-def verify_command(preset: str, cache: Location | None, threads: int) -> int:
+def verify_command(preset: str | None, cache: Location | None, threads: int) -> int:
     """Check every committed block against its checksum; exit code 1 if something is damaged."""
     opened = _open(preset, cache)
     lines = verify(opened, opened.sites, threads).lines
@@ -206,7 +223,7 @@ def verify_command(preset: str, cache: Location | None, threads: int) -> int:
 @click.option("--revision", help="The model's revision on the hub.")
 @click.option("--dataset", help="Where the text lies now, if not where it lay.")
 def repair_command(
-    preset: str,
+    preset: str | None,
     cache: Location | None,
     threads: int,
     device: str | None,
@@ -249,7 +266,7 @@ def _named(cache: Cache, blocks: str) -> Damage:
 @_common
 @click.option("--layers", required=True, help="Layers, such as 0-5 or 3,7.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def free_command(preset: str, cache: Path | None, threads: int, layers: str, yes: bool) -> None:
+def free_command(preset: str | None, cache: Path | None, threads: int, layers: str, yes: bool) -> None:
     """Remove the training blocks of layers whose SAEs are made. Held-out blocks stay, so that they can still be evaluated."""
     opened = _open(preset, cache)
     chosen = parse_sites(layers)
@@ -267,8 +284,8 @@ def free_command(preset: str, cache: Path | None, threads: int, layers: str, yes
     say(f"removed {what}")
 
 
-def _open(preset: str, cache: Location | None) -> Cache:
-    return Cache.open(cache or Path("data") / get_preset(preset).name)
+def _open(preset: str | None, cache: Location | None) -> Cache:
+    return Cache.open(cache_place(cache, preset))
 
 
 if __name__ == "__main__":

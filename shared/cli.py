@@ -101,7 +101,8 @@ def option(help: str, default: Any = MISSING, *, preset: bool = False, **how: An
     `preset` the option leaves it open, too, though the field has a default.
     """
     own = None if preset or default is MISSING else default
-    how |= {"help": help, "default": own, "show_default": own is not None and not how.get("is_flag")}
+    shown: bool | str = "by preset, or by model and cache" if preset else own is not None and not how.get("is_flag")
+    how |= {"help": help, "default": own, "show_default": shown}
     return field(default=default, metadata={_OPTION: how}) if default is not MISSING else field(metadata={_OPTION: how})
 
 
@@ -122,9 +123,14 @@ def options(*each: Callable[[Command], Command]) -> Callable[[Command], Command]
     return lambda command: reduce(lambda c, option: option(c), reversed(each), command)
 
 
-PRESET = click.option("--preset", default="pythia-410m", show_default=True, help="Where all defaults come from.")
+PRESET = click.option(
+    "--preset", help="A job that is known by name, whose values are the defaults [default: they follow model and cache]."
+)
 CACHE = click.option(
-    "--cache", type=parse_location, metavar="PLACE", help="Cache folder, or s3://bucket/prefix [default: data/<preset>]."
+    "--cache",
+    type=parse_location,
+    metavar="PLACE",
+    help="Cache folder, or s3://bucket/prefix [default: data/<preset or model>].",
 )
 RUNS = click.option(
     "--runs",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from residual_saes.shared.cache import Cache
+from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.hub import retried
 
@@ -122,11 +122,15 @@ def _download(model: str, revision: str | None) -> Path:
 
 def harvested_model(cache: Cache, model: str | None = None, revision: str | None = None) -> Model:
     """The model that a cache was harvested from, where it lay then or where `model` says. Raises UserError for another one."""
-    spec = cache.spec
+    return model_of(cache.spec, str(cache.path), model, revision)
+
+
+def model_of(spec: CacheSpec, whose: str, model: str | None = None, revision: str | None = None) -> Model:
+    """As `harvested_model`, of a cache by its spec; `whose` is what an error calls it."""
     opened = open_model(model, revision) if model else open_model(spec.model, spec.model_branch or None)
     if spec.differences(replace(spec, model_revision=opened.sha256)):
         commit = f" (that was commit {spec.model_commit})" if spec.model_commit else ""
-        raise UserError(f"{opened.name} is not the model {cache.path} was harvested from{commit}: name its folder with --model")
+        raise UserError(f"{opened.name} is not the model {whose} was harvested from{commit}: name its folder with --model")
     return opened
 
 

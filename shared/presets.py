@@ -1,20 +1,61 @@
-"""The jobs this project knows by name: the published one, and one that fits a laptop."""
+"""Defaults: of the jobs that this project knows by name, and of any other by the shape of its model and cache."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.stores import Location
 from residual_saes.shared.units import parse_count
 
+DATA = Path("data")  # where caches lie that no place was named for
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
+_PUBLISHED_LR = (3e-4, 32_768)  # the published rate, and the number of features it is for
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Preset:
-    """Defaults of every command. A command-line option overrides its field."""
+class Training:
+    """Defaults of training and evaluation. A command-line option overrides its field."""
+
+    expansion: int
+    l1: str
+    batch: int
+    lr: float
+    lr_warmup: int
+    window_blocks: int = 16
+    ce_tokens: int
+
+    @classmethod
+    def of(cls, d_model: int, tokens: int, holdout_tokens: int) -> "Training":
+        """Defaults for a model and an amount of text that no preset is for.
+
+        A batch leaves a thousand steps, and the rate falls with the number of features, from what measured best for a
+        thousand of them to the published rate (docs/findings/training.md). Both are where to begin, not where to end.
+        """
+        expansion = 32 if tokens >= 50_000_000 else 8
+        batch = min(32_768, max(256, 1 << int(math.log2(max(1, tokens / 1000)))))
+        rate, features = _PUBLISHED_LR
+        return cls(
+            expansion=expansion,
+            l1=f"batchtopk:{32 if d_model < 768 else 64}/decay",
+            batch=batch,
+            lr=float(f"{min(1e-2, rate * features / (expansion * d_model)):.2g}"),
+            lr_warmup=min(100, tokens // batch // 20),
+            ce_tokens=min(100_000, holdout_tokens // 8),
+        )
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Preset(Training):
+    """Defaults of every command: what `Training` has, and what is harvested."""
 
     name: str
     # what is read
@@ -34,15 +75,28 @@ class Preset:
     context: int = option("Tokens in a context.", type=click.IntRange(2))
     block_sequences: int = option("Contexts in a block.", type=click.IntRange(1))
     forward_sequences: int = option("Contexts in one forward pass; on a CPU 2,048 tokens at most.", type=click.IntRange(1))
-    # the SAEs
-    expansion: int
-    l1: str
-    batch: int
-    lr: float
-    lr_warmup: int
-    window_blocks: int
-    # evaluation
-    ce_tokens: int
+
+    @classmethod
+    def of_model(cls, config: Any, given: Mapping[str, Any]) -> "Preset":
+        """Defaults for a model that no preset is for: `given` has model, dataset and tokens, and the shape of the model.
+
+        `config` is the model's own.
+        """
+        base: dict[str, Any] = {
+            "name": short_name(given["model"]),
+            "revision": None,
+            "dataset_revision": None,
+            "split": "train",
+            "text_column": "text",
+            "context": min(1024, getattr(config, "max_position_embeddings", 1024)),
+            "forward_sequences": 32,
+            **given,
+        }
+        context, tokens = base["context"], base["tokens"]
+        base.setdefault("holdout_tokens", max(context, min(2_000_000, tokens // 10)))
+        base.setdefault("block_sequences", min(32, max(1, tokens // (64 * context))))
+        training = Training.of(base["d_model"], tokens, base["holdout_tokens"])
+        return cls(**dataclasses.asdict(training), **base)
 
     def require_files(self) -> None:
         """Raise UserError where the demo's model or text is meant, and this is an installed package, which has neither."""
@@ -78,7 +132,6 @@ PRESETS = {
             batch=32_768,
             lr=3e-4,
             lr_warmup=0,
-            window_blocks=16,
             ce_tokens=100_000,
         ),
         Preset(
@@ -102,7 +155,6 @@ PRESETS = {
             batch=1024,
             lr=3e-3,
             lr_warmup=100,
-            window_blocks=16,
             ce_tokens=8_192,
         ),
     )
@@ -110,6 +162,29 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
+    """Look up a preset. Raises UserError for a name that there is none of."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def short_name(model: str) -> str:
+    """What caches and runs of a model are called: the last part of its name on the hub, or its folder's name."""
+    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
+
+
+def cache_place(cache: Location | None, preset: str | None) -> Location:
+    """Find the cache that is meant: the one named, else the preset's, else the only one in data/. Raises UserError."""
+    if cache is not None:
+        return cache
+    if preset is not None:
+        return DATA / get_preset(preset).name
+    caches = sorted(file.parent for file in DATA.glob("*/cache.json"))
+    if len(caches) == 1:
+        return caches[0]
+    there = (
+        f"{DATA} holds several: {', '.join(map(str, caches))}"
+        if caches
+        else f"there is none in {DATA}: `rsae harvest` makes one"
+    )
+    raise UserError(f"name the activation cache with --cache; {there}")

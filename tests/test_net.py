@@ -74,36 +74,36 @@ dictionary_learning/{RUN}/layer_1/{{config.json,ae.pt}}
 # --- command lines: a flag has no "="; else "=default", [choices], ! must be given, * may be given more than once ---
 
 COMMAND_LINES = """
-harvest run: --preset=pythia-410m --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
+harvest run: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --layers=
   --precision=bf16[bf16|fp32] --seed=0 --device= --shard=0/1
-harvest plan: --preset=pythia-410m --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
+harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --layers=
   --precision=bf16[bf16|fp32] --seed=0 --json
-harvest verify: --preset=pythia-410m --cache= --threads=4
-harvest repair: --preset=pythia-410m --cache= --threads=4 --device= --blocks= --model= --revision= --dataset=
-harvest free: --preset=pythia-410m --cache= --threads=4 --layers=! --yes
-train: --preset=pythia-410m --cache= --scratch= --runs=runs --l1= --layers= --expansion= --tokens= --epochs=1
-  --l1-reduction=sum[sum|mean] --batch= --lr= --lr-warmup= --recipe=published[published|best] --decoder-norm=[unit|free]
+harvest verify: --preset= --cache= --threads=4
+harvest repair: --preset= --cache= --threads=4 --device= --blocks= --model= --revision= --dataset=
+harvest free: --preset= --cache= --threads=4 --layers=! --yes
+train: --preset= --cache= --scratch= --runs=runs --l1= --layers= --expansion= --tokens= --epochs=1
+  --l1-reduction=sum[sum|mean] --batch= --lr= --lr-warmup= --recipe=published[published|decay|best] --decoder-norm=[unit|free]
   --lr-decay= --hold-l0= --window-blocks= --skip-positions=0 --max-norm=
   --precision=bf16[bf16|fp32] --sparse-below= --decoder=trained[trained|random] --seed=0 --device= --threads=16
   --save-minutes=5.0 --shard=0/1 --follow --list --tensorboard
-eval run: --preset=pythia-410m --cache= --runs=runs --eval-tokens= --ce-tokens= --model= --dead-at=1e-05 --alive-above=1e-05
+eval run: --preset= --cache= --runs=runs --eval-tokens= --ce-tokens= --model= --dead-at=1e-05 --alive-above=1e-05
   --ablation=zero[zero|mean] --numbers-only --device=
 eval export: --to=[saelens|sparsify|dictionary_learning]! --runs=runs* --layers= --snapshot=final --out=! --model=
-eval pages: --preset=pythia-410m --cache= --runs=runs --layers= --snapshot=final --tokens= --out= --model= --device=
+eval pages: --preset= --cache= --runs=runs --layers= --snapshot=final --tokens= --out= --model= --device=
 eval publish: --runs=runs* --to=! --public --license=apache-2.0 --dry-run
 eval floor: --statistics=! --widths=128,256,384,512,768,1024
-eval distill: --preset=pythia-410m --cache= --runs=runs --widths= --seeds=3 --tokens= --batch=32 --lr=0.002 --eval-tokens=
+eval distill: --preset= --cache= --runs=runs --widths= --seeds=3 --tokens= --batch=32 --lr=0.002 --eval-tokens=
   --model= --alive-above=1e-05 --device= --save-minutes=5.0
 eval match: RUN_FOLDER OTHER? --alive-above=1e-05 --device=
-fleet job: --disk=! --preset=pythia-410m --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train=
+fleet job: --disk=! --preset= --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train=
   --eval= --ray= --workers=1 --cpus=1 --gpus=1.0
-fleet harvest: --preset=pythia-410m --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train= --eval=
+fleet harvest: --preset= --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train= --eval=
   --ray=auto --workers=1 --cpus=1 --gpus=1.0
-fleet train: --preset=pythia-410m --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train= --eval=
+fleet train: --preset= --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train= --eval=
   --ray=auto --workers=1 --cpus=1 --gpus=1.0
-fleet plan: --disk=! --preset=pythia-410m --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train=
+fleet plan: --disk=! --preset= --cache= --runs=runs --l1= --layers= --expansion= --device= --harvest= --train=
   --eval=
 """
 

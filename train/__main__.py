@@ -1,23 +1,24 @@
 """`rsae train`: SAEs from an activation cache."""
 
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from residual_saes.shared.cache import Cache
+from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, filled, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import get_preset
+from residual_saes.shared.presets import Training, cache_place, get_preset, short_name
 from residual_saes.shared.progress import say
+from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.stores import Bucket, Location
 from residual_saes.shared.stores.mirror import Mirror, local
 from residual_saes.shared.stores.scratch import ScratchConfig
 from residual_saes.shared.units import Shard, parse_shard
-from residual_saes.train.config import PUBLISHED, RECIPES, RunOptions, TrainConfig, parse_plans
+from residual_saes.train.config import PUBLISHED, RECIPES, Plan, RunOptions, TrainConfig, parse_plans
 from residual_saes.train.loader import FOLLOW_POLL
 from residual_saes.train.sparsity.settings import FORMS
 from residual_saes.train.step import StepConfig
@@ -51,38 +52,80 @@ from residual_saes.train.trainer import run_folders, train
     "--shard", type=parse_shard, default="0/1", help="This process is i of n, such as 0/8, and takes every n-th layer."
 )
 @click.option("--list", "listing", is_flag=True, help="Only say which run folders, one a line, this would train into.")
-def main(
-    preset: str, cache: Location | None, scratch: ScratchConfig | None, runs: Location, listing: bool, **options: Any
-) -> None:
+def main(listing: bool, **options: Any) -> None:
     """Train SAEs; run it again to continue. One read of a layer feeds all settings."""
-    p = get_preset(preset)
+    job = prepare(**options)
+    if job is None:
+        return say(f"shard {options['shard']} has no layer to train: there are fewer of them than shards", err=True)
+    if listing:
+        return say("\n".join(str(run.path) for run in job.runs))
+    job.train()
+    say(f"trained layers {format_sites(job.sites)} into {options['runs']}/", err=True)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Job:
+    """A call of `rsae train` with everything that its options left open."""
+
+    cache: Cache
+    name: str  # of the model, with which the runs' names begin
+    sites: tuple[Site, ...]
+    plans: tuple[Plan, ...]
+    options: RunOptions
+
+    @property
+    def runs(self) -> list[Run]:
+        return run_folders(self.name, self.plans, self.options)
+
+    def train(self) -> None:
+        """Raises UserError, too, where an SAE stopped early."""
+        if not train(self.cache, self.name, self.sites, self.plans, self.options):
+            raise UserError("some SAEs stopped early, as said above; the others are complete")
+
+
+def prepare(
+    preset: str | None, cache: Location | None, scratch: ScratchConfig | None, runs: Location, **options: Any
+) -> Job | None:
+    """The job that the values of all options describe; None for a shard without a layer. Raises UserError."""
     shard: Shard = options["shard"]
     device = pick_device(options["device"])
-    where = cache or Path("data") / p.name
+    where = cache_place(cache, preset)
     if options["follow"]:
         _await_tokens(where)
     opened = Cache.open(where, scratch)
     sites = parse_sites(options["layers"]) if options["layers"] else _not_freed(opened)
     sites = sites[shard.index :: shard.count]
     if not sites:
-        return say(f"shard {shard} has no layer to train: there are fewer of them than shards", err=True)
-    given = {name: getattr(p, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}
-    given["tokens"] = min(p.tokens, opened.spec.train_tokens)
+        return None
+    defaults, tokens = _defaults(preset, opened.spec, options)
+    given = {name: getattr(defaults, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}
 
     def config(recipe: str) -> TrainConfig:
         values = dict(RECIPES[recipe])
         step = filled(StepConfig, options, decoder_norm=values.pop("decoder_norm"))
-        return filled(TrainConfig, options, **given, **values, step=step)
+        return filled(TrainConfig, options, **given, **values, tokens=tokens, step=step)
 
-    plans = parse_plans(options["l1"] or p.l1, options["recipe"], config)
-    mirror = Mirror(runs) if isinstance(runs, Bucket) else None
-    run_options = filled(RunOptions, options | {"device": device}, runs=local(runs), mirror=mirror)
-    name = Path(opened.spec.model).name
-    if listing:
-        return say("\n".join(str(run.path) for run in run_folders(name, plans, run_options)))
-    if not train(opened, name, sites, plans, run_options):
-        raise UserError("some SAEs stopped early, as said above; the others are complete")
-    say(f"trained layers {format_sites(sites)} into {runs}/", err=True)
+    return Job(
+        cache=opened,
+        name=short_name(opened.spec.model),
+        sites=sites,
+        plans=parse_plans(options["l1"] or defaults.l1, options["recipe"], config),
+        options=filled(
+            RunOptions,
+            options | {"device": device},
+            runs=local(runs),
+            mirror=Mirror(runs) if isinstance(runs, Bucket) else None,
+        ),
+    )
+
+
+def _defaults(preset: str | None, spec: CacheSpec, options: dict[str, Any]) -> tuple[Training, int]:
+    """Defaults of a preset, or else by the cache; and the tokens to train on."""
+    if preset is not None:
+        named = get_preset(preset)
+        return named, min(named.tokens, spec.train_tokens)
+    tokens = options["tokens"] or spec.train_tokens
+    return Training.of(spec.d_model, tokens, spec.holdout_tokens), tokens
 
 
 def _await_tokens(path: Location) -> None:

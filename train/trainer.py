@@ -22,6 +22,8 @@ from residual_saes.train.layer import LayerJob
 from residual_saes.train.saver import Saver
 from residual_saes.train.step import pick_kernels
 
+_FEW_STEPS = 500  # below this an SAE of any kind is far from what its setting can reach
+
 
 def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, ...], options: RunOptions) -> bool:
     """Train every layer by every plan; continue what was begun. Returns whether all of them finished.
@@ -48,6 +50,7 @@ def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, .
                 run.pull(sites)
                 run.create(stored, here)
             announce(options.device)
+            _announce_plans(cache, sites, plans)
             _note_other_machine(runs, here)
             kernels = pick_kernels(config.step.precision, options.device)
             return _train_layers(cache, sites, list(zip(runs, plans, strict=True)), options, kernels, asked)
@@ -119,6 +122,19 @@ def _folder_name(model: str, plan: Plan) -> str:
 def _run_config(plan: Plan, cache: dict[str, Any]) -> dict[str, Any]:
     about = {} if plan.sparsity.reading is None else {"sparsity": dataclasses.asdict(plan.sparsity.reading)}
     return run_config(plan.config.fields() | {"l1": plan.sparsity.fields()}, cache) | about
+
+
+def _announce_plans(cache: Cache, sites: tuple[Site, ...], plans: tuple[Plan, ...]) -> None:
+    """Say in one line what will be trained, so that a default that does not suit is seen before the hours are spent."""
+    config = plans[0].config
+    settings = ", ".join(plan.sparsity.name + ("" if plan.recipe == PUBLISHED else f" ({plan.recipe})") for plan in plans)
+    say(
+        f"layers {format_sites(sites)}: {config.expansion * cache.spec.d_model:,} features of {cache.spec.d_model}, "
+        f"{config.steps:,} steps of {config.batch:,} tokens, lr {config.lr:g}; {settings}",
+        err=True,
+    )
+    if config.steps < _FEW_STEPS:
+        say(f"warning: {config.steps} steps are few: lower --batch, or train on more --tokens or --epochs", err=True)
 
 
 def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def test_each_setting_has_its_recipe() -> None:
             parse_plans(text, PUBLISHED, lambda recipe: TrainConfig(tokens=1))
 
 
-@pytest.mark.parametrize("setting", map(parse_setting, ALL.split(",")), ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", [*map(parse_setting, ALL.split(","))], ids=lambda s: s.name)
 def test_a_kind_is_told_by_its_name_or_was_there_before_names(setting: Sparsity) -> None:
     fields = setting.fields()
     assert fields.pop("kind", None) == setting.KIND
