@@ -9,17 +9,23 @@ RUNS   ?= runs
 DISK   ?= 4TB
 ARGS   ?=
 PY     := .venv/bin/python
+# uv takes seconds where pip takes minutes
+PIP    := $(if $(shell command -v uv),uv pip install --quiet --python $(PY),$(PY) -m pip install --quiet)
 
 .NOTPARALLEL:
-.PHONY: setup demo harvest train eval job test crash soak bench clean
+.PHONY: setup check demo harvest train eval job test crash soak bench clean
 
-setup: .venv/fresh
+setup: .venv/ready
+check: .venv/ready-to-check
 
-.venv/fresh: requirements.txt
+.venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt
-	$(PY) -m pip install --quiet --no-deps --editable .
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	touch $@
+
+.venv/ready-to-check: requirements-dev.txt .venv/ready
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 demo: PRESET := demo
@@ -38,18 +44,18 @@ eval: setup
 job: setup
 	$(PY) -m fleet job --disk $(DISK) --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(if $(L1),--l1 $(L1)) $(ARGS)
 
-test: setup
+test: check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # every fault at every file operation of every command; `make test` has a spread of them
-crash: setup
+crash: check
 	$(PY) -m tests.crash $(ARGS)
 
 # minutes of servers that die, and shards under torchrun, on top of what `make test` has of it
-soak: setup
+soak: check
 	$(PY) -m pytest -m soak $(ARGS)
 
 bench: setup

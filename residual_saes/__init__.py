@@ -12,12 +12,16 @@ The packages lie beside this folder in the repository, and in it once they are i
 is added to anybody's Python.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from residual_saes.api import Features, LoadedSae, SaeFile, load, open_cache, saes
+
+# Before torch is loaded: threads that spin while they wait slow everything down on a machine that does anything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     __version__ = version("residual-saes")

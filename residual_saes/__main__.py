@@ -23,13 +23,24 @@ class _Stages(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name, stage, rest = super().resolve_command(ctx, args)
-        return name, stage and import_module(f"residual_saes.{name}.__main__").main, rest
+        return name, import_module(f"residual_saes.{name}.__main__").main if name in STAGES else stage, rest
+
+
+@click.command("presets")
+def presets() -> None:
+    """Print the defaults of each preset, and those that follow a model and its cache."""
+    from residual_saes.shared.presets import table
+
+    click.echo(table())
 
 
 @click.group(cls=_Stages, commands=[click.Command(name, help=text) for name, text in STAGES.items()])
 @click.version_option(residual_saes.__version__, message="%(version)s")
 def rsae() -> None:
     """Sparse autoencoders on every layer of a language model, from one pass over the text."""
+
+
+rsae.add_command(presets)
 
 
 def main() -> None:

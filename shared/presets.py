@@ -188,3 +188,25 @@ def cache_place(cache: Location | None, preset: str | None) -> Location:
         else f"there is none in {DATA}: `rsae harvest` makes one"
     )
     raise UserError(f"name the activation cache with --cache; {there}")
+
+
+def table() -> str:
+    """The defaults of every command as text: a column for each preset, and one for a model without."""
+    without = {
+        "context": "1,024 or the model's positions",
+        "holdout_tokens": "a tenth, at most 2,000,000",
+        "block_sequences": "32, fewer for little text",
+        "expansion": "8, from 50M tokens on 32",
+        "l1": "batchtopk:32/decay, from d 768 on :64",
+        "batch": "a thousand steps, 256 to 32,768",
+        "lr": "3e-4 * 32,768 / features, at most 1e-2",
+        "lr_warmup": "100, in short runs 5 %",
+        "ce_tokens": "an eighth of those held out, at most 100,000",
+    }
+    rows = [("", *PRESETS, "without a preset")]
+    for name in (f.name for f in dataclasses.fields(Preset) if f.name != "name"):
+        values = [getattr(preset, name) for preset in PRESETS.values()]
+        shown = ["-" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in values]
+        rows.append((name.replace("_", "-"), *shown, without.get(name, "16" if name == "window_blocks" else "-")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -137,4 +137,3 @@ def test_it_is_imported_under_one_name_beside_anybodys_train(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
     code = "import residual_saes, sys; assert not {'torch', 'click', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
