@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residual_saes.eval.measure.runs import runs_in
+from residual_saes.eval.pages.spell import spell
 from residual_saes.harvest.language_model import load_language_model
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
@@ -125,6 +126,10 @@ class LoadedSae:
         return load_tokenizer(str(self.model.folder), None)
 
     @cached_property
+    def _words(self) -> list[str]:
+        return spell(self.tokenizer, len(self.tokenizer))
+
+    @cached_property
     def _source(self) -> Any:
         return load_language_model(self.model, (self.site,), self.spec.precision, CPU)
 
@@ -149,7 +154,7 @@ class LoadedSae:
 
     def features(self, text: str) -> Features:
         """The features of a text. Its first token is the second that the model reads, see `tokens`."""
-        words = [self.tokenizer.decode([token]) for token in self.tokens(text)[1:]]
+        words = [self._words[token] for token in self.tokens(text)[1:]]
         return Features(words, self.encode(self.activations(text)))
 
     def promoted(self, feature: int, n: int = 10) -> list[str]:
@@ -157,8 +162,8 @@ class LoadedSae:
         with torch.inference_mode():
             row = self.sae.w_dec[feature].cpu()
             logits = self._unembedding(torch.stack([row, torch.zeros_like(row)]))
-        best = (logits[0] - logits[1])[: len(self.tokenizer)].topk(n).indices
-        return [self.tokenizer.decode([int(token)]) for token in best]
+        best = (logits[0] - logits[1])[: len(self._words)].topk(n).indices
+        return [self._words[int(token)] for token in best]
 
     @contextlib.contextmanager
     def patched(self, lm: nn.Module, edit: Edit | None = None, *, keep_error: bool = False) -> Iterator[None]:

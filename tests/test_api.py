@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import residual_saes as rs
+from residual_saes.eval.pages.spell import spell
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.lm import Unembedding, load_model
@@ -74,7 +75,7 @@ def test_promoted_tokens_are_those_of_the_unembedding(sae: rs.LoadedSae, lm: Pat
     head = Unembedding(load_model(str(lm), None, "fp32", head=True))
     with torch.inference_mode():
         logits = head(sae.sae.w_dec[[7]]) - head(torch.zeros(1, 32))
-    assert sae.promoted(7, 4) == [sae.tokenizer.decode([t]) for t in logits[0].topk(4).indices.tolist()]
+    assert sae.promoted(7, 4) == [spell(sae.tokenizer, 400)[t] for t in logits[0].topk(4).indices.tolist()]
 
 
 def test_a_patched_model_computes_with_reconstructions(sae: rs.LoadedSae) -> None:

@@ -29,7 +29,6 @@ from residual_saes.shared.runs.run import Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
-from residual_saes.shared.stop import finishing
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -43,7 +42,7 @@ class EvalConfig(Basis):
 def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Result]]:
     """{run: results}, one result for each site and snapshot that is or was measured, by site and then by age; written as they
     are made. Where this evaluation could not measure a snapshot, an earlier result stands in with what it was measured on.
-    Raises UserError for what no run could be evaluated with. SIGTERM and Ctrl-C are raised when the SAEs in hand are done."""
+    Raises UserError for what no run could be evaluated with. A signal acts at once: what is measured is written by then."""
     spec = cache.spec
     if spec.holdout_blocks == 0:
         raise UserError(f"{cache.path} holds out nothing to evaluate on: harvest with --holdout-tokens")
@@ -89,16 +88,14 @@ class _Evaluation:
 
     def run(self) -> None:
         announce(self._config.device)
-        with finishing() as asked, Progress("evaluating", len(self._missing), "SAEs") as progress:
+        with Progress("evaluating", len(self._missing), "SAEs") as progress:
             for site in sorted({s.site for _, s in self._missing}):
                 with self._skipped.leaving_out():
-                    self._evaluate(site, progress, asked)
+                    self._evaluate(site, progress)
 
-    def _evaluate(self, site: Site, progress: Progress, asked: Callable[[], bool]) -> None:
+    def _evaluate(self, site: Site, progress: Progress) -> None:
         pairs, device = [pair for pair in self._missing if pair[1].site == site], self._config.device
         for group in fitting(pairs, lambda pair: pair[1].path.stat().st_size, device):
-            if asked():
-                return
             opened = []
             for results, snapshot in group:
                 with self._skipped.leaving_out():

@@ -82,13 +82,13 @@ class Measurement:
         self.tokens += len(r)
 
     def _add_features(self, z: Tensor, positions: Tensor) -> None:
-        on = (z > 0).float()  # sums of it are exact
+        """Counts are exact in float32; sums over the rows of one batch are rounded to it, and added up in float64."""
+        on = (z > 0).float()
         self._fired += on.sum(0)
         self._active_at.index_add_(0, positions, on.sum(1).double())
         self._seen_at.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
-        exact = z.double()
-        self._sum += exact.sum(0)
-        self._square += exact.square_().sum(0)
+        self._sum += z.sum(0)
+        self._square += torch.square(z, out=on).sum(0)
 
     def density(self) -> Tensor:
         """f_i, float64 [F] on the CPU."""
