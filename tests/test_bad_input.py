@@ -229,7 +229,7 @@ def test_a_shard_too_many(cli: Cli, cache_path: Path, harvest_args: tuple[object
 
 
 def test_a_job_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
-    args = ("--cache", tmp_path / "c", "--runs", tmp_path / "r")
+    args = ("--preset", "demo", "--cache", tmp_path / "c", "--runs", tmp_path / "r")
     refused(cli("fleet", "job", *args, "--disk", "much"), "'much' is not an amount of bytes")
     refused(cli("fleet", "job", *args, "--disk", "4TB", "--preset", "gpt-5"), "unknown preset 'gpt-5'")
     refused(cli("fleet", "plan", *args, "--disk", "4TB", "--train", "--lr '1"), "--train: No closing quotation")
