@@ -18,11 +18,12 @@ from residual_saes.fleet.plan import Plan
 from residual_saes.fleet.room import Room, Window, room, used_bytes, windows
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import Busy, UserError
-from residual_saes.shared.files import append_line, make_dir, owned, remove_leftovers
+from residual_saes.shared.files import append_line, make_dir, owned
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, made
 from residual_saes.shared.seal import parse_sealed, seal
 from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.temporaries import remove_leftovers
 from residual_saes.shared.typed import read
 from residual_saes.shared.units import format_bytes, format_seconds
 

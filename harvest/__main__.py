@@ -178,6 +178,7 @@ def fill(device: str | None, **options: Any) -> None:
         cache = Cache.create(job.cache, spec, job.sites)
         cache.remove_leftovers()
     harvest(cache, job.sites, opened.source, opened.model, config)
+    cache.remove_leftovers()  # of another machine's harvest that was killed shortly before this one began
     totals = cache.totals()
     for line in (*warnings_of_overflow(totals), *notes_on_mixing(totals)):
         say(line, err=True)
@@ -210,6 +211,12 @@ def verify_command(preset: str | None, cache: Location | None, threads: int) -> 
     for line in lines:
         say(line)
     say("damaged" if lines else "every committed block is as it was written")
+    if left := opened.leftovers():
+        say(
+            f"note: {opened.path} has {len(left)} half-written files, {format_bytes(sum(left))}, of a harvest at work or of "
+            "one that was killed, whose files the next harvest removes",
+            err=True,
+        )
     for line in () if lines else notes_on_mixing(opened.totals()):
         say(line, err=True)
     return 1 if lines else 0

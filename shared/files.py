@@ -8,13 +8,10 @@ page goes through the page cache, and so does everything where the file system r
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import math
 import mmap
 import os
-import re
-import shutil
 import socket
 import tempfile
 import threading
@@ -28,16 +25,13 @@ import torch
 from torch import Tensor
 
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.temporaries import discard, place, temporary
 
 PAGE = mmap.PAGESIZE
 UNKNOWN_FREE = 1 << 62  # bytes: the result of `free_bytes` where the file system does not say
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such flag, and everything is buffered
 _NO_DIR_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_LINK = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-_TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]*)\.(\d+)\.(\d+)\.\d+\.tmp", re.DOTALL)
-_numbers = itertools.count()
-
 moved: Counter[str] = Counter()  # bytes that this process has read and written, "direct" and "buffered"
 _moved_lock = threading.Lock()
 
@@ -206,44 +200,6 @@ def sync_dir(path: Path) -> None:
             os.close(fd)
 
 
-def temporary(path: Path) -> Path:
-    """A name beside `path` that no other process or thread uses, made of host, process and its start."""
-    pid = os.getpid()
-    return path.with_name(f".{path.name}.{_HOST}.{pid}.{_started(pid)}.{next(_numbers)}.tmp")
-
-
-def _started(pid: int) -> int | None:
-    """The start of a process of this host, in ticks since the boot; 0 where the system does not say, None if it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except OSError:
-            pass
-        return 0
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders in a folder that dead processes of this host left."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    for name in names:
-        match = _TEMPORARY.fullmatch(name) if name.endswith(".tmp") else None
-        if match and match[1] == _HOST and _started(int(match[2])) != int(match[3]):
-            with contextlib.suppress(OSError):
-                remove(folder / name)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a folder with its content, or a link but not what it points at, if it exists."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
 def refuse_links(*paths: Path) -> None:
     """Raises UserError for a link: in a folder from somebody else it may point at any file of ours."""
     for path in paths:
@@ -263,14 +219,13 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _taking_place(path: Path) -> Iterator[Path]:
     """`replacing` for a writer that makes the content durable."""
-    new = temporary(path)
     with writing(path):
+        new = temporary(path)
         try:
             yield new
-            os.replace(new, path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+            place(new, path)
+        finally:
+            discard(new)
         sync_dir(path.parent)
 
 
@@ -281,13 +236,13 @@ def publish_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def stage_file(path: Path, data: bytes | memoryview) -> Path:
-    """Write the temporary file of `publish_file`, durable, for an `os.replace` by the caller."""
-    new = temporary(path)
+    """Write the temporary file of `publish_file`, durable, for `place` or `discard`."""
     with writing(path):
+        new = temporary(path)
         try:
             _write(new, data)
         except BaseException:
-            new.unlink(missing_ok=True)
+            discard(new)
             raise
     return new
 
@@ -365,7 +320,7 @@ def create_file(path: Path, data: bytes) -> bool:
         try:
             created = _link(new, path)
         finally:
-            new.unlink(missing_ok=True)
+            discard(new)
         sync_dir(path.parent)
     return created
 

@@ -7,7 +7,6 @@ and CRC-32C of each tensor as well.
 import ctypes
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from residual_saes.shared.compile import load
-from residual_saes.shared.files import replacing, temporary
+from residual_saes.shared.files import sync_dir, writing
+from residual_saes.shared.temporaries import discard, temporary
 
 SEAL = "checksum"
 _SOURCE = Path(__file__).with_name("crc32c.c")
@@ -96,18 +96,20 @@ def parse_sealed(data: bytes) -> dict[str, Any] | None:
 
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Replace a safetensors file by tensors on the CPU and a dictionary for JSON, sealed, in one move. Raises UserError."""
-    content, folder = json.dumps(seal(facts, tensors)), temporary(path)
-    with replacing(path) as new:
+    with writing(path):
+        # safetensors begins with a name of its own beside the file; after a kill nobody would know it for a leftover
+        folder = temporary(path, folder=True)
         try:
-            # safetensors begins with a name of its own beside the file; after a kill nobody would know it for a leftover
-            folder.mkdir()
-            save_file(tensors, folder / path.name, metadata={"facts": content})
+            save_file(tensors, folder / path.name, metadata={"facts": json.dumps(seal(facts, tensors))})
             os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # as the umask says
-            os.replace(folder / path.name, new)
+            with (folder / path.name).open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(folder / path.name, path)
         except SafetensorError as error:
             raise OSError(str(error)) from None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
+        sync_dir(path.parent)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -36,7 +36,7 @@ from residual_saes.eval.measure.runs import Skipped, find_runs
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.device import announce, device_kind
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import make_dir, remove_leftovers, sync_dir
+from residual_saes.shared.files import make_dir, sync_dir
 from residual_saes.shared.identity import harvested_model
 from residual_saes.shared.lm import load_config, load_model
 from residual_saes.shared.progress import Progress
@@ -45,6 +45,7 @@ from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import canonical
 from residual_saes.shared.sites import format_sites
 from residual_saes.shared.stop import finishing
+from residual_saes.shared.temporaries import remove_leftovers
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -21,7 +21,6 @@ from residual_saes.eval.measure.store import Results
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.device import announce, fitting
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import remove_leftovers
 from residual_saes.shared.identity import harvested_model
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.rows import ALL, Rows
@@ -29,6 +28,7 @@ from residual_saes.shared.runs.run import Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.temporaries import remove_leftovers
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from residual_saes.eval.pages import features
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import locked, make_dir, publish_file, publish_json, remove_leftovers, sync_dir, write_file
+from residual_saes.shared.files import locked, make_dir, publish_file, publish_json, sync_dir, write_file
 from residual_saes.shared.seal import SEAL, canonical, crc32c, parse_sealed, read_tensors, seal
 from residual_saes.shared.sites import Site
+from residual_saes.shared.temporaries import remove_leftovers
 
 FORMAT = 1
 CHUNK = 64  # features in a file

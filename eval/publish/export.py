@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from torch import Tensor
 from residual_saes.eval.measure.features import measured_features
 from residual_saes.eval.publish.formats import FORMS, Files, Origin, Source
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import make_dir, publish_file, remove_leftovers, sync_dir, temporary, write_file
+from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
 from residual_saes.shared.identity import unpin
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
@@ -237,15 +237,18 @@ def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
         return
     make_dir(folder.parent)
     remove_leftovers(folder.parent)
-    mine = temporary(folder)
-    try:
-        mine.mkdir()
-        for name, content in files.items():
-            write_file(mine / name, content)
-        sync_dir(mine)
-        mine.rename(folder)
+    with writing(folder):
+        new = temporary(folder, folder=True)
+        try:
+            for name, content in files.items():
+                write_file(new / name, content)
+            sync_dir(new)
+            try:
+                place(new, folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return publish_folder(folder, files, ours=ours)  # another process has just made it
+        finally:
+            discard(new)
         sync_dir(folder.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out or make room") from None
-    finally:
-        shutil.rmtree(mine, ignore_errors=True)

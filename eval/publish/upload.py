@@ -11,7 +11,6 @@ continues after a kill, with nothing remembered here, and of the commit that was
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,10 @@ from residual_saes.eval.publish.export import Checkpoint, ExportConfig, open_che
 from residual_saes.eval.publish.formats import saelens
 from residual_saes.eval.publish.license import require_license, require_valid
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import remove_leftovers, temporary
+from residual_saes.shared.files import writing
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run
+from residual_saes.shared.temporaries import discard, remove_leftovers, temporary
 from residual_saes.shared.units import format_bytes
 
 _COMMIT_FILES, _COMMIT_BYTES = 50, 5 << 30  # in one commit: what a kill costs at the most
@@ -140,8 +140,8 @@ def _upload(run: Run, repository: str, files: dict[str, Path], config: PublishCo
 
 def _parts(run: Run, files: dict[str, Path], there: dict[str, RepoFile], progress: Progress) -> Iterator[dict[str, Path]]:
     """{name: file to send} for each commit, of what the hub has not."""
-    folder = temporary(run.path / "published")
-    folder.mkdir()
+    with writing(run.path):
+        folder = temporary(run.path / "published", folder=True)
     try:
         form, part = PublishedForm(run, folder), dict[str, Path]()
         for name, path in files.items():
@@ -158,7 +158,7 @@ def _parts(run: Run, files: dict[str, Path], there: dict[str, RepoFile], progres
         if part:
             yield part
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
 
 
 def _same(there: RepoFile | None, path: Path) -> bool:

@@ -17,10 +17,11 @@ from residual_saes.eval.measure.result import Result, finished, latest
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.report.columns import Column, columns, floor_columns, written
 from residual_saes.eval.report.pictures import short_labels
-from residual_saes.shared.files import locked, publish_file, remove_leftovers
+from residual_saes.shared.files import locked, publish_file
 from residual_saes.shared.runs.rows import left_out
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.temporaries import remove_leftovers
 from residual_saes.shared.units import format_count, format_layers
 
 Record = dict[str, Any]

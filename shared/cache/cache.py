@@ -112,9 +112,16 @@ class Cache:
             )
 
     def remove_leftovers(self) -> None:
-        """Remove what dead writers of this host left half-written anywhere in the cache."""
-        for prefix in ("", *self.ledger.folders(), *zarr.folders(self._store)):
+        """Remove what killed writers left half-written anywhere in the cache."""
+        for prefix in self._folders():
             self._store.remove_leftovers(prefix)
+
+    def leftovers(self) -> list[int]:
+        """The bytes of each file in the cache that is half-written, by a process at work or one that was killed."""
+        return [size for prefix in self._folders() for size in self._store.leftovers(prefix)]
+
+    def _folders(self) -> tuple[str, ...]:
+        return ("", *self.ledger.folders(), *zarr.folders(self._store))
 
     def bad_metadata(self) -> list[str]:
         """The arrays' metadata files that are not as they should be."""

@@ -27,23 +27,14 @@ from torch import Tensor
 
 from residual_saes.shared.cache import ADVICE, Cache
 from residual_saes.shared.errors import Busy, UserError
-from residual_saes.shared.files import (
-    append_line,
-    create_file,
-    make_dir,
-    owned,
-    refuse_links,
-    remove,
-    remove_leftovers,
-    replacing,
-    sync_dir,
-)
+from residual_saes.shared.files import append_line, create_file, make_dir, owned, refuse_links, replacing, sync_dir
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.seal import SEAL, canonical, load_sealed, parse_json, parse_sealed, save_sealed, seal, sealed
 from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location, open_store
 from residual_saes.shared.stores.mirror import Mirror
+from residual_saes.shared.temporaries import remove, remove_leftovers
 from residual_saes.shared.units import format_count
 
 FORMAT = 2

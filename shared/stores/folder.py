@@ -3,11 +3,11 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from residual_saes.shared import files
+from residual_saes.shared import files, temporaries
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.stores.protocol import Staged
 
@@ -45,7 +45,7 @@ class Folder:
         paths = {self.path(key): temporary for key, temporary in staged.items() if temporary is not None}
         for path, temporary in paths.items():
             with files.writing(path):
-                os.replace(temporary, path)
+                temporaries.place(temporary, path)
         for folder in {path.parent for path in paths}:
             with files.writing(folder):
                 files.sync_dir(folder)
@@ -53,8 +53,7 @@ class Folder:
     def drop(self, staged: Iterable[Staged]) -> None:
         for temporary in staged:
             if temporary is not None:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
+                temporaries.discard(temporary)
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         return files.locked(self.path(key))
@@ -90,8 +89,15 @@ class Folder:
     def free(self) -> int:
         return files.free_bytes(self.root)
 
+    def leftovers(self, prefix: str) -> Sequence[int]:
+        sizes = []
+        for path in temporaries.leftovers(self.path(prefix)):
+            with contextlib.suppress(OSError):
+                sizes.append(path.stat().st_size)
+        return sizes
+
     def remove_leftovers(self, prefix: str) -> None:
-        files.remove_leftovers(self.path(prefix))
+        temporaries.remove_leftovers(self.path(prefix))
 
     def _ready(self, key: str) -> Path:
         """The key's path, in a folder whose own name is durable."""

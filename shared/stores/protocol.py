@@ -8,7 +8,7 @@ temporary name, and placed by a move, under a lock. A bucket has neither moves n
 there is none and never changed: the second of two writers copies the bytes of the first, and records those.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -77,8 +77,11 @@ class Store(Protocol):
     def free(self) -> int:
         """Free bytes; UNKNOWN_FREE where the place does not say."""
 
+    def leftovers(self, prefix: str) -> Sequence[int]:
+        """The bytes of each object that is half-written under a prefix, by a process at work or one that was killed."""
+
     def remove_leftovers(self, prefix: str) -> None:
-        """Remove what dead processes of this host left half-written under a prefix."""
+        """Remove what killed processes left half-written under a prefix."""
 
 
 def get_or_none(store: Store, key: str) -> bytes | None:

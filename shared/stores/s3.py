@@ -210,6 +210,9 @@ class S3:
         """The first thousand keys under a prefix."""
         return [each["path"] for each in next(iter(obstore.list(self._store, prefix, chunk_size=1000)), [])]
 
+    def leftovers(self, prefix: str) -> Sequence[int]:
+        return ()
+
     def remove_leftovers(self, prefix: str) -> None:
         """An interrupted PUT leaves nothing."""
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from zlib import crc32
 
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import locked, make_dir, read_file, refuse_links, remove_leftovers, temporary, write_all
+from residual_saes.shared.files import locked, make_dir, read_file, refuse_links, write_all
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site
+from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 from residual_saes.shared.units import format_bytes, parse_bytes
 
 _LOCKS = 256  # blocks that share one wait for each other, which costs little
@@ -78,9 +79,10 @@ class Scratch:
                 data = fetch()
                 out[:] = data[offset : offset + len(out)]
                 self._write(reserved, data)
-                os.replace(reserved, path)
+                place(reserved, path)
             except BaseException as error:
                 self._remove(reserved)
+                discard(reserved)
                 if not isinstance(error, OSError):
                     raise
                 self._stop(f"cannot write: {error.strerror}")  # `out` is filled all the same
@@ -92,19 +94,18 @@ class Scratch:
 
     def _reserve(self, path: Path, size: int) -> Path | None:
         """An allocated temporary file of `size` bytes; None where it does not fit."""
-        reserved = temporary(path)
         with self._account() as change:
             if not change(size):
                 self._stop("full")
                 return None
+            reserved = None
             try:
-                fd = os.open(reserved, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                try:
-                    os.posix_fallocate(fd, 0, size)
-                finally:
-                    os.close(fd)
+                reserved = temporary(path)
+                with reserved.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                reserved.unlink(missing_ok=True)
+                if reserved is not None:
+                    discard(reserved)
                 change(-size)
                 self._stop(f"cannot write: {error.strerror}")
                 return None

@@ -9,6 +9,7 @@ import torch
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.presets import PRESETS
 from residual_saes.shared.sites import Site, parse_sites
+from residual_saes.shared.temporaries import _release, temporary
 from tests.conftest import Cli
 from tests.harvest.conftest import content, flip, other_weights, small_args
 
@@ -38,6 +39,19 @@ def test_damage_is_found_named_and_mended(cli: Cli, cache_path: Path, harvest_ar
     named = cli("harvest", "repair", "--cache", path, "--blocks", "4", "--device", "cpu")
     assert "repaired 3 layer blocks" in named.out
     assert cli("harvest", "verify", "--cache", path).code == 0
+
+
+def test_what_a_killed_harvest_left_is_said_and_removed_by_the_next(
+    cli: Cli, harvest_args: tuple[object, ...], cache_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache_path, tmp_path / "c")
+    left = temporary(Cache.open(tmp_path / "c").block_path(Site(1), 7))
+    left.write_bytes(bytes(2000))
+    _release(left)
+    verified = cli("harvest", "verify", "--cache", tmp_path / "c")
+    assert verified.code == 0 and f"{tmp_path / 'c'} has 1 half-written files, 2 KB, of a harvest at work or" in verified.err
+    assert cli("harvest", *harvest_args, "--cache", tmp_path / "c").code == 0
+    assert not left.exists() and "half-written" not in cli("harvest", "verify", "--cache", tmp_path / "c").err
 
 
 def test_blocks_of_machines_of_several_kinds_are_said(

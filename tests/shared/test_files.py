@@ -1,9 +1,6 @@
 import errno
 import fcntl
 import os
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,15 +24,12 @@ from residual_saes.shared.files import (
     publish_file,
     publish_json,
     read_file,
-    remove,
-    remove_leftovers,
     replacing,
     sync_dir,
-    temporary,
     write_file,
 )
 from residual_saes.shared.progress import Progress
-from tests.conftest import ROOT
+from residual_saes.shared.temporaries import remove
 
 
 def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,21 +129,6 @@ def test_of_many_that_create_a_file_one_does(tmp_path: Path, monkeypatch: pytest
     assert not create_file(tmp_path / "a", b"other")
     assert create_file(tmp_path / "b", b"other")
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
-
-
-def test_only_what_dead_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from residual_saes.shared.files import temporary; temporary(pathlib.Path(sys.argv[1])).touch()"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.0.0")], check=True, cwd=ROOT)
-    (dead,) = tmp_path.iterdir()
-    elsewhere = tmp_path / dead.name.replace(socket.gethostname(), "another-host")
-    mine, theirs, plain = temporary(tmp_path / "c.0.0"), tmp_path / ".x.tmp", tmp_path / "notes.tmp"
-    # a process of today that has the number of one that is gone
-    again = tmp_path / f".c.0.0.{socket.gethostname()}.{os.getpid()}.1.0.tmp"
-    for file in (elsewhere, mine, theirs, plain, again):
-        file.touch()
-    remove_leftovers(tmp_path)
-    assert set(tmp_path.iterdir()) == {elsewhere, mine, theirs, plain}
-    remove_leftovers(tmp_path / "none")
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from residual_saes.shared import seal
-from residual_saes.shared.files import remove_leftovers
+from residual_saes.shared.temporaries import remove_leftovers
 
 
 def test_what_a_kill_leaves_of_a_file_of_tensors_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

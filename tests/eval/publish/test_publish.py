@@ -27,11 +27,11 @@ from residual_saes.eval.measure.result import Result
 from residual_saes.eval.measure.store import stored_results
 from residual_saes.eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from residual_saes.eval.publish.contents import published_files
-from residual_saes.shared.files import temporary
 from residual_saes.shared.lm import hook_module
 from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
+from residual_saes.shared.temporaries import _release, temporary
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.synthetic import make_distilled, make_runs
 from tests.hub import TOKEN, Hub
@@ -271,11 +271,8 @@ def test_what_can_not_be_published(cli: Cli, run: Run, monkeypatch: pytest.Monke
 
 
 def test_what_a_kill_left_half_made_is_removed(cli: Cli, run: Run) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-    host = temporary(run.path / "x").name.split(".")[2]
-    half = run.path / f".layer_1.{host}.{gone.pid}.1.0.tmp"
-    half.mkdir()
+    half = temporary(run.path / "layer_1", folder=True)
+    _release(half)
     (half / "sae_weights.safetensors").write_bytes(b"half")
     assert cli("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run").code == 0
     assert not half.exists()

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from residual_saes.shared.cache import BlockStats, Cache, CacheSpec, TokenChunk, slice_checksums
 from residual_saes.shared.cache.zarr import block_key
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import temporary
 from residual_saes.shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
 from residual_saes.shared.sites import Site, parse_sites
 from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.temporaries import _release, temporary
 
 SPEC = CacheSpec(
     model="m",
@@ -525,16 +524,14 @@ def test_nothing_is_left_of_a_writer_that_died(tmp_path: Path) -> None:
     folders += [path / "activations.zarr" / "tokens", path / "activations.zarr" / "resid_post" / "00"]
     before = sorted(path.rglob("*"))
     for folder in folders:
-        name = temporary(folder / "c.0.0").name.replace(f".{os.getpid()}.", f".{_dead_pid()}.")
-        (folder / name).write_bytes(b"half")
-    Cache.open(path).remove_leftovers()
+        left = temporary(folder / "c.0.0")
+        left.write_bytes(b"half")
+        _release(left)
+    cache = Cache.open(path)
+    assert cache.leftovers() == [4] * len(folders)
+    cache.remove_leftovers()
+    assert cache.leftovers() == []
     assert sorted(path.rglob("*")) == before
-
-
-def _dead_pid() -> int:
-    with subprocess.Popen(["true"]) as process:
-        pass
-    return process.pid
 
 
 def test_listing_a_full_size_ledger_is_quick(tmp_path: Path) -> None:

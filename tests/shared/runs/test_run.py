@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import temporary
 from residual_saes.shared.runs.run import Run, made, run_config, snapshot_name, snapshot_tokens
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.seal import SEAL, load_sealed
 from residual_saes.shared.sites import Site
+from residual_saes.shared.temporaries import _release, temporary
 from tests.conftest import ROOT
 
 TRAIN: dict[str, Any] = {"tokens": 60, "lr": 1e-3}
@@ -233,9 +233,7 @@ def test_of_two_that_create_a_run_at_once_one_does(tmp_path: Path, monkeypatch: 
     """The second found nothing there when it looked, and must not put its own configuration in the place of the first."""
     run = Run(tmp_path)
     run.create(run_config({"lr": 1}, CACHE), {})
-    left = temporary(tmp_path / "config.json")
-    dead = left.with_name(re.sub(r"\.\d+\.(\d+)\.tmp$", r".1.\1.tmp", left.name))  # of a process that began at another time
-    dead.touch()
+    _release(temporary(tmp_path / "config.json"))  # as a kill leaves it
     monkeypatch.setattr(Path, "exists", lambda _: monkeypatch.undo())  # is none when it is asked first
     with pytest.raises(UserError, match="lr is 1 there, 2 here"):
         run.create(run_config({"lr": 2}, CACHE), {})
@@ -440,7 +438,7 @@ def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch
     run.append_metrics(Site(1), {"step": 7})
     calls.clear()
     run.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
-    assert calls == ["layer01.jsonl", "metrics", "r", "state.safetensors.tmp", "replace", "layer01", "state", "r"]
+    assert calls == ["layer01.jsonl", "metrics", "r", "state.safetensors", "replace", "layer01", "state", "r"]
 
 
 def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.sites import Site, parse_sites
 from residual_saes.shared.stores import Folder
 from residual_saes.shared.stores.scratch import Scratch, ScratchConfig
+from residual_saes.shared.temporaries import _release
 from residual_saes.shared.units import parse_bytes
 from tests.shared.cache.test_cache import SPEC
 
@@ -119,9 +120,9 @@ def test_what_a_kill_left_is_removed_and_its_room_given_back(tmp_path: Path, far
     (folder / "00-0").unlink()
     mine = Scratch(config(tmp_path, 3), Cache.open(far).digest)._reserve(folder / "00-9", SIZE)
     assert mine is not None and mine.stat().st_size == SIZE  # taken while it is being written
-    dead = mine.rename(mine.with_name(mine.name.replace(f".{mine.name.split('.')[-4]}.", ".4194304.")))
+    _release(mine)
     Scratch(config(tmp_path, 3), Cache.open(far).digest)
-    assert not dead.exists()
+    assert not mine.exists()
     assert int((tmp_path / "scratch" / "used").read_text()) == 2 * SIZE
 
 
