@@ -1,13 +1,13 @@
 """Every hot path of ours beside its limit and its peers, in one run, taking turns.
 
     python -m bench                # measure; results go to the terminal and to build/bench/results
-    python -m bench --publish      # the same, and they take their place in bench/results, README and docs/bench.md
+    python -m bench --publish      # the same, and they take their place in bench/results and docs/findings
     python -m bench --quick        # small sizes, one round: does it all still run?
     python -m bench gpu            # the same and more on one NVIDIA GPU, in one call of about five minutes
     python -m bench gpu --dry      # the same as that at small sizes on a CPU
     python -m bench project        # what the measured parts come to at 300M tokens x 24 layers x 3 settings
     python -m bench quality        # FVU at equal L0, beside other libraries that are trained on the same batches
-    python -m bench tables         # README's tables, docs/bench.md and fleet/rates.json again from the results
+    python -m bench tables         # the tables in docs/findings and fleet/rates.json again from the results
 
 What fails is shown with the reason, a peer or a comparison, and the rest goes on. bench/setup.py has the sizes, bench/goals.py
 what is to be reached; whether the kernels are right on a GPU is for `pytest -m gpu`. bench/wheels.txt is for a GPU's machine
@@ -56,7 +56,7 @@ main.add_command(quality.command, "quality")
 
 _measuring = options(
     click.option("--only", type=click.Choice(sorted(COMPARISONS)), multiple=True, help="These comparisons alone."),
-    click.option("--publish", is_flag=True, help="Put the results into bench/results, and write README and docs from them."),
+    click.option("--publish", is_flag=True, help="Put the results into bench/results, and write docs/findings from them."),
     click.option("--out", type=click.Path(path_type=Path), help="Folder for results [default: $OUT, or build/bench/results]."),
     click.option("--scratch", type=click.Path(path_type=Path), default=SCRATCH, help="Folder on the disk to be measured."),
 )
@@ -142,7 +142,7 @@ def _compared(name: str, setup: Setup, until: float) -> Comparison:
 
 @main.command("tables")
 def tables_command() -> None:
-    """README's tables, docs/bench.md and fleet/rates.json, written again from the results. Nothing is measured."""
+    """The tables in docs/findings and fleet/rates.json, written again from the results. Nothing is measured."""
     table.publish()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.report import format_rate, markdown
 
-STEPS = {  # figure, and what README calls it
+STEPS = {  # figure, and what it is called
     "dense step": "SAE step, dense",
     "three dense settings": "three dense SAEs on one batch",
     "sparse step": "SAE step, sparse, L0 150, all features equally frequent",

@@ -4,8 +4,8 @@
 
 Ours are trained by `rsae train`, theirs by their own trainers in their own environments, from a file with the batches
 that our loader gives (100 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
-before is kept: more --seeds or --layers add to it. With --publish that is bench/results/quality.json, README's table and
-docs/quality.png; else results and picture are in build/bench/results.
+before is kept: more --seeds or --layers add to it. With --publish that is bench/results/quality.json, the table in
+docs/findings/quality.md and docs/images/quality.png; else results and picture are in build/bench/results.
 """
 
 import json
@@ -37,7 +37,7 @@ from residual_saes.shared.sites import Site
 from residual_saes.shared.units import parse_count
 from residual_saes.train.loader import ActivationLoader, LoaderConfig
 
-NAME, PICTURE = "quality.json", ROOT / "docs" / "quality.png"
+NAME, PICTURE = "quality.json", ROOT / "docs" / "images" / "quality.png"
 SCRATCH = ROOT / "build" / "bench" / "quality"
 CPU = torch.device("cpu")
 Point = dict[str, Any]
@@ -135,7 +135,7 @@ def about(raw: dict[str, Any]) -> str:
         f"{raw['date']}: FVU on {heldout:,} held-out tokens over that of the best of the other libraries at the same L0 (in "
         "brackets the seeds' least and most), between measured points by parabolas of ln FVU in ln L0. Made by "
         "`python -m bench quality`; points, with cosine, dead features and CE recovered, are in "
-        "[bench/results/quality.json](bench/results/quality.json)."
+        "[bench/results/quality.json](../../bench/results/quality.json)."
     )
 
 
@@ -217,7 +217,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,0.1,0.15,0.25", show_default=True, help="The same scale for all.")
 @click.option("--tokens", default="400K", show_default=True, help="To train each SAE on.")
-@click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/quality.png.")
+@click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/images/quality.png.")
 def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str, publish: bool) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), get_preset("demo")

@@ -1,6 +1,7 @@
-"""The markdown of README.md and docs/bench.md, from the results and nothing else.
+"""The tables in docs/findings, from the results and nothing else.
 
-README gets the lines that decide, and the goals; docs/bench.md gets every line, the notes, and whatever GPUs were measured.
+speed.md gets the lines that decide, and the goals; speed-details.md every line, the notes, and whatever GPUs were measured;
+quality.md the comparison at equal L0.
 """
 
 import json
@@ -14,8 +15,9 @@ from bench.report import RESULTS, Results, format_rate, markdown, read
 from residual_saes.fleet.hours import RATES
 
 ROOT = RESULTS.parent.parent
+FINDINGS = ROOT / "docs" / "findings"
 MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
-DECIDING = (  # comparison, role, key: the lines for README
+DECIDING = (  # comparison, role, key: the lines for speed.md
     ("forward", "ours", ""),
     ("forward", "peer", ""),
     ("training", "ours", "dense"),
@@ -41,24 +43,25 @@ DECIDING_ON_GPUS = (
 
 def publish(
     results: Path = RESULTS,
-    readme: Path = ROOT / "README.md",
-    details_file: Path = ROOT / "docs" / "bench.md",
+    speed: Path = FINDINGS / "speed.md",
+    compared: Path = FINDINGS / "quality.md",
+    details_file: Path = FINDINGS / "speed-details.md",
     rates_file: Path = RATES,
 ) -> None:
-    """Write all of it again from every result there is. README needs the marker comments."""
+    """Write all of it again from every result there is. The first two pages need the marker comments."""
     machines, old = read(results)
     gpus, cpus = ([one for one in machines if (one.machine.gpu is not None) == gpu] for gpu in (True, False))
     short = [summary(one) for one in gpus[-1:]] or [legacy.summary(one) for one in old[-1:]]
     short += [summary(one) for one in cpus[-1:]]
-    text = _between(readme.read_text(), "bench", short)
+    speed.write_text(_between(speed.read_text(), "bench", short))
     if (path := results / quality.NAME).exists():
         raw = json.loads(path.read_text())
         head, lines = quality.rows(quality.longest(raw["points"]))
         table = markdown(head, "r" * len(head), lines)
-        text = _between(text, "quality", [quality.about(raw), table, "![FVU against L0](docs/quality.png)"])
-    readme.write_text(text)
-    title = "# How fast, line by line\n\nWritten by `python -m bench tables` from `bench/results/`; README has the short of it."
-    long = [title, *(details(one) for one in reversed(machines)), *(legacy.details(one) for one in reversed(old))]
+        parts = [quality.about(raw), table, "![FVU against L0](../images/quality.png)"]
+        compared.write_text(_between(compared.read_text(), "quality", parts))
+    title, source = "# Findings: speed, line by line", "Written by `python -m bench tables` from `bench/results/`."
+    long = [title, source, *(details(one) for one in reversed(machines)), *(legacy.details(one) for one in reversed(old))]
     details_file.write_text("\n\n".join(long) + "\n")
     project.write_rates(results, rates_file)
 
@@ -96,7 +99,7 @@ def summary(results: Results) -> str:
             name, rate, beside, _ = _cells(comparison, entry)
             lines.append((f"{comparison.name.partition(',')[0]}: {name}", rate, beside))
     shown = markdown(("", "rate", "ours beside it"), "-rr", lines)
-    return "\n\n".join([about(results), shown, _goals(results), "Every line, with notes: [docs/bench.md](docs/bench.md)."])
+    return "\n\n".join([about(results), shown, _goals(results), "Every line, with notes: [details](speed-details.md)."])
 
 
 def details(results: Results) -> str:

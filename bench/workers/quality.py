@@ -58,7 +58,7 @@ def dictionary_learning(name: str) -> Callable[[SimpleNamespace, tuple[int, ...]
 
 
 def autograd(args: SimpleNamespace, shape: tuple[int, ...], l1: float) -> Weights:
-    """The published recipe of docs/train.md written once more from its formulas, in plain torch: nothing of ours is imported.
+    """The published recipe of docs/reference written once more from its formulas, in plain torch: nothing of ours is imported.
     It starts from the same directions, so that what differs is how a step is computed."""
     d = shape[2]
     w_dec = torch.randn(args.features, d, generator=torch.Generator().manual_seed(args.seed))

@@ -148,8 +148,8 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert report.read(tmp_path) == ([WHOLE], [])
 
 
-def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path: Path) -> None:
-    readme, details, folder = (tmp_path / name for name in ("README.md", "bench.md", "results"))
+def test_publish_puts_what_decides_on_one_page_and_all_into_the_details(tmp_path: Path) -> None:
+    page, compared, details, folder = (tmp_path / name for name in ("speed.md", "quality.md", "details.md", "results"))
     report.write(WHOLE, folder)
     goal = {"name": "dense step", "value": 0.8, "unit": "", "verdict": "met", "note": "goal ≥ 0.75"}
     gpu = {"kind": "gpu", "dry": False, "date": "2026-02-01", "seconds": 300.0, "machine": {"gpu": "H1", "cores": 16}}
@@ -163,9 +163,9 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     }
     (folder / "h1.json").write_text(json.dumps(gpu))
     begin, end = (marker.format("bench") for marker in table.MARKERS)
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    table.publish(folder, readme, details, rates_file=tmp_path / "rates.json")
-    text = readme.read_text()
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    table.publish(folder, page, compared, details, tmp_path / "rates.json")
+    text = page.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert rows(text)["step: ours, dense"] == ["step: ours, dense", "80 tokens/s", ""]
     assert "step: peer" not in rows(text) and "a row" not in rows(text)
@@ -173,13 +173,14 @@ def test_publish_puts_what_decides_into_readme_and_all_into_the_details(tmp_path
     assert rows(text)["SAE step, dense"][1:] == ["3,000,000 tokens/s", "10.0 ms, 80% of 800 TFLOP/s"]
     assert rows(text)["SAELens, standard SAE"][1:] == ["1,000,000 tokens/s", "ours dense 3.00 ×, sparse 5.00 ×"]
     assert {"peer", "gone", "loader, of raw read ≥ 90%", "a row"} <= set(rows(details.read_text()))
-    readme.write_text("no marks")
+    page.write_text("no marks")
     with pytest.raises(ValueError, match="needs one"):
-        table.publish(folder, readme, details, rates_file=tmp_path / "rates.json")
+        table.publish(folder, page, compared, details, tmp_path / "rates.json")
 
 
 def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
-    pages = {name: tmp_path / Path(name).name for name in ("README.md", "docs/bench.md", "fleet/rates.json")}
+    written = (*(f"docs/findings/{name}.md" for name in ("speed", "quality", "speed-details")), "fleet/rates.json")
+    pages = {name: tmp_path / Path(name).name for name in written}
     for name, page in pages.items():
         page.write_text((table.ROOT / name).read_text())
     table.publish(report.RESULTS, *pages.values())
