@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from residual_saes.eval.measure.splice import SplicedModel
+from residual_saes.harvest.language_model import LanguageModel
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.sites import Site, parse_sites
 from tests.conftest import Cli, invoke
@@ -22,6 +32,19 @@ FAMILIES: dict[str, tuple[PretrainedConfig, str]] = {  # and where its decoder b
     "gpt_neox": (GPTNeoXConfig(**_LLAMA), "layers"),
     "gpt2": (GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=400, n_positions=32), "h"),
     "llama": (LlamaConfig(**_LLAMA), "layers"),
+}
+# model_type: what its configuration needs beside the sizes, and the module of a block whose output is added to the stream
+OTHERS: dict[str, tuple[dict[str, object], str | None]] = {
+    "bloom": ({"n_layer": 3, "n_head": 2}, None),
+    "gemma": ({"head_dim": 8, "num_key_value_heads": 1}, "mlp"),
+    "gemma2": ({"head_dim": 8, "num_key_value_heads": 1, "sliding_window": 8}, "post_feedforward_layernorm"),
+    "gemma3_text": ({"head_dim": 8, "num_key_value_heads": 1, "sliding_window": 8}, "post_feedforward_layernorm"),
+    "gptj": ({"n_embd": 16, "n_layer": 3, "n_head": 2, "rotary_dim": 4}, "mlp"),
+    "mistral": ({"num_key_value_heads": 1, "sliding_window": 8}, "mlp"),
+    "olmo2": ({}, "post_feedforward_layernorm"),
+    "phi": ({}, "mlp"),
+    "qwen2": ({"num_key_value_heads": 1}, "mlp"),
+    "qwen3": ({"head_dim": 8, "num_key_value_heads": 1}, "mlp"),
 }
 SITES = parse_sites("0-2,0-2.mlp_out")
 SITE = Site(2, "mlp_out")
@@ -80,6 +103,37 @@ def test_both_hooks_are_what_plain_hooks_see(harvested: Harvested) -> None:
     for site, values in wanted.items():
         flat = values.reshape(-1, cache.spec.d_model).numpy()
         np.testing.assert_allclose(cache.layer(site)[:].astype(np.float32), flat, rtol=2**-11, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_is_harvested_as_its_whole_model_computes_it(family: str) -> None:
+    """The model without its head and last norm, beside the one that transformers has, in float32 with random weights."""
+    more, added = OTHERS[family]
+    sizes = _LLAMA if "n_layer" not in more else {"hidden_size": 16, "vocab_size": 400}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(family, initializer_range=0.2, **sizes | more)).eval()
+    blocks = model.h if hasattr(model, "h") else model.layers
+    wanted: dict[Site, Tensor] = {}
+
+    def keep(site: Site, output: Tensor | tuple[Tensor]) -> None:
+        wanted[site] = output if isinstance(output, Tensor) else output[0]
+
+    blocks[2].register_forward_hook(lambda _module, _args, output: keep(Site(2), output))
+    for layer in range(3 if added else 0):
+        site = Site(layer, "mlp_out")
+        blocks[layer].get_submodule(str(added)).register_forward_hook(lambda _m, _args, output, site=site: keep(site, output))
+    tokens = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    wanted |= {Site(0): states[1], Site(1): states[2]}
+    taken: dict[Site, Tensor] = {}
+    LanguageModel(model, tuple(sorted(wanted)), torch.device("cpu")).run(
+        tokens, lambda site, x: taken.update({site: x.clone()})
+    )
+    assert set(taken) == set(wanted) and len(wanted) == (6 if added else 3)
+    for site, values in wanted.items():
+        assert values.std() > 0.01
+        torch.testing.assert_close(taken[site], values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("harvested", ["gpt_neox"], indirect=True)

@@ -50,7 +50,7 @@ FIRST = 4.0  # the same, until the first answer of the server
 LONGEST = 5.0  # seconds between two attempts
 STALL = 30.0  # seconds without a byte after which a read is begun again
 _UPLOAD = timedelta(minutes=5)  # for one object; obstore's default of 30 seconds is 2 MB/s at 64 MiB
-_PIECE = 256 << 10  # bytes that obstore hands over at a time: larger pieces are copied once more (docs/stores.md)
+_PIECE = 256 << 10  # bytes that obstore hands over at a time: larger pieces are copied once more
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 _CREDENTIALS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired")
 

@@ -146,9 +146,9 @@ def test_bad_statistics_are_one_line(cli: Cli, tmp_path: Path, content: str, mes
 
 
 def test_the_example_in_the_docs_is_so(cli: Cli, tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "eval.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "eval.md").read_text(encoding="utf-8")
     found = re.search(
-        r"\$ python -m (eval floor) --statistics file.json (--widths \S+)\n(.*?)\n\nwhere the file is `(.*?)`", text, re.DOTALL
+        r"\$ rsae (eval floor) --statistics file.json (--widths \S+)\n(.*?)\n\nwhere the file is `(.*?)`", text, re.DOTALL
     )
     assert found
     (tmp_path / "file.json").write_text(found[4])

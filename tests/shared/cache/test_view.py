@@ -1,5 +1,6 @@
 """A layer as an array: the rows are those of the text, whatever lies where in the file, and none is handed out unchecked."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import residual_saes
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.sites import Site
@@ -139,10 +141,10 @@ def test_a_slice_is_read_once_for_neighbouring_rows(cache: Cache, monkeypatch: p
 
 
 def test_what_the_documentation_says_runs(cache: Cache) -> None:
-    lines = (ROOT / "docs" / "notebook.md").read_text().splitlines()
-    code = "\n".join(line[4:] for line in lines if line.startswith("    "))
-    assert 'Path("data/demo")' in code
-    names: dict[str, Any] = {}
+    page = (ROOT / "docs" / "guides" / "python.md").read_text()
+    code = "\n".join(re.findall(r"^## (?:Rows of a|A) cache\b.*?^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    assert 'Path("data/demo")' in code and "zarr" in code
+    names: dict[str, Any] = {"rs": residual_saes}
     exec(code.replace('Path("data/demo")', f"Path({str(cache.path)!r})"), names)
     assert names["x"].shape == (100, 32)
     assert len(names["heldout"]) == cache.spec.holdout_tokens
