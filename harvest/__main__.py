@@ -20,7 +20,7 @@ from residual_saes.shared.cache import Cache, CacheSpec, Precision
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.identity import Model, harvested_model, open_model, tokenizer_hash, unpin
+from residual_saes.shared.identity import Model, as_harvested, harvested_model, open_model, tokenizer_hash, unpin
 from residual_saes.shared.lm import load_config, load_tokenizer, require_model
 from residual_saes.shared.presets import DATA, PRESETS, Preset, cache_place, get_preset, short_name
 from residual_saes.shared.progress import say
@@ -166,6 +166,7 @@ def fill(device: str | None, **options: Any) -> None:
     spec = opened.spec
     if Cache.exists(job.cache):
         cache = Cache.open(job.cache)
+        spec = replace(spec, model_revision=as_harvested(cache.spec, opened.model).sha256)
         cache.require_same(spec)
         cache.remove_leftovers()
         again = options["layers"] is not None  # whoever names a layer wants all of it

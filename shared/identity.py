@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.hub import retried
+from residual_saes.shared.seal import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,9 @@ _SAMPLES, _SAMPLE = 64, 1 << 20  # number and bytes of the samples of a large fi
 _TENSOR_SAMPLE = 4 << 10  # bytes at the beginning, middle and end of every tensor: a fine-tuned layer shows
 _LONGEST_HEADER = 100 << 20  # of a safetensors file, by its definition
 _COMMIT = re.compile("[0-9a-f]{40}")
-_IS_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")  # configuration and weights
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_SHARDS = "model-*-of-*.safetensors"  # as they are called, though an index may name others
+_EARLIER = (_CONFIG, "*.safetensors", "*.safetensors.index.json")  # of which the identity was before: adapters and copies, too
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 
 
@@ -96,28 +99,56 @@ def open_model(model: str, revision: str | None) -> Model:
             raise UserError(f"there is no model at {model}: name the folder where it lies now with --model")
         folder = _download(model, revision)
         commit = folder.name
-    files = sorted({f for pattern in _IS_MODEL for f in folder.glob(pattern) if f.is_file() and not f.name.startswith(".")})
+    files = sorted(path for path in (folder / name for name in _loaded(folder)) if path.is_file())
     return Model(name=model, folder=folder, commit=commit, sha256=hash_files(files))
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _loaded(folder: Path) -> set[str]:
+    """The names of the files that transformers loads: configuration and weights, not what else lies beside them."""
+    weights = {_WEIGHTS} if (folder / _WEIGHTS).is_file() else {_INDEX, *_indexed(folder)}
+    return {_CONFIG} | weights
+
+
+def _indexed(folder: Path) -> set[str]:
+    """The shards that an index names."""
+    try:
+        return {str(name) for name in parse_json((folder / _INDEX).read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that transformers will refuse
+        return set()
+
+
+def _every_file(folder: Path) -> list[Path]:
+    return sorted({f for pattern in _EARLIER for f in folder.glob(pattern) if f.is_file() and not f.name.startswith(".")})
+
+
+def _download(model: str, revision: str | None, weights: Iterable[str] = (_WEIGHTS, _INDEX, _SHARDS)) -> Path:
     """The folder of a hub model at one commit, named after that. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    patterns = [*_IS_MODEL, *_TOKENIZER]
+    patterns = [_CONFIG, *weights, *_TOKENIZER]
 
     def download() -> Path:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
         # A hub that does not answer leaves what there is in the cache, which may be the configuration alone.
-        if not any(folder.glob("*.safetensors")) and not HF_HUB_OFFLINE:
+        if not any(folder.glob("*.safetensors")) and not _indexed(folder) and not HF_HUB_OFFLINE:
             raise ConnectionError("it has no weights in *.safetensors, or the hub does not answer")
         return folder
 
     try:
-        return retried(f"the model {model}", download)
+        folder = retried(f"the model {model}", download)
     except Exception as error:  # the hub's client has a dozen kinds
         raise unreachable(f"the model {model}", error) from None
+    others = {name for name in _loaded(folder) - {_CONFIG, _INDEX} if not (folder / name).exists() and name not in weights}
+    return _download(model, folder.name, weights=others) if others and not HF_HUB_OFFLINE else folder
+
+
+def as_harvested(spec: CacheSpec, model: Model) -> Model:
+    """The model by the identity that a cache knows it by, where earlier versions made that of all weights beside it as well."""
+    wanted = spec.model_revision
+    if model.sha256 == wanted or hash_files(_every_file(model.folder)) != wanted:
+        return model
+    return replace(model, sha256=wanted)
 
 
 def harvested_model(cache: Cache, model: str | None = None, revision: str | None = None) -> Model:
@@ -127,7 +158,7 @@ def harvested_model(cache: Cache, model: str | None = None, revision: str | None
 
 def model_of(spec: CacheSpec, whose: str, model: str | None = None, revision: str | None = None) -> Model:
     """As `harvested_model`, of a cache by its spec; `whose` is what an error calls it."""
-    opened = open_model(model, revision) if model else open_model(spec.model, spec.model_branch or None)
+    opened = as_harvested(spec, open_model(model or spec.model, revision if model else spec.model_branch or None))
     if spec.differences(replace(spec, model_revision=opened.sha256)):
         commit = f" (that was commit {spec.model_commit})" if spec.model_commit else ""
         raise UserError(f"{opened.name} is not the model {whose} was harvested from{commit}: name its folder with --model")
