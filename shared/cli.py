@@ -24,10 +24,13 @@ from residual_saes.shared.stores import parse_location
 
 
 class DefaultRun(click.Group):
-    """A group whose command `run` may be left out: `rsae harvest --tokens 1M` is `rsae harvest run --tokens 1M`."""
+    """A group whose command `run` may be left out: `rsae harvest --tokens 1M` is `rsae harvest run --tokens 1M`.
+
+    `run` takes options alone, so that a word in front is the name of a command, and one that there is not is refused as that.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        named = args and (not args[0].startswith("-") or args[0] in ctx.help_option_names)
         return super().parse_args(ctx, args if named else ["run", *args])
 
 

@@ -81,7 +81,7 @@ def parse(words: list[str]) -> None:
     command: click.Command = rsae
     called, rest = "rsae", words
     while isinstance(command, click.Group):
-        if isinstance(command, DefaultRun) and (not rest or rest[0] not in command.commands):
+        if isinstance(command, DefaultRun) and (not rest or rest[0].startswith("-")):
             rest = ["run", *rest]
         if not rest or "--help" in rest[:1]:
             return
@@ -124,6 +124,22 @@ def test_a_wrong_command_is_noticed(wrong: list[str]) -> None:
 def test_code_on_a_page_compiles(page: Path) -> None:
     for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         ast.parse(code)
+
+
+def test_the_code_in_the_readme_runs(
+    cache_path: Path, runs_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands, in a folder with runs and one cache."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for link, place in (("data/demo", cache_path), ("runs", runs_path)):
+        Path(link).symlink_to(place, target_is_directory=True)
+    [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len([line for line in code.splitlines() if line]) <= 12
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, names)
+    assert names["z"].shape == (100, 128) and names["logits"].shape[-1] == 400
 
 
 def test_the_tutorial_runs(cache_path: Path, runs_path: Path) -> None:

@@ -118,4 +118,5 @@ class RunOptions:
     save_minutes: float = option("Between resume states.", 5.0, type=Number(0))
     log_records: int = 300  # points of a training curve
     tensorboard: bool = option("Write TensorBoard curves as well.", False, is_flag=True)
+    verbose: bool = option("Say what each layer's activations are like.", False, is_flag=True)
     follow: bool = option("Begin beside the harvest, and wait for what is not there yet.", False, is_flag=True)

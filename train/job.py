@@ -46,6 +46,7 @@ class SaeJob:
         config = plan.config
         self._run, self._site, self._config, self._options, self._saver = run, target.place, config, options, saver
         self._look, self._target = look, target
+        self.setting = plan.sparsity.name.removeprefix("l1-").removesuffix("-fixed")  # for the progress line
         d = cache.spec.d_model
         seed = config.seed * 1000 + target.place.layer
         self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed)

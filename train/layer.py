@@ -55,7 +55,10 @@ class LayerJob:
             return
         look = Look.at(cache, site, config.seed, skip_positions=config.skip_positions, max_norm=config.max_norm)
         self._rows = Rows.of(dataclasses.asdict(config), dataclasses.asdict(look))
-        say(f"layer {site}: {look}", err=True)
+        if options.verbose or look.left_out:
+            say(f"layer {site}: {look}", err=True)
+        if look.warning:
+            say(f"layer {site}: warning: {look.warning}", err=True)
         for run, plan, labels in due:
             if labels:
                 self._jobs.append(SaeJob(run, plan, cache, self._target, labels, look, options, kernels, saver))
@@ -130,5 +133,5 @@ class LayerJob:
         return not any(job.stopped for job in self._jobs)
 
     def _note(self, clock: "Clock") -> str:
-        l0 = " ".join(f"{job.l0:.0f}" for job in self._jobs)
+        l0 = " · ".join(f"{job.l0:.0f} ({job.setting})" for job in self._jobs)
         return f"L0 {l0} · waiting for data {clock.wait_share:.0%}"

@@ -76,16 +76,25 @@ class Look:
         )
 
     @property
-    def flatters(self) -> bool:
-        return max(self.top_direction, self.first_positions, self.long_rows_variance) > FLATTERS
-
-    @property
-    def _advice(self) -> str:
-        options = {"--skip-positions 1": self.first_positions, f"--max-norm {LONG}": self.long_rows_variance}
-        useful = [option for option, share in options.items() if share > FLATTERS]
-        return f", or train without those rows ({' or '.join(useful)})" if useful else ""
+    def warning(self) -> str:
+        """What is wrong in a line, with what to do; empty where nothing is."""
+        shares = {
+            "lies in one direction": (self.top_direction, ""),
+            "lies in first positions": (self.first_positions, "--skip-positions 1"),
+            f"lies in rows longer than {LONG} medians": (self.long_rows_variance, f"--max-norm {LONG}"),
+        }
+        found = {where: share for where, (share, _) in shares.items() if share > FLATTERS}
+        if not found:
+            return ""
+        options = " or ".join(option for where, (_, option) in shares.items() if where in found and option)
+        advice = f", or train without those rows ({options})" if options else ""
+        return (
+            f"{', '.join(f'{share:.0%} of the variance {where}' for where, share in found.items())}, so FVU will flatter: "
+            f"judge these SAEs by fvu_without_first, fvu_without_top3 and CE recovered{advice}"
+        )
 
     def __str__(self) -> str:
+        """The figures."""
         text = (
             f"mean over deviation {self.mean_over_std:.2g}; of the variance {self.top_direction:.0%} in one direction, "
             f"{self.first_positions:.0%} in first positions, {self.long_rows_variance:.0%} in the {self.long_rows:.2%} of rows "
@@ -93,9 +102,4 @@ class Look:
         )
         if self.left_out:
             text = f"{self.left_out:.2%} of rows are not trained on; in the others {text}"
-        if self.flatters:
-            text += (
-                "; WARNING: a small part of this owns the squared error, so FVU will flatter: judge these SAEs by "
-                f"fvu_without_first, fvu_without_top3 and CE recovered{self._advice}"
-            )
         return text

@@ -63,15 +63,18 @@ def publish(runs: list[Run], config: PublishConfig) -> None:
     if not config.dry_run and get_token() is None:
         raise UserError("the hub asks who you are: log in with `hf auth login`, or set HF_TOKEN")
     require_license(config.license)
+    total = 0
     for run in runs:
         prepare(run, publication)
         files = published_files(run)
         check(run, files)
         repository = publication.repository(run)
         if config.dry_run:
-            _list(repository, files)
+            total += _list(repository, files)
         else:
             _upload(run, repository, files, config)
+    if config.dry_run and len(runs) > 1:
+        say(f"{len(runs)} repositories, {format_bytes(total)} in all; nothing was sent")
 
 
 # --- what is published ---
@@ -108,11 +111,13 @@ def _is_ours(run: Run, path: Path) -> bool:
         return False
 
 
-def _list(repository: str, files: dict[str, Path]) -> None:
+def _list(repository: str, files: dict[str, Path]) -> int:
+    """Returns the bytes of all files."""
     sizes = {name: path.stat().st_size for name, path in files.items()}
     say(f"{repository}: {len(files)} files, {format_bytes(sum(sizes.values()))}")
     for name, size in sizes.items():
         say(f"  {format_bytes(size):>9}  {name}")
+    return sum(sizes.values())
 
 
 # --- how it gets there ---

@@ -22,6 +22,7 @@ from residual_saes.shared.units import (
     parse_layers,
     parse_shard,
 )
+from tests.conftest import Cli
 
 
 @given(st.integers(1, 10**13))
@@ -224,3 +225,9 @@ def test_an_error_is_one_line_without_escape_sequences(
         raise UserError("there is no model at a\n \x1b[31mλ")
 
     assert program(work, capfd, monkeypatch) == (2, "error: there is no model at a \\x1b[31mλ\n")
+
+
+def test_a_command_that_there_is_not_is_named_beside_those_like_it(cli: Cli) -> None:
+    for command, wrong, meant in (("eval", "pges", "pages"), ("harvest", "verfy", "verify"), ("fleet", "jbo", "job")):
+        done = cli(command, wrong)
+        assert done.code == 2 and done.err.startswith(f"error: No such command '{wrong}'") and repr(meant) in done.err

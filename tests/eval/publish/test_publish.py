@@ -246,6 +246,10 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(cli: Cli, run: Run, m
     readme = (run.path / "README.md").read_text(encoding="utf-8")
     assert 'REPO, LAYER = "org/other-name", 1' in readme
     assert front_matter(readme)["license"] == "mit"
+    other = shutil.copytree(run.path, run.path.parent.parent / "more" / run.path.name)
+    both = cli("eval", "publish", "--runs", run.path, "--runs", other, "--to", "org", "--dry-run")
+    assert both.code == 0, both.err
+    assert re.fullmatch(r"2 repositories, [0-9.]+ \wB in all; nothing was sent", both.out.splitlines()[-1])
 
 
 def test_what_can_not_be_published(cli: Cli, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
