@@ -61,6 +61,9 @@ def main(listing: bool, **options: Any) -> None:
         return say("\n".join(str(run.path) for run in job.runs))
     job.train()
     say(f"trained layers {format_sites(job.sites)} into {options['runs']}/", err=True)
+    new = set(Cache.open(job.cache.path).sites).difference(job.cache.sites)
+    if new and options["follow"] and not options["layers"]:
+        say(f"note: layers {format_sites(new)} were added meanwhile: run the same command again to train them", err=True)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -91,7 +94,7 @@ def prepare(
     device = pick_device(options["device"])
     where = cache_place(cache, preset)
     if options["follow"]:
-        _await_tokens(where)
+        _await_harvest(where, options["layers"])
     opened = Cache.open(where, scratch)
     sites = parse_sites(options["layers"]) if options["layers"] else _not_freed(opened)
     sites = sites[shard.index :: shard.count]
@@ -128,12 +131,21 @@ def _defaults(preset: str | None, spec: CacheSpec, options: dict[str, Any]) -> t
     return Training.of(spec.d_model, tokens, spec.holdout_tokens), tokens
 
 
-def _await_tokens(path: Location) -> None:
-    """Returns when the cache's harvest has come so far that it is said which layers it is of."""
-    if not Cache.exists(path) or Cache.open(path).tokens.missing():
-        say(f"waiting until a harvest has written the tokens of {path}", err=True)
-    while not Cache.exists(path) or Cache.open(path).tokens.missing():
+def _await_harvest(path: Location, layers: str | None) -> None:
+    """Returns when a harvest has written the tokens and begun these layers, or any. Raises UserError for layers there are not."""
+    said = ""
+    while missing := _not_begun(path, layers):
+        if missing != said:
+            say(f"waiting until a harvest has {missing} of {path}", err=True)
+        said = missing
         time.sleep(FOLLOW_POLL)
+
+
+def _not_begun(path: Location, layers: str | None) -> str:
+    if not Cache.exists(path) or (cache := Cache.open(path)).tokens.missing():
+        return "written the tokens"
+    absent = set(parse_sites(layers, cache.spec.n_layers) if layers else ()).difference(cache.sites)
+    return f"begun layers {format_sites(absent)}" if absent else ""
 
 
 def _not_freed(cache: Cache) -> tuple[Site, ...]:

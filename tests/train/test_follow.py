@@ -13,6 +13,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.files import publish_file
 from residual_saes.shared.shuffle import block_turns
 from residual_saes.shared.sites import Site
+from residual_saes.train.saver import Saver
 from residual_saes.train.step import Begun, StepResult, TrainingSae
 from tests.conftest import TRAIN_ARGS, Cli
 from tests.crash.sweep import contents, difference
@@ -141,3 +142,38 @@ def test_a_harvest_that_has_not_begun_is_waited_for(cli: Cli, harvest: Harvest, 
     timer.join()
     assert result.code == 0, result.err
     assert "waiting until a harvest has written the tokens" in result.err
+
+
+def test_layers_that_another_harvest_adds_are_waited_for(cli: Cli, harvest: Harvest, tmp_path: Path) -> None:
+    harvest.go_on(44)
+    arrays, hidden = harvest.cache.path / "activations.zarr" / "resid_post", tmp_path / "hidden"
+    (arrays / "01").rename(hidden)  # it has not begun the layer
+    timer = threading.Timer(0.5, hidden.rename, (arrays / "01",))
+    timer.start()
+    result = cli(*ARGS, "--cache", harvest.cache.path, "--runs", tmp_path / "r", "--tokens", 2048, "--follow")
+    timer.join()
+    assert result.code == 0, result.err
+    assert f"waiting until a harvest has begun layers 1 of {harvest.cache.path}" in result.err
+    args = ("train", *ARGS[1:], "--cache", harvest.cache.path, "--runs", tmp_path / "r", "--follow")
+    refused = cli(*args, "--layers", "0,9")
+    assert refused.code == 2 and "waiting" not in refused.err  # the model has no such layer
+
+
+def test_layers_that_were_added_meanwhile_are_said(
+    cli: Cli, harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvest.go_on(44)
+    arrays, hidden, done = harvest.cache.path / "activations.zarr" / "resid_post", tmp_path / "hidden", Saver.submit
+    (arrays / "01").rename(hidden)
+
+    def added(self: Saver, *args: object) -> None:
+        if hidden.exists():
+            hidden.rename(arrays / "01")
+        done(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Saver, "submit", added)
+    every = [arg for i, arg in enumerate(ARGS) if "--layers" not in ARGS[max(0, i - 1) : i + 1]]
+    args = (*every, "--cache", harvest.cache.path, "--runs", tmp_path / "r", "--tokens", 2048, "--batch", 256)
+    result = cli(*args, "--follow")
+    assert result.code == 0 and "note: layers 1 were added meanwhile: run the same command again" in result.err, result.err
+    assert "added meanwhile" not in cli(*args, "--follow").err
