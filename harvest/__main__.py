@@ -14,7 +14,7 @@ from residual_saes.harvest.hub import open_text, refuse_local_split
 from residual_saes.harvest.pieces import TextSource
 from residual_saes.harvest.plan import make_plan, planned_bytes, remaining_bytes, require_space
 from residual_saes.harvest.run import HarvestConfig, harvest
-from residual_saes.harvest.tokens import require_one_context
+from residual_saes.harvest.tokens import require_one_context, separator_id
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec, Precision
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
@@ -38,6 +38,7 @@ class Job:
     sites: tuple[Site, ...]
     threads: int = option("Threads for the disk.", 4, type=click.IntRange(1))
     bos: bool = option("Begin every context with the tokenizer's BOS, as Llama and Gemma expect.", False, is_flag=True)
+    separator: str | None = option("Token that ends a document, by name or number [default: end of text].", None)
     precision: Precision = option("", "bf16", type=click.Choice(["bf16", "fp32"]))
     seed: int = option("Of the order inside blocks.", 0, type=click.IntRange(0))
     shard: Shard = option("This process is i of n at work on the same cache, such as 0/8.", ALONE, type=parse_shard)
@@ -77,6 +78,10 @@ class Job:
         tokenizer = load_tokenizer(str(model.folder), None)
         revision = self.source(p.dataset_revision).pinned_revision()
         source = self.source(unpin(revision))
+        shape = replace(shape, separator=separator_id(tokenizer, self.separator))
+        if not Cache.exists(self.cache):
+            token = tokenizer.convert_ids_to_tokens(shape.separator)
+            say(f"note: every document ends with token {shape.separator} ({token}); --separator names another", err=True)
         require_one_context(source, tokenizer, shape)
         spec = replace(
             shape,
@@ -85,7 +90,6 @@ class Job:
             model_commit=model.commit,
             dataset_revision=revision,
             tokenizer_sha256=tokenizer_hash(tokenizer),
-            separator=tokenizer.eos_token_id,
         )
         return Opened(model=model, source=source, spec=spec)
 
@@ -103,7 +107,7 @@ _common = options(PRESET, CACHE, options_of(Job, "threads"))
 _settings = options(
     options_of(Preset),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
-    options_of(Job, "bos", "precision", "seed"),
+    options_of(Job, "bos", "separator", "precision", "seed"),
 )
 
 

@@ -128,7 +128,6 @@ def _require_same_text(cache: Cache, text: TextSource, model: Model) -> None:
         dataset=text.dataset,
         dataset_revision=text.pinned_revision(),
         tokenizer_sha256=tokenizer_hash(tokenizer),
-        separator=tokenizer.eos_token_id,
     )
     if different := cache.spec.differences(given):
         raise UserError(

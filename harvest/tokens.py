@@ -6,7 +6,6 @@ there without tokenising anything twice.
 """
 
 import itertools
-import sys
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from residual_saes.harvest.pieces import Piece, ResumePoint, TextSource, resume_point
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.progress import Progress
+from residual_saes.shared.progress import Progress, say
 
 # Tokenised in one call, over all cores: as many documents as there are in so many characters, and no more than these.
 _DOCUMENTS = 256
@@ -47,13 +46,13 @@ class _BatchStart:
 
 def require_one_context(source: TextSource, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> None:
     """Raises UserError unless tokeniser and model fit and the text fills at least one context; reads no further than that."""
-    special = [tokenizer.eos_token_id, *_context_start(tokenizer, spec)]
+    special = [spec.separator, *_context_start(tokenizer, spec)]
     _require_known(np.array(special), tokenizer, spec)
     if not spec.bos and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]:
-        print(
+        say(
             f"note: the tokenizer of {spec.model} puts {tokenizer.bos_token} before a text; contexts here begin without it. "
             "Models that expect it at each context's start (Llama, Gemma) are harvested with --bos",
-            file=sys.stderr,
+            err=True,
         )
     n = 0
     for _, tokens in _token_batches(source, tokenizer, spec, None):
@@ -61,6 +60,17 @@ def require_one_context(source: TextSource, tokenizer: PreTrainedTokenizerBase, 
         if n >= _text_tokens(spec):
             return
     raise UserError(f"the text of {source.dataset} is {n} tokens, shorter than one context of {spec.context}; lower --context")
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase, name: str | None) -> int:
+    """The token that ends a document: the tokeniser's end-of-text, or the one of this name or number. Raises UserError."""
+    token = tokenizer.eos_token_id if name is None else tokenizer.get_vocab().get(name)
+    if token is None and name is not None and name.isdecimal() and len(name) < 10:
+        token = int(name)
+    if token is None:
+        special = ", ".join(map(str, tokenizer.all_special_tokens[:5]))
+        raise UserError(f"the tokenizer has no token {name!r} to end documents with: name one, such as {special}")
+    return int(token)
 
 
 def _context_start(tokenizer: PreTrainedTokenizerBase, spec: CacheSpec) -> list[int]:
@@ -139,7 +149,7 @@ def _token_batches(
                 "of `datasets` resumes wrongly; put the text back, install another version, or harvest into another folder"
             )
         start = None
-        separator = [tokenizer.eos_token_id]
+        separator = [spec.separator]
         ids = (doc + separator if piece.ends else doc for piece, doc in zip(batch, _encode(tokenizer, batch), strict=True))
         tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64)
         _require_known(tokens, tokenizer, spec)

@@ -132,7 +132,7 @@ def _defaults(preset: str | None, spec: CacheSpec, options: dict[str, Any]) -> t
 
 
 def _await_harvest(path: Location, layers: str | None) -> None:
-    """Returns when a harvest has written the tokens and begun these layers, or any. Raises UserError for layers there are not."""
+    """Returns when a harvest has written the tokens and begun these layers, or any. Raises UserError for one that cannot be."""
     said = ""
     while missing := _not_begun(path, layers):
         if missing != said:

@@ -79,6 +79,8 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
     """Write pages of the runs' SAEs that have none yet, and the page that shows them; an SAE that cannot be shown is left out.
     Raises UserError for what concerns all SAEs, or if there is none to show."""
     spec = cache.spec
+    if config.tokens < spec.context:
+        raise UserError(f"--tokens {config.tokens} is less than one context of {spec.context}: raise it")
     sequences = min(config.tokens // spec.context, spec.holdout_blocks * spec.block_sequences)
     if sequences == 0:
         raise UserError(f"{cache.path} holds out no context of {spec.context} tokens to look at: harvest with --holdout-tokens")

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from residual_saes.harvest.documents import LocalText
 from residual_saes.harvest.pieces import FilePoint, Piece
-from residual_saes.harvest.tokens import _encode, _take, _token_batches, require_one_context, write_tokens
+from residual_saes.harvest.tokens import _encode, _take, _token_batches, require_one_context, separator_id, write_tokens
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cache.tokens import TokenArray
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.lm import load_tokenizer
 from residual_saes.shared.sites import Site, parse_sites
-from tests.conftest import documents
+from tests.conftest import Cli, documents
 
 
 def source(path: Path) -> LocalText:
@@ -152,9 +152,28 @@ def test_tokens_that_the_model_does_not_have_are_refused(lm: Path, text: Path, c
     small = dataclasses.replace(cache.spec, vocab_size=100)
     with pytest.raises(UserError, match=r"gives token \d+ \('.*'\), the model has 100 tokens, counted from 0"):
         require_one_context(source(text), tokenizer, small)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(350)
+    small = dataclasses.replace(cache.spec, vocab_size=350, separator=350)
     with pytest.raises(UserError, match="gives token 350"):
-        require_one_context(source(text.with_name("unread.jsonl")), tokenizer, dataclasses.replace(cache.spec, vocab_size=350))
+        require_one_context(source(text.with_name("unread.jsonl")), tokenizer, small)
+
+
+def test_documents_end_with_the_token_that_is_named(
+    cli: Cli, lm: Path, text: Path, harvest_args: tuple[object, ...], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(lm), None)
+    word = tokenizer.convert_ids_to_tokens(350)
+    assert [separator_id(tokenizer, name) for name in (None, word, "0399")] == [tokenizer.eos_token_id, 350, 399]
+    with pytest.raises(UserError, match=r"no token '<none>' to end documents with: name one, such as <\|endoftext\|>"):
+        separator_id(tokenizer, "<none>")
+    args = ("harvest", *harvest_args, "--layers", "0", "--tokens", 4096, "--holdout-tokens", 512, "--cache", tmp_path / "c")
+    result = cli(*args, "--separator", word)
+    assert result.code == 0 and f"note: every document ends with token 350 ({word}); --separator names another" in result.err
+    cache = Cache.open(tmp_path / "c")
+    written = cache.read_tokens(0, cache.spec.sequences)
+    assert cache.spec.separator == 350 and 350 in written and tokenizer.eos_token_id not in written
+    refused = cli(*args)
+    assert refused.code == 2 and "separator" in refused.err
+    assert cli("harvest", "repair", "--cache", tmp_path / "c", "--blocks", "0", "--device", "cpu").code == 0
 
 
 @pytest.fixture

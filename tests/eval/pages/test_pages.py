@@ -120,6 +120,11 @@ def test_pages_of_another_checkpoint_give_way(cli: Cli, made: Made) -> None:
     assert [a == b for a, b in zip(old, folders(runs), strict=True)].count(False) == 1
 
 
+def test_less_text_than_a_context_is_refused(cli: Cli, made: Made, cache: Cache) -> None:
+    result = cli("eval", *made[1], "--tokens", 3)
+    assert result.code == 2 and f"--tokens 3 is less than one context of {cache.spec.context}: raise it" in result.err
+
+
 def test_what_can_not_be_looked_at_is_left_out(cli: Cli, made: Made) -> None:
     runs, args = made
     shutil.rmtree(runs / "pages")
