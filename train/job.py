@@ -49,7 +49,8 @@ class SaeJob:
         self.setting = plan.sparsity.name.removeprefix("l1-").removesuffix("-fixed")  # for the progress line
         d = cache.spec.d_model
         seed = config.seed * 1000 + target.place.layer
-        self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed)
+        self._sparsity = plan.sparsity
+        self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed, plan.sparsity.OWN)
         self._control = plan.sparsity.control(config.hold_from, config.controller, hold=config.hold_from < config.steps)
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
@@ -95,6 +96,8 @@ class SaeJob:
             return
         if step == 0:
             self.sae.init_centre(x)
+            if self._sparsity.OWN:
+                self._control.start(self.sae.start_own(x, self._sparsity.own))
         self._begun = self.sae.begin(x, workspace, self._control.hidden_at(step))
 
     def finish(self, workspace: Workspace, clock: Clock) -> None:
@@ -167,7 +170,7 @@ class SaeJob:
         about = self._target.fields() | {"layer": self._site.json, "snapshot": label, "machine": machine(self._options.device)}
         config = {k: v for k, v in self._run.config().items() if k != SEAL} | about
         path = self._run.snapshot_path(self._site, label)
-        tensors = self.sae.snapshot(config, stats, self._control.threshold).tensors()
+        tensors = self.sae.snapshot(config, stats, self._control.thresholds(self.sae.own)).tensors()
 
         def write(host: dict[str, torch.Tensor]) -> None:
             self._run.sync_metrics(self._site)  # before `final`, with which the layer counts as finished

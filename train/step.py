@@ -8,6 +8,7 @@ Both ways compute the same function. Cost on a CPU and on a GPU: see bench/.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from residual_saes.shared.cli import Number, option
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.train.kernels.base import COMPUTE, Activation, AdamStep, TorchKernels, Workspace, row_norms
-from residual_saes.train.sparsity.base import RELU, Hidden
+from residual_saes.train.kernels.base import COMPUTE, AdamStep, TorchKernels, Workspace, row_norms
+from residual_saes.train.kernels.nested import Nested
+from residual_saes.train.sparsity.base import RELU, Encoded, Hidden, Own
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -42,6 +44,9 @@ class StepConfig:
     decoder_norm: str = option(
         "free: of any norm, by which L1 is weighted.", "unit", preset=True, type=click.Choice(["unit", "free"])
     )
+
+
+START_ROWS = 1024  # of the first batch, that a kind's own parameters are started from
 
 
 class Late:
@@ -69,8 +74,8 @@ class Begun:
 
     x: Tensor  # [B, d] as it came
     centred: Tensor  # [B, d] in the products' precision
-    z: Tensor  # [B, F]
-    activation: Activation
+    hidden: Hidden
+    encoded: Encoded
     counts: Late  # see `TorchKernels.counts`; where entries were chosen, the least of them too
 
 
@@ -83,11 +88,11 @@ class StepResult:
     """
 
     step: int  # steps before this one
-    l1: float  # the L1 term of the loss, λ included
+    l1: float  # the L1 term of the loss, λ included, or what takes its place
     l0: float
     sparse: bool
     values: int  # of the batch
-    late: Late  # sum of squared errors, and norm of the gradient
+    late: Late  # sum of squared errors, norm of the gradient, and the mean of the prefixes' sums of squared errors
     least: float = 0.0  # activation that was kept, where they were chosen
 
     @property
@@ -96,7 +101,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        return self.mse + self.l1
+        return self.late.read()[2] / self.values + self.l1
 
     @property
     def grad_norm(self) -> float:
@@ -125,8 +130,16 @@ class TrainingSae:
     """Weights, moments and the step of one SAE. Shapes as in `kernels`; everything lies on one device."""
 
     def __init__(
-        self, d_model: int, n_features: int, config: StepConfig, kernels: TorchKernels, device: torch.device, seed: int
+        self,
+        d_model: int,
+        n_features: int,
+        config: StepConfig,
+        kernels: TorchKernels,
+        device: torch.device,
+        seed: int,
+        own: tuple[str, ...] = (),
     ) -> None:
+        """`own` names parameters [F] that a kind has beside the weights; `start_own` gives them values."""
         self.config, self.kernels, self.device = config, kernels, device
         self.d, self.n_features = d_model, n_features
         self._compute = COMPUTE[config.precision]
@@ -139,6 +152,7 @@ class TrainingSae:
         # With relu(a) = a/2 + |a|/2 over F random directions, an encoder 2d/F times the decoder starts at x̂ ≈ x.
         self.w_enc, self.w_dec = (directions * (2 * d_model / n_features)).to(device), directions.to(device)
         self.bias = torch.zeros(n_features + 2 * d_model, dtype=self._master, device=device)
+        self.own: Own = {name: torch.zeros(n_features, dtype=self._master, device=device) for name in own}
         self.moments = {f"{k}.{n}": torch.zeros_like(w) for n, w in self._parameters().items() for k in "mv"}
         self.step_count = 0
         self._whole = torch.ones((), dtype=torch.bool, device=device)  # no step so far was other than finite
@@ -148,7 +162,7 @@ class TrainingSae:
         self._norms = torch.ones(n_features, dtype=self._master, device=device)  # of the rows, where they are free
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias}
+        return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias} | self.own
 
     @property
     def b_enc(self) -> Tensor:
@@ -166,6 +180,14 @@ class TrainingSae:
         """Start b_pre at the mean of some activations [tokens, d]."""
         self.b_pre.copy_(x.double().mean(0))
 
+    def start_own(self, x: Tensor, start: Callable[[Tensor], Own]) -> float:
+        """Start a kind's own parameters where it says of relu's values for some rows of a batch x [B, d], after `init_centre`.
+        Returns the mean square of what is centred."""
+        centred = x[:START_ROWS].to(self._master) - self.b_pre
+        for name, values in start(torch.relu(centred @ self.w_enc.t() + self.b_enc)).items():
+            self.own[name].copy_(values)
+        return float(centred.square().mean())
+
     def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, hidden: Hidden = RELU) -> StepResult:
         """Train on x [B, d] (float16 as cached, or wider) with this λ and hidden layer. Nothing is changed if loss or gradient
         is not finite."""
@@ -176,17 +198,22 @@ class TrainingSae:
         device has work while the host reads the counts."""
         centred = self.kernels.centre(x, self.b_pre, self._compute)
         b_enc = self.b_enc * self._norms if self._free else self.b_enc
-        encoded = hidden.encode(self.kernels, centred, self._enc, b_enc, workspace)
+        encoded = hidden.encode(self.kernels, centred, self._enc, b_enc, self.own, workspace)
         counts = self.kernels.counts(encoded.activation)
         if encoded.least is not None:
             counts = torch.cat([counts, encoded.least.double()[None]])
-        return Begun(x=x, centred=centred, z=encoded.z, activation=encoded.activation, counts=Late(counts))
+        return Begun(x=x, centred=centred, hidden=hidden, encoded=encoded, counts=Late(counts))
 
     def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
         """Decode, go back, and update; see `step`."""
-        x, centred, z, activation = begun.x, begun.centred, begun.z, begun.activation
+        x, centred, z, activation = begun.x, begun.centred, begun.encoded.z, begun.encoded.activation
         batch, below = x.shape[0], self.config.sparse_below
         active, total, listed, frequent, *least = begun.counts.read()
+        l0, prefixes = active / batch, begun.hidden.prefixes(self.n_features)
+        nested = Nested(self.kernels, prefixes) if len(prefixes) > 1 else None
+        kernels = nested or self.kernels
+        if nested is not None:
+            listed, frequent = active, 0.0
         l1_scale = l1 / batch / (self.n_features if self.config.l1_reduction == "mean" else 1)
         # A frequent feature costs its share of the dense products, which leaves that much less to the entries.
         room = (self.kernels.sparse_below if below is None else below) * z.numel()
@@ -194,8 +221,8 @@ class TrainingSae:
         report = partial(
             StepResult,
             step=self.step_count,
-            l1=l1_scale * total,
-            l0=active / batch,
+            l1=l1_scale * total + begun.hidden.penalty(l0),
+            l0=l0,
             sparse=sparse,
             values=x.numel(),
             least=sum(least),
@@ -203,31 +230,32 @@ class TrainingSae:
         if not math.isfinite(total):  # a NaN in the batch; what follows could not even list the active entries
             self._whole.fill_(False)
             self.step_count += 1
-            return report(late=Late(torch.tensor([math.nan, math.nan])))
+            return report(late=Late(torch.full((3,), math.nan)))
         scale = 2 / x.numel()
         bias = self.b_pre + self.b_dec
         if sparse:
-            entries = self.kernels.compact(z, activation, int(listed), int(frequent))
-            g, g_hidden, square = self.kernels.sparse_residual(entries, self._dec, x, bias, scale, l1_scale)
-            grads = self.kernels.sparse_weight_grads(entries, self._dec, g, centred, g_hidden, l1_scale, workspace)
+            entries = kernels.compact(z, activation, int(listed), int(frequent))
+            g, g_hidden, square = kernels.sparse_residual(entries, self._dec, x, bias, scale, l1_scale)
+            grads = kernels.sparse_weight_grads(entries, self._dec, g, centred, g_hidden, l1_scale, workspace)
         else:
-            g, square = self.kernels.dense_residual(z, self._dec, x, bias, scale)
-            grads = self.kernels.dense_weight_grads(z, activation, self._dec, g, centred, l1_scale, workspace)
+            g, square = kernels.dense_residual(z, self._dec, x, bias, scale)
+            grads = kernels.dense_weight_grads(z, activation, self._dec, g, centred, l1_scale, workspace)
         dw_enc, dw_dec, db_enc = grads
         if self._free:
             db_enc = self.kernels.unfold_(dw_enc, dw_dec, db_enc, self.w_enc, self.w_dec, self.b_enc, self._norms)
         db_dec = g.sum(0, dtype=self._master)
         d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
+        d_own = begun.hidden.own_grads(self.kernels, begun.encoded, self.own, l0, g, self._dec)
         matrices = [dw_enc, dw_dec] if self._trains_decoder else [dw_enc]
         square_norm = sum(self.kernels.square_sum(grad) for grad in matrices)
         norm = (square_norm + d_bias.double().square().sum()).sqrt()
-        late = torch.stack([square.double(), norm])
+        late = torch.stack([(square if nested is None else nested.last_square).double(), norm, square.double()])
         self._whole.logical_and_(torch.isfinite(late).all())
-        self._update(dw_enc, dw_dec, d_bias, activation.feature_count, norm, lr)
+        self._update(dw_enc, dw_dec, d_bias, d_own, activation.feature_count, norm, lr)
         return report(late=Late(late))
 
     def _update(
-        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, feature_count: Tensor, grad_norm: Tensor, lr: float
+        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, d_own: Own, feature_count: Tensor, grad_norm: Tensor, lr: float
     ) -> None:
         """Clip, Adam and the unit norm, or nothing where a step was not finite: that is settled on the device."""
         self.step_count += 1
@@ -240,7 +268,8 @@ class TrainingSae:
         update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
         if self._trains_decoder:
             update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=not self._free, copy=self._dec)
-        update(self.bias[None], m["m.bias"][None], m["v.bias"][None], d_bias.to(self._master)[None], adam)
+        for name, w, grad in (("bias", self.bias, d_bias), *((name, self.own[name], d_own[name]) for name in d_own)):
+            update(w[None], m[f"m.{name}"][None], m[f"v.{name}"][None], grad.to(self._master)[None], adam)
         if self._free:
             self._fold()
 
@@ -264,14 +293,14 @@ class TrainingSae:
             self._enc.copy_(self.w_enc)
             self._dec.copy_(self.w_dec)
 
-    def snapshot(self, config: dict[str, Any], stats: dict[str, Any], threshold: float | None = None) -> Sae:
+    def snapshot(self, config: dict[str, Any], stats: dict[str, Any], threshold: Tensor | float | None = None) -> Sae:
         """The SAE as it is now, with decoder rows of unit norm; shares memory with this one where they are kept at it. As a
-        function of its own, without a batch, it leaves out activations up to `threshold`."""
+        function of its own, without a batch, it leaves out activations up to `threshold`, of all features or of each."""
         sae = Sae(
             w_enc=self.w_enc, w_dec=self.w_dec, b_enc=self.b_enc, b_pre=self.b_pre, b_dec=self.b_dec, config=config, stats=stats
         )
         if threshold is not None:
-            sae.threshold = torch.full_like(self.b_enc, threshold)  # of what the products see
+            sae.threshold = torch.zeros_like(self.b_enc) + threshold  # of what the products see
         if self._free:
             norms = row_norms(self.w_dec)
             sae.w_enc, sae.w_dec, sae.b_enc = sae.w_enc * norms[:, None], sae.w_dec / norms[:, None], sae.b_enc * norms

@@ -1,7 +1,6 @@
 """Layers, one after the other, at every setting: what is refused before anything is written, and where the SAEs go."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +96,8 @@ def _require_trainable(cache: Cache, sites: tuple[Site, ...], plan: Plan, option
     features = config.expansion * spec.d_model
     if target is not None and target > features:
         raise UserError(f"an L0 of {target:g} is more than the {features} features there are: lower it, or raise --expansion")
+    if (widest := plan.sparsity.widest) >= features > (target or 0):
+        raise UserError(f"a prefix of {widest:g} is no part of the {features} features there are: name smaller ones")
     if options.tensorboard:
         summary_writer()
     if freed := set(sites).intersection(cache.freed()):
@@ -120,7 +121,7 @@ def _folder_name(model: str, plan: Plan) -> str:
 
 
 def _run_config(plan: Plan, cache: dict[str, Any]) -> dict[str, Any]:
-    about = {} if plan.sparsity.reading is None else {"sparsity": dataclasses.asdict(plan.sparsity.reading)}
+    about = {} if plan.sparsity.reading is None else {"sparsity": plan.sparsity.reading.fields()}
     return run_config(plan.config.fields() | {"l1": plan.sparsity.fields()}, cache) | about
 
 

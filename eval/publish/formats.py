@@ -4,7 +4,8 @@ Ours is                       z = relu(W_enc (x − b_pre) + b_enc)      x̂ = W
 SAELens (standard), sparsify and dictionary_learning (AutoEncoder) have one bias in the place of two:
                               z = relu(W_enc (x − b) + b')             x̂ = W_dec z + b
 The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), see `fold`. sparsify keeps the k largest of z: with
-k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and dictionary_learning's BatchTopKSAE.
+k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and, as their kinds are, dictionary_learning's
+BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.runs.sparsity import prefix_ends
 from residual_saes.shared.sites import Site
 
 SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
@@ -29,7 +31,7 @@ KINDS = {
     "sparsify": {"relu": "topk", "topk": "topk"},
     "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE", "topk": "AutoEncoderTopK"},
 }
-_WORDS = {"threshold": "thresholds, as BatchTopK and --hold-l0 leave"}
+_WORDS = {"threshold": "thresholds, as BatchTopK, JumpReLU and --hold-l0 leave"}
 Files = dict[str, bytes]
 
 
@@ -124,32 +126,40 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
 
 def dictionary_learning(sae: Sae, origin: Origin) -> Files:
     """dictionary_learning: `load_dictionary(folder, device)`, and `from_pretrained(folder/ae.pt)` of AutoEncoder, with k of
-    AutoEncoderTopK, with thresholds of BatchTopKSAE. That has one threshold for all features: they are scaled to it."""
+    AutoEncoderTopK, with one threshold of BatchTopKSAE or, after prefixes, MatryoshkaBatchTopKSAE, and with a threshold for
+    each feature of JumpReluAutoEncoder."""
+    kind, k = _dictionary(sae, origin), sae.k
     b_enc, bias = fold(sae)
+    linear = {"b_dec": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
+    plain = {"W_enc": sae.w_enc.t(), "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": bias}
+    whole: dict[str, Tensor] = {}
+    if sae.rule == "relu":
+        weights = {"bias": linear.pop("b_dec")} | linear
+    elif sae.threshold is None:
+        weights = linear | {"threshold": torch.tensor(-1.0)}  # as where it has learnt none
+    elif kind == "JumpReluAutoEncoder":  # which takes nothing from x
+        b_enc = (sae.b_enc.double() - sae.w_enc.double() @ sae.b_pre.double()).float()
+        weights = plain | {"b_enc": b_enc, "threshold": sae.threshold}
+    else:
+        k = round(sae.stats["l0"])  # as many of its last batch were kept
+        nested = kind == "MatryoshkaBatchTopKSAE"
+        weights = (plain if nested else linear) | {"threshold": sae.threshold[0]}
+        ends = prefix_ends(sae.prefixes, len(sae.w_enc))
+        whole = {"group_sizes": torch.tensor([0, *ends]).diff()} if nested else {}
+    if k is not None:
+        whole["k"] = torch.tensor(k, dtype=torch.int32)
     trainer = {
-        "dict_class": _kind("dictionary_learning", sae, origin),
+        "dict_class": kind,
         "activation_dim": sae.w_enc.shape[1],
         "dict_size": sae.w_enc.shape[0],
         "layer": origin.site.layer,
         "lm_name": origin.model,
         "submodule_name": f"{origin.site.hook}_layer_{origin.site.layer}",
+        "k": k,
     }
-    weights = {"b_dec": bias, "encoder.weight": sae.w_enc, "encoder.bias": b_enc, "decoder.weight": sae.w_dec.t()}
-    if sae.rule == "relu":
-        weights = {"bias": weights.pop("b_dec")} | weights
-    elif sae.k is not None:
-        weights["threshold"] = torch.tensor(-1.0)  # as where it has learnt none
-        trainer["k"] = sae.k
-    elif sae.threshold is not None:
-        common = sae.threshold.mean()
-        scale = torch.where(sae.threshold > 0, common / sae.threshold, 1.0)[:, None]
-        weights["encoder.weight"], weights["encoder.bias"] = sae.w_enc * scale, b_enc * scale[:, 0]
-        weights["decoder.weight"], weights["threshold"] = (sae.w_dec / scale).t(), common
-        trainer["k"] = round(sae.stats["l0"])  # as many of its last batch were kept
     config = {"trainer": _known(trainer), "buffer": _known({"ctx_len": origin.context}), "source": _source(origin)}
-    k = {"k": torch.tensor(trainer["k"], dtype=torch.int32)} if "k" in trainer else {}
     content = io.BytesIO()
-    torch.save({name: _own(tensor) for name, tensor in weights.items()} | k, content)
+    torch.save({name: _own(tensor) for name, tensor in weights.items()} | whole, content)
     return {"config.json": _json(config), "ae.pt": content.getvalue()}
 
 
@@ -158,6 +168,13 @@ FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
 }
+
+
+def _dictionary(sae: Sae, origin: Origin) -> str:
+    """dictionary_learning's class for it: by its rule, by whether its thresholds differ, and by its prefixes."""
+    if sae.threshold is not None and bool((sae.threshold != sae.threshold[0]).any()):
+        return "JumpReluAutoEncoder"
+    return "MatryoshkaBatchTopKSAE" if sae.prefixes else _kind("dictionary_learning", sae, origin)
 
 
 def _kind(tool: str, sae: Sae, origin: Origin) -> str:

@@ -67,6 +67,11 @@ class Sae:
         return k
 
     @property
+    def prefixes(self) -> list[float]:
+        """Of the dictionary, that were trained to reconstruct by themselves, as its kind says them."""
+        return list(self.config.get("sparsity", {}).get("prefixes", ()))
+
+    @property
     def rule(self) -> Rule:
         return "threshold" if self.threshold is not None else "relu" if self.k is None else "topk"
 

@@ -4,7 +4,8 @@ A kind that is told by its name writes a `Reading` of itself into config.json, a
 The L1 penalty and BatchTopK are older than that: they are known by the fields of their setting, of which digests are made.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,16 @@ class Reading:
     words: str  # the setting, in a card
     rule: Rule  # of finished SAEs; earlier snapshots may have no thresholds yet
     k: int | None = None  # of the rule "topk"
+    prefixes: Sequence[float] | None = None  # of the dictionary, that were trained to reconstruct by themselves
+
+    def fields(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def prefix_ends(prefixes: Sequence[float], n_features: int) -> tuple[int, ...]:
+    """Where prefixes end that are given as widths, or below 1 as shares, the whole dictionary added; without empty groups."""
+    ends = {round(width * n_features) if width < 1 else round(width) for width in prefixes}
+    return (*sorted(ends - {0, n_features}), n_features)
 
 
 def reading(config: Mapping[str, Any]) -> Reading:

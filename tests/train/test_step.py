@@ -1,6 +1,7 @@
-"""The step against float64 autograd on the loss as DESIGN writes it."""
+"""The step against float64 autograd on the loss as DESIGN writes it, and as the papers of other kinds do."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.kernels.cpu import load_native
 from residual_saes.train.sparsity.base import RELU, Hidden, Unfused
 from residual_saes.train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.sparsity.jumprelu import BANDWIDTH, LOG, Jump
+from residual_saes.train.sparsity.matryoshka import LargestNested
 from residual_saes.train.sparsity.topk import TopK
 from residual_saes.train.step import Begun, StepConfig, TrainingSae
 
@@ -17,7 +20,13 @@ CPU = torch.device("cpu")
 D, F, B = ODD = 24, 100, 37
 EVEN = 32, 128, 64  # multiples of 32: the sizes for which AMX has products of its own
 K = 3  # activations a token that the others keep
-HIDDEN: dict[str, Hidden] = {"relu": RELU, "batchtopk": LargestOfBatch(K), "topk": Unfused(TopK(k=K))}
+HIDDEN: dict[str, Hidden] = {
+    "relu": RELU,
+    "batchtopk": LargestOfBatch(K),
+    "topk": Unfused(TopK(k=K)),
+    "jumprelu": Jump(target=K, weight=0.7),
+    "matryoshka": LargestNested(K, (0.2, 0.5)),
+}
 WEIGHTS = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
 # bfloat16 keeps 8 bits: an entry is off by 0.4 %, and an activation near zero can fall on the other side of it, which alone
 # makes an error of up to 8 % of the worst gradient in one of 30 draws, in plain torch as well; and up to 18 % where it moves
@@ -34,6 +43,7 @@ def problem(
     native: bool = False,
     size: tuple[int, int, int] = ODD,
     norm: str = "unit",
+    kind: str = "relu",
 ) -> tuple[TrainingSae, Tensor]:
     """An SAE with nothing at a special value, about 5 % active, and a batch."""
     d, f, b = size
@@ -43,7 +53,9 @@ def problem(
     config = StepConfig(
         precision=precision, sparse_below=sparse_below, l1_reduction=reduction, clip_norm=1e9, decoder_norm=norm
     )
-    sae = TrainingSae(d, f, config, kernels, CPU, seed)
+    sae = TrainingSae(d, f, config, kernels, CPU, seed, (LOG,) if kind == "jumprelu" else ())
+    for thresholds in sae.own.values():
+        thresholds.copy_(0.3 * torch.randn(f) - 0.7)
     sae.w_enc.add_(0.2 * torch.randn(f, d))
     sae.bias.copy_(0.3 * torch.randn(f + 2 * d))
     sae.b_enc.sub_(1.6)
@@ -53,21 +65,52 @@ def problem(
     return sae, torch.randn(b, d).half()
 
 
+class Jumps(torch.autograd.Function):
+    """(JumpReLU, step) of h at θ, with the gradients that the paper gives them: arXiv:2407.14435, equations 11 and 12."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, threshold, width)
+        return h * (h > threshold), (h > threshold).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        h, threshold, width = ctx.saved_tensors
+        kernel = (((h - threshold) / width).abs() < 0.5).to(h.dtype) / width
+        return grads[0] * (h > threshold), -(kernel * (threshold * grads[0] + grads[1])).sum(0), None
+
+
 def autograd(sae: TrainingSae, x: Tensor, l1: float, reduction: str, kind: str = "relu") -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients in float64, from the formula and nothing else."""
     leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in WEIGHTS}
     x = x.double()
     z = torch.relu((x - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
     sizes = z * leaves["w_dec"].norm(dim=1) if sae.config.decoder_norm == "free" else z
-    if kind != "relu":
+    loss: Any = 0
+    if kind == "jumprelu":
+        leaves[LOG] = sae.own[LOG].double().clone().requires_grad_()
+        threshold = leaves[LOG].exp()
+        jumps: Any = Jumps.apply(sizes, threshold, BANDWIDTH * threshold.detach())  # type: ignore[no-untyped-call]
+        sizes, steps = jumps
+        z = sizes / leaves["w_dec"].norm(dim=1) if sae.config.decoder_norm == "free" else sizes
+        loss = 0.7 * (steps.sum(1).mean() / K - 1) ** 2
+    elif kind != "relu":
         rows = sizes if kind == "topk" else sizes.flatten()[None]
         chosen = torch.zeros_like(rows).scatter(1, rows.topk(K * len(x) // len(rows)).indices, 1.0).view_as(z)
         z, sizes = z * chosen, sizes * chosen
-    xhat = z @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"]
+    parts = (z[:, None] * nested(sae.n_features, kind)) @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"]
     sparsity = sizes.sum(1).mean() / (sae.n_features if reduction == "mean" else 1)
-    loss = (xhat - x).square().mean() + l1 * sparsity
+    loss = loss + (parts - x[:, None]).square().mean() + l1 * sparsity
     loss.backward()
     return float(loss.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def nested(n_features: int, kind: str) -> Tensor:
+    """[prefixes, F] of 1 and 0: which features each prefix has."""
+    ends = (
+        [20, 50, 100] if kind == "matryoshka" and n_features == F else [26, 64, 128] if kind == "matryoshka" else [n_features]
+    )
+    return torch.stack([(torch.arange(n_features) < end).double() for end in ends])
 
 
 def gradients(sae: TrainingSae, x: Tensor, l1: float, kind: str = "relu") -> tuple[float, bool, dict[str, Tensor]]:
@@ -100,9 +143,10 @@ def test_float64_step_is_autograd_exactly(sparse_below: float, reduction: str) -
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
 def test_every_option_in_float64_is_autograd_exactly(sparse_below: float, norm: str, kind: str) -> None:
     """Free rows and every hidden layer, in every combination."""
-    sae, x = problem(1, "fp64", sparse_below, norm=norm)
-    wanted_loss, wanted = autograd(sae, x, 0.05, "sum", kind)
-    loss, sparse, got = gradients(sae, x, 0.05, kind)
+    sae, x = problem(1, "fp64", sparse_below, norm=norm, kind=kind)
+    l1 = 0.0 if kind == "jumprelu" else 0.05
+    wanted_loss, wanted = autograd(sae, x, l1, "sum", kind)
+    loss, sparse, got = gradients(sae, x, l1, kind)
     assert sparse == bool(sparse_below)
     assert loss == pytest.approx(wanted_loss, rel=1e-12)
     assert worst(got, wanted) < 1e-12
@@ -114,9 +158,10 @@ def test_every_option_in_float64_is_autograd_exactly(sparse_below: float, norm: 
 def test_free_rows_in_other_precisions_are_near_float64(
     precision: str, native: bool, size: tuple[int, int, int], bound: float, sparse_below: float, kind: str
 ) -> None:
-    sae, x = problem(2, precision, sparse_below, native=native, size=size, norm="free")
-    wanted_loss, wanted = autograd(sae, x, 0.05, "sum", kind)
-    loss, _, got = gradients(sae, x, 0.05, kind)
+    sae, x = problem(2, precision, sparse_below, native=native, size=size, norm="free", kind=kind)
+    l1 = 0.0 if kind == "jumprelu" else 0.05
+    wanted_loss, wanted = autograd(sae, x, l1, "sum", kind)
+    loss, _, got = gradients(sae, x, l1, kind)
     assert loss == pytest.approx(wanted_loss, rel=bound / 5)
     assert worst(got, wanted) < bound * (1 if kind == "relu" else 3)
 

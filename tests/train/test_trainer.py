@@ -518,7 +518,7 @@ OTHERS = (
     "--lr-decay",
     0.2,
     "--l1",
-    "3e-3,adaptive:5e-3@12,batchtopk:12,topk:12",
+    "3e-3,adaptive:5e-3@12,batchtopk:12,topk:12,jumprelu:12,matryoshka:12",
     "--layers",
     1,
     "--save-minutes",

@@ -125,7 +125,7 @@ class TorchKernels:
 
     def count(self, z: Tensor) -> Activation:
         """What `encode` counts, of a hidden layer z [B, F] ≥ 0 that something else made, in the order that `encode` fills."""
-        return self.activate_(z, torch.zeros(z.shape[1], dtype=_accumulator(z), device=z.device))
+        return self.activate_(z, torch.zeros(z.shape[1], dtype=accumulator(z), device=z.device))
 
     def activate_(self, h: Tensor, bias: Tensor) -> Activation:
         """h [B, F] becomes z = relu(h + bias), rounded to h's dtype."""
@@ -133,7 +133,7 @@ class TorchKernels:
         active = h > 0
         return Activation(
             feature_count=active.sum(0, dtype=torch.int32),
-            total=h.sum(dtype=_accumulator(h)),
+            total=h.sum(dtype=accumulator(h)),
         )
 
     def keep_largest_(self, z: Tensor, count: int) -> tuple[Activation, Tensor]:
@@ -160,8 +160,8 @@ class TorchKernels:
 
         Returns g [B, d] in w_dec's dtype and Σ (x̂ − x)², a scalar.
         """
-        decoded = _mm(w_dec.t(), z.t()).t() if self.feature_major else _mm(z, w_dec)
-        residual = decoded.to(_accumulator(w_dec)).add_(bias).sub_(x)
+        decoded = mm(w_dec.t(), z.t()).t() if self.feature_major else mm(z, w_dec)
+        residual = decoded.to(accumulator(w_dec)).add_(bias).sub_(x)
         square = residual.square().sum()
         return residual.mul_(scale).to(w_dec.dtype).contiguous(), square
 
@@ -169,12 +169,12 @@ class TorchKernels:
         self, z: Tensor, activation: Activation, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
         """Both weight gradients through the whole hidden gradient (g · w_decᵀ + l1_grad where z > 0, else 0)."""
-        db_enc = torch.empty(z.shape[1], dtype=_accumulator(z), device=z.device)
+        db_enc = torch.empty(z.shape[1], dtype=accumulator(z), device=z.device)
         for part in _parts(z.shape[1], self.features_at_once or z.shape[1]):
             gz = out.gz(len(z), part.stop - part.start, feature_major=self.feature_major)
             db_enc[part] = self.hidden_grad(g, w_dec[part], z[:, part], activation, l1_grad, gz)
-            _mm(z[:, part].t(), g, out.dw_dec[part])
-            _mm(gz.t(), xc, out.dw_enc[part])
+            mm(z[:, part].t(), g, out.dw_dec[part])
+            mm(gz.t(), xc, out.dw_enc[part])
         return out.dw_enc, out.dw_dec, db_enc
 
     def hidden_grad(self, g: Tensor, w_dec: Tensor, z: Tensor, activation: Activation, l1_grad: float, gz: Tensor) -> Tensor:
@@ -183,8 +183,8 @@ class TorchKernels:
 
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         """gz [B, F] becomes (gz + l1_grad) where z > 0, else 0; z came with this activation. Returns gz's column sums, [F]."""
-        gz.copy_(torch.where(z > 0, gz.to(_accumulator(gz)) + l1_grad, 0.0))
-        return gz.sum(0, dtype=_accumulator(gz))
+        gz.copy_(torch.where(z > 0, gz.to(accumulator(gz)) + l1_grad, 0.0))
+        return gz.sum(0, dtype=accumulator(gz))
 
     def counts(self, activation: Activation) -> Tensor:
         """float64 [4]: active entries, the sum of all activations, entries that `compact` would list, frequent features."""
@@ -198,7 +198,7 @@ class TorchKernels:
         return Active(
             row_start=starts((z > 0).sum(1)),
             feature=feature.int(),
-            value=z[token, feature].to(_accumulator(z)),
+            value=z[token, feature].to(accumulator(z)),
             feature_start=starts(activation.feature_count),
             by_feature=by_feature.int(),
             token=token[by_feature].int(),
@@ -211,13 +211,13 @@ class TorchKernels:
 
         Returns also, second, the hidden gradient g_b · w_dec[i] + l1_grad of each entry, float32 [nnz].
         """
-        accumulator = _accumulator(w_dec)
-        token = _tokens(active)
-        rows = w_dec[active.feature.long()].to(accumulator)
-        r = bias.to(accumulator) - x.to(accumulator)
+        wide = accumulator(w_dec)
+        token = tokens_of(active)
+        rows = w_dec[active.feature.long()].to(wide)
+        r = bias.to(wide) - x.to(wide)
         r.index_add_(0, token, rows * active.value[:, None])
         g = (scale * r).to(w_dec.dtype)
-        g_hidden = (g[token].to(accumulator) * rows).sum(1) + l1_grad
+        g_hidden = (g[token].to(wide) * rows).sum(1) + l1_grad
         return g, g_hidden, r.square().sum()
 
     def sparse_weight_grads(
@@ -225,12 +225,23 @@ class TorchKernels:
     ) -> WeightGrads:
         """Both weight gradients from the active entries alone: dW_enc = Σ g_hidden · xc_b, dW_dec = Σ value · g_b, and the
         encoder bias gradient Σ g_hidden; zero for features with no entry. `w_dec` and `l1_grad` are for frequent features."""
-        token, feature = _tokens(active), active.feature.long()
+        token, feature = tokens_of(active), active.feature.long()
         for target, rows, weight in ((out.dw_enc, xc, g_hidden), (out.dw_dec, g, active.value)):
-            total = torch.zeros_like(target, dtype=_accumulator(g))
+            total = torch.zeros_like(target, dtype=accumulator(g))
             target.copy_(total.index_add_(0, feature, rows[token].to(total.dtype) * weight[:, None]))
-        db_enc = torch.zeros(len(out.dw_enc), dtype=_accumulator(g), device=g.device).index_add_(0, feature, g_hidden)
+        db_enc = torch.zeros(len(out.dw_enc), dtype=accumulator(g), device=g.device).index_add_(0, feature, g_hidden)
         return out.dw_enc, out.dw_dec, db_enc
+
+    def dots(self, row_start: Tensor, index: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+        """⟨rows[r], others[i]⟩ of each entry i of row r, listed by row as `Active` lists them by token; [entries]. It is what a
+        sparse residual is pulled back with, where nothing is added to it."""
+        index = index.int()
+        nothing = torch.zeros(len(index), dtype=accumulator(rows), device=rows.device)
+        active = Active(
+            row_start=row_start, feature=index, value=nothing, feature_start=row_start, by_feature=index, token=index
+        )
+        bias = torch.zeros(rows.shape[1], dtype=nothing.dtype, device=rows.device)
+        return self.sparse_residual(active, others, -rows, bias, 1.0, 0.0)[1]
 
     def fold_(self, w_enc: Tensor, w_dec: Tensor, enc: Tensor, dec: Tensor) -> Tensor:
         """enc = n · w_enc and dec = w_dec / n, with n = ‖w_dec‖ of each row. All [F, d]; returns n."""
@@ -257,7 +268,7 @@ class TorchKernels:
 
     def square_sum(self, x: Tensor) -> Tensor:
         """Σ x² of a contiguous tensor, a scalar in at least the accumulator's precision."""
-        norm: Tensor = torch.linalg.vector_norm(x, dtype=_accumulator(x))
+        norm: Tensor = torch.linalg.vector_norm(x, dtype=accumulator(x))
         return norm.square()
 
     def adam_(
@@ -290,8 +301,8 @@ class TorchKernels:
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a · b for an `out` stored either way round; torch.mm would go through a copy for one of them."""
     if out.is_contiguous():
-        return _mm(a, b, out)
-    _mm(b.t(), a.t(), out.t())
+        return mm(a, b, out)
+    mm(b.t(), a.t(), out.t())
     return out
 
 
@@ -300,7 +311,7 @@ def _add_(h: Tensor, bias: Tensor) -> Tensor:
     return torch.add(h, bias, out=h) if h.dtype == bias.dtype else h.copy_(h.to(bias.dtype) + bias)
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """torch.mm, and on processors that have no bfloat16 the same by way of float32: there torch's own is 30 times as slow."""
     if a.dtype == torch.bfloat16 and a.device.type == "cpu" and bfloat16_is_slow():
         wide = torch.mm(a.float(), b.float())
@@ -312,7 +323,7 @@ def _parts(n: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -329,7 +340,7 @@ def starts(counts: Tensor) -> Tensor:
     return start
 
 
-def _tokens(active: Active) -> Tensor:
+def tokens_of(active: Active) -> Tensor:
     """The token of every entry, in the by-token order; int64 [nnz]."""
     counts = active.row_start.diff()
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)

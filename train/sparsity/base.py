@@ -9,12 +9,14 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from residual_saes.shared.runs.sparsity import Reading
 from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
+
+Own = dict[str, Tensor]  # parameters [F] that a kind has beside the weights, by name, or their gradients; of the masters' type
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -24,17 +26,36 @@ class Encoded:
     z: Tensor  # [B, F]
     activation: Activation
     least: Tensor | None = None  # scalar: the least activation that was kept, where a batch's were chosen among
+    near: Any = None  # what its own parameters have a gradient from
 
 
-class Hidden(Protocol):
+class Hidden:
     """How a step comes from a batch to its hidden layer. Gradients go back through what is above zero there."""
 
-    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> Encoded:
+    __slots__ = ()
+
+    def prefixes(self, n_features: int) -> tuple[int, ...]:
+        """Where prefixes of the dictionary end, the last of them with it: the squared error is the mean of those of what each
+        prefix reconstructs."""
+        return (n_features,)
+
+    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         """xc [B, d], w_enc [F, d] in the products' precision, bias [F] → z [B, F] ≥ 0 in a slot of the workspace."""
+        raise NotImplementedError
+
+    def penalty(self, l0: float) -> float:
+        """What a batch's L0 adds to the loss."""
+        return 0.0
+
+    def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, l0: float, g: Tensor, w_dec: Tensor) -> Own:
+        """Gradients of the own parameters, by that of x̂, g [B, d], and by the penalty on L0."""
+        return {}
 
 
-class Relu:
-    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> Encoded:
+class Relu(Hidden):
+    __slots__ = ()
+
+    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, activation = kernels.encode(xc, w_enc, bias, out)
         return Encoded(z=z, activation=activation)
 
@@ -43,12 +64,12 @@ RELU = Relu()
 
 
 @dataclass(frozen=True, slots=True)
-class Unfused:
+class Unfused(Hidden):
     """The hidden layer as its kind defines it, in a pass of its own."""
 
     kind: "Sparsity"
 
-    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> Encoded:
+    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         h = kernels.project(xc, w_enc, bias, out)
         z = h.copy_(self.kind.hidden(h))  # into the slot, and the order in which kernels read it
         return Encoded(z=z, activation=kernels.count(z))
@@ -67,6 +88,9 @@ class Control:
         self._hidden = hidden
         self.state: Any = state or Stateless()
 
+    def start(self, variance: float) -> None:
+        """Take in the first batch's mean square about its mean, before the first step."""
+
     @property
     def value(self) -> float:
         """λ as it stands."""
@@ -76,6 +100,10 @@ class Control:
     def threshold(self) -> float | None:
         """Activations up to this one are left out where there is no batch to choose from; None: none are."""
         return None
+
+    def thresholds(self, own: Own) -> Tensor | float | None:
+        """The same, of each feature where they differ."""
+        return self.threshold
 
     def l1_at(self, step: int) -> float:
         """λ in force at step `step` (from 0)."""
@@ -109,6 +137,7 @@ class Sparsity(ABC):
     __slots__ = ()
     __dataclass_fields__: ClassVar[dict[str, Any]]
     FORMS: ClassVar[str]  # how people write it
+    OWN: ClassVar[tuple[str, ...]] = ()  # names of parameters that it has beside the weights
     KIND: ClassVar[str | None] = None  # its name in config.json; None for the two that came before names
 
     @property
@@ -122,6 +151,11 @@ class Sparsity(ABC):
         """The L0 that is asked for, if one is."""
 
     @property
+    def widest(self) -> float:
+        """How many features there must be, at least."""
+        return self.target or 1
+
+    @property
     def reading(self) -> Reading | None:
         """What config.json says of it to readers: every kind with a name says something."""
         return None
@@ -130,6 +164,10 @@ class Sparsity(ABC):
     @abstractmethod
     def parse(cls, text: str) -> Self | None:
         """None for what is not of this kind."""
+
+    def own(self, h: Tensor) -> Own:
+        """Those parameters as training begins, from a part of the first batch's h [rows, F] ≥ 0."""
+        return {}
 
     def hidden(self, h: Tensor) -> Tensor:
         """h [B, F], bias included → z [B, F] ≥ 0. h may be used up; it may lie either way round in memory."""

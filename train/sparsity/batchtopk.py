@@ -12,18 +12,18 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from residual_saes.train.kernels.base import TorchKernels, Workspace
-from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Sparsity, parse_k
+from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Sparsity, parse_k
 
 SPAN = 0.02  # share of the run over which the threshold is averaged
 
 
 @dataclass(frozen=True, slots=True)
-class LargestOfBatch:
+class LargestOfBatch(Hidden):
     """A hidden layer that leaves a batch of B tokens its per_token · B largest activations."""
 
     per_token: float
 
-    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> Encoded:
+    def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, _ = kernels.encode(xc, w_enc, bias, out)
         activation, least = kernels.keep_largest_(z, max(1, round(self.per_token * len(xc))))
         return Encoded(z=z, activation=activation, least=least)
@@ -48,7 +48,7 @@ class BatchTopK(Sparsity):
         return cls(k=k) if (k := parse_k("batchtopk", text)) else None
 
     def control(self, steps: int, config: ControllerConfig, hold: bool = False) -> "BatchTopKControl":
-        return BatchTopKControl(self.k, steps)
+        return BatchTopKControl(LargestOfBatch(self.k), steps)
 
 
 @dataclass(slots=True)
@@ -57,8 +57,8 @@ class BatchTopKState:
 
 
 class BatchTopKControl(Control):
-    def __init__(self, k: int, steps: int) -> None:
-        super().__init__(LargestOfBatch(k), BatchTopKState())
+    def __init__(self, hidden: LargestOfBatch, steps: int) -> None:
+        super().__init__(hidden, BatchTopKState())
         self._span = max(1.0, SPAN * steps)
 
     @property

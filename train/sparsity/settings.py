@@ -3,13 +3,17 @@
 from residual_saes.shared.errors import UserError
 from residual_saes.train.sparsity.base import Sparsity
 from residual_saes.train.sparsity.batchtopk import BatchTopK
+from residual_saes.train.sparsity.jumprelu import JumpRelu
 from residual_saes.train.sparsity.l1 import L1Setting
+from residual_saes.train.sparsity.matryoshka import Matryoshka
 from residual_saes.train.sparsity.topk import TopK
 
 KINDS: tuple[type[Sparsity], ...] = (
     L1Setting,
     BatchTopK,
     TopK,
+    JumpRelu,
+    Matryoshka,
 )
 FORMS = ", ".join(kind.FORMS for kind in KINDS)
 

@@ -93,7 +93,7 @@ def step_gradients(sae: TrainingSae, x: Tensor, recipe: Recipe) -> tuple[Gradien
     room = workspace(sae, len(x))
     hidden = RELU if recipe.keep is None else LargestOfBatch(recipe.keep * nominal_l0(sae.n_features))
     begun = sae.begin(x, room, hidden)
-    active = begun.z > 0
+    active = begun.encoded.z > 0
     result = sae.finish(begun, lr=0.0, l1=L1, workspace=room)
     w_enc, w_dec, bias = (10 * sae.state()[f"m.{name}"].double() for name in ("w_enc", "w_dec", "bias"))
     biases = torch.split(bias, [sae.n_features, sae.d, sae.d])
@@ -139,7 +139,7 @@ def test_loss_and_gradients_are_as_near_to_float64_as_plain_torchs(
 def test_a_batchs_choice_is_plain_torchs_bit_for_bit(device: str, size: Size, keep: float) -> None:
     """As many as are asked for, of which some are equal to the least; and more than there are."""
     sae, x = problem(device, size, sparse=True, seed=1)
-    z = sae.begin(x, workspace(sae, len(x))).z
+    z = sae.begin(x, workspace(sae, len(x))).encoded.z
     chosen, plainly_chosen = z.clone(), z.clone()
     count = round(keep * float((z > 0).sum()))
     plain = TorchKernels()

@@ -7,15 +7,18 @@ import pytest
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.run import run_config
+from residual_saes.shared.runs.sparsity import prefix_ends
 from residual_saes.train.config import PUBLISHED, RECIPES, TrainConfig, parse_plans
 from residual_saes.train.sparsity.base import ControllerConfig, Sparsity
 from residual_saes.train.sparsity.batchtopk import BatchTopK, LargestOfBatch
+from residual_saes.train.sparsity.jumprelu import JumpRelu
 from residual_saes.train.sparsity.l1 import L1Setting
+from residual_saes.train.sparsity.matryoshka import Matryoshka
 from residual_saes.train.sparsity.settings import KINDS, parse_setting
 from residual_saes.train.sparsity.topk import TopK
 from residual_saes.train.step import StepConfig
 
-ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64,topk:64"
+ALL = "3e-4,0.00008,adaptive,adaptive:1e-3@64,batchtopk:64,topk:64,jumprelu:64,matryoshka:64,matryoshka:8@0.25+0.5"
 
 
 def test_settings_as_people_write_them() -> None:
@@ -26,17 +29,35 @@ def test_settings_as_people_write_them() -> None:
         L1Setting(init=1e-3, target=64),
         BatchTopK(k=64),
         TopK(k=64),
+        JumpRelu(l0=64),
+        Matryoshka(k=64),
+        Matryoshka(k=8, prefixes=(0.25, 0.5)),
     )
-    names = [setting.name for setting in map(parse_setting, ALL.split(","))]
-    assert names == ["l1-3e-4-fixed", "l1-8e-5-fixed", "l1-adaptive", "l1-adaptive-1e-3-l0-64", "batchtopk-64", "topk-64"]
+    names = " ".join(setting.name for setting in map(parse_setting, ALL.split(",")))
+    assert names == (
+        "l1-3e-4-fixed l1-8e-5-fixed l1-adaptive l1-adaptive-1e-3-l0-64 batchtopk-64 topk-64 jumprelu-64 matryoshka-64 "
+        "matryoshka-8-of-0.25-0.5"
+    )
+    assert parse_setting("matryoshka:8@256+1024").name == "matryoshka-8-of-256-1024"
+
+
+def test_prefixes_end_with_the_dictionary_and_none_is_empty() -> None:
+    assert prefix_ends((1 / 32, 0.25, 0.5), 128) == (4, 32, 64, 128)
+    assert prefix_ends((1 / 32, 0.25), 8) == (2, 8)
+    assert prefix_ends((16, 40), 64) == (16, 40, 64)
 
 
 NONE = "-1 0 adaptive:x adaptive:1e-3 1e-3@5 3e-4, nan inf 1.2.3 batchtopk batchtopk:0 batchtopk:1.5 batchtopk:-3 batchtopk:8@2"
 
 
-@pytest.mark.parametrize("text", ["", *NONE.split(), "topk", "topk:0"])
+NESTED = "matryoshka matryoshka:0 matryoshka:8@ matryoshka:8@64+64 matryoshka:8@64+32 matryoshka:8@0.5+64 matryoshka:8@0.0"
+
+
+@pytest.mark.parametrize("text", ["", *NONE.split(), "topk", "topk:0", "jumprelu:1.5", *NESTED.split()])
 def test_what_is_no_setting_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, batchtopk:64, topk:64$"):
+    with pytest.raises(
+        UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, topk:64, jumprelu:64, matryoshka:64, "
+    ):
         parse_setting(text)
 
 

@@ -35,7 +35,7 @@ def test_the_unfused_pass_fills_the_kernels_own_order_and_counts_what_is_there(k
         torch.randn(*size, generator=generator).mul(4).round().div(8).bfloat16() for size in ((40, 24), (100, 24), (100,))
     )
     workspace = Workspace(40, 24, 100, "bf16", torch.device("cpu"))
-    got = Unfused(TopK(k=5)).encode(kernels, x, w, b.float(), workspace)
+    got = Unfused(TopK(k=5)).encode(kernels, x, w, b.float(), {}, workspace)
     kept = got.z > 0
     assert got.z.data_ptr() == workspace.z(40, feature_major=kernels.feature_major).data_ptr()
     assert kept.sum(1).tolist() == [5] * 40 and torch.equal(got.activation.feature_count, kept.sum(0).int())
