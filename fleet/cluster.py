@@ -99,13 +99,19 @@ class RayCommands(Commands):
                     "address, or say --ray local"
                 ) from None
             self._ray = ray
-            has = ray.cluster_resources()
-            for what, wanted in (("CPU", self._fleet.cpus), ("GPU", self._fleet.gpus)):
-                if wanted > has.get(what, 0):  # tasks would wait for ever
-                    raise UserError(
-                        f"the cluster has {has.get(what, 0):g} {what}s, a task wants {wanted:g}: lower --{what.lower()}s"
-                    )
+            self._require_node(ray.nodes())
         return self._ray
+
+    def _require_node(self, nodes: list[dict[str, Any]]) -> None:
+        """Raises UserError where no single node can take a task, which would wait for ever."""
+        wanted = {"CPU": float(self._fleet.cpus), "GPU": self._fleet.gpus}
+        has = [[node["Resources"].get(what, 0.0) for what in wanted] for node in nodes if node["Alive"]]
+        if not any(all(n >= need for n, need in zip(node, wanted.values(), strict=True)) for node in has):
+            cpus, gpus = max(has, key=lambda node: node[::-1], default=[0.0, 0.0])
+            raise UserError(
+                f"no node of the cluster can take a task of {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs, the largest has "
+                f"{cpus:g} CPUs and {gpus:g} GPUs: lower --cpus or --gpus"
+            )
 
 
 def _knock(address: str) -> None:

@@ -5,6 +5,7 @@ process is at work there (a layer's lock, a job's), 130 and 143 stopped by Ctrl-
 """
 
 import dataclasses
+import errno
 import io
 import math
 import signal
@@ -53,9 +54,23 @@ def run(command: click.Command) -> NoReturn:
         except BrokenPipeError:
             mute(sys.stdout)
             code = 128 + signal.SIGPIPE
-        except (OSError, EOFError) as error:
+        except (MemoryError, RuntimeError, OSError, EOFError) as error:
+            if _is_no_memory(error):
+                _fail(_NO_MEMORY, 2)
+            if isinstance(error, RuntimeError):
+                raise
             _fail(f"{error or type(error).__name__}: put that right and run the same command again to continue", 2)
     sys.exit(code)
+
+
+def _is_no_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of Python, of the system, or of torch on a CPU or a GPU."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or any(words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory"))
+    )
 
 
 def _invoke(command: click.Command) -> int:
@@ -75,6 +90,12 @@ def _fail(message: str, code: int) -> NoReturn:
     say(f"error: {''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", err=True)
     sys.exit(code)
 
+
+_NO_MEMORY = (
+    "there is not enough memory: lower --expansion, --batch or --window-blocks of a training, --forward-sequences or "
+    "--block-sequences of a harvest, --threads or the number of layers at a time, or take a larger machine; nothing that was "
+    "written is lost"
+)
 
 # --- options ---
 

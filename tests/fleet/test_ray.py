@@ -70,3 +70,17 @@ def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     config = JobConfig(disk=0, cache=tmp_path / "c", runs=tmp_path, preset="demo", l1="1", expansion=1)
     with pytest.raises(UserError, match="there is no Ray cluster at 127.0.0.1:1 .*: start one, name its address"):
         RayCommands(config, Fleet(address="127.0.0.1:1", workers=1)).run("harvest", parse_sites("0"))
+
+
+def test_a_task_that_no_single_node_can_take_is_refused() -> None:
+    config = JobConfig(disk=0, cache=Path("c"), runs=Path("r"), preset="demo", l1="1", expansion=1)
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 16.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    for cpus, gpus in ((16, 0.0), (8, 4.0), (1, 0.5)):
+        RayCommands(config, Fleet(address="local", workers=1, cpus=cpus, gpus=gpus))._require_node(nodes)
+    for cpus, gpus in ((17, 0.0), (16, 1.0), (1, 8.0)):
+        with pytest.raises(UserError, match="no node .* the largest has 8 CPUs and 4 GPUs: lower --cpus or --gpus"):
+            RayCommands(config, Fleet(address="local", workers=1, cpus=cpus, gpus=gpus))._require_node(nodes)

@@ -43,6 +43,41 @@ def test_what_is_no_count_is_refused(text: str) -> None:
         parse_count(text)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+    ],
+)
+def test_memory_that_is_not_there_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def command() -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.argv", ["command"])
+        run(command)
+    said = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and said.startswith("error: there is not enough memory: lower --expansion")
+        and "\n" not in said[:-1]
+    )
+
+
+def test_other_errors_of_torch_are_no_lack_of_memory() -> None:
+    @click.command()
+    def command() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        patch.setattr("sys.argv", ["command"])
+        run(command)
+
+
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_layers_survive_a_round_trip(layers: set[int]) -> None:
     assert parse_layers(format_layers(layers)) == tuple(sorted(layers))
