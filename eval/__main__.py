@@ -9,7 +9,7 @@ from residual_saes.eval.floors.distill import DistillOptions, distill, distill_t
 from residual_saes.eval.floors.measured import measured_floors
 from residual_saes.eval.floors.students import DistillConfig
 from residual_saes.eval.measure.evaluate import EvalConfig, evaluate
-from residual_saes.eval.measure.match import match_runs, match_table, match_to_final, open_run
+from residual_saes.eval.measure.match import match_runs, match_table, match_to_final
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from residual_saes.eval.measure.result import DEAD_AT, Result
 from residual_saes.eval.measure.runs import Skipped, find_runs, runs_in
@@ -241,8 +241,8 @@ def distill_command(preset: str | None, cache: Location | None, runs: Location, 
 @DEVICE
 def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
     """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""
-    mine, picked = open_run(run_folder), pick_device(device)
-    found = match_runs(mine, open_run(other), alive_above, picked) if other else match_to_final(mine, alive_above, picked)
+    mine, picked = Run.open(run_folder), pick_device(device)
+    found = match_runs(mine, Run.open(other), alive_above, picked) if other else match_to_final(mine, alive_above, picked)
     say(match_table(found))
 
 

@@ -10,10 +10,10 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.device import device_kind
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.progress import say
+from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.runs.target import Target
-from residual_saes.shared.seal import SEAL
 from residual_saes.train.config import Plan, RunOptions
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.loader import Clock
@@ -136,24 +136,25 @@ class SaeJob:
         return int(((self.sae.last_active > horizon) & (self.sae.last_active > 0)).sum())
 
     def _log(self, done: int, result: StepResult, l1: float, clock: Clock) -> None:
-        record: dict[str, Any] = {
-            "step": done,
-            "tokens": done * self._config.batch,
-            "loss": result.loss,
-            "mse": result.mse,
-            "l1": result.l1,
-            "l0": result.l0,
-            "lambda": l1,
-            "alive": self._alive(),
-            "grad_norm": result.grad_norm,
-            "sparse_step": result.sparse,
-            "tokens_per_second": round(clock.tokens_per_second, 1),
-            "wait_share": round(clock.wait_share, 4),
-        }
-        self._run.append_metrics(self._site, record)
+        point = Point(
+            step=done,
+            tokens=done * self._config.batch,
+            loss=result.loss,
+            mse=result.mse,
+            l1=result.l1,
+            l0=result.l0,
+            l1_weight=l1,
+            alive=self._alive(),
+            grad_norm=result.grad_norm,
+            sparse_step=result.sparse,
+            tokens_per_second=round(clock.tokens_per_second, 1),
+            wait_share=round(clock.wait_share, 4),
+        )
+        self._run.append_metrics(self._site, point)
         if self._board is not None:
-            for key in record.keys() - {"step", "tokens"}:
-                self._board.add_scalar(key, record[key], record["tokens"])
+            for key, value in point.to_dict().items():
+                if key not in ("step", "tokens"):
+                    self._board.add_scalar(key, value, point.tokens)
 
     def _snapshot(self, label: str, result: StepResult, l1: float) -> None:
         stats = {
@@ -168,7 +169,7 @@ class SaeJob:
         }
         # The machine, too: the run may have been begun on another one.
         about = self._target.fields() | {"layer": self._site.json, "snapshot": label, "machine": machine(self._options.device)}
-        config = {k: v for k, v in self._run.config().items() if k != SEAL} | about
+        config = self._run.config.stored | about
         path = self._run.snapshot_path(self._site, label)
         tensors = self.sae.snapshot(config, stats, self._control.thresholds(self.sae.own)).tensors()
 
@@ -198,7 +199,7 @@ class SaeJob:
         self._save(facts)
         step = result.step + 1
         tokens = step * self._config.batch
-        self._run.append_metrics(self._site, {"step": step, "tokens": tokens, "stopped": "not finite"})
+        self._run.append_metrics(self._site, Point(step=step, tokens=tokens, stopped="not finite"))
         say(
             f"\nwarning: {self._run.name} layer {self._site} stopped at {tokens:,} tokens: loss {result.loss}, gradient norm "
             f"{result.grad_norm}; its last good state is kept in {self._run.state_path(self._site)}. Check the cache with "

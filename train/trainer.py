@@ -139,7 +139,7 @@ def _announce_plans(cache: Cache, sites: tuple[Site, ...], plans: tuple[Plan, ..
 
 
 def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:
-    for before in {str(run.config()["machine"]): run.config()["machine"] for run in runs}.values():
+    for before in {str(run.config.machine): run.config.machine for run in runs}.values():
         if different := [f"{k} {before[k]} then, {v} now" for k, v in machine.items() if before.get(k) != v]:
             say(f"note: begun elsewhere ({', '.join(different)}): the same training, but not bit for bit", err=True)
 

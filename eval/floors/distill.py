@@ -185,7 +185,7 @@ def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Predictio
     predicted, naive = (f(statistics, options.widths) for f in (floors, naive_floors))
     return Prediction(
         run=run.name,
-        run_digest=run.config()["digest"],
+        run_digest=run.config.digest,
         layer=snapshot.site.json,
         snapshot=snapshot.label,
         file=file,

@@ -126,7 +126,7 @@ class _Evaluation:
         known: dict[str, Any] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
         basis = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(Basis)}
         return Result(
-            run=one.sae.config["digest"], site=site, snapshot=label, trained_tokens=stats["tokens"], **known, **basis,
+            run=run.config.digest, site=site, snapshot=label, trained_tokens=stats["tokens"], **known, **basis,
             file=stats[SEAL],
         )  # fmt: skip
 

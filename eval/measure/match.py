@@ -7,7 +7,6 @@ evaluation has left densities only features that are alive are looked for and am
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ def match_runs(run: Run, other: Run, alive_above: float, device: torch.device) -
     pairs = [(s, others[s.site, s.label]) for s in run.snapshots() if (s.site, s.label) in others]
     if not pairs:
         raise UserError(f"{run.path} and {other.path} have no snapshot of the same layer and name: there is nothing to match")
-    name = f"{other.name}-seed{other.config()['train'].get('seed')}"
+    name = f"{other.name}-seed{other.config.train.seed}"
     return _write(run, f"match_{name}", [_match((run, a), (other, b), name, alive_above, device) for a, b in pairs])
 
 
@@ -104,10 +103,3 @@ def match_table(matches: list[Match]) -> str:
         note = "" if m.alive_only else " (dead features included: not evaluated yet)"
         lines.append(f"{m.site!s:>5}  {m.snapshot:>10}  {m.features:>8}  {mean:>15}  {share:>9}  {m.among}{note}")
     return "\n".join(lines)
-
-
-def open_run(path: Path) -> Run:
-    """Raises UserError if it is none."""
-    run = Run(path)
-    run.config()
-    return run

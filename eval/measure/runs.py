@@ -42,7 +42,7 @@ def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:
     runs = []
     for run in runs_in(folder):
         with skipped.leaving_out():
-            if run.config()["cache"]["digest"] == cache.digest:
+            if run.config.cache.digest == cache.digest:
                 runs.append(run)
     if not runs:
         raise UserError(f"no run in {folder} was trained on the cache {cache.path}; name theirs with --cache")

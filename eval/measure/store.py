@@ -31,8 +31,7 @@ class Results:
         """Raises UserError for a file that is not as it was written; it is left as it is."""
         self.run = run
         self._file = JsonRecords(run.path / "results" / "metrics.json", Result, _names)
-        config = run.config()
-        self._labels, self._digest = list(snapshot_tokens(config["train"]["tokens"])), config["digest"]
+        self._labels, self._digest = list(snapshot_tokens(run.config.train.tokens)), run.config.digest
         self.files: dict[tuple[Site, str], str] = {}  # {(site, snapshot): checksum of the checkpoint that lies there}
         self._results = self._own(self._file.read())
 

@@ -120,7 +120,7 @@ def _jobs(cache: Cache, runs: Sequence[Run], tokens: int, config: PagesConfig, s
     gone: set[Site] = set()
     for run in runs:
         with skipped.leaving_out():
-            of_run = {"format": files.FORMAT, "cache": cache.digest, "run": run.config()["digest"]}
+            of_run = {"format": files.FORMAT, "cache": cache.digest, "run": run.config.digest}
             wanted = [s for s in run.snapshots() if s.label == config.snapshot and s.site in (config.layers or [s.site])]
             gone |= {s.site for s in wanted} - set(cache.sites)
             for s in wanted:

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,14 +26,14 @@ from residual_saes.eval.report.page import (
     trained_on,
     warnings,
 )
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import locked, publish_file
+from residual_saes.shared.identity import unpin
 from residual_saes.shared.progress import say
+from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_tokens
-from residual_saes.shared.runs.sparsity import reading
 from residual_saes.shared.sites import HOOKS, RESID_POST, Site, format_sites
 from residual_saes.shared.units import format_count
-
-Record = dict[str, Any]
 
 REGISTRY = "pretrained_saes.yaml"
 MARKER = "<!-- written by `rsae eval`; remove this line to keep your own changes -->"
@@ -99,9 +98,9 @@ def write_card(
 
 def card(run: Run, results: list[Result], measured: Experiment | None, sisters: list[Run], publication: Publication) -> str:
     """The whole text. It says nothing that differs between two runs of the same training, such as times."""
-    config = run.config()
-    train, spec = config["train"], config["cache"]["spec"]
-    whole, done = format_count(train["tokens"]), finished(results)
+    config = run.config
+    train, spec = config.train, config.cache.spec
+    whole, done = format_count(train.tokens), finished(results)
     others = [r for r in latest(results) if not r.final]
     floors = (*columns("floors"), *floor_columns(results))
     base_model, dataset = _on_hub(config)
@@ -116,18 +115,18 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         dataset=dataset,
         name=run.name,
         repo=publication.repository(run),
-        model=place(spec["model"]),
-        model_name=base_model or place(spec["model"]),
-        revision=spec["model_commit"] or "main",
-        text=place(spec["dataset"]),
-        features=train["expansion"] * spec["d_model"],
-        tokens=train["tokens"],
+        model=place(spec.model),
+        model_name=base_model or place(spec.model),
+        revision=spec.model_commit or "main",
+        text=place(spec.dataset),
+        features=train.expansion * spec.d_model,
+        tokens=train.tokens,
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
-        sparsity=reading(config),
-        bos=spec["bos"],
+        sparsity=config.reading,
+        bos=spec.bos,
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: results}, None)],
         **_example(done[len(done) // 2].site if done else Site(0)),
-        snapshots=[Safe(label) for label in snapshot_tokens(train["tokens"]) if label != FINAL],
+        snapshots=[Safe(label) for label in snapshot_tokens(train.tokens) if label != FINAL],
         measured_on=_counts(r.tokens for r in latest(results)),
         ce_on=_counts(r.ce_tokens for r in latest(results)),
         metrics=Table(heads=heads, rows=[_row(r) for r in done]),
@@ -160,11 +159,10 @@ def _has_picture(run: Run, name: str) -> bool:
     return (run.path / "plots" / f"{name}.png").exists()
 
 
-def _on_hub(config: Record) -> tuple[str | None, str | None]:
+def _on_hub(config: RunConfig) -> tuple[str | None, str | None]:
     """Names of language model and text that others find on the hub; None for what lay in a folder."""
-    spec = config["cache"]["spec"]
-    dataset_on_hub = not str(spec["dataset_revision"]).startswith("sha256:")
-    return spec["model"] if spec["model_commit"] else None, spec["dataset"] if dataset_on_hub else None
+    spec = config.cache.spec
+    return spec.model if spec.model_commit else None, spec.dataset if unpin(spec.dataset_revision) else None
 
 
 def _measured(experiment: Experiment, run: Run) -> dict[str, Any]:
@@ -190,14 +188,14 @@ def _sisters(sisters: list[Run], publication: Publication) -> list[dict[str, Any
 
 def registry_entry(run: Run, results: list[Result], publication: Publication) -> str:
     """An entry of SAELens' sae_lens/pretrained_saes.yaml, of all layers that are finished."""
-    config = run.config()
+    config = run.config
     base_model = _on_hub(config)[0]
     repository = publication.repository(run)
     lines = [f"{_literal(repository_name(run.name))}:", "  conversion_func: null"]
     if base_model:
         lines += ["  links:", f"    model: {_literal(f'https://huggingface.co/{base_model}')}"]
     lines += [
-        f"  model: {_literal(base_model or place(config['cache']['spec']['model']))}",
+        f"  model: {_literal(base_model or place(config.cache.spec.model))}",
         f"  repo_id: {_literal(repository)}",
     ]
     lines.append("  saes:" if finished(results) else "  saes: []")
@@ -210,13 +208,13 @@ def registry_entry(run: Run, results: list[Result], publication: Publication) ->
 
 def sister_runs(run: Run) -> list[Run]:
     """The other runs beside it that were trained on the same cache."""
-    digest, mine = run.config()["cache"]["digest"], run.path.resolve()
+    digest, mine = run.config.cache.digest, run.path.resolve()
     beside = [path for path in sorted(mine.parent.glob("*/config.json")) if path.parent != mine]
-    return [Run(path.parent) for path in beside if _cache_digest(path) == digest]
+    return [other for path in beside if _cache_digest(other := Run(path.parent)) == digest]
 
 
-def _cache_digest(path: Path) -> Any:
+def _cache_digest(run: Run) -> str | None:
     try:
-        return json.loads(path.read_bytes())["cache"]["digest"]
-    except (OSError, ValueError, KeyError, TypeError):  # somebody else's config.json
+        return run.config.cache.digest
+    except UserError:  # somebody else's config.json
         return None

@@ -61,7 +61,7 @@ def check(run: Run, files: dict[str, Path]) -> None:
         for name, path in files.items():
             if path.suffix == ".pt":
                 label = snapshots.get(path)
-                Sae.check(path, belongs=run.belongs(label.site, label.label) if label else {"digest": run.config()["digest"]})
+                Sae.check(path, belongs=run.belongs(label.site, label.label) if label else {"digest": run.config.digest})
             elif name.startswith("results/features/"):
                 load_features(path)
             elif path.suffix in (".png", ".svg") and not picture_is_whole(path):
@@ -94,7 +94,7 @@ class PublishedForm:
 
     def __init__(self, run: Run, folder: Path) -> None:
         """`folder` takes what is not sent as it is."""
-        self._folder, config = folder, run.config()
+        self._folder, config = folder, run.config.stored
         self._config = without_paths(config)
         self._checksums: dict[str, str] = {}  # of checkpoints: {here: published}
         self._sha256: dict[str, str] = {}  # of published checkpoints, by name

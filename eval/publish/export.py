@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
 from residual_saes.shared.identity import unpin
 from residual_saes.shared.progress import Progress, say
+from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.shared.seal import SEAL
+from residual_saes.shared.seal import SEAL, parse_json
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 
@@ -124,7 +124,7 @@ def _found_at(place: Path, config: ExportConfig) -> list[Checkpoint]:
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run of ours, in whatever state: then everything in it must pass the run's checks."""
     try:
-        content = json.loads((folder / "config.json").read_bytes())
+        content = parse_json((folder / "config.json").read_bytes())
     except OSError:
         return False
     except ValueError:
@@ -150,10 +150,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     measured = None
     if checkpoint.run and config.form == "saelens":
         measured = measured_features(checkpoint.run, checkpoint.site, checkpoint.label, sae.stats[SEAL])
-    spec: dict[str, Any] = sae.config["cache"]["spec"] if sae.config else {}
-    # What lies in a folder is known by its hash, and nobody else has that folder.
-    commits = {"model": spec.get("model_commit"), "dataset": unpin(str(spec.get("dataset_revision", "sha256:")))}
-    hub = {name: spec[name] for name, commit in commits.items() if commit}
+    spec = RunConfig.of(sae.config, checkpoint.path).cache.spec if sae.config else None
     origin = Origin(
         site=checkpoint.site,
         source=Source(
@@ -162,10 +159,11 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
             sha256=sha256,
             density_tokens=measured[1] if measured else None,
         ),
-        model=config.model or hub.get("model"),
-        dataset=hub.get("dataset"),
-        context=spec.get("context"),
-        bos=spec.get("bos", False),
+        # what lies in a folder is known by its hash, and nobody else has that folder
+        model=config.model or (spec.model if spec and spec.model_commit else None),
+        dataset=spec.dataset if spec and unpin(spec.dataset_revision) else None,
+        context=spec.context if spec else None,
+        bos=spec.bos if spec else False,
         # SAELens' own way to write it
         log10_density=(measured[0].density.double() + 1e-10).log10().float() if measured else None,
     )

@@ -9,7 +9,6 @@ continues after a kill, with nothing remembered here, and of the commit that was
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import writing
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run
+from residual_saes.shared.seal import parse_json
 from residual_saes.shared.temporaries import discard, remove_leftovers, temporary
 from residual_saes.shared.units import format_bytes
 
@@ -92,7 +92,7 @@ def prepare(run: Run, publication: Publication) -> None:
         raise UserError(f"{run.path} has not been evaluated: run `rsae eval` first, for nobody can use SAEs of unknown worth")
     stored.tabulate()  # the .csv has no checksum
     remove_leftovers(run.path)
-    measured = measured_floors(run.path.parent, run.config()["cache"]["digest"])
+    measured = measured_floors(run.path.parent, run.config.cache.digest)
     config = ExportConfig(form="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
         for snapshot in finals:
@@ -106,7 +106,7 @@ def prepare(run: Run, publication: Publication) -> None:
 def _is_ours(run: Run, path: Path) -> bool:
     """Whether a cfg.json was made of this run, if of an earlier state of it."""
     try:
-        return bool(json.loads(path.read_bytes())["metadata"]["source"]["run"] == run_name(run.path))
+        return bool(parse_json(path.read_bytes())["metadata"]["source"]["run"] == run_name(run.path))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -18,13 +18,11 @@ from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.report.columns import Column, columns, floor_columns, written
 from residual_saes.eval.report.pictures import short_labels
 from residual_saes.shared.files import locked, publish_file
-from residual_saes.shared.runs.rows import left_out
+from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.temporaries import remove_leftovers
 from residual_saes.shared.units import format_count, format_layers
-
-Record = dict[str, Any]
 
 
 def trained_on(result: Result, whole: str) -> str:
@@ -35,7 +33,7 @@ def text_table(runs: list[Run], results: dict[str, list[Result]]) -> str:
     """For a terminal: the latest SAE of each layer of every run, columns aligned; one that is not finished says so."""
     shown, lines = columns("terminal"), []
     for run in runs:
-        whole = format_count(run.config()["train"]["tokens"])
+        whole = format_count(run.config.train.tokens)
         rows = [[c.title for c in shown] + ["trained on"]]
         rows += [[c.text(r) for c in shown] + [trained_on(r, whole)] for r in latest(results[run.name])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -107,7 +105,7 @@ def write_report(
 
 def _section(folder: Path, run: Run, label: str, results: list[Result], number: int) -> dict[str, Any]:
     prefix = "" if run.path == folder else f"{quote(run.name)}/"
-    whole = format_count(run.config()["train"]["tokens"])
+    whole = format_count(run.config.train.tokens)
     pages = _feature_pages(folder, run, results)
     links = [{"href": next(iter(pages.values())), "text": "feature pages"}] if pages else []
     links += [
@@ -128,7 +126,7 @@ def _section(folder: Path, run: Run, label: str, results: list[Result], number: 
         "floors": _table((*columns("page")[:1], *floor_columns(results)), results, whole, {}),
         "links": links,
         "pictures": _pictures(run, [name for name in CAPTIONS if name not in _OF_ALL]),
-        "facts": settings(run.config()) + provenance(run.config()),
+        "facts": settings(run.config) + provenance(run.config),
     }
 
 
@@ -163,7 +161,7 @@ def _word(text: str) -> Cell:
 def _overview(runs: list[Run], labels: list[str], results: dict[str, list[Result]]) -> Table:
     shown, rows = columns("means"), []
     for run, label in zip(runs, labels, strict=True):
-        done, n_layers = finished(results[run.name]), run.config()["cache"]["spec"]["n_layers"]
+        done, n_layers = finished(results[run.name]), run.config.cache.spec.n_layers
         layers = Cell(text=f"{len(done)} of {n_layers}", value=str(len(done)))
         rows.append([_word(label), layers, *(_cell(_mean(map(c.value, done)), c.form) for c in shown)])
     return Table(heads=["run", "finished layers", *(c.title for c in shown)], rows=rows, unfinished=[])
@@ -224,33 +222,31 @@ def measured_words(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def settings(config: Record) -> list[tuple[str, str]]:
+def settings(config: RunConfig) -> list[tuple[str, str]]:
     """What the SAEs were trained with, as pairs of name and value."""
     pairs = []
-    for name, value in config["train"].items():
+    for name, value in config.stored["train"].items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         pairs += [(f"{name} {part}".strip(), "–" if v is None else str(v)) for part, v in parts]
     return pairs
 
 
-def provenance(config: Record) -> list[tuple[str, str]]:
+def provenance(config: RunConfig) -> list[tuple[str, str]]:
     """What the SAEs were trained on, and by what."""
-    spec, machine = config["cache"]["spec"], config["machine"]
-    train_blocks = spec["n_blocks"] - spec["holdout_blocks"]
-    block = spec["block_sequences"] * spec["context"]
+    spec = config.cache.spec
     return [
-        ("language model", place(spec["model"])),
-        ("model commit", spec["model_commit"] or "–"),
-        ("model content", spec["model_revision"]),
-        ("text", place(spec["dataset"])),
-        ("text revision", spec["dataset_revision"]),
-        ("split, column", f"{spec['split']}, {spec['text_column']}"),
-        ("context", f"{spec['context']} tokens, {'with' if spec['bos'] else 'without'} BOS"),
-        ("forward pass", spec["precision"]),
-        ("cached tokens", f"{train_blocks * block:,} to train on, {spec['holdout_blocks'] * block:,} held out"),
-        ("cache", config["cache"]["digest"]),
-        ("run", config["digest"]),
-        ("machine", ", ".join(f"{name} {value}" for name, value in machine.items())),
+        ("language model", place(spec.model)),
+        ("model commit", spec.model_commit or "–"),
+        ("model content", spec.model_revision),
+        ("text", place(spec.dataset)),
+        ("text revision", spec.dataset_revision),
+        ("split, column", f"{spec.split}, {spec.text_column}"),
+        ("context", f"{spec.context} tokens, {'with' if spec.bos else 'without'} BOS"),
+        ("forward pass", spec.precision),
+        ("cached tokens", f"{spec.train_tokens:,} to train on, {spec.holdout_tokens:,} held out"),
+        ("cache", config.cache.digest),
+        ("run", config.digest),
+        ("machine", ", ".join(f"{name} {value}" for name, value in config.machine.items())),
     ]
 
 
@@ -275,12 +271,12 @@ def warnings(runs: list[Run], results: dict[str, list[Result]], skipped: Skipped
 
 
 def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...]) -> list[str]:
-    config, shown, lines = run.config(), latest(results), []
-    whole, n_layers = format_count(config["train"]["tokens"]), config["cache"]["spec"]["n_layers"]
+    config, shown, lines = run.config, latest(results), []
+    whole, n_layers = format_count(config.train.tokens), config.cache.spec.n_layers
     lines += [f"layer {r.site} is {trained_on(r, whole)}" for r in shown if not r.final]
-    if config["train"]["step"]["decoder"] == "random":
+    if config.train.step.decoder == "random":
         lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")
-    if without := left_out(config["train"]):
+    if without := config.train.left_out:
         lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
     if absent := sorted(set(range(n_layers)) - {r.site.layer for r in shown}):
         lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")

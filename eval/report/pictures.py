@@ -63,11 +63,8 @@ def plot_runs(runs: list[Run], results: dict[str, list[Result]], measured: Exper
     """Write every picture, as far as there is something to show, into the runs' plots/ folders."""
     shown = []
     for run, label in zip(runs, short_labels([run.name for run in runs]), strict=True):
-        config = run.config()
-        train, d_model = config["train"], config["cache"]["spec"]["d_model"]
-        shown.append(
-            RunData(run=run, label=label, results=results[run.name], whole=train["tokens"], d_model=d_model, kind=kind(train))
-        )
+        of = {"whole": run.config.train.tokens, "d_model": run.config.cache.spec.d_model}
+        shown.append(RunData(run=run, label=label, results=results[run.name], kind=kind(run.config.stored["train"]), **of))
         (run.path / "plots").mkdir(exist_ok=True)
     for data in shown:
         write([data], of_one_run(data, skipped))

@@ -18,21 +18,22 @@ from residual_saes.eval.report.figures import (
     say,
     token_axis,
 )
+from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import snapshot_tokens
 from residual_saes.shared.sites import Site
 
-Curves = dict[Site, list[dict[str, Any]]]
-_CURVES = (  # key, label, whether its axis is logarithmic
+Curves = dict[Site, list[Point]]
+_CURVES = (  # field of a point, label, whether its axis is logarithmic
     ("mse", "MSE, squared activation units", True),
     ("l0", "L0, features a token", True),
-    ("lambda", "λ", False),
+    ("l1_weight", "λ", False),
     ("alive", "alive features", False),
 )
 
 
 def drawn(curves: Curves) -> dict[str, list[list[Any]]]:
     """All of the curves that the picture shows."""
-    return {str(site): [[r.get(key) for key, *_ in _CURVES] for r in curve] for site, curve in curves.items()}
+    return {str(site): [[getattr(p, key) for key, *_ in _CURVES] for p in curve] for site, curve in curves.items()}
 
 
 def training_curves(data: RunData, curves: Curves) -> Figure:
@@ -40,7 +41,7 @@ def training_curves(data: RunData, curves: Curves) -> Figure:
     colours = LayerColours(curves)
     for axis, (key, label, is_logarithmic) in zip(axes, _CURVES, strict=True):
         for site, curve in curves.items():
-            axis.plot(*finite((r.get("tokens"), r.get(key)) for r in curve), color=colours[site])
+            axis.plot(*finite((p.tokens, getattr(p, key)) for p in curve), color=colours[site])
         axis.set_ylabel(label)
         if is_logarithmic:
             logarithmic(axis)

@@ -40,14 +40,6 @@ class Rows:
 ALL = Rows()
 
 
-def left_out(train: Mapping[str, Any]) -> str:
-    """What a run's `config["train"]` leaves out, in words; "" if nothing."""
-    skip, most = train.get("skip_positions", 0), train.get("max_norm")
-    parts = [f"the first {skip} position{'s' * (skip > 1)} of each context"] if skip else []
-    parts += [] if most is None else [f"rows longer than {most:g} × the median norm"]
-    return " and ".join(parts)
-
-
 def norms(x: Tensor) -> Tensor:
     """Euclidean, of [..., d]; float64, so that the order in which a processor adds does not matter."""
     lengths: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)

@@ -14,6 +14,7 @@ A layer is written by one process, which holds a lock on state/layerNN/owner, an
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,16 +22,19 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from residual_saes.shared.cache import ADVICE, Cache
 from residual_saes.shared.errors import Busy, UserError
-from residual_saes.shared.files import append_line, create_file, make_dir, owned, refuse_links, replacing, sync_dir
+from residual_saes.shared.files import create_file, make_dir, owned, refuse_links, replacing, sync_dir
 from residual_saes.shared.progress import say
+from residual_saes.shared.records import JsonLines
+from residual_saes.shared.runs.config import RunConfig
+from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.sae import Damaged, Sae
-from residual_saes.shared.seal import SEAL, canonical, load_sealed, parse_json, parse_sealed, save_sealed, seal, sealed
+from residual_saes.shared.seal import canonical, load_sealed, parse_json, save_sealed, seal, sealed, unsealed
 from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location, open_store
 from residual_saes.shared.stores.mirror import Mirror
@@ -70,13 +74,6 @@ def _without(config: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
         elif key not in added or value != added[key]:
             kept[key] = value
     return kept
-
-
-def _removed(train: dict[str, Any]) -> str:
-    """What a run was trained with that training has no longer, in words; nothing for most."""
-    refit, kind = train.get("refit", 0.0), train.get("refit_kind", "decoder")
-    options = {"--l1-warmup": train.get("l1_warmup"), f"--refit-kind {kind}": (kind == "topk") != (refit > 0)}
-    return " and ".join(option for option, used in options.items() if used)
 
 
 def _digest(value: Any) -> str:
@@ -120,6 +117,13 @@ class Run:
         """With a mirror the folder is its, and what is written is sent."""
         self.path, self._mirror = path, mirror
 
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """A run that is there. Raises UserError as `config` does."""
+        run = cls(path)
+        _ = run.config
+        return run
+
     @property
     def name(self) -> str:
         return self.path.name
@@ -128,10 +132,12 @@ class Run:
     def config_path(self) -> Path:
         return self.path / "config.json"
 
-    def config(self) -> dict[str, Any]:
-        """Raises UserError unless this is a run, of a format that can be read, and as it was written."""
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """Read once. Raises UserError unless this is a run, of a format that can be read, and as it was written."""
         try:
             config = parse_json(self.config_path.read_bytes())
+            whole = sealed(config)
         except FileNotFoundError:
             raise UserError(f"{self.path} is not a run folder: it has no config.json; train one with `rsae train`") from None
         except ValueError:
@@ -144,18 +150,18 @@ class Run:
             raise UserError(
                 f"{self.path} is a run of format {config['format']}, this program reads {FORMAT}; use the version that wrote it"
             )
-        if not sealed(config):
+        if not whole:
             raise UserError(f"{self.config_path} was changed: its checksum does not match; restore it or train elsewhere")
-        return config
+        return RunConfig.of(unsealed(config), self.config_path)
 
     def require_same(self, wanted: dict[str, Any]) -> None:
         """Raises UserError if the folder holds a run with another configuration (`run_config`), naming what differs."""
         if not self.config_path.exists():
             return
-        there = self.config()
+        there = self.config.stored
         if there["digest"] == wanted["digest"]:
             return
-        if gone := _removed(there["train"]):
+        if gone := self.config.train.removed:
             raise UserError(
                 f"{self.path} was trained with {gone}, which this version cannot do: it can be evaluated and published, but "
                 "only the version that began it can train it further; choose another --runs folder"
@@ -182,6 +188,7 @@ class Run:
         new = not self.config_path.exists() and create_file(self.config_path, content)  # of several at once, one creates it
         if self._mirror is not None:
             self._mirror.settle(self.config_path)
+            self.__dict__.pop("config", None)  # the bucket's may have taken its place
         if not new or self._mirror is not None:
             self.require_same(config)
 
@@ -256,20 +263,20 @@ class Run:
 
     def snapshots(self) -> list[Snapshot]:
         """All checkpoints that are there, by layer and then by age."""
-        labels = list(snapshot_tokens(self.config()["train"]["tokens"]))
+        labels = list(snapshot_tokens(self.config.train.tokens))
         named = [(path, snapshot_name(path.name)) for path in self.path.glob("sae_layer*.pt")]
         found = [Snapshot(path=path, site=n[0], label=n[1]) for path, n in named if n and n[1] in labels]
         return sorted(found, key=lambda s: (s.site, labels.index(s.label)))
 
     def belongs(self, site: Site, label: str) -> dict[str, Any]:
         """What the config of a checkpoint says in its place, and in no other."""
-        return {"layer": site.json, "snapshot": label, "digest": self.config()["digest"]}
+        return {"layer": site.json, "snapshot": label, "digest": self.config.digest}
 
     def due(self, site: Site) -> list[str]:
         """The labels of a layer's snapshots that are missing or damaged. Reads all there are. Raises UserError for one that is
         whole and belongs elsewhere: it may be the only copy."""
         due = []
-        for label in snapshot_tokens(self.config()["train"]["tokens"]):
+        for label in snapshot_tokens(self.config.train.tokens):
             path = self.snapshot_path(site, label)
             try:
                 Sae.check(path, belongs=self.belongs(site, label))
@@ -284,26 +291,18 @@ class Run:
     def metrics_path(self, site: Site) -> Path:
         return self.path / "metrics" / f"layer{site.key}.jsonl"
 
-    def metrics(self, site: Site) -> list[dict[str, Any]]:
-        """The records, without a last line that is not whole: it is being written, or a crash cut it. Raises UserError if
-        another line is damaged."""
-        records = []
-        for number, line in enumerate(self._metrics_lines(site), 1):
-            record = parse_sealed(line)
-            if record is None:
-                raise UserError(f"line {number} of {self.metrics_path(site)} is damaged: delete that line to use the others")
-            records.append(record)
-        return [{k: v for k, v in record.items() if k != SEAL} for record in records]
+    def metrics(self, site: Site) -> list[Point]:
+        """Without a last line that is not whole: it is being written, or a crash cut it. Raises UserError if another line is
+        damaged."""
+        return self._curve(site).read()
 
-    def _metrics_lines(self, site: Site) -> list[bytes]:
-        path = self.metrics_path(site)
-        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    def _curve(self, site: Site) -> JsonLines[Point]:
+        return JsonLines(self.metrics_path(site), Point)
 
-    def append_metrics(self, site: Site, record: dict[str, Any]) -> None:
+    def append_metrics(self, site: Site, point: Point) -> None:
         """Durable after `sync_metrics`."""
-        path = self.metrics_path(site)
-        path.parent.mkdir(exist_ok=True)
-        append_line(path, json.dumps(seal(record)).encode())
+        self.metrics_path(site).parent.mkdir(exist_ok=True)
+        self._curve(site).append(point)
 
     def sync_metrics(self, site: Site) -> None:
         path = self.metrics_path(site)
@@ -317,12 +316,11 @@ class Run:
     def rewind_metrics(self, site: Site, step: int) -> None:
         """Drop, in one move, the records after `step`, which a resumed run writes again, and what is damaged."""
         path, kept = self.metrics_path(site), []
-        for number, line in enumerate(self._metrics_lines(site), 1):
-            record = parse_sealed(line)
-            if record is None:
+        for number, (line, point) in enumerate(self._curve(site).lines(), 1):
+            if point is None:
                 say(f"line {number} of {path} is damaged, and dropped", err=True)
-            elif record["step"] <= step:
-                kept.append(line + b"\n")
+            elif point.step <= step:
+                kept.append(line)
         if path.exists() and path.read_bytes() != b"".join(kept):
             with replacing(path) as temporary:
                 temporary.write_bytes(b"".join(kept))
@@ -362,7 +360,7 @@ class Run:
         return tensors, {k: v for k, v in said.items() if k not in mine}
 
     def _state_belongs(self, site: Site) -> dict[str, Any]:
-        return {"layer": site.json, "run": self.config()["digest"]}
+        return {"layer": site.json, "run": self.config.digest}
 
     def drop_state(self, site: Site) -> None:
         """Remove it, half a state that a kill left beside it included."""

@@ -5,11 +5,10 @@ The L1 penalty and BatchTopK are older than that: they are known by the fields o
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sae import Rule
 
 
@@ -18,7 +17,7 @@ class Reading:
     words: str  # the setting, in a card
     rule: Rule  # of finished SAEs; earlier snapshots may have no thresholds yet
     k: int | None = None  # of the rule "topk"
-    prefixes: Sequence[float] | None = None  # of the dictionary, that were trained to reconstruct by themselves
+    prefixes: tuple[float, ...] | None = None  # of the dictionary, that were trained to reconstruct by themselves
 
     def fields(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -28,29 +27,6 @@ def prefix_ends(prefixes: Sequence[float], n_features: int) -> tuple[int, ...]:
     """Where prefixes end that are given as widths, or below 1 as shares, the whole dictionary added; without empty groups."""
     ends = {round(width * n_features) if width < 1 else round(width) for width in prefixes}
     return (*sorted(ends - {0, n_features}), n_features)
-
-
-def reading(config: Mapping[str, Any]) -> Reading:
-    """The reading of a run, by its config. Raises UserError for a setting that nothing is known of."""
-    if "sparsity" in config:
-        return Reading(**config["sparsity"])
-    train = config["train"]
-    setting, held = train["l1"], holds_l0(train)
-    if set(setting) == {"init", "target"}:
-        words = f"λ = {setting['init']:g}" + (f", steered to an L0 of {setting['target']:g}" if setting["target"] else "")
-    elif set(setting) == {"k"}:
-        words = f"BatchTopK, the {setting['k']} largest activations a token"
-    else:
-        raise UserError(f"a setting of {', '.join(setting)} is not known here: use the version that trained it")
-    if held:
-        words += f", then L0 held by keeping the largest activations of each batch (last {train['refit']:.0%} of training)"
-    return Reading(words=words, rule="threshold" if held or "k" in setting else "relu")
-
-
-def holds_l0(train: Mapping[str, Any]) -> bool:
-    """Whether training by a run's `config["train"]` ends with steps that hold L0 by a choice among each batch."""
-    steps = train["tokens"] // train["batch"]
-    return train.get("refit_kind") == "topk" and hold_from(steps, train.get("refit", 0.0)) < steps
 
 
 def hold_from(steps: int, share: float) -> int:
