@@ -22,6 +22,8 @@ import residual_saes.harvest.__main__
 import residual_saes.train.__main__
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import run
+from residual_saes.shared.runs.run import Run
+from residual_saes.shared.sites import Site
 from tests.bucket import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,3 +163,8 @@ def runs_path(tmp_path_factory: pytest.TempPathFactory, cache_path: Path) -> Pat
     path = tmp_path_factory.mktemp("runs") / "runs"
     assert invoke("train", *TRAIN_ARGS, "--cache", cache_path, "--runs", path, "--l1", "3e-3,8e-4,adaptive:5e-3@12") == 0
     return path
+
+
+def curve_of(run: Run, site: Site) -> list[dict[str, object]]:
+    """A training curve as its file has it."""
+    return [point.values() for point in run.metrics(site)]

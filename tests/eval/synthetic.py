@@ -100,7 +100,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
         b_enc=torch.zeros(8),
         b_pre=torch.zeros(4),
         b_dec=torch.zeros(4),
-        config=run.belongs(Site(layer), label) | {"cache": run.config()["cache"]},
+        config=run.belongs(Site(layer), label) | {"cache": run.config.stored["cache"]},
         stats={"tokens": tokens, "lambda": l1, "age": age},
     )
     file = f"{layer:04x}{tokens // 1_000_000:04x}"
@@ -127,7 +127,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
     fvu = (0.02 + 0.11 * depth) * (150 / l0) ** 0.5 * (1 + math.exp(-5 * age))
     recovered = 1 - fvu / 4
     record = {
-        "run": run.config()["digest"],
+        "run": run.config.stored["digest"],
         "layer": layer,
         "snapshot": label,
         "trained_tokens": tokens,
@@ -189,7 +189,7 @@ def _snapshot(run: Run, layer: int, depth: float, label: str, tokens: int, l1: f
 
 def make_distilled(folder: Path, results: dict[str, list[Result]]) -> None:
     """distilled.json beside the runs, in the form of eval/floors/distill.py: five widths, three seeds, a fit for each SAE."""
-    config = Run(folder / next(iter(results))).config()
+    config = Run(folder / next(iter(results))).config.stored
     widths = (128, 256, 384, 512, 768)
     students = [
         {"width": w, "seed": s, "heads": 16, "parameters": w * w, "steps": 900, "floor": 90 / w + 0.01 * s, "kl": 1.1,

@@ -20,7 +20,7 @@ from residual_saes.train.kernels.base import Workspace
 from residual_saes.train.sparsity.base import Hidden
 from residual_saes.train.step import Begun, StepResult, TrainingSae
 from residual_saes.train.trainer import train
-from tests.conftest import TRAIN_ARGS, Cli, Result, invoke
+from tests.conftest import TRAIN_ARGS, Cli, Result, curve_of, invoke
 
 L1 = "3e-3,8e-4,adaptive:5e-3@12"
 NAMES = ["l1-3e-3-fixed", "l1-8e-4-fixed", "l1-adaptive-5e-3-l0-12"]
@@ -49,9 +49,9 @@ def test_a_run_folder_is_complete(runs_path: Path, cache: Cache) -> None:
         assert len(labels) == 18  # six snapshots of three layers
         assert labels[5] == (0, "final")
         assert not list((folder / "state").rglob("*.safetensors"))
-        assert run.config()["cache"]["spec"]["tokenizer_sha256"] == cache.spec.tokenizer_sha256
+        assert run.config.stored["cache"]["spec"]["tokenizer_sha256"] == cache.spec.tokenizer_sha256
         for layer in range(3):
-            curve = run.metrics(Site(layer))
+            curve = curve_of(run, Site(layer))
             assert curve[-1]["tokens"] == 20_480
             assert curve[-1]["loss"] < curve[0]["loss"]
             for key in ("mse", "l1", "l0", "lambda", "alive", "tokens_per_second", "wait_share"):
@@ -62,7 +62,7 @@ def test_settings_do_what_they_say(runs_path: Path) -> None:
     """Less λ, more active features; the adaptive one rests over the first fifth and is steered to the last step."""
     by_name = {p.name.split("x4-")[1]: Run(p) for p in runs_path.iterdir() if p.is_dir()}
     for layer in range(3):
-        sparse, rich, adaptive = (by_name[n].metrics(Site(layer)) for n in NAMES)
+        sparse, rich, adaptive = (curve_of(by_name[n], Site(layer)) for n in NAMES)
         assert sparse[-1]["l0"] < rich[-1]["l0"]
         assert {r["lambda"] for r in adaptive if r["step"] <= 16} == {5e-3}
         last = [r["lambda"] for r in adaptive if r["step"] > 66]
@@ -137,10 +137,10 @@ def test_a_random_decoder_is_a_run_of_its_own_on_the_same_batches(
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("x4-l1-3e-3-fixed-random-decoder")
     run, trained = Run(folder), Run(runs_path / folder.name.removesuffix("-random-decoder"))
-    assert run.config()["digest"] != trained.config()["digest"]
+    assert run.config.stored["digest"] != trained.config.stored["digest"]
     first, *_, last = (Sae.load(s.path) for s in run.snapshots())
     assert torch.equal(first.w_dec, last.w_dec) and not torch.equal(first.w_enc, last.w_enc)
-    ours, theirs = run.metrics(Site(1)), trained.metrics(Site(1))
+    ours, theirs = curve_of(run, Site(1)), curve_of(trained, Site(1))
     assert ours[0]["l0"] == pytest.approx(theirs[0]["l0"], rel=0.05)  # the same SAE at the start, the same batches
     assert ours[-1]["mse"] > theirs[-1]["mse"]
 
@@ -189,7 +189,7 @@ def test_resumes_bit_for_bit(
     same(finals(tmp_path), {k: v for k, v in finals(runs_path).items() if "layer01" in k})
     timeless = {"tokens_per_second", "wait_share"}
     for folder in tmp_path.iterdir():
-        mine, whole = Run(folder).metrics(Site(1)), Run(runs_path / folder.name).metrics(Site(1))
+        mine, whole = curve_of(Run(folder), Site(1)), curve_of(Run(runs_path / folder.name), Site(1))
         assert [{k: v for k, v in r.items() if k not in timeless} for r in mine] == [
             {k: v for k, v in r.items() if k not in timeless} for r in whole
         ]
@@ -266,7 +266,7 @@ def test_what_is_missing_or_damaged_is_made_again(cli: Cli, cache_path: Path, on
     after = contents(one)
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before if name.endswith((".pt", "config.json")))
-    assert [len(one.metrics(Site(layer))) for layer in range(3)] == [80] * 3
+    assert [len(curve_of(one, Site(layer))) for layer in range(3)] == [80] * 3
     changed = {p.name for p, t in kept.items() if p.stat().st_mtime_ns != t}
     assert changed == {"sae_layer00_final.pt", "sae_layer02_3413.pt"}
 
@@ -467,7 +467,7 @@ def test_a_setting_that_diverges_stops_alone(
     assert result.code == 2
     assert "l1-3e-3-fixed layer 1 stopped at 7,936 tokens: loss nan" in result.err
     stopped, other = (Run(next(tmp_path.glob(f"*{n}"))) for n in NAMES[:2])
-    assert stopped.metrics(Site(1))[-1] == {"step": 31, "tokens": 7936, "stopped": "not finite"}
+    assert curve_of(stopped, Site(1))[-1] == {"step": 31, "tokens": 7936, "stopped": "not finite"}
     state = stopped.load_state(Site(1))
     assert state is not None
     assert state[1]["step"] == 30
@@ -487,7 +487,7 @@ def test_options_reach_the_step(cli: Cli, cache_path: Path, tmp_path: Path) -> N
     config = json.loads(next(tmp_path.glob("*/config.json")).read_text())["train"]
     assert config["step"]["l1_reduction"] == "mean"
     assert (config["lr"], config["lr_warmup"], config["seed"], config["tokens"]) == (2e-3, 5, 3, 5000)
-    assert Run(next(tmp_path.iterdir())).metrics(Site(0))[-1]["lambda"] == pytest.approx(1e-2)
+    assert curve_of(Run(next(tmp_path.iterdir())), Site(0))[-1]["lambda"] == pytest.approx(1e-2)
 
 
 def test_the_rate_falls_over_its_share_and_has_a_fall_of_its_own_where_l0_is_held() -> None:
@@ -505,7 +505,7 @@ def test_a_recipe_is_defaults_that_options_win_over(cli: Cli, cache_path: Path, 
     assert cli("train", *TRAIN_ARGS, *args, "--recipe", "best", "--lr-decay", 0.5).code == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-l1-1e-2-fixed-best")
-    train = Run(folder).config()["train"]
+    train = Run(folder).config.stored["train"]
     wanted = {"decoder_norm": "free", "lr_decay": 0.5, "refit": 0.2, "refit_kind": "topk", "l1_warmup": 0}
     assert {name: (train | train["step"])[name] for name in wanted} == wanted
     saved = Sae.load(next(folder.glob("*final.pt")))
@@ -548,7 +548,7 @@ def test_other_recipes_and_settings_resume_bit_for_bit(
 
 def test_holding_l0_lowers_the_error(others: Path) -> None:
     run = Run(next(others.glob("*l1-3e-3-fixed-best")))
-    curve = run.metrics(Site(1))
+    curve = curve_of(run, Site(1))
     before, after = (next(record for record in reversed(curve) if bool(record["lambda"]) is l1) for l1 in (True, False))
     assert after["lambda"] == 0.0
     assert after["l0"] == pytest.approx(before["l0"], rel=0.1)
@@ -559,13 +559,13 @@ def test_holding_l0_lowers_the_error(others: Path) -> None:
 
 def test_l0_is_held_at_the_target_at_the_end_and_through_the_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*adaptive-5e-3-l0-12-best")))
-    assert [record["l0"] for record in run.metrics(Site(1))][-9:] == [12.0] * 9
+    assert [record["l0"] for record in curve_of(run, Site(1))][-9:] == [12.0] * 9
     assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)
 
 
 def test_batchtopk_keeps_as_many_of_other_text_through_its_threshold(others: Path, cache: Cache) -> None:
     run = Run(next(others.glob("*x4-batchtopk-12-best")))
-    assert {record["l0"] for record in run.metrics(Site(1))} == {12.0}
+    assert {record["l0"] for record in curve_of(run, Site(1))} == {12.0}
     assert l0_held_out(run, cache) == pytest.approx(12, rel=0.15)
 
 

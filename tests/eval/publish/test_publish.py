@@ -1,5 +1,6 @@
 """Publishing, to a server of the tests' own that speaks the hub's API; and the model card, by running what it says."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -32,7 +33,7 @@ from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 from residual_saes.shared.temporaries import _release, temporary
-from tests.conftest import ROOT, Cli, invoke
+from tests.conftest import ROOT, Cli, curve_of, invoke
 from tests.eval.synthetic import make_distilled, make_runs
 from tests.hub import TOKEN, Hub
 
@@ -123,12 +124,12 @@ def test_others_get_no_path_of_this_machine_and_open_the_run_as_here(hub: Hub, r
     for name, content in files.items():
         (got.path / name).parent.mkdir(parents=True, exist_ok=True)
         (got.path / name).write_bytes(content)
-    spec = run.config()["cache"]["spec"]
+    spec = run.config.stored["cache"]["spec"]
     for key in ("model", "dataset"):
         assert os.path.isabs(spec[key]) and spec[key].encode() in run.config_path.read_bytes()
         assert not [name for name, content in files.items() if os.path.dirname(spec[key]).encode() in content]
-        assert got.config()["cache"]["spec"][key] == os.path.basename(spec[key])
-    assert got.config()["digest"] == run.config()["digest"]
+        assert got.config.stored["cache"]["spec"][key] == os.path.basename(spec[key])
+    assert got.config.stored["digest"] == run.config.stored["digest"]
     assert len(got.snapshots()) == len(run.snapshots()) == 18
     for theirs, ours in zip(got.snapshots(), run.snapshots(), strict=True):
         sae = Sae.load(theirs.path, belongs=got.belongs(theirs.site, theirs.label))
@@ -328,7 +329,7 @@ def test_the_cards_code_runs_for_every_family(
     """And gives the SAE what it was trained on: the activations of its site, with a BOS in front or without."""
     results = make_runs(tmp_path / "runs", layers=3)
     made_up = Run(tmp_path / "runs" / "pythia-410m-saes-x32-l1-3e-4-fixed")
-    config, run = made_up.config(), Run(tmp_path / "runs" / "another")
+    config, run = copy.deepcopy(made_up.config.stored), Run(tmp_path / "runs" / "another")
     config["cache"]["spec"] |= {"model": str(family(name, tmp_path / name)), "model_commit": "", "bos": bos}
     run.path.mkdir()
     run.create(run_config(config["train"], config["cache"]), config["machine"])
@@ -370,7 +371,7 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     assert f"it and KL on {results[run.name][0].ce_tokens:,} tokens" in text
     assert "[pythia-410m-saes-x32-l1-8e-5-fixed](https://huggingface.co/org/pythia-410m-saes-x32-l1-8e-5-fixed)" in text
     make_distilled(tmp_path, results)
-    measured = card(run, results[run.name], measured_floors(tmp_path, run.config()["cache"]["digest"]), [], Publication())
+    measured = card(run, results[run.name], measured_floors(tmp_path, run.config.stored["cache"]["digest"]), [], Publication())
     assert "not measured" not in measured and measured.index("Measured, by distilling") < measured.index("R² left out")
     fits = [line.split(" | ")[0] for line in measured.partition("R² left out")[2].partition("## Training")[0].splitlines()[2:]]
     assert [fit for fit in fits if fit] == ["| 0", "| 1", "| 2"]  # of this run alone
@@ -402,7 +403,7 @@ def test_the_card_applies_the_thresholds_that_saes_have(tmp_path: Path, changed:
     """Of a run whose refit holds L0, earlier snapshots have none."""
     results = make_runs(tmp_path, layers=1)
     made_up = Run(tmp_path / "pythia-410m-saes-x32-l1-3e-4-fixed")
-    config, run = made_up.config(), Run(tmp_path / "another")
+    config, run = made_up.config.stored, Run(tmp_path / "another")
     run.path.mkdir()
     run.create(run_config(config["train"] | changed, config["cache"]), config["machine"])
     text = card(run, results[made_up.name], None, [], Publication(owner="org"))
@@ -479,6 +480,6 @@ def test_made_up_runs_have_the_form_of_real_ones(run: Run, tmp_path: Path) -> No
         return {name for name in result.to_dict() if not name.startswith("floor_")}
 
     assert names(results[made_up.name][0]) == names(stored_results(run)[0])
-    assert made_up.config().keys() == run.config().keys()
-    assert made_up.config()["train"].keys() == run.config()["train"].keys()
-    assert made_up.metrics(Site(0))[0].keys() <= run.metrics(Site(0))[0].keys()
+    assert made_up.config.stored.keys() == run.config.stored.keys()
+    assert made_up.config.stored["train"].keys() == run.config.stored["train"].keys()
+    assert curve_of(made_up, Site(0))[0].keys() <= curve_of(run, Site(0))[0].keys()

@@ -42,7 +42,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     results = make_runs(folder)
     make_distilled(folder, results)
     runs, skipped = runs_in(folder), Skipped()
-    measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
+    measured = measured_floors(folder, runs[0].config.stored["cache"]["digest"])
     plot_runs(runs, results, measured, skipped)
     (folder / "pages" / runs[0].name / "layer03_final.0123abcd").mkdir(parents=True)
     (folder / "pages" / "index.html").write_text("<title>feature pages</title>")
@@ -84,7 +84,7 @@ def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
 
 def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, runs, results, _ = published
-    measured, drawn = measured_floors(folder, runs[0].config()["cache"]["digest"]), []
+    measured, drawn = measured_floors(folder, runs[0].config.stored["cache"]["digest"]), []
     rendered = pictures.rendered
 
     def counted(figure: Figure, key: str) -> dict[str, bytes]:
@@ -113,7 +113,7 @@ def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, mo
 
 
 def data_of(run: Run, results: Results) -> RunData:
-    label, kind = run.name[-8:], pictures.kind(run.config()["train"])
+    label, kind = run.name[-8:], pictures.kind(run.config.stored["train"])
     return RunData(run=run, label=label, results=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
 
 
@@ -125,7 +125,7 @@ def test_nothing_is_cut_off(published: Published, tmp_path: Path, layers: int) -
         folder, results = tmp_path, make_runs(tmp_path, layers=layers)
         runs = runs_in(folder)
     datas = [data_of(run, results) for run in runs]
-    measured = measured_floors(folder, runs[0].config()["cache"]["digest"])
+    measured = measured_floors(folder, runs[0].config.stored["cache"]["digest"])
     drawn = pictures.of_one_run(datas[2], Skipped()) | pictures.of_all_runs(datas, measured)
     assert drawn.keys() == CAPTIONS.keys()
     for name, picture in drawn.items():
@@ -161,7 +161,7 @@ def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Publish
     """One through a random decoder and a trained one would be no curve of anything."""
     datas = [data_of(run, published[2]) for run in published[1]]
     assert len({data.kind for data in datas}) == 1
-    train = published[1][0].config()["train"]
+    train = published[1][0].config.stored["train"]
     others = (train | {"l1": {"k": 64}}, train | {"step": train["step"] | {"decoder": "random"}}, train | {"refit": 0.2})
     assert len({datas[0].kind, *map(pictures.kind, others)}) == 4
 
@@ -176,7 +176,7 @@ def test_training_without_l1_says_so_and_counts_begin_at_nothing(
     published: Published,
 ) -> None:
     data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(Site(0))
-    flat = [r | {"lambda": 0.0, "alive": 1024} for r in curve]
+    flat = [dataclasses.replace(point, l1_weight=0.0, alive=1024) for point in curve]
     axes = training.training_curves(data, {Site(0): flat}).axes
     assert [text.get_text() for text in axes[2].texts] == ["no L1"]
     assert axes[3].get_ylim() == pytest.approx((0, 1.05 * 1024))
@@ -312,7 +312,7 @@ def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
 
 
 def test_a_random_decoder_is_said_to_be_one(published: Published, tmp_path: Path) -> None:
-    config, run = published[1][0].config(), Run(tmp_path / "baseline")
+    config, run = published[1][0].config.stored, Run(tmp_path / "baseline")
     run.path.mkdir()
     train = config["train"] | {"step": config["train"]["step"] | {"decoder": "random"}}
     run.create(run_config(train, config["cache"]), config["machine"])
@@ -331,7 +331,7 @@ def test_the_table_of_a_terminal_marks_what_is_unfinished(published: Published) 
 
 def test_measured_floors_are_of_this_cache_and_as_they_were_written(published: Published, tmp_path: Path) -> None:
     folder, runs, _, _ = published
-    digest = runs[0].config()["cache"]["digest"]
+    digest = runs[0].config.stored["cache"]["digest"]
     assert measured_floors(tmp_path, digest) is None
     found = measured_floors(folder, digest)
     assert found is not None and [f.width for f in found.floors] == [128, 256, 384, 512, 768]

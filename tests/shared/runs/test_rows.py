@@ -20,7 +20,7 @@ from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.shuffle import window_rows
 from residual_saes.shared.sites import Site
 from residual_saes.train.loader import ActivationLoader, LoaderConfig
-from tests.conftest import TRAIN_ARGS, Cli
+from tests.conftest import TRAIN_ARGS, Cli, curve_of
 
 CPU = torch.device("cpu")
 LAYER, BATCH = 1, 160  # an epoch is 128 batches
@@ -95,8 +95,8 @@ def test_a_run_trains_and_is_measured_without_them(cli: Cli, cache_path: Path, c
     assert result.code == 0, result.err
     assert "of rows are not trained on; in the others mean over deviation" in result.err
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert {"skip_positions": 3, "max_norm": 1.2}.items() <= Run(folder).config()["train"].items()
-    assert Run(folder).metrics(Site(LAYER))[-1]["tokens"] == 20_480
+    assert {"skip_positions": 3, "max_norm": 1.2}.items() <= Run(folder).config.stored["train"].items()
+    assert curve_of(Run(folder), Site(LAYER))[-1]["tokens"] == 20_480
     assert "skip_positions is 3 there, 0 here" in cli(*train[:-2], "--max-norm", 1.2).err
     assert "max_norm is 1.2 there, None here" in cli(*train).err
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,16 +14,23 @@ from typing import Any
 import pytest
 import torch
 
+from residual_saes.shared.cache import CacheSpec
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import Run, made, run_config, snapshot_name, snapshot_tokens
 from residual_saes.shared.runs.sae import Damaged, Sae
-from residual_saes.shared.seal import SEAL, load_sealed
+from residual_saes.shared.seal import SEAL, load_sealed, seal
 from residual_saes.shared.sites import Site
 from residual_saes.shared.temporaries import _release, temporary
-from tests.conftest import ROOT
+from tests.conftest import ROOT, curve_of
 
-TRAIN: dict[str, Any] = {"tokens": 60, "lr": 1e-3}
-CACHE: dict[str, Any] = {"digest": "abc", "spec": {"seed": 0, "model": "here/lm"}}
+TRAIN: dict[str, Any] = {"tokens": 60, "lr": 1e-3, "batch": 1, "expansion": 2, "l1": {"init": 1e-3, "target": None}}
+SPEC = CacheSpec(
+    model="here/lm", model_revision="", dataset="t", dataset_revision="", split="", text_column="", tokenizer_sha256="",
+    separator=0, context=4, d_model=6, n_layers=3, vocab_size=9, block_sequences=1, n_blocks=20, holdout_blocks=2, seed=0,
+    precision="fp32",
+)  # fmt: skip
+CACHE: dict[str, Any] = {"digest": "abc", "spec": dataclasses.asdict(SPEC)}
 
 
 def new_run(path: Path, train: dict[str, Any] = TRAIN) -> Run:
@@ -190,7 +198,7 @@ def test_no_flipped_byte_of_a_checkpoint_changes_what_is_read(tmp_path: Path) ->
 def test_a_checkpoint_in_the_place_of_another_is_refused_by_name(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     mine = sae()
-    mine.config = run.config() | {"layer": 3, "snapshot": "10"}
+    mine.config = run.config.stored | {"layer": 3, "snapshot": "10"}
     mine.save(run.snapshot_path(Site(3), "10"))
     Sae.load(run.snapshot_path(Site(3), "10"), belongs=run.belongs(Site(3), "10"))
     with pytest.raises(UserError, match=r"sae_layer03_10.pt does not belong here: it says layer 3, not layer 4; put it back"):
@@ -210,7 +218,7 @@ def test_what_is_due_is_what_is_not_there_whole(tmp_path: Path) -> None:
     assert run.due(Site(1)) == labels
     for label in labels:
         mine = sae()
-        mine.config = run.config() | {"layer": 1, "snapshot": label}
+        mine.config = run.config.stored | {"layer": 1, "snapshot": label}
         mine.save(run.snapshot_path(Site(1), label))
     assert run.due(Site(1)) == []
     run.snapshot_path(Site(1), "20").unlink()
@@ -222,22 +230,22 @@ def test_what_is_due_is_what_is_not_there_whole(tmp_path: Path) -> None:
 def test_a_folder_holds_one_configuration(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     run.require_same(run_config(TRAIN, CACHE))
-    moved = {"digest": "abc", "spec": {"seed": 0, "model": "there/lm"}}
+    moved = {"digest": "abc", "spec": CACHE["spec"] | {"model": "there/lm"}}
     run.require_same(run_config(TRAIN, moved))
     with pytest.raises(UserError, match=r"\(lr is 0.001 there, 0.01 here; the cache's seed is 0 there, 3 here\)"):
-        run.require_same(run_config(TRAIN | {"lr": 1e-2}, {"digest": "x", "spec": {"seed": 3, "model": "there/lm"}}))
-    assert run.config()["machine"] == {"threads": 1}
+        run.require_same(run_config(TRAIN | {"lr": 1e-2}, {"digest": "x", "spec": moved["spec"] | {"seed": 3}}))
+    assert run.config.stored["machine"] == {"threads": 1}
 
 
 def test_of_two_that_create_a_run_at_once_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second found nothing there when it looked, and must not put its own configuration in the place of the first."""
     run = Run(tmp_path)
-    run.create(run_config({"lr": 1}, CACHE), {})
+    run.create(run_config(TRAIN | {"lr": 1}, CACHE), {})
     _release(temporary(tmp_path / "config.json"))  # as a kill leaves it
     monkeypatch.setattr(Path, "exists", lambda _: monkeypatch.undo())  # is none when it is asked first
     with pytest.raises(UserError, match="lr is 1 there, 2 here"):
-        run.create(run_config({"lr": 2}, CACHE), {})
-    assert run.config()["train"]["lr"] == 1
+        run.create(run_config(TRAIN | {"lr": 2}, CACHE), {})
+    assert run.config.stored["train"]["lr"] == 1
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -264,7 +272,7 @@ def test_a_run_by_an_option_that_is_gone_is_read_but_not_trained_further(
     run = new_run(tmp_path / "r", TRAIN | more)
     with pytest.raises(UserError, match=rf"was trained with {option}, which this version cannot do: it can be evaluated"):
         run.require_same(run_config(TRAIN, CACHE))
-    assert run.config()["train"] == TRAIN | more and run.snapshots() == []
+    assert run.config.stored["train"] == TRAIN | more and run.snapshots() == []
 
 
 def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
@@ -273,7 +281,7 @@ def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> No
     for content in flips(good, 1):
         run.config_path.write_bytes(content)
         with contextlib.suppress(UserError):
-            assert run.config() == json.loads(good), content  # white space
+            assert Run(run.path).config == run.config, content  # white space
     for content, message in (
         (b"[]", "is not of a run"),
         (b'{"model_type": "x"}', "is not of a run"),
@@ -281,10 +289,38 @@ def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> No
     ):
         run.config_path.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            run.config()
+            Run.open(run.path)
     run.config_path.write_text(json.dumps({"format": 1}))
     with pytest.raises(UserError, match="format 1, this program reads 2"):
-        run.require_same(run_config(TRAIN, CACHE))
+        Run(run.path).require_same(run_config(TRAIN, CACHE))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("train", {"tokens": "60"}, "tokens"),
+        ("train", {"batch": 0}, "batch"),
+        ("train", "none", "train"),
+        ("cache", {"digest": "abc", "spec": CACHE["spec"] | {"d_model": 10**9}}, "d_model"),
+        ("cache", {"digest": 3, "spec": CACHE["spec"]}, "digest"),
+        ("machine", "[" * 200_000, None),
+    ],
+)
+def test_values_that_cannot_be_are_one_line(tmp_path: Path, field: str, value: Any, said: str | None) -> None:
+    """Behind a right checksum, as written by hand; and brackets without end."""
+    run = new_run(tmp_path / "r")
+    stored = dict(run.config.stored)
+    stored[field] = TRAIN | value if field == "train" and isinstance(value, dict) else value
+    content = json.dumps(seal(stored))
+    run.config_path.write_text(content if said else content.replace('"' + "[" * 200_000 + '"', "[" * 200_000))
+    with pytest.raises(UserError, match=rf"{said}" if said else "config.json"):
+        Run.open(run.path)
+
+
+def test_a_config_is_read_once(tmp_path: Path) -> None:
+    run = Run.open(new_run(tmp_path / "r").path)
+    run.config_path.unlink()
+    assert run.snapshots() == [] and run.belongs(Site(1), "final")["digest"] == run.config.digest
 
 
 def test_a_layer_has_one_owner(tmp_path: Path) -> None:
@@ -328,19 +364,19 @@ def test_a_link_in_a_run_of_somebody_else_is_left_alone(tmp_path: Path, name: st
 def test_metrics_after_the_cursor_are_dropped(tmp_path: Path) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
-        run.append_metrics(Site(2), {"step": step})
+        run.append_metrics(Site(2), Point(step=step, tokens=step))
     with run.metrics_path(Site(2)).open("a") as file:
         file.write('{"step": 40, "lo')  # a crash in the middle of a line
-    assert run.metrics(Site(2)) == [{"step": 10}, {"step": 20}, {"step": 30}]
+    assert curve_of(run, Site(2)) == [{"step": step, "tokens": step} for step in (10, 20, 30)]
     run.rewind_metrics(Site(2), 20)
-    assert run.metrics(Site(2)) == [{"step": 10}, {"step": 20}]
+    assert curve_of(run, Site(2)) == [{"step": step, "tokens": step} for step in (10, 20)]
     assert not list(run.path.rglob("*.tmp"))
 
 
 def test_a_rewind_that_is_interrupted_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
-        run.append_metrics(Site(2), {"step": step})
+        run.append_metrics(Site(2), Point(step=step, tokens=step))
     before = run.metrics_path(Site(2)).read_bytes()
 
     def interrupted(*_: object) -> None:
@@ -355,12 +391,12 @@ def test_a_rewind_that_is_interrupted_loses_nothing(tmp_path: Path, monkeypatch:
 def test_a_damaged_line_of_the_curve_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = new_run(tmp_path / "r")
     for step in (10, 20, 30):
-        run.append_metrics(Site(2), {"step": step, "l0": 1.5})
+        run.append_metrics(Site(2), Point(step=step, tokens=step, l0=1.5))
     run.metrics_path(Site(2)).write_bytes(run.metrics_path(Site(2)).read_bytes().replace(b'20, "l0": 1', b'20, "l0": 7'))
     with pytest.raises(UserError, match=r"line 2 of .*layer02.jsonl is damaged"):
-        run.metrics(Site(2))
+        curve_of(run, Site(2))
     run.rewind_metrics(Site(2), 30)
-    assert [r["step"] for r in run.metrics(Site(2))] == [10, 30]
+    assert [r["step"] for r in curve_of(run, Site(2))] == [10, 30]
     assert "line 2 of" in capsys.readouterr().err
 
 
@@ -435,7 +471,7 @@ def test_a_file_is_durable_before_it_takes_its_place(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda a, b: (b.suffix != ".tmp" and calls.append("replace")) or replace(a, b))
     sae().save(run.snapshot_path(Site(1), "final"))
     assert calls == ["sae_layer01_final.pt.tmp", "replace", "r"]
-    run.append_metrics(Site(1), {"step": 7})
+    run.append_metrics(Site(1), Point(step=7, tokens=7))
     calls.clear()
     run.save_state(Site(1), {"a": torch.zeros(3)}, {"step": 7})
     assert calls == ["layer01.jsonl", "metrics", "r", "state.safetensors", "replace", "layer01", "state", "r"]
@@ -452,8 +488,7 @@ def test_half_a_state_left_by_a_kill_is_dropped_with_the_rest(tmp_path: Path) ->
 
 
 def test_a_run_from_before_an_option_was_there_is_one_without_it(tmp_path: Path) -> None:
-    cache = {"digest": "0" * 64, "spec": {}}
-    before = {"tokens": 600, "lr": 3e-4, "order": "slices"}
+    cache, before = CACHE, TRAIN | {"order": "slices"}
     now = before | {"skip_positions": 0, "max_norm": None}
     assert run_config(now, cache) == run_config(before, cache)
     assert run_config(now | {"skip_positions": 1}, cache)["digest"] != run_config(before, cache)["digest"]

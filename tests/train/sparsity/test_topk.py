@@ -17,7 +17,7 @@ from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.kernels.cpu import load_native
 from residual_saes.train.sparsity.base import Unfused
 from residual_saes.train.sparsity.topk import TopK
-from tests.conftest import TRAIN_ARGS, Cli
+from tests.conftest import TRAIN_ARGS, Cli, curve_of
 
 
 def test_a_token_keeps_its_largest() -> None:
@@ -54,10 +54,10 @@ def test_topk_is_trained_evaluated_shown_and_exported(cli: Cli, cache_path: Path
         == 0
     )
     (run,) = map(Run, (tmp_path / "runs").iterdir())
-    config = run.config()
+    config = run.config.stored
     assert run.name.endswith("x4-topk-12") and config["train"]["l1"] == {"kind": "topk", "k": 12}
     assert run_config(config["train"], config["cache"])["digest"] == config["digest"]
-    assert {record["l0"] for record in run.metrics(Site(1))} == {12.0}
+    assert {record["l0"] for record in curve_of(run, Site(1))} == {12.0}
 
     saved = Sae.load(run.snapshot_path(Site(1), "final"))
     x = torch.empty(cache.spec.block_rows, cache.spec.d_model, dtype=torch.float16)
