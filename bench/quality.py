@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from residual_saes.eval.measure.heldout import heldout_tokens
 from residual_saes.eval.measure.splice import SplicedModel
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.identity import harvested_model
-from residual_saes.shared.presets import get_preset
+from residual_saes.shared.presets import PRESETS
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 from residual_saes.shared.units import parse_count
@@ -40,6 +40,8 @@ from residual_saes.train.loader import ActivationLoader, LoaderConfig
 NAME, PICTURE = "quality.json", ROOT / "docs" / "images" / "quality.png"
 SCRATCH = ROOT / "build" / "bench" / "quality"
 CPU = torch.device("cpu")
+# The demo's model and text, at the batch and rate that all take part at.
+DEMO = replace(PRESETS["demo"], tokens=960_000, holdout_tokens=64_000, batch=1024, lr=3e-3, lr_warmup=100)
 Point = dict[str, Any]
 
 # Who takes part. Ours with options of `rsae train`, among which --l1 may take the place of the λs; theirs with their names
@@ -167,7 +169,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
     """The batches that `rsae train --preset demo` has, float16 [steps, batch, d]."""
-    p = get_preset("demo")
+    p = DEMO
     config = LoaderConfig(batch=p.batch, window_blocks=p.window_blocks, threads=2, seed=seed)
     shape = (steps, p.batch, cache.spec.d_model)
     out = np.lib.format.open_memmap(path, "w+", np.float16, shape)
@@ -179,6 +181,7 @@ def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
 def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, options: tuple[str, ...]) -> list[Sae]:
     folder = SCRATCH / "runs"
     command = [sys.executable, "-m", "train", "--preset", "demo", "--cache", str(cache.path), "--runs", str(folder)]
+    command += ["--batch", str(DEMO.batch), "--lr", str(DEMO.lr), "--lr-warmup", str(DEMO.lr_warmup)]
     command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32", "--device", "cpu"]
     subprocess.run([*command, "--l1", lambdas, *options], cwd=ROOT, check=True)
     saes = [Sae.load(path) for path in sorted(folder.glob(f"*/sae_layer{layer:02d}_final.pt"))]
@@ -187,7 +190,7 @@ def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, o
 
 
 def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: int, lambdas: str) -> list[Sae]:
-    p, out = get_preset("demo"), SCRATCH / worker
+    p, out = DEMO, SCRATCH / worker
     out.mkdir()
     job = {"batches": str(batches), "out": str(out), "features": features, "lr": p.lr, "warmup": p.lr_warmup, "seed": seed}
     command = [str(environment(peer)), "-m", "bench.workers.quality", worker, json.dumps(job), *lambdas.split(",")]
@@ -220,7 +223,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/images/quality.png.")
 def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str, publish: bool) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
-    cache, p = Cache.open(path.resolve()), get_preset("demo")
+    cache, p = Cache.open(path.resolve()), DEMO
     trained, features = parse_count(tokens) // p.batch * p.batch, p.expansion * cache.spec.d_model
     results = (RESULTS if publish else UNPUBLISHED) / NAME
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +256,7 @@ def _train(who: str, cache: Cache, layer: int, seed: int, tokens: int, features:
         return train_ours(cache, layer, seed, tokens, lambdas, OURS[who])
     batches = SCRATCH / "batches.npy"
     if not batches.exists():
-        dump(cache, layer, seed, tokens // get_preset("demo").batch, batches)
+        dump(cache, layer, seed, tokens // DEMO.batch, batches)
     worker, folder = (THEIRS | AUTOGRAD)[who]
     peer = next(peer for peer in STEPS if peer.environment == folder)
     start = seed * 1000 + layer if who in AUTOGRAD else seed  # as ours is drawn

@@ -94,6 +94,8 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
 def find_checkpoints(places: tuple[Path, ...], config: ExportConfig) -> list[Checkpoint]:
     """What there is of the wanted layers and snapshot; of a file that is named, itself. Raises UserError if it is nothing, or
     a wanted layer is nowhere."""
+    if absent := [place for place in places if not place.exists()]:
+        raise UserError(f"there is no {absent[0]}: name runs, folders or .pt files with --runs")
     found = [c for place in places for c in _found_at(place, config) if config.layers is None or c.site in config.layers]
     missing = set(config.layers or ()) - {c.site for c in found}
     if missing or not found:

@@ -71,7 +71,7 @@ def test_the_file_for_the_others_holds_the_batches_that_ours_are_trained_on(
 
     monkeypatch.setattr(TrainingSae, "begin", seen)
     where = ("--preset", "demo", "--cache", cache.path, "--runs", tmp_path, "--layers", 1, "--seed", 1, "--device", "cpu")
-    assert cli("train", *where, "--l1", "1e-2", "--expansion", 1).code == 0
+    assert cli("train", *where, "--l1", "1e-2", "--expansion", 1, "--batch", 1024).code == 0
     dump(cache, 1, 1, 20, tmp_path / "batches.npy")
     theirs = np.load(tmp_path / "batches.npy")
     assert theirs.shape == (20, 1024, 32)

@@ -394,7 +394,7 @@ def test_bad_input(cli: Cli, runs_path: Path, tmp_path: Path) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--to", "neuronpedia", *out), "Invalid value for '--to'"),
         (("--to", "saelens"), "Missing option '--out'"),
-        (("--to", "saelens", "--runs", tmp_path / "none", *out), "there is no 'final' snapshot in"),
+        (("--to", "saelens", "--runs", tmp_path / "none", *out), "/none: name runs, folders or .pt files with --runs"),
         (("--to", "saelens", "--runs", run, "--layers", "1,7", *out), "there is no 'final' snapshot of layers 7 in"),
         (("--to", "saelens", "--runs", run, "--snapshot", "1B", *out), "there is no '1B' snapshot in"),
         (("--to", "saelens", "--runs", run, "--runs", run, *out), "two SAEs would be written to"),
