@@ -3,6 +3,7 @@ crashes included."""
 
 import contextlib
 import ctypes
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,29 +13,40 @@ from typing import Any, Literal
 
 import click
 
+from residual_saes.shared.cli import option
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.stores import Location
+from residual_saes.shared.units import parse_bytes
 
 Stage = Literal["plan", "harvest", "free", "train", "runs", "eval", "report"]
 _LOOK = 0.5  # seconds between looks at whether it is to stop
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 
 
+def _words(text: str) -> tuple[str, ...]:
+    """Options as a shell would part them. Raises UserError."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{text!r} are no options: {error}") from None
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class JobConfig:
     """What is wanted, and what is passed on to the commands."""
 
-    disk: int  # bytes that cache and runs may take together
+    disk: int = option("What cache and runs may take together, such as 4TB.", type=parse_bytes, required=True)
     cache: Location
     runs: Location
     preset: str
-    l1: str
-    expansion: int
-    layers: str | None = None
+    l1: str = option("Settings, as `rsae train` takes them.")
+    expansion: int = option("Features per dimension.", type=click.IntRange(1, 1 << 16))
+    layers: str | None = option("Layers, such as 0-23 or 3,7 [default: all].", None)
     device: str | None = None
-    harvest_options: tuple[str, ...] = ()
-    train_options: tuple[str, ...] = ()
-    eval_options: tuple[str, ...] = ()
+    harvest: tuple[str, ...] = option('More options of a command, as "--tokens 100M".', (), type=_words)
+    train: tuple[str, ...] = option("More options of `rsae train`.", (), type=_words)
+    eval: tuple[str, ...] = option("More options of `rsae eval`.", (), type=_words)
 
     def command(self, stage: Stage, layers: Sequence[Site] = ()) -> tuple[str, ...]:
         """A stage of these layers, as `python -m` takes it. The plan, which names them, is of those that the user wants."""
@@ -44,13 +56,13 @@ class JobConfig:
         device = ("--device", self.device) if self.device else ()
         trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
         stages: dict[Stage, tuple[str, ...]] = {
-            "plan": ("harvest", "plan", "--json", *where, *wanted, *self.harvest_options),
-            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest_options),
+            "plan": ("harvest", "plan", "--json", *where, *wanted, *self.harvest),
+            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest),
             "free": ("harvest", "free", *where, *named, "--yes"),
-            "train": ("train", *where, *named, *device, *trained, *self.train_options),
-            "runs": ("train", *where, *named, *device, *trained, *self.train_options, "--list"),
-            "eval": ("eval", "run", *where, "--runs", str(self.runs), "--numbers-only", *device, *self.eval_options),
-            "report": ("eval", "run", *where, "--runs", str(self.runs), *device, *self.eval_options),
+            "train": ("train", *where, *named, *device, *trained, *self.train),
+            "runs": ("train", *where, *named, *device, *trained, *self.train, "--list"),
+            "eval": ("eval", "run", *where, "--runs", str(self.runs), "--numbers-only", *device, *self.eval),
+            "report": ("eval", "run", *where, "--runs", str(self.runs), *device, *self.eval),
         }
         return ("residual_saes", *stages[stage])
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field
 from functools import reduce
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
@@ -124,7 +125,9 @@ def option(help: str, default: Any = MISSING, *, preset: bool = False, **how: An
     Without a default the field must be given, and the option may be: what it leaves open is filled in by the command. With
     `preset` the option leaves it open, too, though the field has a default.
     """
-    own = None if preset or default is MISSING else default
+    if isinstance(how.get("type"), FunctionType):
+        how.setdefault("metavar", "TEXT")  # else click shows the function's name
+    own = None if preset or default is MISSING or default == () else default
     shown: bool | str = "by preset, or by model and cache" if preset else own is not None and not how.get("is_flag")
     how |= {"help": help, "default": own, "show_default": shown}
     return field(default=default, metadata={_OPTION: how}) if default is not MISSING else field(metadata={_OPTION: how})

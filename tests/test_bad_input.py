@@ -232,7 +232,7 @@ def test_a_job_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
     args = ("--preset", "demo", "--cache", tmp_path / "c", "--runs", tmp_path / "r")
     refused(cli("fleet", "job", *args, "--disk", "much"), "'much' is not an amount of bytes")
     refused(cli("fleet", "job", *args, "--disk", "4TB", "--preset", "gpt-5"), "unknown preset 'gpt-5'")
-    refused(cli("fleet", "plan", *args, "--disk", "4TB", "--train", "--lr '1"), "--train: No closing quotation")
+    refused(cli("fleet", "plan", *args, "--disk", "4TB", "--train", "--lr '1"), "no options: No closing quotation")
     refused(cli("fleet", "job", *args), "Missing option '--disk'")
     for place in ("--cache", "--runs"):
         for command in ("job", "plan"):

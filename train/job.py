@@ -169,7 +169,7 @@ class SaeJob:
         }
         # The machine, too: the run may have been begun on another one.
         about = self._target.fields() | {"layer": self._site.json, "snapshot": label, "machine": machine(self._options.device)}
-        config = self._run.config.stored | about
+        config = self._run.config.portable | about
         path = self._run.snapshot_path(self._site, label)
         tensors = self.sae.snapshot(config, stats, self._control.thresholds(self.sae.own)).tensors()
 

@@ -32,9 +32,8 @@ def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, .
     """
     for plan in plans:
         _require_trainable(cache, sites, plan, options)
-    identity, config = cache_identity(cache), plans[0].config
-    runs = run_folders(name, plans, options)
-    wanted = list(zip(runs, [_run_config(plan, identity) for plan in plans], strict=True))
+    runs, config = run_folders(name, plans, options), plans[0].config
+    wanted = [(run, _run_config(plan, cache_identity(cache, run.path))) for run, plan in zip(runs, plans, strict=True)]
     if options.mirror is not None:
         options.mirror.prepare()
     for run, stored in wanted:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from residual_saes.eval.measure.metrics import finite
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
 from residual_saes.eval.measure.runs import Skipped, find_runs
 from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import Number, option
 from residual_saes.shared.device import announce, device_kind
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, sync_dir
@@ -46,6 +48,7 @@ from residual_saes.shared.seal import canonical
 from residual_saes.shared.sites import format_sites
 from residual_saes.shared.stop import finishing
 from residual_saes.shared.temporaries import remove_leftovers
+from residual_saes.shared.units import parse_count
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -54,12 +57,12 @@ class DistillOptions:
 
     runs: Path  # gets distilled.json, and the states of unfinished students under distilling/
     widths: tuple[int, ...]
-    seeds: int  # 0 … seeds − 1
-    eval_tokens: int
+    seeds: int = option("Students of each width.", 3, type=click.IntRange(1, 1000))
+    eval_tokens: int = option("Held-out tokens to measure floors on [default: all].", type=parse_count)
     device: torch.device
     model: str | None = None  # where the language model lies, if not where the cache says
-    alive_above: float = ALIVE_ABOVE
-    save_minutes: float = 5.0
+    alive_above: float = option("Density.", ALIVE_ABOVE, type=Number(0, 1))
+    save_minutes: float = option("Between resume states.", 5.0, type=Number(0))
 
 
 def distill(cache: Cache, config: DistillConfig, options: DistillOptions, skipped: Skipped) -> Experiment:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import Number, option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir
 from residual_saes.shared.lm import widen
 from residual_saes.shared.progress import say
 from residual_saes.shared.seal import load_sealed, save_sealed
 from residual_saes.shared.shuffle import text_order
+from residual_saes.shared.units import parse_count
 
 FAMILIES = ("gpt_neox", "gpt2")  # whose heads, keys and values have one width
 _LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}  # values of a matrix of logits held at once; on a CPU they stay near its caches
@@ -43,9 +46,9 @@ _WARMUP = 1 / 20  # of the steps
 class DistillConfig:
     """What students depend on beside width, seed and cache."""
 
-    tokens: int  # each is trained on
-    batch: int = 32  # sequences in a step
-    lr: float = 2e-3
+    tokens: int = option("Tokens that each student is trained on [default: all but the held-out ones, once].", type=parse_count)
+    batch: int = option("Sequences in a step.", 32, type=click.IntRange(1, 1 << 20))
+    lr: float = option("AdamW's peak learning rate.", 2e-3, type=Number(0, 1, min_open=True))
     weight_decay: float = 0.01
     beta2: float = 0.95
     clip_norm: float = 1.0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import torch
 
 from residual_saes.eval.measure.features import features_path, save_features
@@ -19,12 +20,13 @@ from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.measure.splice import SplicedModel, constant, only, through
 from residual_saes.eval.measure.store import Results
 from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import option
 from residual_saes.shared.device import announce, fitting
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.identity import harvested_model
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.rows import ALL, Rows
-from residual_saes.shared.runs.run import Run, Snapshot
+from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
@@ -37,6 +39,7 @@ class EvalConfig(Basis):
 
     device: torch.device
     model: str | None = None  # where the language model lies, if not where the cache says
+    snapshots: str = option("Which of each layer's snapshots.", "all", preset=True, type=click.Choice(["all", FINAL]))
 
 
 def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Result]]:
@@ -57,7 +60,12 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
             remove_leftovers(run.path / folder)
         with skipped.leaving_out():
             stores[run.name] = Results(run)
-    missing = [(results, s) for results in stores.values() for s in results.missing(config, skipped)]
+    missing = [
+        (results, s)
+        for results in stores.values()
+        for s in results.missing(config, skipped)
+        if config.snapshots in ("all", s.label)
+    ]
     gone = {s.site for _, s in missing} - set(cache.sites)
     if gone:  # as planned where layers are harvested, trained and deleted in turn
         say(f"layers {format_sites(gone)} are not in {cache.path}: what was measured of them before is kept", err=True)

@@ -12,14 +12,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import click
+
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE
+from residual_saes.shared.cli import Number, option
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.run import FINAL
 from residual_saes.shared.sites import Site
 from residual_saes.shared.typed import read
+from residual_saes.shared.units import parse_count
 
 DEAD_AT = 1e-5  # density
-Number = float | None
+Value = float | None
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -30,7 +34,7 @@ class Subject:
     site: Site = field(metadata={"key": "layer"})
     snapshot: str  # label
     trained_tokens: int
-    l1_weight: Number = field(default=None, metadata={"key": "lambda"})
+    l1_weight: Value = field(default=None, metadata={"key": "lambda"})
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -38,14 +42,14 @@ class Sparsity:
     """How often features fire."""
 
     tokens: int  # activations that were counted
-    l0: Number = None  # ⟨number of z_i > 0⟩; SAEBench
-    l1: Number = None  # ⟨Σ z_i⟩; SAEBench
-    dead_share: Number = None  # share of features with f_i ≤ 1e-5 (or --dead-at; 0 is "never fired")
-    frac_alive: Number = None  # share of features that fired at all; SAEBench
-    freq_over_1_percent: Number = None  # share of features with f_i > 0.01; SAEBench
-    freq_over_10_percent: Number = None
-    normalized_freq_over_1_percent: Number = None  # share of Σ f_i that is theirs; SAEBench
-    normalized_freq_over_10_percent: Number = None
+    l0: Value = None  # ⟨number of z_i > 0⟩; SAEBench
+    l1: Value = None  # ⟨Σ z_i⟩; SAEBench
+    dead_share: Value = None  # share of features with f_i ≤ 1e-5 (or --dead-at; 0 is "never fired")
+    frac_alive: Value = None  # share of features that fired at all; SAEBench
+    freq_over_1_percent: Value = None  # share of features with f_i > 0.01; SAEBench
+    freq_over_10_percent: Value = None
+    normalized_freq_over_1_percent: Value = None  # share of Σ f_i that is theirs; SAEBench
+    normalized_freq_over_10_percent: Value = None
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -53,31 +57,31 @@ class Reconstruction:
     """How near x̂ comes to x. P projects away from the three largest principal directions: a few directions and first positions
     hold most of a residual stream's variance (Sun et al., arXiv:2402.17762), and both flatter FVU."""
 
-    mse: Number = None  # ⟨‖r‖²⟩ / d. SAEBench's own is ⟨‖r‖²⟩ over the number of tokens in a batch
-    fvu: Number = None  # Σ‖r‖² / Σ‖x − ⟨x⟩‖²
-    fvu_uncentred: Number = None  # Σ‖r‖² / Σ‖x‖², about zero, as some write it: smaller where x has a mean
-    fvu_without_first: Number = None  # FVU over all positions of a context but the first, about their own mean
-    fvu_without_top3: Number = None  # Σ‖Pr‖² / Σ‖P(x − ⟨x⟩)‖²
-    top3_variance: Number = None  # share of variance in those three directions
-    explained_variance: Number = None  # 1 − FVU. SAEBench's means this, and takes ⟨x²⟩ where ⟨x⟩ belongs
-    explained_variance_legacy: Number = None  # ⟨1 − ‖r‖² / ‖x − m‖²⟩, m the mean of a batch, here a block; SAEBench's earlier
-    cosine: Number = None  # ⟨cos(x̂, x)⟩
-    cossim: Number = None  # the same; SAEBench
-    l2_norm_in: Number = None  # ⟨‖x‖⟩; SAEBench
-    l2_norm_out: Number = None  # ⟨‖x̂‖⟩; SAEBench
-    l2_ratio: Number = None  # ⟨‖x̂‖ / ‖x‖⟩; SAEBench
-    relative_reconstruction_bias: Number = None  # ⟨‖x̂‖²⟩ / ⟨x·x̂⟩: Rajamanoharan et al., arXiv:2404.16014, eq. 10; SAEBench
+    mse: Value = None  # ⟨‖r‖²⟩ / d. SAEBench's own is ⟨‖r‖²⟩ over the number of tokens in a batch
+    fvu: Value = None  # Σ‖r‖² / Σ‖x − ⟨x⟩‖²
+    fvu_uncentred: Value = None  # Σ‖r‖² / Σ‖x‖², about zero, as some write it: smaller where x has a mean
+    fvu_without_first: Value = None  # FVU over all positions of a context but the first, about their own mean
+    fvu_without_top3: Value = None  # Σ‖Pr‖² / Σ‖P(x − ⟨x⟩)‖²
+    top3_variance: Value = None  # share of variance in those three directions
+    explained_variance: Value = None  # 1 − FVU. SAEBench's means this, and takes ⟨x²⟩ where ⟨x⟩ belongs
+    explained_variance_legacy: Value = None  # ⟨1 − ‖r‖² / ‖x − m‖²⟩, m the mean of a batch, here a block; SAEBench's earlier
+    cosine: Value = None  # ⟨cos(x̂, x)⟩
+    cossim: Value = None  # the same; SAEBench
+    l2_norm_in: Value = None  # ⟨‖x‖⟩; SAEBench
+    l2_norm_out: Value = None  # ⟨‖x̂‖⟩; SAEBench
+    l2_ratio: Value = None  # ⟨‖x̂‖ / ‖x‖⟩; SAEBench
+    relative_reconstruction_bias: Value = None  # ⟨‖x̂‖²⟩ / ⟨x·x̂⟩: Rajamanoharan et al., arXiv:2404.16014, eq. 10; SAEBench
 
 
 @dataclass(kw_only=True, frozen=True)
 class Weights:
     """How alike the rows of the weights are."""
 
-    max_decoder_cosine_sim: Number = None  # largest cosine of two decoder rows
-    average_max_decoder_cosine_sim: Number = None  # mean over i of the largest cosine of row i to another; SAEBench
-    average_max_encoder_cosine_sim: Number = None  # the same of encoder rows; SAEBench
-    average_encoder_decoder_cosine_sim: Number = None  # mean over i of cos(encoder row i, decoder row i); SAEBench: by feature
-    average_max_encoder_decoder_cosine_sim: Number = None  # mean over i of the largest cosine of encoder row i to a decoder row
+    max_decoder_cosine_sim: Value = None  # largest cosine of two decoder rows
+    average_max_decoder_cosine_sim: Value = None  # mean over i of the largest cosine of row i to another; SAEBench
+    average_max_encoder_cosine_sim: Value = None  # the same of encoder rows; SAEBench
+    average_encoder_decoder_cosine_sim: Value = None  # mean over i of cos(encoder row i, decoder row i); SAEBench: by feature
+    average_max_encoder_decoder_cosine_sim: Value = None  # mean over i of the largest cosine of encoder row i to a decoder row
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -85,10 +89,10 @@ class Predicted:
     """Predicted loss floors and what they are made from: see predicted.py."""
 
     alive: int | None = None  # features with f_i > 1e-5 (or --alive-above): F of the prediction
-    alpha: Number = None
-    capacity: Number = None
-    critical_width: Number = None
-    floors: Mapping[int, Number] = field(default_factory=dict)  # {student width: L*}; "floor_<width>" in JSON
+    alpha: Value = None
+    capacity: Value = None
+    critical_width: Value = None
+    floors: Mapping[int, Value] = field(default_factory=dict)  # {student width: L*}; "floor_<width>" in JSON
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -100,29 +104,29 @@ class Metrics(Predicted, Weights, Reconstruction, Sparsity):
 class Losses:
     """From the language model with the layer's output replaced by x̂ (splice.py), in nats a token."""
 
-    ce: Number = None  # cross-entropy of the model as it is
-    ce_spliced: Number = None
-    ce_zero: Number = None  # with zeros in place of the output
-    ce_mean_ablation: Number = None  # with ⟨x⟩ in place of the output
-    ce_recovered: Number = None  # (ablated − spliced) / (ablated − ce); ablated is ce_zero, or with --ablation mean the other
-    ce_loss_without_sae: Number = None  # ce; SAEBench
-    ce_loss_with_sae: Number = None  # ce_spliced; SAEBench
-    ce_loss_with_ablation: Number = None  # ce_zero; SAEBench
-    ce_loss_score: Number = None  # ce_recovered, always against zeros; SAEBench
-    kl_div_with_sae: Number = None  # KL(model ‖ spliced) over all positions; SAEBench
-    kl_div_with_ablation: Number = None  # KL(model ‖ with zeros); SAEBench
-    kl_div_score: Number = None  # 1 − kl_div_with_sae / kl_div_with_ablation; SAEBench
+    ce: Value = None  # cross-entropy of the model as it is
+    ce_spliced: Value = None
+    ce_zero: Value = None  # with zeros in place of the output
+    ce_mean_ablation: Value = None  # with ⟨x⟩ in place of the output
+    ce_recovered: Value = None  # (ablated − spliced) / (ablated − ce); ablated is ce_zero, or with --ablation mean the other
+    ce_loss_without_sae: Value = None  # ce; SAEBench
+    ce_loss_with_sae: Value = None  # ce_spliced; SAEBench
+    ce_loss_with_ablation: Value = None  # ce_zero; SAEBench
+    ce_loss_score: Value = None  # ce_recovered, always against zeros; SAEBench
+    kl_div_with_sae: Value = None  # KL(model ‖ spliced) over all positions; SAEBench
+    kl_div_with_ablation: Value = None  # KL(model ‖ with zeros); SAEBench
+    kl_div_score: Value = None  # 1 − kl_div_with_sae / kl_div_with_ablation; SAEBench
 
 
 @dataclass(kw_only=True, frozen=True)
 class Basis:
     """The amount of held-out text, and the definitions: what another measurement must agree in to be the same."""
 
-    eval_tokens: int
-    ce_tokens: int
-    dead_at: float = DEAD_AT
-    alive_above: float = ALIVE_ABOVE
-    ablation: str = "zero"  # or "mean"
+    eval_tokens: int = option("Held-out activations to measure reconstruction on [default: all].", type=parse_count)
+    ce_tokens: int = option("Held-out tokens to measure the language model's loss on.", type=parse_count)
+    dead_at: float = option("Dead: density up to this.", DEAD_AT, type=Number(0, 1))
+    alive_above: float = option("Alive, for floors: density above.", ALIVE_ABOVE, type=Number(0, 1))
+    ablation: str = option("CE recovered is against this.", "zero", type=click.Choice(["zero", "mean"]))
 
     @property
     def basis(self) -> tuple[int, int, float, float, str]:
@@ -148,7 +152,7 @@ class Result(Basis, Losses, Metrics, Subject, Record):
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
-        floors = read(dict[int, Number], {k.removeprefix("floor_"): stored[k] for k in stored if k.startswith("floor_")})
+        floors = read(dict[int, Value], {k.removeprefix("floor_"): stored[k] for k in stored if k.startswith("floor_")})
         return dataclasses.replace(super().from_dict(stored, name), floors=floors)
 
 

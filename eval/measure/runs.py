@@ -8,6 +8,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
+from residual_saes.shared.stores import Location
 
 
 class Skipped:
@@ -35,6 +36,12 @@ def runs_in(folder: Path) -> list[Run]:
     if not folders:
         raise UserError(f"no runs in {folder}: train one with `make train` or `rsae train`")
     return list(map(Run, folders))
+
+
+def cache_places(folder: Path) -> list[Location]:
+    """Where the caches of these runs lie: of those that the runs name, the ones that are there."""
+    places = {run.cache_place for run in runs_in(folder)}
+    return sorted((place for place in places if place is not None and Cache.exists(place)), key=str)
 
 
 def find_runs(folder: Path, cache: Cache, skipped: Skipped) -> list[Run]:

@@ -15,6 +15,7 @@ from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.pages import features, files
 from residual_saes.eval.pages.spell import spell
 from residual_saes.shared.cache import Cache
+from residual_saes.shared.cli import option
 from residual_saes.shared.device import announce, fitting
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir
@@ -23,7 +24,8 @@ from residual_saes.shared.lm import Unembedding, load_model, load_tokenizer
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.sites import Site, format_sites, parse_sites
+from residual_saes.shared.units import parse_count
 
 _TEXT_CHUNK = 1 << 16  # tokens in a file, or one context
 _IN_CHUNKS = (
@@ -38,9 +40,9 @@ class PagesConfig:
 
     device: torch.device
     out: Path
-    tokens: int  # held-out ones, rounded down to whole contexts
-    snapshot: str = FINAL
-    layers: tuple[Site, ...] | None = None  # None: all there are
+    tokens: int = option("Held-out tokens to look at, in whole contexts [default: all].", type=parse_count)
+    snapshot: str = option("Which of each layer's snapshots.", FINAL)
+    layers: tuple[Site, ...] | None = option("Such as 0-5,12 [default: all there are].", None, type=parse_sites)
     model: str | None = None  # where the language model lies, if not where the cache says
 
 

@@ -77,7 +77,7 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     spec = config["cache"]["spec"]
     in_folders = {"model": not spec["model_commit"], "dataset": str(spec["dataset_revision"]).startswith("sha256:")}
     named = {key: PurePath(spec[key]).name or key for key, local in in_folders.items() if local}
-    cache = config["cache"] | {"spec": spec | named}
+    cache = {key: value for key, value in config["cache"].items() if key != "place"} | {"spec": spec | named}
     return {key: value if key == "train" else _cut(value) for key, value in (config | {"cache": cache}).items()}
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
 from residual_saes.eval.measure.features import measured_features
 from residual_saes.eval.publish.formats import FORMS, Files, Origin, Source
+from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
 from residual_saes.shared.identity import unpin
@@ -20,7 +22,7 @@ from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL, parse_json
-from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -30,11 +32,11 @@ _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.b
 class ExportConfig:
     """What to export, and what the checkpoints do not say."""
 
-    form: str  # a key of FORMS
-    out: Path
-    layers: tuple[Site, ...] | None = None  # None: all there are
-    snapshot: str = FINAL
-    model: str | None = None  # the language model's name, where a checkpoint does not know it or knows it by another
+    to: str = option("The tool that is to load them.", type=click.Choice(list(FORMS)), required=True)
+    out: Path = option("Gets <run>/layer_<N> for each SAE.", type=click.Path(path_type=Path), required=True)
+    layers: tuple[Site, ...] | None = option("Such as 0-5,12 [default: all there are].", None, type=parse_sites)
+    snapshot: str = option("Which of each layer's snapshots.", FINAL)
+    model: str | None = option("Name of the language model [default: the run's, if it is a name and not a folder].", None)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -77,14 +79,14 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
                 sae, origin = open_checkpoint(checkpoint, config)
                 without_name |= origin.model is None
                 without_density |= origin.log10_density is None
-                publish_folder(target, FORMS[config.form](sae, origin))
+                publish_folder(target, FORMS[config.to](sae, origin))
             except UserError as error:
                 failed += 1
                 say(f"left out: {error}", err=True)
             progress.advance(1, str(checkpoint.folder))
     if without_name:
         say("the language model's name is left out where only its folder is known: give it with --model", err=True)
-    if config.form == "saelens" and without_density:
+    if config.to == "saelens" and without_density:
         say("sparsity.safetensors is left out where `rsae eval` has not measured how often features fire", err=True)
     if failed:
         raise UserError(f"{failed} of {len(found)} SAEs are left out, as said above; the others are in {config.out}")
@@ -150,7 +152,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     with checkpoint.path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     measured = None
-    if checkpoint.run and config.form == "saelens":
+    if checkpoint.run and config.to == "saelens":
         measured = measured_features(checkpoint.run, checkpoint.site, checkpoint.label, sae.stats[SEAL])
     spec = RunConfig.of(sae.config, checkpoint.path).cache.spec if sae.config else None
     origin = Origin(

@@ -26,6 +26,7 @@ from residual_saes.eval.publish.contents import PublishedForm, check, published_
 from residual_saes.eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
 from residual_saes.eval.publish.formats import saelens
 from residual_saes.eval.publish.license import require_license, require_valid
+from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import writing
 from residual_saes.shared.progress import Progress, say
@@ -42,10 +43,10 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 class PublishConfig:
     """Where to, and how it is seen there."""
 
-    to: str  # owner, for repositories named as the runs; or owner/name for one run
-    license: str
-    public: bool = False
-    dry_run: bool = False
+    to: str = option("On the hub: who owns it (repositories are named as the runs), or owner/name.", required=True)
+    public: bool = option("For everybody to see, if it is new [default: private].", False, is_flag=True)
+    license: str = option("Of the SAEs, as the hub names it.", Publication().license)
+    dry_run: bool = option("Prepare everything and list files and sizes, but send nothing.", False, is_flag=True)
 
     def publication(self) -> Publication:
         """Raises UserError for what is no name on the hub."""
@@ -93,7 +94,7 @@ def prepare(run: Run, publication: Publication) -> None:
     stored.tabulate()  # the .csv has no checksum
     remove_leftovers(run.path)
     measured = measured_floors(run.path.parent, run.config.cache.digest)
-    config = ExportConfig(form="saelens", out=run.path)
+    config = ExportConfig(to="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
         for snapshot in finals:
             checkpoint = Checkpoint(path=snapshot.path, site=snapshot.site, label=snapshot.label, run=run)

@@ -73,6 +73,7 @@ class CacheIdentity:
 
     digest: str
     spec: CacheSpec
+    place: str = ""  # advice: where it lay, as a path from the run's folder
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -92,6 +93,11 @@ class RunConfig(Record):
             return read(cls, stored)
         except ValueError as error:
             raise UserError(f"{path} is not of a run that can be: {error}; restore it or use another --runs folder") from None
+
+    @property
+    def portable(self) -> dict[str, Any]:
+        """As a checkpoint repeats it, which may go anywhere: without the cache's place."""
+        return self.stored | {"cache": {k: v for k, v in self.stored["cache"].items() if k != "place"}}
 
     @property
     def reading(self) -> Reading:

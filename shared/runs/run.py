@@ -36,7 +36,7 @@ from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.seal import canonical, load_sealed, parse_json, save_sealed, seal, sealed, unsealed
 from residual_saes.shared.sites import Site
-from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.stores import Location, open_store, parse_location
 from residual_saes.shared.stores.mirror import Mirror
 from residual_saes.shared.temporaries import remove, remove_leftovers
 from residual_saes.shared.units import format_count
@@ -53,9 +53,11 @@ _ADDED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def cache_identity(cache: Cache) -> dict[str, Any]:
-    """A cache as a run remembers it: the digest that settles whether it is the same, and the spec that says what differs."""
-    return {"digest": cache.digest, "spec": dataclasses.asdict(cache.spec)}
+def cache_identity(cache: Cache, run: Path) -> dict[str, Any]:
+    """A cache as a run remembers it: the digest that settles whether it is the same, the spec that says what differs, and
+    where it lies, seen from the run's folder, so that both may be moved together."""
+    place = os.path.relpath(cache.path, run) if isinstance(cache.path, Path) else str(cache.path)
+    return {"digest": cache.digest, "spec": dataclasses.asdict(cache.spec), "place": place}
 
 
 def run_config(train: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +155,14 @@ class Run:
         if not whole:
             raise UserError(f"{self.config_path} was changed: its checksum does not match; restore it or train elsewhere")
         return RunConfig.of(unsealed(config), self.config_path)
+
+    @property
+    def cache_place(self) -> Location | None:
+        """Where its cache lay, seen from where the run lies now; None where the run does not say."""
+        place = self.config.cache.place
+        if not place or "://" in place:
+            return parse_location(place) if place else None
+        return Path(os.path.normpath(self.path / place))
 
     def require_same(self, wanted: dict[str, Any]) -> None:
         """Raises UserError if the folder holds a run with another configuration (`run_config`), naming what differs."""

@@ -79,7 +79,7 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
-    commands = RayCommands(config, Fleet(address=cluster.address, workers=3))
+    commands = RayCommands(config, Fleet(address=cluster.address, workers=3, gpus=0))
     first_files: dict[Stage, str] = {"harvest": "c/ledger/0-2/*.json", "train": "r/*/metrics/*.jsonl"}
     for stage, first in first_files.items():
         begun = partial(lambda first: any(folder.glob(first)), first)

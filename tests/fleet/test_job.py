@@ -59,9 +59,9 @@ def config(harvest_args: tuple[object, ...], tmp_path: Path) -> JobConfig:
         l1=L1,
         expansion=4,
         device="cpu",
-        harvest_options=tuple(map(str, harvest_args[2:-2])),
-        train_options=tuple(map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8]))),
-        eval_options=("--eval-tokens", "512", "--ce-tokens", "64"),
+        harvest=tuple(map(str, harvest_args[2:-2])),
+        train=tuple(map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8]))),
+        eval=("--eval-tokens", "512", "--ce-tokens", "64"),
     )
 
 
@@ -157,7 +157,7 @@ def test_a_layer_is_freed_only_when_its_checkpoints_are_whole_and_measured(train
 def test_a_stage_that_fails_ends_the_job_with_its_line_and_code(
     config: JobConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    gone = dataclasses.replace(config, harvest_options=(*config.harvest_options, "--dataset", str(tmp_path / "none.jsonl")))
+    gone = dataclasses.replace(config, harvest=(*config.harvest, "--dataset", str(tmp_path / "none.jsonl")))
     commands = Here(gone)
     assert Job(commands).run() == 2
     assert commands.ran == ["harvest"]

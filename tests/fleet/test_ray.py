@@ -34,7 +34,7 @@ def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_e
     options = tuple(map(str, harvest_args[2:-2])), (*map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8])), "--save-minutes", "0")
     here = JobConfig(
         disk=0, cache=tmp_path / "f" / "c", runs=tmp_path / "f" / "r", preset="demo", l1="3e-3", expansion=4, device="cpu",
-        harvest_options=options[0], train_options=options[1],
+        harvest=options[0], train=options[1],
     )  # fmt: skip
     inside = [sys.executable, "-m", "tests.fleet.on_ray", str(tmp_path / "f"), json.dumps(asdict(here), default=str)]
     env = os.environ | {"OMP_NUM_THREADS": "7", "RAY_TMPDIR": "/tmp"}
@@ -69,7 +69,7 @@ def test_a_task_waits_for_the_owner_of_its_layer(monkeypatch: pytest.MonkeyPatch
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     config = JobConfig(disk=0, cache=tmp_path / "c", runs=tmp_path, preset="demo", l1="1", expansion=1)
     with pytest.raises(UserError, match="there is no Ray cluster at 127.0.0.1:1 .*: start one, name its address"):
-        RayCommands(config, Fleet(address="127.0.0.1:1", workers=1)).run("harvest", parse_sites("0"))
+        RayCommands(config, Fleet(address="127.0.0.1:1", gpus=0)).run("harvest", parse_sites("0"))
 
 
 def test_a_task_that_no_single_node_can_take_is_refused() -> None:
