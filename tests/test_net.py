@@ -178,7 +178,9 @@ def test_digests_of_runs(house: Path, precision: str) -> None:
         assert config["digest"] == NET["runs"][name]["digest"][precision]
         assert set(config) == {"format", "digest", "train", "cache", "machine", "checksum"}
         checkpoint = final(run)
-        assert checkpoint["config"] == {k: v for k, v in config.items() if k != "checksum"} | {"layer": 1, "snapshot": "final"}
+        place, own = config["cache"].pop("place"), {"layer": 1, "snapshot": "final"}
+        assert (run / place).resolve() == house / "cache"  # which a checkpoint, that may go anywhere, does not repeat
+        assert checkpoint["config"] == {k: v for k, v in config.items() if k != "checksum"} | own
         assert sorted(checkpoint["stats"]) == NET["stats"]
 
 
