@@ -28,8 +28,13 @@ check: .venv/ready-to-check
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-demo: PRESET := demo
-demo: harvest train eval
+# every stage on the model and text that come with the repository, and the pages of one layer
+demo: setup
+	$(PY) -m harvest --preset demo
+	$(PY) -m train --preset demo
+	$(PY) -m eval --preset demo --snapshots final
+	$(PY) -m eval pages --preset demo --layers 3
+	@echo "report: runs/report.html    feature pages: runs/pages/index.html"
 
 harvest: setup
 	$(PY) -m harvest --preset $(PRESET) --cache $(CACHE) $(ARGS)

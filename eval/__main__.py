@@ -64,8 +64,7 @@ def run_command(preset: str | None, cache: Location | None, runs: Location, numb
     options["device"], opened = pick_device(options["device"]), _open(cache, preset, runs)
     spec = opened.spec
     defaults = get_preset(preset) if preset else Training.of(spec.d_model, spec.train_tokens, spec.holdout_tokens)
-    given = {name: getattr(defaults, name) for name in ("ce_tokens", "snapshots")}
-    config = filled(EvalConfig, options, eval_tokens=spec.holdout_tokens, **given)
+    config = filled(EvalConfig, options, eval_tokens=spec.holdout_tokens, ce_tokens=defaults.ce_tokens)
     skipped, folder = Skipped(), fetched(runs)
     found = find_runs(folder, opened, skipped)
     results = evaluate(opened, found, config, skipped)

@@ -32,7 +32,6 @@ class Training:
     lr_warmup: int
     window_blocks: int = 16
     ce_tokens: int
-    snapshots: str = "all"  # that are evaluated
 
     @classmethod
     def of(cls, d_model: int, tokens: int, holdout_tokens: int) -> "Training":
@@ -157,7 +156,6 @@ PRESETS = {
             lr=3e-3,
             lr_warmup=100,
             ce_tokens=8_192,
-            snapshots="final",
         ),
     )
 }

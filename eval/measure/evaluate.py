@@ -39,7 +39,7 @@ class EvalConfig(Basis):
 
     device: torch.device
     model: str | None = None  # where the language model lies, if not where the cache says
-    snapshots: str = option("Which of each layer's snapshots.", "all", preset=True, type=click.Choice(["all", FINAL]))
+    snapshots: str = option("Which of each layer's snapshots.", "all", type=click.Choice(["all", FINAL]))
 
 
 def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped) -> dict[str, list[Result]]:
