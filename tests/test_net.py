@@ -75,10 +75,10 @@ dictionary_learning/{RUN}/layer_1/{{config.json,ae.pt}}
 
 COMMAND_LINES = """
 harvest run: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
-  --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --layers=
+  --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
   --precision=bf16[bf16|fp32] --seed=0 --device= --shard=0/1
 harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
-  --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --layers=
+  --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
   --precision=bf16[bf16|fp32] --seed=0 --json
 harvest verify: --preset= --cache= --threads=4
 harvest repair: --preset= --cache= --threads=4 --device= --blocks= --model= --revision= --dataset=
