@@ -46,6 +46,9 @@ class TrainConfig:
         preset=True,
         type=Number(0, 0.5),
     )
+    revive: bool = option(
+        "Where a batch's largest are chosen, a feature that has none of them keeps its own largest.", False, is_flag=True
+    )
     seed: int = option("", 0, type=SEED)
     window_blocks: int = option("Blocks shuffled together.", 16, preset=True, type=click.IntRange(1))
     skip_positions: int = option("Of each context, not trained on.", 0, type=click.IntRange(0))

@@ -98,7 +98,8 @@ class SaeJob:
             self.sae.init_centre(x)
             if self._sparsity.OWN:
                 self._control.start(self.sae.start_own(x, self._sparsity.own))
-        self._begun = self.sae.begin(x, workspace, self._control.hidden_at(step))
+        hidden = self._control.hidden_at(step)
+        self._begun = self.sae.begin(x, workspace, hidden.reviving() if self._config.revive else hidden)
 
     def finish(self, workspace: Workspace, clock: Clock) -> None:
         """The step that was begun, if one was."""

@@ -48,7 +48,7 @@ _SNAPSHOT = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")
 
 # Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
 _ADDED: dict[str, Any] = {
-    "lr_decay": 0.0, "refit": 0.0, "refit_kind": "decoder", "skip_positions": 0, "max_norm": None,
+    "lr_decay": 0.0, "refit": 0.0, "refit_kind": "decoder", "skip_positions": 0, "max_norm": None, "revive": False,
     "step": {"decoder_norm": "unit"}, "controller": {"above": 4.0},
 }  # fmt: skip
 

@@ -256,6 +256,25 @@ def test_exactly_as_many_entries_are_kept_as_are_asked_for(kernels: TorchKernels
     assert float(activation.total) == pytest.approx(float(z.double().sum()))
 
 
+@pytest.mark.parametrize("kernels", [TorchKernels(), load_native()], ids=["torch", "native"])
+def test_a_feature_without_an_entry_keeps_its_largest_where_features_are_revived(kernels: TorchKernels | None) -> None:
+    assert kernels is not None
+    sae, x = problem(14, "bf16", 1.0)
+    sae.kernels = kernels
+    sae.b_enc.add_(1.6)
+    room = Workspace(B, D, F, "bf16", CPU)
+    before = sae.begin(x, room).encoded.z.float()
+    plain = sae.begin(x, room, LargestOfBatch(1)).encoded.z.float()
+    got = sae.begin(x, room, LargestOfBatch(1).reviving()).encoded
+    idle = (plain == 0).all(0) & (before > 0).any(0)
+    assert idle.any() and not idle.all()
+    wanted = torch.where(idle & (before == before.amax(0)), before, plain)
+    assert torch.equal((got.z > 0).sum(0)[idle], torch.ones(int(idle.sum()), dtype=torch.int64))
+    assert torch.equal(got.z.float().amax(0), wanted.amax(0)) and torch.equal(got.z[:, ~idle].float(), plain[:, ~idle])
+    assert torch.equal(got.activation.feature_count, (got.z > 0).sum(0).int())
+    assert RELU.reviving() is RELU
+
+
 def test_decoder_rows_keep_unit_norm() -> None:
     sae, x = problem(7, "bf16", 0.0, native=True)
     for _ in range(5):

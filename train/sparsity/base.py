@@ -43,6 +43,10 @@ class Hidden:
         """xc [B, d], w_enc [F, d] in the products' precision, bias [F] → z [B, F] ≥ 0 in a slot of the workspace."""
         raise NotImplementedError
 
+    def reviving(self) -> Self:
+        """The same, that keeps features from dying, if its kind knows how."""
+        return self
+
     def penalty(self, l0: float) -> float:
         """What a batch's L0 adds to the loss."""
         return 0.0

@@ -6,7 +6,8 @@ Alone, a token has no batch to compete with: then z keeps what is above a thresh
 of the least activation that was kept, so that L0 is about k on other text.
 """
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from torch import Tensor
@@ -19,14 +20,24 @@ SPAN = 0.02  # share of the run over which the threshold is averaged
 
 @dataclass(frozen=True, slots=True)
 class LargestOfBatch(Hidden):
-    """A hidden layer that leaves a batch of B tokens its per_token · B largest activations."""
+    """A hidden layer that leaves a batch of B tokens its per_token · B largest activations, and with `revive` each feature that
+    has none of them its own largest."""
 
     per_token: float
+    revive: bool = field(default=False, kw_only=True)
 
     def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, _ = kernels.encode(xc, w_enc, bias, out)
+        largest = z.max(0) if self.revive else None
         activation, least = kernels.keep_largest_(z, max(1, round(self.per_token * len(xc))))
+        if largest is not None:
+            idle = (activation.feature_count == 0).nonzero()[:, 0]
+            z[largest.indices[idle], idle] = largest.values[idle]
+            activation = kernels.count(z)
         return Encoded(z=z, activation=activation, least=least)
+
+    def reviving(self) -> Self:
+        return dataclasses.replace(self, revive=True)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -68,6 +68,15 @@ def test_a_kind_is_trained_evaluated_shown_and_exported(
     assert published.code == 0, published.err
 
 
+def test_features_that_a_batch_leaves_out_are_kept_from_dying(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
+    where = ("--cache", cache_path, "--runs", tmp_path, "--layers", 1, "--l1", "batchtopk:1", "--lr", "1e-2")
+    assert cli("train", *TRAIN_ARGS, *where, "--revive").code == 0
+    (run,) = map(Run, tmp_path.iterdir())
+    assert run.config()["train"]["revive"] is True
+    last = run.metrics(Site(1))[-1]
+    assert 1 < last["l0"] < 2 and last["alive"] > 100  # of 128
+
+
 def test_a_prefix_that_is_no_part_of_the_dictionary_is_refused(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
     where = ("--cache", cache_path, "--runs", tmp_path, "--l1", "matryoshka:8@100000")
     refused = cli("train", *TRAIN_ARGS, *where)
