@@ -113,13 +113,13 @@ class Job:
 
     def _stage(self, stage: Stage, layers: tuple[Site, ...]) -> int:
         say(f"\n{stage}: layers {format_sites(layers)}")
-        began, code = time.time(), None
+        began, clock, code = time.time(), time.monotonic(), None
         try:
             code = self._commands.run(stage, layers)
             return code
         finally:
             named = [site.json for site in layers]
-            record = {"stage": stage, "layers": named, "began": began, "seconds": time.time() - began, "code": code}
+            record = {"stage": stage, "layers": named, "began": began, "seconds": time.monotonic() - clock, "code": code}
             append_line(self._log, json.dumps(seal(record)).encode())
 
     # --- what there is ---

@@ -108,9 +108,9 @@ def distill(cache: Cache, config: DistillConfig, options: DistillOptions, skippe
 def _require_widths(model: str, widths: Iterable[int]) -> None:
     config = load_config(model, None)
     for width in widths:
-        student_config(config, width)
-        if width > config.hidden_size:
+        if width > config.hidden_size:  # before anything is computed of it
             raise UserError(f"a student of width {width} is wider than the model, which has {config.hidden_size}")
+        student_config(config, width)
 
 
 def _state(folder: Path, width: int, seed: int) -> Path:

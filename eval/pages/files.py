@@ -84,7 +84,7 @@ def read_facts(folder: Path) -> Facts | None:
     """What a folder says of itself, None unless it is readable and of this format; its other files are not looked at."""
     try:
         facts = parse_sealed((folder / _FACTS).read_bytes())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # any other failure to read is no sign that there is nothing
         return None
     return facts if facts is not None and facts.get("format") == FORMAT else None
 

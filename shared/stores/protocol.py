@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.stores.location import Location
 
 Staged: TypeAlias = Path | None  # the temporary file of a staged object; None where it lies in its place already
@@ -85,11 +86,13 @@ class Store(Protocol):
 
 
 def get_or_none(store: Store, key: str) -> bytes | None:
-    """A small object whole; None where there is none, or it cannot be read."""
+    """A small object whole; None where there is none. Raises UserError where it cannot be read."""
     try:
         return store.get(key)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"cannot read {store.path(key)}: {error.strerror}; put that right and run again") from None
 
 
 def local_path(store: Store, key: str) -> Path:

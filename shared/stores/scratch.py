@@ -12,6 +12,7 @@ checked at each read as the cache is; a damaged one is removed, and the block re
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from residual_saes.shared.sites import Site
 from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 from residual_saes.shared.units import format_bytes, parse_bytes
 
+_CACHE = re.compile("[0-9a-f]{16}")
 _LOCKS = 256  # blocks that share one wait for each other, which costs little
 
 
@@ -55,7 +57,7 @@ class Scratch:
         for folder in (self._folder, self._locks):
             make_dir(folder)
         with self._account() as change:
-            for each in config.folder.iterdir():
+            for each in self._caches():
                 remove_leftovers(each)
             change(self._count(), new=True)
 
@@ -150,8 +152,11 @@ class Scratch:
 
     def _count(self) -> int:
         """Bytes of the copies of all caches, those that are being written included."""
-        folders = [each for each in self._config.folder.iterdir() if each.is_dir() and each != self._locks]
-        return sum(entry.stat().st_size for folder in folders for entry in os.scandir(folder))
+        return sum(entry.stat().st_size for folder in self._caches() for entry in os.scandir(folder))
+
+    def _caches(self) -> list[Path]:
+        """The folders of copies: a disk's root has others, such as lost+found, which are not ours to look into or to count."""
+        return [each for each in self._config.folder.iterdir() if _CACHE.fullmatch(each.name) and each.is_dir()]
 
 
 def _read(path: Path, out: memoryview, offset: int) -> bool | None:

@@ -561,3 +561,16 @@ def test_an_entry_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "listdir", listed)
     assert (cache.stats(Site(1), 2), cache.stats(Site(1), 3)) == (STATS, other)
+
+
+def test_an_entry_that_cannot_be_read_gets_no_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache.create(tmp_path / "c", SPEC, parse_sites("0,1"))
+    cache.commit(3, {Site(0): STATS, Site(1): STATS})
+
+    def failing(self: object, key: str) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot read .*00000003.json: Input/output error"):
+        patch.setattr("residual_saes.shared.stores.folder.Folder.get", failing)
+        cache.commit(3, {Site(0): STATS})
+    assert [path.name for path in (tmp_path / "c" / "ledger").iterdir()] == ["0-1"]

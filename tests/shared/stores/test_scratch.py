@@ -1,3 +1,4 @@
+import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -149,3 +150,18 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_what_says_no_place_and_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"write --scratch DIR:SIZE|is not an amount of bytes: write it as"):
         ScratchConfig.parse(text)
+
+
+def test_a_disk_s_root_holds_folders_that_are_not_ours(tmp_path: Path, far: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, scandir = tmp_path / "scratch" / "lost+found", os.scandir
+    lost.mkdir(parents=True)
+    (lost / "large").write_bytes(bytes(100 * SIZE))
+
+    def forbidden(path: Path) -> object:
+        if Path(path) == lost:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    read_all(Cache.open(far, config(tmp_path, 3)), (0,))
+    assert int((tmp_path / "scratch" / "used").read_text()) == 3 * SIZE
