@@ -57,7 +57,7 @@ PLOTS = (
     "7_capacity,8_loss_floor_predictions"
 )
 EVALUATED_FILES = f"""
-{{report.html,distilled.json}}
+{{report.html,floors.html,distilled.json}}
 {RUN}/{{README.md,pretrained_saes.yaml,results/metrics.json,results/metrics.csv}}
 {RUN}/results/features/layer01_{{853,1706,2560,3413,4266,final}}.safetensors
 {RUN}/plots/{{{PLOTS}}}.{{png,svg}}

@@ -14,18 +14,9 @@ from urllib.parse import quote
 from residual_saes.eval.floors.measured import Experiment
 from residual_saes.eval.measure.result import Result, finished, latest
 from residual_saes.eval.report.columns import columns, floor_columns, written
-from residual_saes.eval.report.page import (
-    CAPTIONS,
-    FIT_HEADS,
-    fit_rows,
-    measured_words,
-    place,
-    provenance,
-    settings,
-    templates,
-    trained_on,
-    warnings,
-)
+from residual_saes.eval.report.page import CAPTIONS, FIT_HEADS, fit_rows, measured_words, templates
+from residual_saes.eval.report.settings import place, provenance, settings
+from residual_saes.eval.report.warnings import trained_on, warnings
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import locked, publish_file
 from residual_saes.shared.identity import unpin

@@ -1,5 +1,6 @@
 """The metrics that people read, each once: what it is called, how it is written and drawn, and where it is shown."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +15,12 @@ class Column:
     key: str | int  # field of a Result, or the width of a student, whose predicted floor it is
     title: str
     form: str
-    shown: str = ""  # in which tables and pictures
+    shown: str = ""  # in which tables and pictures; "more": folded
+    group: str = ""  # of the page's table
+    best: Literal[0, 1, None] = None  # the best that it can be; None where neither more nor less is better
     cell: str = ""  # how a heat map writes it
     axis: str = ""  # label; "" for the title
     scale: Literal["log", "rises", "rare", ""] = ""  # of an axis: logarithmic, up to 1, from 0 to a tenth at least
-    share: bool = False  # coloured from 0 to 1 whatever its values
     card_title: str = ""
     card_form: str = ""
 
@@ -29,41 +31,54 @@ class Column:
     def label(self) -> str:
         return self.axis or self.title
 
+    @property
+    def folded(self) -> bool:
+        """Whether a table that folds shows it only when it is asked to."""
+        return "more" in self.shown.split()
+
     def text(self, result: Result) -> str:
         return written(self.value(result), self.form)
 
+    def merit(self, value: float | None) -> float | None:
+        """From 0, poor, to 1, good: −log10 of the distance to the best, over two decades, so that .870 and .985 differ as .13
+        and .015 do. None where there is no better or worse."""
+        if self.best is None or value is None or not math.isfinite(value):
+            return None
+        return min(1.0, max(0.0, -math.log10(max(1e-9, abs(value) if self.best == 0 else 1 - value)) / 2))
 
+
+_SPARSITY, _FIDELITY, _MODEL, _FLOORS, _BASIS = "sparsity", "reconstruction", "language model", "floors", "measured on"
 _COLUMNS = (
     Column("site", "layer", "{}", "terminal page card floors"),
-    Column("l1_weight", "λ", "{:.3g}", "terminal page card map", "{:.2g}"),
-    Column("l0", "L0", "{:.1f}", "terminal page card means map snapshots", "{:.0f}", "L0, features a token", "log"),
-    Column("mse", "MSE", "{:.3g}", "terminal page map", "{:.2g}"),
-    Column("fvu", "FVU", "{:.4f}", "terminal page card means map snapshots fidelity", "{:.3f}", "", "log", True),
-    Column("fvu_without_first", "FVU, no first positions", "{:.4f}", "page card means map fidelity", "{:.3f}",
-           "FVU without first positions", "log", True, "no first positions"),
-    Column("fvu_without_top3", "FVU outside top 3 directions", "{:.4f}", "page card means map snapshots fidelity", "{:.3f}",
-           "FVU outside the top 3 directions", "log", True, "outside top 3 directions"),
-    Column("cosine", "cosine", "{:.4f}", "terminal page map", "{:.3f}", share=True),
-    Column("ce", "CE", "{:.4f}", "terminal page card"),
-    Column("ce_spliced", "CE spliced", "{:.4f}", "terminal page card"),
-    Column("ce_zero", "CE zero", "{:.3f}", "terminal page"),
-    Column("ce_recovered", "CE recovered", "{:.4f}", "terminal page card means map snapshots fidelity", "{:.3f}",
-           "CE recovered, share", "rises", True),
-    Column("kl_div_with_sae", "KL", "{:.4f}", "page"),
-    Column("kl_div_score", "KL score", "{:.4f}", "page card means map snapshots", "{:.3f}", "KL score, share", "rises", True),
-    Column("dead_share", "dead", "{:.2%}", "terminal page card means map snapshots", "{:.2f}", "dead features, share", "rare",
-           True),
-    Column("freq_over_1_percent", "denser than 1\u00a0%", "{:.2%}", "page map", "{:.2f}", share=True),
-    Column("freq_over_10_percent", "denser than 10\u00a0%", "{:.2%}", "page map", "{:.3f}", share=True),
-    Column("average_max_decoder_cosine_sim", "nearest decoder row, cosine", "{:.2f}", "map", "{:.2f}", share=True),
-    Column("average_encoder_decoder_cosine_sim", "encoder·decoder cosine", "{:.2f}", "map", "{:.2f}", share=True),
-    Column("alive", "F", "{:,}", "page floors capacity", axis="F, alive features"),
-    Column("alpha", "α", "{:.5f}", "page floors map capacity", "{:.4f}", "α = 1 − L0/F", share=True),
-    Column("capacity", "g", "{:.2f}", "page floors capacity", axis="g(α), features a dimension"),
-    Column("critical_width", "d*", "{:.1f}", "page card means map capacity", "{:.0f}", "d* = F/g(α), dimensions",
-           card_form="{:.0f}"),
-    Column("tokens", "measured on", "{:,}", "terminal page"),
-    Column("ce_tokens", "CE and KL on", "{:,}", "page"),
+    Column("l0", "L0", "{:.1f}", "terminal page card means map snapshots", _SPARSITY, cell="{:.0f}",
+           axis="L0, features a token", scale="log"),
+    Column("dead_share", "dead", "{:.2%}", "terminal page card means map snapshots", _SPARSITY, 0, "{:.2f}",
+           "dead features, share", "rare"),
+    Column("l1_weight", "λ", "{:.3g}", "terminal page more", _SPARSITY),
+    Column("freq_over_1_percent", "denser than 1\u00a0%", "{:.2%}", "page more map", _SPARSITY, cell="{:.2f}"),
+    Column("freq_over_10_percent", "denser than 10\u00a0%", "{:.2%}", "page more map", _SPARSITY, cell="{:.3f}"),
+    Column("average_max_decoder_cosine_sim", "nearest decoder row, cosine", "{:.2f}", "map", cell="{:.2f}"),
+    Column("fvu", "FVU", "{:.4f}", "terminal page card means map snapshots fidelity", _FIDELITY, 0, "{:.3f}",
+           "FVU, fraction of variance unexplained", "log"),
+    Column("fvu_without_top3", "FVU outside top 3 directions", "{:.4f}", "page card map", _FIDELITY, 0, "{:.3f}",
+           card_title="outside top 3 directions"),
+    Column("fvu_without_first", "FVU, no first positions", "{:.4f}", "page more map", _FIDELITY, 0, "{:.3f}"),
+    Column("cosine", "cosine", "{:.4f}", "terminal page more map", _FIDELITY, 1, "{:.3f}"),
+    Column("mse", "MSE", "{:.3g}", "terminal page more", _FIDELITY),
+    Column("ce_recovered", "CE recovered", "{:.4f}", "terminal page card means map snapshots fidelity", _MODEL, 1, "{:.3f}",
+           "CE recovered, share", "rises"),
+    Column("kl_div_score", "KL score", "{:.4f}", "page card means map", _MODEL, 1, "{:.3f}"),
+    Column("ce", "CE", "{:.4f}", "terminal page card more", _MODEL),
+    Column("ce_spliced", "CE spliced", "{:.4f}", "terminal page card more", _MODEL),
+    Column("ce_zero", "CE zero", "{:.3f}", "terminal page more", _MODEL),
+    Column("kl_div_with_sae", "KL", "{:.4f}", "page more", _MODEL),
+    Column("alive", "F", "{:,}", "page more floors", _FLOORS),
+    Column("alpha", "α", "{:.5f}", "page more floors", _FLOORS),
+    Column("capacity", "g", "{:.2f}", "page more floors capacity", _FLOORS, axis="g(α), features a dimension"),
+    Column("critical_width", "d*", "{:.1f}", "page more floors card map capacity", _FLOORS, cell="{:.0f}",
+           axis="d* = F/g(α), dimensions", card_form="{:.0f}"),
+    Column("tokens", "activations", "{:,}", "terminal page more", _BASIS),
+    Column("ce_tokens", "CE and KL", "{:,}", "page more", _BASIS),
 )  # fmt: skip
 
 

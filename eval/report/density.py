@@ -1,36 +1,38 @@
 """Pictures of features: how often they fire, and how unequal they are."""
 
-from typing import Any
-
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from residual_saes.eval.measure.features import Features
-from residual_saes.eval.report.figures import SHADES, LayerColours, RunData, finished, grid, logarithmic
+from residual_saes.eval.report.figures import INK, LINE, SOFT, LayerColours, RunData, finished, grid, logarithmic
 from residual_saes.shared.sites import Site
 
 _BINS = np.linspace(-6, 0, 49)  # log10 of density
 _CLASSES = (  # features with a density above the first and up to the second number
-    ("never fired", -1.0, 0.0, "#000000"),
-    ("up to 1e-5", 0.0, 1e-5, "#4d4d4d"),
-    ("up to 1 %", 1e-5, 1e-2, "#56B4E9"),
-    ("up to 10 %", 1e-2, 1e-1, "#E69F00"),
-    ("denser", 1e-1, 1.0, "#D55E00"),
+    ("never fired", -1.0, 0.0, LINE),
+    ("up to 1e-5", 0.0, 1e-5, SOFT),
+    ("to 1 %", 1e-5, 1e-2, "#5b9bd5"),
+    ("to 10 %", 1e-2, 1e-1, "#e8a33d"),
+    ("denser", 1e-1, 1.0, "#c8500a"),
 )
+_FADE = LinearSegmentedColormap.from_list("fade", [(0.16, 0.5, 0.77, 0.0), (0.16, 0.5, 0.77, 1.0)])  # on any page
 
 
 def density(data: RunData, features: dict[Site, Features]) -> Figure:
     """Left which share of features is in which class, right how log density is spread in each layer."""
     sites = sorted(features)
-    figure, (classes, spreads) = grid(1, 2, (5.8, max(2.0, 0.24 * len(sites)) + 1.1), sharey=True)
+    figure, (classes, spreads) = grid(1, 2, (5.4, 0.24 * len(sites) + 1.1), sharey=True)
     densities = [features[site].density.double().numpy() for site in sites]
-    edges = np.arange(len(sites) + 1) - 0.5
-    mesh = spreads.pcolormesh(_BINS, edges, np.array(list(map(_spread, densities))), cmap=SHADES, vmin=0, vmax=0.1)
-    figure.colorbar(mesh, ax=spreads, extend="max", pad=0.02, label="share of features, in bins of 1/8 decade")
-    spreads.set_xlabel("log10 of density (share of tokens on which a feature fires)")
+    spread = np.array(list(map(_spread, densities)))
+    edges = (float(_BINS[0]), float(_BINS[-1]), len(sites) - 0.5, -0.5)
+    spreads.imshow(spread, cmap=_FADE, vmin=0, vmax=spread.max() or 1.0, aspect="auto", extent=edges, interpolation="nearest")
+    spreads.set_title(f"spread of density (darkest: {spread.max():.0%} of features in ⅛ decade)")
+    decades = range(int(_BINS[0]), 1)
+    spreads.set_xticks(decades, [f"1e{e}" if e < -3 else f"{100 * 10.0**e:g} %" for e in decades])
+    spreads.set_xlabel("density, share of tokens on which a feature fires")
     spreads.set_yticks(range(len(sites)), list(map(str, sites)))
-    spreads.invert_yaxis()
     start = np.zeros(len(sites))
     for name, low, high, colour in _CLASSES:
         share = np.array([((f > low) & (f <= high)).mean() for f in densities])
@@ -39,8 +41,8 @@ def density(data: RunData, features: dict[Site, Features]) -> Figure:
     classes.set_xlim(0, 1)
     classes.set_xlabel("share of features")
     classes.set_ylabel("layer")
-    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(_CLASSES)}
-    classes.legend(fontsize=7.5, columnspacing=1.0, handlelength=1.2, frameon=False, **place)
+    legend = {"fontsize": 8, "columnspacing": 0.9, "handlelength": 1.0, "handletextpad": 0.4, "labelcolor": INK}
+    classes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(_CLASSES), borderpad=0.1, **legend)
     for axis in (classes, spreads):
         axis.grid(False)
     return finished(figure, f"{data.run.name}: how often features fire")
@@ -54,22 +56,25 @@ def _spread(density: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def importance(data: RunData, features: dict[Site, Features]) -> Figure:
     """E[z²] by rank, and which part of their sum the features up to a rank hold."""
-    figure, (left, right) = grid(1, 2, (6.0, 4.5))
+    figure, (left, right) = grid(1, 2, (5.4, 3.2))
     colours = LayerColours(features)
+    by_rank, shares = {}, {}
     for site, of in sorted(features.items()):
         values = np.sort(of.mean_square.double().numpy())[::-1]
         values = values[np.isfinite(values) & (values > 0)]
-        if not len(values):
-            continue
-        ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(np.int64))
-        left.plot(ranks, values[ranks - 1], color=colours[site])
-        right.plot(ranks, (np.cumsum(values) / values.sum())[ranks - 1], color=colours[site])
-    left.set_ylabel("importance E[z²], squared activation units")
-    right.set_ylabel("share of the sum of importance up to this rank")
+        if len(values):
+            ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(np.int64))
+            by_rank[site] = ranks.tolist(), values[ranks - 1].tolist()
+            shares[site] = ranks.tolist(), (np.cumsum(values) / values.sum())[ranks - 1].tolist()
+    colours.lines(left, by_rank)
+    colours.lines(right, shares)
+    left.set_title("importance E[z²], squared activation units")
+    right.set_title("share of its sum up to this rank")
     right.set_ylim(0, 1.02)
     for axis in (left, right):
         axis.set_xlabel("rank of the feature")
         logarithmic(axis, "x")
     logarithmic(left)
-    colours.bar(figure, (left, right))
+    left.set_xlim(left=0.35)
+    colours.name(left, by_rank, at=0)
     return finished(figure, f"{data.run.name}: how unequal features are")

@@ -1,9 +1,8 @@
-"""The summary people read: a table for the terminal, and report.html, one page with everything in it for all runs."""
+"""The summary people read: a table for the terminal, report.html with everything of all runs in it, and floors.html."""
 
 import base64
 import dataclasses
-import math
-from collections import Counter
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,23 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from residual_saes.eval.floors.measured import Experiment
 from residual_saes.eval.measure.result import Result, finished, latest
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.report.columns import Column, columns, floor_columns, written
-from residual_saes.eval.report.pictures import short_labels
+from residual_saes.eval.report.figures import RunData
+from residual_saes.eval.report.overview import overview, verdict
+from residual_saes.eval.report.pictures import run_data, short_labels
+from residual_saes.eval.report.settings import command, differences, provenance, rate, settings
+from residual_saes.eval.report.svg import inline
+from residual_saes.eval.report.warnings import trained_on, warnings
 from residual_saes.shared.files import locked, publish_file
-from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.temporaries import remove_leftovers
-from residual_saes.shared.units import format_count, format_layers
-
-
-def trained_on(result: Result, whole: str) -> str:
-    return whole if result.final else f"{result.snapshot} of {whole}, unfinished"
+from residual_saes.shared.units import format_count
 
 
 def text_table(runs: list[Run], results: dict[str, list[Result]]) -> str:
@@ -46,15 +46,16 @@ def text_table(runs: list[Run], results: dict[str, list[Result]]) -> str:
 
 CAPTIONS = {
     "1_training_curves": "Training curves: on training batches, by layer.",
-    "2_metrics_heatmap": "Metrics of each layer's latest SAE.",
-    "3_sparsity_fidelity": "Sparsity against fidelity, every layer of every run.",
+    "2_metrics_heatmap": "Metrics of each layer's latest SAE; colours are merit.",
+    "3_sparsity_fidelity": "Sparsity against fidelity: a line a kind of setting, means over the layers that all runs have.",
     "4_snapshots": "Metrics of each layer's snapshots.",
-    "5_feature_density": "How often features fire: how density is spread over features, and shares by class.",
+    "5_feature_density": "How often features fire: shares by class, and how density is spread over features.",
     "6_feature_importance": "Importance E[z²] of features by rank, and the share of it that the first of them hold.",
-    "7_capacity": "F, α, g and d*, which predicted floors rest on, by layer.",
+    "7_capacity": "g(α) and d*, which predicted floors rest on, by layer.",
     "8_loss_floor_predictions": "Predicted floors beside measured ones.",
 }
-_OF_ALL = ("3_sparsity_fidelity", "7_capacity", "8_loss_floor_predictions")
+_OF_ALL, _OF_FLOORS = ("3_sparsity_fidelity",), ("7_capacity", "8_loss_floor_predictions")
+_SEEN, _FOLDED = ("5_feature_density",), ("1_training_curves", "4_snapshots", "6_feature_importance")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -62,13 +63,25 @@ class Cell:
     text: str
     value: str  # what it is sorted by: a number or a word, "" where there is none
     href: str | None = None
+    merit: float | None = None
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Head:
+    title: str
+    group: str = ""  # said above the first of its columns
+    more: bool = False  # folded at first
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Table:
-    heads: list[str]
+    heads: list[Head]
     rows: list[list[Cell]]
-    unfinished: list[list[Cell]]
+    unfinished: list[list[Cell]] = dataclasses.field(default_factory=list)
+
+    @property
+    def folds(self) -> bool:
+        return any(head.more for head in self.heads)
 
 
 def templates(package: str, *, autoescape: bool) -> Environment:
@@ -80,33 +93,45 @@ def templates(package: str, *, autoescape: bool) -> Environment:
 def write_report(
     folder: Path, runs: list[Run], results: dict[str, list[Result]], measured: Experiment | None, skipped: Skipped
 ) -> Path:
-    """One page beside the run folders, with tables and pictures inside it, linking to results and feature pages."""
+    """Two pages beside the run folders, with tables and pictures inside them, linking to results and feature pages."""
     labels = short_labels([run.name for run in runs])
-    page = (
-        templates("residual_saes.eval.report", autoescape=True)
-        .get_template("report.html.j2")
-        .render(
-            runs=[
-                _section(folder, run, label, results[run.name], number)
-                for number, (run, label) in enumerate(zip(runs, labels, strict=True))
-            ],
-            warnings=warnings(runs, results, skipped),
-            overview=_overview(runs, labels, results),
-            pictures=_pictures(runs[0], _OF_ALL) if runs else [],
-            measured=measured and _measured(measured),
-        )
-    )
-    path = folder / "report.html"
+    datas = [run_data(run, label, results[run.name]) for run, label in zip(runs, labels, strict=True)]
+    of_all = overview(datas)
+    report = {
+        "runs": [_section(folder, data, number, skipped) for number, data in enumerate(datas)],
+        "warnings": warnings(runs, results, skipped),
+        "verdict": verdict(labels, of_all.means),
+        "overview": _overview(datas, of_all.means, skipped),
+        "data": of_all.data,
+        "common": format_sites(of_all.sites) or "none",
+        "sites": sorted({r.site for data in datas for r in finished(data.results)}),
+        "differences": _differences(datas),
+        "pictures": _pictures(runs[0], _OF_ALL) if runs else [],
+    }
+    floors = {
+        "pictures": _pictures(runs[0], _OF_FLOORS) if runs else [],
+        "measured": measured and _measured(measured),
+        "predicted": [(data.run.name, _predicted(data)) for data in datas],
+    }
     remove_leftovers(folder)
     with locked(folder):
-        publish_file(path, page.encode())
-    return path
+        for name, facts in (("floors", floors), ("report", report)):
+            publish_file(folder / f"{name}.html", _rendered(name, facts).encode())
+    return folder / "report.html"
 
 
-def _section(folder: Path, run: Run, label: str, results: list[Result], number: int) -> dict[str, Any]:
+def _rendered(name: str, facts: dict[str, Any]) -> str:
+    """A page whose own script runs and no other, whatever a picture in somebody's folder holds."""
+    environment = templates("residual_saes.eval.report", autoescape=True)
+    script = Markup(environment.get_template("report.js").render())
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(f"{name}.html.j2").render(script=script, script_digest=digest, **facts)
+
+
+def _section(folder: Path, data: RunData, number: int, skipped: Skipped) -> dict[str, Any]:
+    run, results = data.run, data.results
     prefix = "" if run.path == folder else f"{quote(run.name)}/"
-    whole = format_count(run.config.train.tokens)
-    pages = _feature_pages(folder, run, results)
+    pages, config = _feature_pages(folder, run, results), run.config
     links = [{"href": next(iter(pages.values())), "text": "feature pages"}] if pages else []
     links += [
         {"href": prefix + quote(str(path.relative_to(run.path))), "text": text}
@@ -121,13 +146,21 @@ def _section(folder: Path, run: Run, label: str, results: list[Result], number: 
     return {
         "anchor": f"run-{number}",
         "name": run.name,
-        "label": label,
-        "table": _table(columns("page"), results, whole, pages),
-        "floors": _table((*columns("page")[:1], *floor_columns(results)), results, whole, {}),
+        "label": data.label,
+        "setting": data.setting,
+        "tokens": format_count(data.whole),
+        "command": command(run),
+        "table": _table(columns("page"), results, format_count(data.whole), pages, fold=True),
         "links": links,
-        "pictures": _pictures(run, [name for name in CAPTIONS if name not in _OF_ALL]),
-        "facts": settings(run.config) + provenance(run.config),
+        "pictures": _pictures(run, _SEEN),
+        "folded": _pictures(run, _FOLDED),
+        "facts": settings(config) + provenance(config),
     }
+
+
+def _predicted(data: RunData) -> Table:
+    shown = (*columns("floors"), *floor_columns(data.results))
+    return _table(shown, data.results, format_count(data.whole))
 
 
 def _feature_pages(folder: Path, run: Run, results: list[Result]) -> dict[Site, str]:
@@ -137,49 +170,70 @@ def _feature_pages(folder: Path, run: Run, results: list[Result]) -> dict[Site, 
     return {r.site: f"{address}/{r.snapshot}/{r.site}" for r in shown if (pages / "index.html").exists()}
 
 
-def _table(shown: Sequence[Column], results: list[Result], whole: str, pages: dict[Site, str]) -> Table:
-    def row(r: Result) -> list[Cell]:
-        layer, *cells = (_cell(c.value(r), c.form) for c in shown)
-        layer = dataclasses.replace(layer, href=pages.get(r.site))
-        return [layer, Cell(text=trained_on(r, whole), value=str(r.trained_tokens)), *cells]
+def _table(
+    shown: Sequence[Column], results: list[Result], whole: str, pages: dict[Site, str] | None = None, *, fold: bool = False
+) -> Table:
+    """A row a layer; how far each was trained stands there where not all are finished."""
+    told = any(not r.final for r in latest(results))
 
+    def row(r: Result) -> list[Cell]:
+        layer, *cells = (_cell(value := c.value(r), c.form, c.merit(value)) for c in shown)
+        layer = dataclasses.replace(layer, href=(pages or {}).get(r.site))
+        return [layer, *([Cell(text=trained_on(r, whole), value=str(r.trained_tokens))] if told else []), *cells]
+
+    heads = [Head(title=c.title, group=c.group, more=c.folded and fold) for c in shown]
     return Table(
-        heads=[shown[0].title, "trained on", *(c.title for c in shown[1:])],
+        heads=[heads[0], *([Head(title="trained on")] if told else []), *heads[1:]],
         rows=[row(r) for r in latest(results) if r.final],
         unfinished=[row(r) for r in latest(results) if not r.final],
     )
 
 
-def _cell(value: Any, form: str) -> Cell:
-    return Cell(text=written(value, form), value="" if value is None else str(value))
+def _cell(value: Any, form: str, merit: float | None = None) -> Cell:
+    return Cell(text=written(value, form), value="" if value is None else str(value), merit=merit)
 
 
 def _word(text: str) -> Cell:
     return Cell(text=text, value=text)
 
 
-def _overview(runs: list[Run], labels: list[str], results: dict[str, list[Result]]) -> Table:
+def _overview(datas: list[RunData], means: Sequence[dict[Any, Any]], skipped: Skipped) -> Table:
     shown, rows = columns("means"), []
-    for run, label in zip(runs, labels, strict=True):
-        done, n_layers = finished(results[run.name]), run.config.cache.spec.n_layers
+    for data, of in zip(datas, means, strict=True):
+        done, n_layers = finished(data.results), data.run.config.cache.spec.n_layers
         layers = Cell(text=f"{len(done)} of {n_layers}", value=str(len(done)))
-        rows.append([_word(label), layers, *(_cell(_mean(map(c.value, done)), c.form) for c in shown)])
-    return Table(heads=["run", "finished layers", *(c.title for c in shown)], rows=rows, unfinished=[])
+        took = ("–", "–")
+        with skipped.leaving_out():
+            took = rate({r.site: data.run.metrics(r.site) for r in data.latest})
+        cells = [_cell(of[c.key], c.form, c.merit(of[c.key])) for c in shown]
+        rows.append([_word(data.label), _word(data.setting), layers, *cells, *map(_word, took)])
+    heads = ["run", "setting", "finished layers", *(c.title for c in shown), "time a layer", "rate"]
+    if all(row[-1].text == "–" for row in rows):  # curves of earlier versions do not tell
+        heads, rows = heads[:-2], [row[:-2] for row in rows]
+    return Table(heads=_heads(*heads), rows=rows)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Over what is a number; None if nothing is."""
-    numbers = [v for v in values if v is not None]
-    return math.fsum(numbers) / len(numbers) if numbers else None
+def _heads(*titles: str) -> list[Head]:
+    return [Head(title=title) for title in titles]
 
 
-def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, str]]:
-    paths = [(run.path / "plots" / f"{name}.png", CAPTIONS[name]) for name in names]
+def _differences(datas: list[RunData]) -> Table | None:
+    """What was not the same in all runs, beside the setting."""
+    unlike = differences([data.run.config for data in datas])
+    if not unlike or not unlike[0]:
+        return None
+    rows = [[_word(data.label), *map(_word, of.values())] for data, of in zip(datas, unlike, strict=True)]
+    return Table(heads=_heads("run", *unlike[0]), rows=rows)
+
+
+def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, Any]]:
+    paths = [(run.path / "plots" / f"{name}.svg", name) for name in names]
     return [
-        {"data": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", "caption": caption}
-        for path, caption in paths
+        {"svg": inline(path, f"{name[0]}{hashlib.sha256(run.name.encode()).hexdigest()[:6]}", CAPTIONS[name]),
+         "caption": CAPTIONS[name]}
+        for path, name in paths
         if path.exists()
-    ]
+    ]  # fmt: skip
 
 
 def _measured(experiment: Experiment) -> dict[str, Any]:
@@ -189,8 +243,8 @@ def _measured(experiment: Experiment) -> dict[str, Any]:
         for f in experiment.floors
     ]
     return measured_words(experiment) | {
-        "floors": Table(heads=["width", "seeds", "floor, nats", "± seeds", "KL", "CE"], rows=floors, unfinished=[]),
-        "fits": Table(heads=FIT_HEADS, rows=fit_rows(experiment), unfinished=[]),
+        "floors": Table(heads=_heads("width", "seeds", "floor, nats", "± seeds", "KL", "CE"), rows=floors),
+        "fits": Table(heads=_heads(*FIT_HEADS), rows=fit_rows(experiment)),
     }
 
 
@@ -220,79 +274,3 @@ def measured_words(experiment: Experiment) -> dict[str, Any]:
         "setting": ", ".join(f"{name} {value}" for name, value in experiment.setting.items()),
         "teacher": written(experiment.teacher and experiment.teacher.ce, "{:.4f}"),
     }
-
-
-def settings(config: RunConfig) -> list[tuple[str, str]]:
-    """What the SAEs were trained with, as pairs of name and value."""
-    pairs = []
-    for name, value in config.stored["train"].items():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        pairs += [(f"{name} {part}".strip(), "–" if v is None else str(v)) for part, v in parts]
-    return pairs
-
-
-def provenance(config: RunConfig) -> list[tuple[str, str]]:
-    """What the SAEs were trained on, and by what."""
-    spec = config.cache.spec
-    return [
-        ("language model", place(spec.model)),
-        ("model commit", spec.model_commit or "–"),
-        ("model content", spec.model_revision),
-        ("text", place(spec.dataset)),
-        ("text revision", spec.dataset_revision),
-        ("split, column", f"{spec.split}, {spec.text_column}"),
-        ("context", f"{spec.context} tokens, {'with' if spec.bos else 'without'} BOS"),
-        ("forward pass", spec.precision),
-        ("cached tokens", f"{spec.train_tokens:,} to train on, {spec.holdout_tokens:,} held out"),
-        ("cache", config.cache.digest),
-        ("run", config.digest),
-        ("machine", ", ".join(f"{name} {value}" for name, value in config.machine.items())),
-    ]
-
-
-def place(name: str) -> str:
-    """A name on the hub as it is; of a path on somebody's disk the last part."""
-    return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
-
-
-# --- what to know before the numbers are believed ---
-
-_FLATTERED = 2.0  # times that FVU grows outside the largest directions
-_MOSTLY_DEAD = 0.5
-
-
-def warnings(runs: list[Run], results: dict[str, list[Result]], skipped: Skipped | None) -> list[str]:
-    """One line each, for people."""
-    lines = [f"Left out of this evaluation: {message}" for message in skipped.reasons] if skipped else []
-    commonest = Counter(r.basis for run in runs for r in results[run.name]).most_common(1)
-    for run in runs:
-        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], commonest[0][0] if commonest else ())]
-    return lines
-
-
-def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...]) -> list[str]:
-    config, shown, lines = run.config, latest(results), []
-    whole, n_layers = format_count(config.train.tokens), config.cache.spec.n_layers
-    lines += [f"layer {r.site} is {trained_on(r, whole)}" for r in shown if not r.final]
-    if config.train.step.decoder == "random":
-        lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")
-    if without := config.train.left_out:
-        lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
-    if absent := sorted(set(range(n_layers)) - {r.site.layer for r in shown}):
-        lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
-    if other := [r.site for r in shown if r.basis != usual]:
-        lines.append(f"layers {format_sites(other)} are measured on other text or by other definitions than the rest")
-    missing = {name for r in shown for name in ("fvu", "ce_recovered", "kl_div_score") if getattr(r, name) is None}
-    if missing:
-        lines.append(f"{', '.join(sorted(missing))} of some layers is no number")
-    if dead := [r.site for r in shown if (r.dead_share or 0) > _MOSTLY_DEAD]:
-        lines.append(f"more than half of the features of layers {format_sites(dead)} are dead")
-    ratios = [(r.fvu_without_top3 / r.fvu, r.site) for r in shown if r.fvu and r.fvu_without_top3]
-    if ratios and max(ratios)[0] > _FLATTERED:
-        most, site = max(ratios)
-        lines.append(
-            f"FVU is flattered by a few directions: outside the three largest it is up to {most:.1f} times (layer {site})"
-        )
-    if dense := [r.site for r in shown if r.alpha is not None and r.alpha < 1 - 1 / math.e]:
-        lines.append(f"features of layers {format_sites(dense)} are too dense for the formula of predicted floors")
-    return lines

@@ -32,6 +32,7 @@ from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.report import density, fidelity, floors, training
 from residual_saes.eval.report.figures import RunData
 from residual_saes.eval.report.heatmap import heatmap
+from residual_saes.eval.report.settings import family, kind, setting
 from residual_saes.shared.files import locked, publish_file
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.seal import canonical, crc32c
@@ -63,8 +64,7 @@ def plot_runs(runs: list[Run], results: dict[str, list[Result]], measured: Exper
     """Write every picture, as far as there is something to show, into the runs' plots/ folders."""
     shown = []
     for run, label in zip(runs, short_labels([run.name for run in runs]), strict=True):
-        of = {"whole": run.config.train.tokens, "d_model": run.config.cache.spec.d_model}
-        shown.append(RunData(run=run, label=label, results=results[run.name], kind=kind(run.config.stored["train"]), **of))
+        shown.append(run_data(run, label, results[run.name]))
         (run.path / "plots").mkdir(exist_ok=True)
     for data in shown:
         write([data], of_one_run(data, skipped))
@@ -72,10 +72,12 @@ def plot_runs(runs: list[Run], results: dict[str, list[Result]], measured: Exper
     write(evaluated, of_all_runs(evaluated, measured))
 
 
-def kind(train: dict[str, Any]) -> str:
-    """How a run was trained but for the numbers in its setting."""
-    fields = sorted(f"kind {value}" if name == "kind" else name for name, value in train["l1"].items())
-    return canonical(train | {"l1": fields}).decode()
+def run_data(run: Run, label: str, results: list[Result]) -> RunData:
+    train, spec = run.config.stored["train"], run.config.cache.spec
+    return RunData(
+        run=run, label=label, setting=setting(train), family=family(train), results=results, whole=run.config.train.tokens,
+        d_model=spec.d_model, kind=kind(train),
+    )  # fmt: skip
 
 
 def of_one_run(data: RunData, skipped: Skipped) -> Pictures:

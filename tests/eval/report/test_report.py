@@ -6,6 +6,7 @@ import shutil
 import struct
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from residual_saes.eval.floors.measured import measured_floors
 from residual_saes.eval.measure.features import features_path, load_features
 from residual_saes.eval.measure.result import Result
 from residual_saes.eval.measure.runs import Skipped
-from residual_saes.eval.report import density, floors, heatmap, pictures, training
+from residual_saes.eval.report import density, figures, floors, heatmap, pictures, training
 from residual_saes.eval.report.columns import columns
 from residual_saes.eval.report.fidelity import sparsity_fidelity
 from residual_saes.eval.report.figures import Figure, RunData
-from residual_saes.eval.report.page import CAPTIONS, text_table, warnings, write_report
+from residual_saes.eval.report.overview import verdict
+from residual_saes.eval.report.page import CAPTIONS, text_table, write_report
 from residual_saes.eval.report.pictures import picture_is_whole, plot_runs
+from residual_saes.eval.report.settings import command, differences, kind, rate, setting
+from residual_saes.eval.report.warnings import warnings
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.sites import Site
@@ -65,7 +69,7 @@ def test_every_picture_is_there_as_png_and_svg(published: Published) -> None:
         assert names == sorted(f"{name}{suffix}" for name in CAPTIONS for suffix in (".png", ".svg"))
         for name in CAPTIONS:
             width, height = png_size(run.path / "plots" / f"{name}.png")
-            assert 1000 < width < 2000 and 400 < height < 1400
+            assert 1000 < width < 2000 and 250 < height < 1400
             assert ET.parse(run.path / "plots" / f"{name}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
@@ -113,8 +117,7 @@ def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, mo
 
 
 def data_of(run: Run, results: Results) -> RunData:
-    label, kind = run.name[-8:], pictures.kind(run.config.stored["train"])
-    return RunData(run=run, label=label, results=results[run.name], whole=300_000_000, d_model=1024, kind=kind)
+    return pictures.run_data(run, run.name[-8:], results[run.name])
 
 
 @pytest.mark.parametrize("layers", [24, 1])
@@ -148,40 +151,79 @@ def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path
     assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
 
 
-def test_a_share_of_zero_looks_like_zero_in_every_layer(published: Published) -> None:
-    """The colour of a share does not depend on the other layers: a column of small numbers is no pattern."""
+def test_a_heat_map_is_coloured_by_merit(published: Published) -> None:
+    """Whatever the other layers': a column of good numbers is no pattern, and what is neither good nor poor has no colour."""
     data = [dataclasses.replace(r, dead_share=1e-9 * r.site.layer) for r in published[2][published[1][0].name]]
     of = data_of(published[1][0], {published[1][0].name: data})
-    shades = np.asarray(heatmap.heatmap(of).axes[0].images[0].get_array())
+    shades = np.asarray(heatmap.heatmap(of).axes[0].images[0].get_array(), float)
     keys = [column.key for column in columns("map")]
-    assert shades[:, keys.index("dead_share")].max() < 1e-6
-    assert shades[:, keys.index("l0")].max() == 1
+    assert shades[:, keys.index("dead_share")].min() > 0.99
+    assert np.isnan(shades[:, keys.index("l0")]).all()
+    fvu, cosine = (next(c for c in columns("page") if c.key == key).merit for key in ("fvu", "cosine"))
+    assert cosine(0.87) == fvu(1 - 0.87) == pytest.approx(0.443, abs=1e-3)
+    assert cosine(0.985) == fvu(1 - 0.985) == pytest.approx(0.912, abs=1e-3)
+    assert (fvu(0.0), fvu(1.0), fvu(3.0), cosine(1.2), fvu(None)) == (1, 0, 0, 1, None)
 
 
-def test_a_line_joins_saes_that_differ_in_their_setting_alone(published: Published) -> None:
-    """One through a random decoder and a trained one would be no curve of anything."""
+def luminance(colour: str) -> float:
+    """As WCAG 2 defines it."""
+    parts = (int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_every_layer_stands_out_from_a_white_and_a_dark_page(published: Published) -> None:
+    colours = figures.LayerColours(map(Site, range(24)))
+    for shade in [*(luminance(colours[Site(layer)]) for layer in range(24)), *map(luminance, figures.COLOURS.values())]:
+        assert 1.05 / (shade + 0.05) >= 3
+        assert (shade + 0.05) / (luminance("#181818") + 0.05) >= 3
+    assert colours[Site(0)] == figures.LayerColours([Site(0)])[Site(0)]
+
+
+def test_a_run_looks_alike_whichever_stand_beside_it(published: Published) -> None:
+    """Colour and marker are of its setting."""
+    datas = [data_of(run, published[2]) for run in published[1]]
+
+    def looks(of: list[RunData]) -> dict[str, tuple[Any, Any]]:
+        axis = sparsity_fidelity(of).axes[2]
+        names = [text.get_text() for text in axis.texts]
+        lines = [line for line in axis.lines if line.get_linestyle() != "None"]
+        return {
+            d.setting: (line.get_color(), line.get_marker()) for d, line in zip(of, lines, strict=True) if d.setting in names
+        }
+
+    whole = looks(datas)
+    assert len(whole) == 3 and len({marker for _, marker in whole.values()}) == 3
+    assert looks(datas[::-1]) == whole
+    assert looks(datas[1:]).items() <= whole.items()
+
+
+def test_a_line_joins_runs_that_differ_in_their_setting_alone(published: Published) -> None:
+    """Through means over the layers that all of them have. One through a random decoder and a trained one would be no curve of
+    anything."""
     datas = [data_of(run, published[2]) for run in published[1]]
     assert len({data.kind for data in datas}) == 1
     train = published[1][0].config.stored["train"]
     others = (train | {"l1": {"k": 64}}, train | {"step": train["step"] | {"decoder": "random"}}, train | {"refit": 0.2})
-    assert len({datas[0].kind, *map(pictures.kind, others)}) == 4
+    assert len({datas[0].kind, *map(kind, others)}) == 4
 
-    def points(of: list[RunData]) -> set[int]:
-        return {len(line.get_xydata()) for line in sparsity_fidelity(of).axes[0].lines if line.get_color() == "0.8"}
+    def lines(of: list[RunData]) -> list[list[list[float]]]:
+        return [line.get_xydata().tolist() for line in sparsity_fidelity(of).axes[0].lines if line.get_gid() == "kind"]
 
-    assert points(datas) == {3, 2}  # one run's last layer is not finished
-    assert points([*datas[:2], dataclasses.replace(datas[2], kind="another")]) == {2, 1, 0}
+    (line,) = lines(datas)
+    common = [r.l0 or 0 for r in datas[0].latest if r.site.layer < 23]  # one run's last layer is not finished
+    assert line[0][0] == pytest.approx(sum(common) / 23) and len(line) == 3
+    assert sorted(map(len, lines([*datas[:2], dataclasses.replace(datas[2], kind="another")]))) == [1, 2]
 
 
-def test_training_without_l1_says_so_and_counts_begin_at_nothing(
-    published: Published,
-) -> None:
+def test_a_lambda_that_stays_has_no_panel_and_counts_begin_at_nothing(published: Published) -> None:
     data, curve = data_of(published[1][0], published[2]), published[1][0].metrics(Site(0))
     flat = [dataclasses.replace(point, l1_weight=0.0, alive=1024) for point in curve]
     axes = training.training_curves(data, {Site(0): flat}).axes
-    assert [text.get_text() for text in axes[2].texts] == ["no L1"]
-    assert axes[3].get_ylim() == pytest.approx((0, 1.05 * 1024))
-    assert not training.training_curves(data, {Site(0): curve}).axes[2].texts
+    assert [axis.get_title(loc="left") for axis in axes][2:] == ["alive features"]
+    assert axes[2].get_ylim() == pytest.approx((0, 1.05 * 1024))
+    moving = [dataclasses.replace(point, l1_weight=1e-4 * n) for n, point in enumerate(curve)]
+    assert training.training_curves(data, {Site(0): moving}).axes[3].get_title(loc="left") == "λ"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +245,7 @@ def test_floors_have_round_numbers_on_their_axis(least: float, most: float, tick
 
 def column(browser: Browser, table: int, head: str, part: str = "finished") -> list[str]:
     script = """const table = document.querySelectorAll("table.sortable")[arguments[0]];
-    const at = [...table.tHead.rows[0].cells].findIndex(head => head.textContent === arguments[1]);
+    const at = [...table.tHead.rows[0].cells].findIndex(head => head.querySelector("button").textContent === arguments[1]);
     return [...table.querySelectorAll("tbody." + arguments[2] + " tr")].map(row => row.cells[at].textContent)"""
     cells: list[str] = browser.run(script, table, head, part)
     return cells
@@ -211,21 +253,21 @@ def column(browser: Browser, table: int, head: str, part: str = "finished") -> l
 
 def click_head(browser: Browser, table: int, head: str) -> None:
     script = """const heads = document.querySelectorAll("table.sortable")[arguments[0]].tHead.rows[0].cells;
-    return [...heads].find(each => each.textContent === arguments[1]).firstChild"""
+    return [...heads].map(each => each.querySelector("button")).find(each => each.textContent === arguments[1])"""
     browser.run("arguments[0].click()", browser.run(script, table, head))
 
 
 def last_table(browser: Browser) -> int:
-    """Of the last run: its SAEs; after it comes the one of its floors."""
-    return len(browser.all("table.sortable")) - 2
+    """Of the last run's SAEs."""
+    return len(browser.all("table.sortable")) - 1
 
 
 def test_the_page_needs_nothing_but_itself(published: Published, browser: Browser) -> None:
     browser.open(published[3])
     assert browser.driver.title == "SAE runs"
-    browser.run("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-    browser.until(lambda: browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 900)"))
-    assert len(browser.all("img")) == 3 * 5 + 3
+    assert len(browser.all("figure svg")) == 3 * 4 + 1
+    names = browser.run("return [...document.querySelectorAll('svg [id]')].map(e => e.id)")
+    assert len(names) == len(set(names)) > 100
     assert [url for url in browser.loaded() if not url.startswith("data:")] == [published[3].as_uri()]
     assert browser.errors() == []
     links = {e.get_attribute("href") for e in browser.all("a[href*='/']")}
@@ -254,13 +296,16 @@ def test_means_are_of_finished_layers_and_warnings_name_the_others(published: Pu
     _, runs, results, report = published
     browser.open(report)
     assert column(browser, 0, "finished layers") == ["24 of 24", "24 of 24", "23 of 24"]
-    done = [r.l0 or 0 for r in results[runs[2].name] if r.final]
-    assert column(browser, 0, "L0")[2] == f"{sum(done) / len(done):.1f}"
+    for number, run in enumerate(runs):
+        common = [r.l0 or 0 for r in results[run.name] if r.final and r.site.layer < 23]
+        assert column(browser, 0, "L0")[number] == f"{sum(common) / 23:.1f}"
     said = browser.text("ul.warnings")
     assert f"{runs[2].name}: layer 23 is 150M of 300M, unfinished" in said
     assert "FVU is flattered by a few directions" in said
+    browser.open(report.with_name("floors.html"))
     assert "distillation" in browser.text("body")
     assert "not measured" not in browser.text("body")
+    assert len(browser.all("figure svg")) == 2
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -290,10 +335,85 @@ def test_hostile_names_are_text(published: Published, tmp_path: Path, browser: B
     assert browser.driver.title == "SAE runs"
     assert run.name in [e.text for e in browser.all("h2")]
     assert "<script>document.title" in browser.text("ul.warnings")
-    assert "Measured floors: not measured" in browser.text("body")
     browser.run("arguments[0].click()", browser.run("return document.querySelector('td a')"))
     assert browser.driver.title == "feature pages"
     assert browser.run("return decodeURIComponent(location.hash)") == f"#{run.name}/final/5"
+    browser.open(report.with_name("floors.html"))
+    assert "Measured floors: not measured" in browser.text("body")
+
+
+def test_a_script_in_a_picture_does_not_run(published: Published, tmp_path: Path, browser: Browser) -> None:
+    """A folder that somebody else made may hold one."""
+    run = Run(tmp_path / "theirs")
+    shutil.copytree(published[1][0].path, run.path)
+    path = run.path / "plots" / "5_feature_density.svg"
+    path.write_text(path.read_text().replace("<defs>", "<script>document.title='bad'</script><defs>", 1))
+    browser.open(write_report(tmp_path, [run], {run.name: published[2][published[1][0].name]}, None, Skipped()))
+    assert len(browser.all("figure svg")) == 5
+    assert browser.driver.title == "SAE runs"
+
+
+def test_means_follow_the_layers_and_runs_that_are_chosen(published: Published, browser: Browser) -> None:
+    _, runs, results, report = published
+    browser.open(report)
+    boxes = browser.all("#overview input")
+    boxes[2].click()  # without it all have layer 23
+    l0 = [r.l0 or 0 for r in results[runs[0].name] if r.final]
+    assert column(browser, 0, "L0") == [f"{sum(l0) / 24:.1f}", column(browser, 0, "L0")[1], "–"]
+    boxes[2].click()
+    choose = "const e = document.getElementById('over'); e.value = '23'; e.dispatchEvent(new Event('change'))"
+    browser.run(choose)
+    assert column(browser, 0, "L0") == [f"{l0[23]:.1f}", column(browser, 0, "L0")[1], "–"]
+    assert column(browser, 0, "setting") == ["λ 3e-4", "λ 8e-5", "λ → L0 150"]
+    click_head(browser, 0, "FVU")
+    assert column(browser, 0, "setting") == ["λ 8e-5", "λ 3e-4", "λ → L0 150"]
+
+
+def test_columns_unfold(published: Published, browser: Browser) -> None:
+    browser.open(published[3])
+    shown = "return [...document.querySelectorAll('#run-0-table th')].filter(e => e.offsetParent).length"
+    before = browser.run(shown)
+    browser.one("#all-run-0-table").click()
+    assert before < 9 and browser.run(shown) == len(columns("page"))
+
+
+def test_a_run_that_another_beats_is_said_to_be() -> None:
+    def means(l0: float, fvu: float, recovered: float | None) -> dict[str | int, float | None]:
+        return {"l0": l0, "fvu": fvu, "ce_recovered": recovered}
+
+    worse = "is as sparse and loses less"
+    lines = verdict(["a", "b", "c", "d"], [means(32, 0.2, 0.9), means(32, 0.1, 0.95), means(64, 0.09, 0.97), means(1, 1, None)])
+    assert [line.split(":")[0] for line in lines] == ["b", "c", "a"]
+    said = [line.rpartition("; ")[2].removesuffix(f" {worse}") for line in lines]
+    assert said == ["no other", "no other", "b"]
+    assert verdict(["a"], [means(32, 0.2, 0.9)]) == []
+
+
+@pytest.mark.parametrize(
+    ("l1", "words", "flag"),
+    [
+        ({"init": 3e-2, "target": None}, "λ 3e-2", "--l1 3e-2"),
+        ({"init": 2e-2, "target": 32.0}, "λ → L0 32", "--l1 adaptive:2e-2@32"),
+        ({"k": 64}, "BatchTopK 64", "--l1 batchtopk:64"),
+        ({"kind": "topk", "k": 8}, "TopK 8", "--l1 topk:8"),
+    ],
+)
+def test_a_setting_is_told_in_words_and_as_it_was_typed(
+    published: Published, l1: dict[str, Any], words: str, flag: str
+) -> None:
+    run = published[1][0]
+    config = run.config.stored
+    config["train"] |= {"l1": l1}
+    assert setting(config["train"]) == words
+    assert flag in command(run, config) and "--layers 0-23 --expansion 32 --tokens 300000000" in command(run, config)
+    other = config["train"] | {"batch": 7, "step": config["train"]["step"] | {"decoder": "random"}}
+    assert differences([config, config | {"train": other}])[1] == {"batch": "7", "step decoder": "random"}
+
+
+def test_time_and_rate_are_those_of_the_curve() -> None:
+    curve = [{"tokens": 1000, "tokens_per_second": 0.0}, {"tokens": 600_000, "tokens_per_second": 2000.0}]
+    assert rate({Site(0): curve}) == ("5 min", "2k tokens/s")
+    assert rate({Site(0): [{"tokens": 5}], Site(1): []}) == ("–", "–")
 
 
 def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
