@@ -13,6 +13,7 @@ from residual_saes.eval.measure.match import match_runs, match_table, match_to_f
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
 from residual_saes.eval.measure.result import Basis, Result
 from residual_saes.eval.measure.runs import Skipped, cache_places, find_runs, runs_in
+from residual_saes.eval.pages.ask import Asked, ask
 from residual_saes.eval.pages.write import PagesConfig, write_pages
 from residual_saes.eval.publish.card import sister_runs, write_card
 from residual_saes.eval.publish.export import ExportConfig, export
@@ -123,6 +124,22 @@ def pages_command(preset: str | None, cache: Location | None, runs: Location, **
     say(f"pages: {page}")
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is on the pages")
+
+
+@main.command("ask")
+@RUNS
+@options_of(Asked)
+@click.option("--out", type=click.Path(path_type=Path), help="Gets ask.html [default: pages/ in --runs].")
+@MODEL
+@DEVICE
+def ask_command(runs: Location, **options: Any) -> None:
+    """A page of a text's tokens and their features, with links to the pages of these."""
+    options["device"] = pick_device(options["device"])
+    asked = filled(Asked, options, out=local(runs) / "pages")
+    skipped = Skipped()
+    say(f"page: {ask(runs_in(fetched(runs)), asked, skipped)}")
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is on the page")
 
 
 @main.command("publish")

@@ -62,7 +62,7 @@ EVALUATED_FILES = f"""
 {RUN}/results/features/layer01_{{853,1706,2560,3413,4266,final}}.safetensors
 {RUN}/plots/{{{PLOTS}}}.{{png,svg}}
 {RUN}/layer_1/{{cfg.json,sae_weights.safetensors,sparsity.safetensors}}
-pages/{{index.html,text.#/000.js,text.#/facts.json,text.#/vocabulary.js}}
+pages/{{index.html,notes.js,text.#/000.js,text.#/facts.json,text.#/vocabulary.js}}
 pages/{RUN}/layer01_final.#/{{{{000..003}}.js,columns.safetensors,facts.json,index.js}}
 """
 EXPORTED_FILES = f"""
@@ -92,6 +92,7 @@ eval run: --preset= --cache= --runs=runs --eval-tokens= --ce-tokens= --model= --
   --ablation=zero[zero|mean] --snapshots=all[all|final] --numbers-only --device=
 eval export: --to=[saelens|sparsify|dictionary_learning]! --runs=runs* --layers= --snapshot=final --out=! --model=
 eval pages: --preset= --cache= --runs=runs --layers= --snapshot=final --tokens= --out= --model= --device=
+eval ask: --runs=runs --text=! --layers= --out= --model= --device=
 eval publish: --runs=runs* --to=! --public --license=apache-2.0 --dry-run
 eval floor: --statistics=! --widths=128,256,384,512,768,1024
 eval distill: --preset= --cache= --runs=runs --widths= --seeds=3 --tokens= --batch=32 --lr=0.002 --eval-tokens=

@@ -15,6 +15,7 @@ z_i is feature i's activation, a row is a held-out token, in the order of the te
     promoted, suppressed
                 the WORDS tokens with the largest and smallest head(norm(d_i)) − head(norm(0)), d_i its decoder row: the
                 direct path from a feature to the logits (nostalgebraist 2020), without what the norm's bias adds to each
+    logit_bins  how many tokens have which of these, in LOGIT_BINS bins from −m to m, m the largest in size
 
 All ties go to the smaller number. z is float32 as in eval/measure/metrics.py.
 
@@ -35,7 +36,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 
-TOP, SAMPLES, NEAREST, WORDS = 20, 25, 8, 10
+TOP, SAMPLES, NEAREST, WORDS, LOGIT_BINS = 20, 25, 8, 10, 60
 BEFORE, AFTER = 47, 16  # tokens shown around a row: what is before it is what the model had read
 BINS = 64
 TOGETHER_AT_LEAST = 3  # that two of a few tokens are the same says little
@@ -288,14 +289,18 @@ def similar(w_dec: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([index for _, index in parts]), torch.cat([value for value, _ in parts])
 
 
-def words(w_dec: Tensor, unembedding: nn.Module, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(promoted token int64, its logit, suppressed token, its logit) [F, WORDS], of the first `vocabulary` tokens."""
+def words(w_dec: Tensor, unembedding: nn.Module, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(promoted token int64, its logit, suppressed token, its logit) [F, WORDS], of the first `vocabulary` tokens; and how many
+    tokens have which logit, int64 [F, LOGIT_BINS], from the one to the other farthest from 0, as far on both sides."""
     nothing, parts = unembedding(torch.zeros_like(w_dec[:1]))[:, :vocabulary], []
     for rows in torch.split(w_dec, max(1, _SCORES // vocabulary)):
         logits = unembedding(rows)[:, :vocabulary] - nothing
         up, promoted = largest(logits, WORDS)
         down, suppressed = largest(-logits, WORDS)
-        parts.append((promoted, up, suppressed, -down))
+        most = torch.maximum(up[:, 0], down[:, 0]).clamp(min=1e-30)[:, None]
+        place = ((logits / most + 1) * (LOGIT_BINS / 2)).long().clamp(0, LOGIT_BINS - 1)
+        bins = torch.zeros(len(rows), LOGIT_BINS, dtype=torch.int64, device=rows.device)
+        parts.append((promoted, up, suppressed, -down, bins.scatter_add_(1, place, torch.ones_like(place))))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
@@ -349,7 +354,7 @@ class Tally:
         columns |= zip(("similar", "similar_cosine"), similar(self.sae.w_dec), strict=True)
         *together, together_tokens = self.together.nearest(len(count))
         columns |= zip(("together", "together_jaccard", "together_count"), together, strict=True)
-        names = ("promoted", "promoted_logit", "suppressed", "suppressed_logit")
+        names = ("promoted", "promoted_logit", "suppressed", "suppressed_logit", "logit_bins")
         columns |= zip(names, words(self.sae.w_dec, unembedding, vocabulary), strict=True)
         narrow = {name for name, column in columns.items() if column.dtype == torch.int64 and name != "row"}
         return {name: (c.int() if name in narrow else c).contiguous().cpu() for name, c in columns.items()}, together_tokens

@@ -2,6 +2,7 @@
 
 <runs>/pages/
     index.html                                  the page: its script, its style and a list of what there is
+    notes.js                                    names and stars that a reader gave and saved here
     text.<digest>/                              the held-out tokens of a cache, and what each of its tokens says
     <run>/layer12_final.<digest>/               one SAE: facts.json, and
         columns.safetensors                     everything about every feature, a column a fact (features.py; `Pages`)
@@ -33,7 +34,7 @@ from residual_saes.shared.temporaries import remove_leftovers
 FORMAT = 1
 CHUNK = 64  # features in a file
 CONTEXTS = features.TOP + features.SAMPLES
-_FACTS = "facts.json"
+_FACTS, _NOTES = "facts.json", "notes.js"
 _TEMPLATES = Path(__file__).with_name("templates")
 
 Facts = dict[str, Any]
@@ -149,15 +150,23 @@ def write_index(out: Path, current: set[Path]) -> Path:
                 if key not in chosen or rank > chosen[key][0]:
                     chosen[key] = rank, shown
         texts = {folder.name: facts["chunk"] for folder in out.glob("text.*") if (facts := read_facts(folder))}
-        sizes = ("TOP", "SAMPLES", "NEAREST", "WORDS", "BEFORE", "AFTER", "BINS")
+        sizes = ("TOP", "SAMPLES", "NEAREST", "WORDS", "BEFORE", "AFTER", "BINS", "LOGIT_BINS")
         shape = {name.lower(): getattr(features, name) for name in sizes} | {"chunk": CHUNK}
         catalogue = {"shape": shape, "texts": texts, "saes": [chosen[key][1] for key in sorted(chosen)]}
-        loader = jinja2.FileSystemLoader(_TEMPLATES)
-        environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-        parts = {part: (_TEMPLATES / f"pages.{end}").read_text(encoding="utf-8") for part, end in _PARTS.items()}
-        page = environment.get_template("pages.html").render(catalogue=catalogue, **parts)
+        script_text = "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+        page = templates().get_template("pages.html").render(catalogue=catalogue, style=style(), script=script_text)
+        if not (out / _NOTES).exists():  # it is the reader's from then on
+            publish_file(out / _NOTES, script("notes", [{}]))
         publish_file(out / "index.html", page.encode())
     return out / "index.html"
 
 
-_PARTS = {"style": "css", "script": "js"}
+_SCRIPTS = ("pages.js", "first.js")
+
+
+def templates() -> jinja2.Environment:
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+def style() -> str:
+    return (_TEMPLATES / "pages.css").read_text(encoding="utf-8")

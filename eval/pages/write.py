@@ -30,7 +30,7 @@ from residual_saes.shared.units import parse_count
 _TEXT_CHUNK = 1 << 16  # tokens in a file, or one context
 _IN_CHUNKS = (
     "bins", "bin_width", "row", "similar", "similar_cosine", "together", "together_jaccard", "together_count",
-    "promoted_logit", "suppressed_logit",
+    "promoted_logit", "suppressed_logit", "logit_bins",
 )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def _against_l0(axis: Axes, runs: list[RunData], column: Column, sites: Sequence
             labels.append((x, y, name, colour))
     for data in runs:
         if line := sorted(kinds.pop(data.kind, [])):
-            axis.plot(*zip(*line, strict=True), color=data.style["color"], zorder=2, gid="kind")
+            axis.plot(*zip(*line, strict=True), color=data.style["color"], zorder=2, label="_kind")
     axis.set_title(column.label.partition(", fraction")[0])
     scaled(axis, column)
     logarithmic(axis, "x")

@@ -229,7 +229,7 @@ def _differences(datas: list[RunData]) -> Table | None:
 def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, Any]]:
     paths = [(run.path / "plots" / f"{name}.svg", name) for name in names]
     return [
-        {"svg": inline(path, f"{name[0]}{hashlib.sha256(run.name.encode()).hexdigest()[:6]}", CAPTIONS[name]),
+        {"svg": inline(path, f"p{name[0]}{hashlib.sha256(run.name.encode()).hexdigest()[:6]}", CAPTIONS[name]),
          "caption": CAPTIONS[name]}
         for path, name in paths
         if path.exists()

@@ -107,7 +107,7 @@ async function route() {
     document.body.classList.toggle("showing", feature !== null);
     mark();
     if (feature === null) {
-      by("feature").replaceChildren(el("p", {className: "note"}, "Choose a feature from the list."));
+      overview();
       document.title = "SAE features";
     } else {
       await show(turn);
@@ -146,14 +146,6 @@ function step(list, now, by) {
 
 // --- the list ---
 
-function tokensOf(query) {
-  const exact = /^"(.*)"$/s.exec(query), id = /^#(\d+)$/.exec(query);
-  if (id) return new Set([Number(id[1])]);
-  const fold = (text) => text.trim().toLowerCase(), wanted = exact ? exact[1] : fold(query), found = new Set();
-  sae.vocabulary.forEach((text, i) => { if ((exact ? text : fold(text)) === wanted) found.add(i); });
-  return found;
-}
-
 function number(field, otherwise) {
   const text = by(field).value.trim(), value = text === "" ? otherwise : Number(text.replace("%", "")) / (text.endsWith("%") ? 100 : 1);
   by(field).setAttribute("aria-invalid", String(Number.isNaN(value)));
@@ -161,22 +153,20 @@ function number(field, otherwise) {
 }
 
 function refresh() {
-  const n = sae.facts.features, query = by("search").value.trim() === "" ? "" : by("search").value;
+  const n = sae.facts.features, query = by("search").value.trim();
   const least = number("least", 0), most = number("most", 1), density = (i) => sae.count[i] / sae.facts.tokens;
-  const matches = new Uint8Array(n), tokens = query ? tokensOf(query.trim()) : null;
-  if (tokens) {
-    const column = sae[by("where").value], width = column.length / n;
-    for (let i = 0; i < column.length; i++) if (column[i] && tokens.has(column[i] - 1)) matches[Math.floor(i / width)]++;
-  }
+  const terms = termsOf(query, sae.vocabulary), matches = matchesOf(terms, sae[by("where").value], n);
+  const starred = by("sort").value === "starred";
   order = [];
-  for (let i = 0; i < n; i++) if (density(i) >= least && density(i) <= most && (!tokens || matches[i])) order.push(i);
+  for (let i = 0; i < n; i++) if (density(i) >= least && density(i) <= most && matches[i] && !(starred && !noteOf(i))) order.push(i);
   const keys = {
     rarest: (i) => sae.count[i], densest: (i) => -sae.count[i], maximum: (i) => -sae.maximum[i], mean: (i) => -sae.mean[i],
-    matches: (i) => -matches[i], number: (i) => i,
+    matches: (i) => -matches[i], number: (i) => i, interest: (i) => -interest(i), starred: (i) => i,
   };
-  const key = keys[by("sort").value];
-  order.sort((a, b) => key(a) - key(b) || a - b);
-  by("found").textContent = `${whole(order.length)} of ${whole(n)} features` + (tokens && !tokens.size ? " · no such token" : "");
+  const value = Float64Array.from({length: n}, (_, i) => matches[i] ? keys[by("sort").value](i) : 0);
+  order.sort((a, b) => value[a] - value[b] || a - b);
+  by("everywhere").hidden = !query;
+  by("found").textContent = `${whole(order.length)} of ${whole(n)} features` + (terms.some((tokens) => !tokens.size) ? " · no such token" : "");
   by("list").scrollTop = 0;
   draw();
 }
@@ -195,7 +185,7 @@ function row(i, top) {
   const line = el("a", {href: address(sae.facts, i), className: "row"},
     el("span", {className: "number"}, String(i)),
     el("span", {className: "density"}, sae.count[i] ? format(sae.count[i] / sae.facts.tokens) : "never"),
-    el("span", {className: "words"}, peaks(i, 4)));
+    el("span", {className: "words"}, noteOf(i) ? `★ ${noteOf(i).name} ` : "", peaks(i, 4)));
   line.style.top = `${top}px`;
   if (i === feature) line.setAttribute("aria-current", "true");
   return line;
@@ -240,14 +230,15 @@ async function show(turn) {
   by("token").textContent = "";
   by("feature").replaceChildren(
     el("a", {className: "back", href: address(facts)}, "← all features"),
-    el("h2", {}, `Feature ${i}`),
+    el("h2", {}, `Feature ${i}`), noteFields(i),
     el("p", {className: "facts"}, `layer ${facts.layer} · ${facts.name} · ` + (sae.count[i]
       ? `fires on ${whole(sae.count[i])} of ${whole(facts.tokens)} tokens (density ${format(sae.count[i] / facts.tokens)}), ` +
         `mean ${format(sae.mean[i])} where it does, at most ${format(sae.maximum[i])}`
       : `never fires on the ${whole(facts.tokens)} held-out tokens`)),
     el("div", {className: "columns"},
       el("section", {}, el("h3", {}, "Promoted tokens"), words(i, k, "promoted", chunk), el("h3", {}, "Suppressed tokens"), words(i, k, "suppressed", chunk)),
-      sae.count[i] ? el("section", {}, el("h3", {}, "Activations"), histogram(chunk, k)) : null),
+      sae.count[i] ? el("section", {}, el("h3", {}, "Activations"), histogram(chunk.bins.subarray(k * shape.bins, (k + 1) * shape.bins), 0, chunk.bin_width[k], "activation"),
+        ...logits(chunk, k)) : null),
     el("div", {className: "columns"},
       el("section", {}, el("h3", {}, "Nearest by decoder cosine"), neighbours(chunk, k, "similar", (n) => format(chunk.similar_cosine[n]))),
       el("section", {}, el("h3", {}, "Firing together"), neighbours(chunk, k, "together",
@@ -287,8 +278,8 @@ function neighbours(chunk, k, name, note) {
   return items.length ? el("ul", {className: `chips ${name}`}, ...items) : el("p", {className: "note"}, "none");
 }
 
-function histogram(chunk, k) {
-  const bins = chunk.bins.subarray(k * shape.bins, (k + 1) * shape.bins), width = chunk.bin_width[k];
+// Counts by bins of one width, the first of which begins at `from`; of `what`, tokens on a logarithmic axis.
+function histogram(bins, from, width, what) {
   const used = bins.findLastIndex((n) => n > 0) + 1, most = Math.max(...bins), W = 420, H = 120, base = H - 18, left = 44;
   const svg = (tag, attributes, ...children) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -299,19 +290,26 @@ function histogram(chunk, k) {
   const step = (W - left - 8) / used, tall = (n) => n ? Math.max(1, (base - 10) * Math.log10(1 + n) / Math.log10(1 + most)) : 0;
   const bars = Array.from(bins.subarray(0, used), (n, j) => svg("rect",
     {x: left + j * step, y: base - tall(n), width: Math.max(.5, step - 1), height: tall(n)},
-    svg("title", {}, `${format(j * width)} to ${format((j + 1) * width)}: ${whole(n)} tokens`)));
-  return svg("svg", {class: "histogram", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "how many tokens have which activation"},
+    svg("title", {}, `${format(from + j * width)} to ${format(from + (j + 1) * width)}: ${whole(n)} tokens`)));
+  return svg("svg", {class: "histogram", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `how many tokens have which ${what}`},
     svg("line", {x1: left, x2: W - 8, y1: base, y2: base}), ...bars,
     svg("text", {x: left - 4, y: 16, "text-anchor": "end"}, whole(most)),
     svg("text", {x: left - 4, y: base, "text-anchor": "end"}, "0"),
-    svg("text", {x: left, y: H - 4}, "0"),
-    svg("text", {x: (left + W) / 2, y: H - 4, "text-anchor": "middle"}, "activation · tokens, logarithmic"),
-    svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, format(used * width)));
+    svg("text", {x: left, y: H - 4}, format(from)),
+    svg("text", {x: (left + W) / 2, y: H - 4, "text-anchor": "middle"}, `${what} · tokens, logarithmic`),
+    svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, format(from + used * width)));
+}
+
+// Of all tokens. Pages of earlier versions have none.
+function logits(chunk, k) {
+  if (!chunk.logit_bins) return [];
+  const n = shape.logit_bins, most = Math.max(chunk.promoted_logit[k * shape.words], -chunk.suppressed_logit[k * shape.words]);
+  return [el("h3", {}, "Logits of all tokens"), histogram(chunk.logit_bins.subarray(k * n, (k + 1) * n), -most, 2 * most / n, "logit")];
 }
 
 function context(chunk, i, n, row, text, size) {
   const {facts} = sae, position = row % facts.context, at = row % size;
-  const first = Math.max(-shape.before, -position), last = Math.min(shape.after, facts.context - 1 - position);
+  const first = wordStart(text, at, Math.max(-shape.before, -position)), last = Math.min(shape.after, facts.context - 1 - position);
   const value = new Map();
   for (let j = chunk.near_start[n]; j < chunk.near_start[n + 1]; j++) value.set(chunk.near_at[j], chunk.near_value[j]);
   const spans = [];
@@ -322,6 +320,13 @@ function context(chunk, i, n, row, text, size) {
     spans.push(token);
   }
   return el("div", {className: "context"}, el("span", {className: "value"}, format(value.get(0))), el("div", {className: "tokens"}, ...spans));
+}
+
+// The first offset at which a word begins: the model read what is cut off, a reader stumbles over it.
+function wordStart(text, at, first) {
+  if (at % sae.facts.context + first <= 0) return first;
+  for (let offset = first; offset < Math.min(0, first + 8); offset++) if (/^\s/.test(spelt(text[at + offset]))) return offset;
+  return first;
 }
 
 // --- what the reader does ---
@@ -337,6 +342,7 @@ addEventListener("resize", () => { if (sae) draw(); });
 addEventListener("hashchange", route);
 by("filters").addEventListener("submit", (event) => event.preventDefault());
 for (const id of ["search", "least", "most"]) by(id).addEventListener("input", refresh);
+by("everywhere").addEventListener("click", everywhere);
 for (const id of ["where", "sort"]) by(id).addEventListener("change", refresh);
 by("run").addEventListener("change", () => jump(by("run").value, sae.facts.layer));
 by("layer").addEventListener("change", () => jump(runOf(sae.facts), by("layer").value));
@@ -385,5 +391,3 @@ addEventListener("keydown", (event) => {
   }
 });
 
-if (catalogue.saes.length) route();
-else by("feature").replaceChildren(el("p", {className: "note"}, "There are no feature pages yet: run `python -m eval pages`."));

@@ -14,6 +14,7 @@ from residual_saes.eval.pages.features import (
     AFTER,
     BEFORE,
     BINS,
+    LOGIT_BINS,
     NEAREST,
     SAMPLES,
     TOP,
@@ -262,13 +263,18 @@ def test_promoted_and_suppressed_tokens_are_those_of_the_direct_path(lm: Path) -
         norm.bias.copy_(torch.randn(32))  # which is the same for every feature, and left out
     d = torch.nn.functional.normalize(torch.randn(20, 32, generator=torch.Generator().manual_seed(2)), dim=1)
     with torch.inference_mode():
-        promoted, up, suppressed, down = words(d, Unembedding(model), 390)
+        promoted, up, suppressed, down, bins = words(d, Unembedding(model), 390)
     x = d.double()
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
     logits = x @ model.get_output_embeddings().weight.double()[:390].t()
     for index, value, sign in ((promoted, up, 1), (suppressed, down, -1)):
         torch.testing.assert_close(value.double(), sign * (sign * logits).topk(10, dim=1).values, atol=1e-4, rtol=0)
         torch.testing.assert_close(logits.gather(1, index), value.double(), atol=1e-4, rtol=0)
+    most = logits.abs().amax(1)
+    for counted, row, m in zip(bins.tolist(), logits, most.tolist(), strict=True):
+        exact = torch.histc(row, LOGIT_BINS, -m, m).tolist()
+        assert sum(counted) == 390
+        assert sum(abs(a - b) for a, b in zip(counted, exact, strict=True)) <= 8  # on the edges they round differently
 
 
 def test_memory_is_what_it_is_said_to_be(whole_numbers: tuple[Sae, Tensor]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import residual_saes
 from residual_saes.eval.pages import features
 from residual_saes.eval.pages.features import SAMPLES, TOP
 from residual_saes.eval.pages.files import Pages, script, write_index
@@ -216,7 +217,7 @@ def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, ma
     first = folders(runs)[0]
     relative = [url.removeprefix((runs / "pages").resolve().as_uri()) for url in browser.loaded()]
     text = next((runs / "pages").glob("text.*")).name
-    assert relative == ["/index.html", f"/{first.parent.name}/{first.name}/index.js", f"/{text}/vocabulary.js"]
+    assert relative == ["/index.html", "/notes.js", f"/{first.parent.name}/{first.name}/index.js", f"/{text}/vocabulary.js"]
     assert browser.text("#found") == "128 of 128 features"
     browser.press("j")
     browser.until(lambda: browser.text("h2") == "Feature 0")
@@ -232,8 +233,10 @@ def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, ma
     for (value, tokens), row in zip(shown, rows, strict=True):
         place = row % cache.spec.context
         ids = cache.layer(0).tokens[row - place : row - place + cache.spec.context]
-        expected = "".join(spelt[i] for i in ids[max(0, place - 47) : place + 17])
-        assert tokens == expected.replace("\n", "↵")
+        cut = max(0, place - 47)
+        words = (n for n in range(cut, min(place, cut + 8)) if spelt[ids[n]][:1].isspace())
+        cut = next(words, cut) if cut else 0  # at the beginning of a word, where one is near
+        assert tokens == "".join(spelt[i] for i in ids[cut : place + 17]).replace("\n", "↵")
         z = dict(zip(*map(torch.Tensor.tolist, Pages.open(first).around(1, rows.index(row))), strict=True))[0]
         assert float(value) == pytest.approx(z, rel=0.01)
     assert float(browser.run("return document.querySelector('#top .peak').style.getPropertyValue('--a')")) == 1
@@ -268,6 +271,19 @@ def test_the_list_is_searched_sorted_and_filtered(browser: Browser, made_once: M
     browser.run(choose % "input", "search", f'"{spelt[int(columns["promoted"][9, 0])]}"')
     browser.run(choose % "change", "where", "promoted")
     assert 9 in listed(browser)
+    near = [i for i in range(128) if any(spelt[t].strip().lower().startswith("th") for t in peaks[i])]
+    browser.run(choose % "change", "where", "peaks")
+    browser.run(choose % "input", "search", "th*")
+    assert browser.text("#found") == f"{len(near)} of 128 features" and set(hits) < set(near)
+    both = [i for i in near if 5 in peaks[i]]
+    browser.run(choose % "input", "search", "th* #5")
+    assert browser.text("#found") == f"{len(both)} of 128 features"
+    inside = [i for i in range(128) if any("h" in spelt[t].lower() for t in peaks[i])]
+    browser.run(choose % "input", "search", "*h*")
+    assert browser.text("#found") == f"{len(inside)} of 128 features"
+    browser.one("#everywhere").click()
+    browser.until(lambda: len(browser.all("#hits li")) == 6)
+    assert f": {len(inside)} " in browser.all("#hits li")[0].text + " "
     browser.run(choose % "input", "search", "")
     density = columns["count"].double() / 2048
     middle = float(density.median()) + 0.5 / 2048  # between two counts, whatever rounding makes of the percentage
@@ -282,6 +298,72 @@ def test_the_list_is_searched_sorted_and_filtered(browser: Browser, made_once: M
     browser.press("77", Keys.ENTER)
     browser.until(lambda: browser.text("h2") == "Feature 77")
     assert browser.errors() == []
+
+
+def test_the_first_screen_shows_the_sae(browser: Browser, made_once: Made) -> None:
+    """Every feature is a point, and a click on one leads to it."""
+    runs, _ = made_once
+    opened(browser, runs)
+    columns = Pages.open(folders(runs)[0]).columns
+    alive = int((columns["count"] > 0).sum())
+    assert f"{alive} of 128 features fire on these 2,048 tokens" in browser.text("#feature .facts")
+    assert len(browser.all("#feature .remarkable li")) == 10
+    place = """const canvas = document.getElementById("scatter"), box = canvas.getBoundingClientRect(), step = 6;
+    for (let x = 0; x < box.width; x += step) for (let y = 0; y < box.height; y += step) {
+      const event = new MouseEvent("mousemove", {clientX: box.left + x, clientY: box.top + y});
+      canvas.dispatchEvent(event);
+      const about = document.getElementById("token").textContent;
+      if (about) { canvas.dispatchEvent(new MouseEvent("click", {clientX: box.left + x, clientY: box.top + y})); return about; }
+    }"""
+    about = browser.run(place)
+    feature = int(about.split()[1])
+    browser.until(lambda: browser.text("h2") == f"Feature {feature}")
+    assert columns["count"][feature] / 2048 == pytest.approx(float(about.split()[4]), rel=0.01)
+    browser.press(Keys.ESCAPE)
+    browser.until(lambda: browser.all("#scatter"))
+    assert browser.errors() == []
+
+
+def test_names_stay_and_can_be_saved_beside_the_page(browser: Browser, made: Made) -> None:
+    runs, args = made
+    notes, run = runs / "pages" / "notes.js", folders(runs)[0].parent.name
+    assert notes.read_bytes() == script("notes", [{}])
+    opened(browser, runs, f"{run}/final/0/5")
+    browser.until(lambda: browser.text("h2") == "Feature 5")
+    browser.one("#name").send_keys("commas")
+    assert browser.text("#star") == "★"
+    opened(browser, runs)
+    browser.until(lambda: any("★ commas" in e.text for e in browser.all(".row")))
+    browser.run("localStorage.clear()")
+    notes.write_bytes(script("notes", [{f"#{run}/final/0/7": {"name": "</script>"}}]))
+    assert invoke("eval", *args) == 0
+    opened(browser, runs)
+    browser.run("const e = document.getElementById('sort'); e.value = 'starred'; e.dispatchEvent(new Event('change'))")
+    assert listed(browser) == [7] and "★ </script>" in browser.all(".row")[0].text
+    assert browser.errors() == []
+
+
+def test_a_text_is_shown_with_the_features_of_its_tokens(cli: Cli, browser: Browser, made: Made, cache: Cache) -> None:
+    runs, _ = made
+    run, text = folders(runs)[0].parent.name, "The <b>cat</b> sat"
+    result = cli("eval", "ask", "--runs", runs, "--text", text, "--layers", 1, "--device", "cpu")
+    assert (result.code, result.out) == (0, f"page: {runs / 'pages' / 'ask.html'}\n")
+    (sae,) = [each for each in residual_saes.saes(runs) if each.run == run and each.layer == "1"]
+    expected = sae.load().features(text)
+    browser.open(runs / "pages" / "ask.html")
+    assert browser.text("blockquote") == text and len(browser.all("h2")) == 2
+    shown = browser.run("return [...document.querySelectorAll('.token')].map((e) => e.textContent)")
+    assert shown == expected.tokens * 2
+    numbers = "(e) => [...e.querySelectorAll('a')].map((a) => Number(a.textContent))"
+    chips = browser.run(f"return [...document.querySelectorAll('.chips')].map({numbers})")
+    n = len(expected.tokens)
+    assert chips[:n] == [[a.feature for a in expected.at(i)] for i in range(n)]
+    feature = expected.at(0)[0].feature
+    browser.all(".chips a")[0].click()
+    browser.until(lambda: browser.text("h2") == f"Feature {feature}")
+    for wrong, words in (("", "has 0 tokens"), ("a " * 99, "from 1 to 31")):
+        result = cli("eval", "ask", "--runs", runs, "--text", wrong)
+        assert result.code == 2 and words in result.err
 
 
 def test_keys_and_menus_lead_to_other_layers_and_runs(browser: Browser, made_once: Made) -> None:

@@ -208,7 +208,9 @@ def test_a_line_joins_runs_that_differ_in_their_setting_alone(published: Publish
     assert len({datas[0].kind, *map(kind, others)}) == 4
 
     def lines(of: list[RunData]) -> list[list[list[float]]]:
-        return [line.get_xydata().tolist() for line in sparsity_fidelity(of).axes[0].lines if line.get_gid() == "kind"]
+        return [
+            np.asarray(line.get_xydata()).tolist() for line in sparsity_fidelity(of).axes[0].lines if line.get_label() == "_kind"
+        ]
 
     (line,) = lines(datas)
     common = [r.l0 or 0 for r in datas[0].latest if r.site.layer < 23]  # one run's last layer is not finished

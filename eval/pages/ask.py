@@ -1,0 +1,119 @@
+"""One page of a text: its tokens, and of each the strongest features of some SAEs, with links to their pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from residual_saes.eval.measure.runs import Skipped
+from residual_saes.eval.pages import files
+from residual_saes.eval.pages.spell import spell
+from residual_saes.shared.cache import CacheSpec
+from residual_saes.shared.cli import option
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import make_dir, publish_file
+from residual_saes.shared.identity import model_of
+from residual_saes.shared.lm import hook_module, load_model, load_tokenizer, widen
+from residual_saes.shared.runs.run import FINAL, Run, Snapshot
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site, parse_sites
+
+TOP = 5  # features of a token
+_PROMOTED = 4  # tokens that stand for what a feature is about, where its page was made
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Asked:
+    """A text, and which SAEs are asked about it."""
+
+    out: Path
+    device: torch.device
+    text: str = option("What to look at, up to a context.", required=True)
+    layers: tuple[Site, ...] | None = option("Such as 0-5,12 [default: the middle one of each run].", None, type=parse_sites)
+    model: str | None = None
+
+
+def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
+    """Write the page. Raises UserError where the text has no token or is longer than a context, or no SAE is there."""
+    chosen = [(run, s) for run in runs for s in _chosen(run, asked.layers)]
+    if not chosen:
+        raise UserError("there is no finished SAE of these layers: name others with --layers, or train them to their end")
+    spec = chosen[0][0].config.cache.spec
+    model = model_of(spec, chosen[0][0].name, asked.model)
+    tokenizer = load_tokenizer(str(model.folder), None)
+    tokens = tokenizer.encode(asked.text, add_special_tokens=False)
+    if not 0 < len(tokens) < spec.context:
+        raise UserError(f"the text has {len(tokens)} tokens: give it from 1 to {spec.context - 1}")
+    first = tokenizer.bos_token_id if spec.bos else spec.separator  # as a document begins in the cache
+    sites = {s.site for _, s in chosen}
+    activations = _activations(str(model.folder), spec, sites, torch.tensor([[first, *tokens]]), asked.device)
+    words = spell(tokenizer, len(tokenizer))
+    shown = []
+    for run, snapshot in chosen:
+        with skipped.leaving_out():
+            sae = Sae.load(snapshot.path, spec.d_model, belongs=run.belongs(snapshot.site, snapshot.label)).to(asked.device)
+            z = sae.encode(activations[snapshot.site])
+            shown.append(_section(run, snapshot, z, tokens, words, asked.out))
+    page = files.templates().get_template("ask.html").render(text=asked.text, saes=shown, style=files.style())
+    path = make_dir(asked.out) / "ask.html"
+    publish_file(path, page.encode())
+    return path
+
+
+def _chosen(run: Run, layers: tuple[Site, ...] | None) -> list[Snapshot]:
+    finals = [s for s in run.snapshots() if s.label == FINAL]
+    return [s for s in finals if s.site in layers] if layers else finals[len(finals) // 2 :][:1]
+
+
+@torch.inference_mode()
+def _activations(folder: str, spec: CacheSpec, sites: set[Site], tokens: Tensor, device: torch.device) -> dict[Site, Tensor]:
+    """Of the tokens [1, n] but the first, float32 [n − 1, d]."""
+    model, taken = load_model(folder, None, spec.precision, head=False).to(device), dict[Site, Tensor]()
+    widen(model)
+
+    def taking(site: Site) -> Any:
+        def take(_module: object, _inputs: object, output: Any) -> None:
+            taken[site] = (output if isinstance(output, Tensor) else output[0])[0, 1:].float()
+
+        return take
+
+    for site in sites:
+        hook_module(model, site).register_forward_hook(taking(site))
+    model(input_ids=tokens.to(device), use_cache=False)
+    return taken
+
+
+def _section(run: Run, snapshot: Snapshot, z: Tensor, tokens: list[int], words: list[str], out: Path) -> dict[str, Any]:
+    """What the page shows of one SAE: each token with its features, the strongest first."""
+    promoted = _promoted(run, snapshot, out)
+    address = f"index.html#{quote(run.name, safe='')}/{snapshot.label}/{snapshot.site}" if promoted is not None else None
+    largest = float(z.max()) or 1.0
+    rows = []
+    for token, of in zip(tokens, z, strict=True):
+        best = of.topk(min(TOP, int((of > 0).sum())))
+        features = [
+            {
+                "number": feature,
+                "value": f"{value:.3g}",
+                "share": f"{value / largest:.3f}",
+                "href": address and f"{address}/{feature}",
+                "words": [] if promoted is None else [words[t] for t in promoted[feature, :_PROMOTED].tolist()],
+            }
+            for value, feature in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        rows.append({"token": words[token], "active": int((of > 0).sum()), "features": features})
+    return {"name": run.name, "layer": str(snapshot.site), "rows": rows}
+
+
+def _promoted(run: Run, snapshot: Snapshot, out: Path) -> Tensor | None:
+    """Tokens that each feature promotes, of the pages of this checkpoint; None where there are none."""
+    file = Sae.checksum(snapshot.path)
+    for folder in sorted((out / run.name).glob(f"layer{snapshot.site.key}_{snapshot.label}.*")):
+        facts = files.read_facts(folder)
+        if facts is not None and facts["file"] == file:
+            return files.Pages.open(folder).columns["promoted"]
+    return None
