@@ -110,7 +110,9 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         model_name=base_model or place(spec.model),
         revision=spec.model_commit or "main",
         text=place(spec.dataset),
+        d_model=spec.d_model,
         features=train.expansion * spec.d_model,
+        glance=Table(heads=["folder", "hook", "L0", "FVU", "CE recovered"], rows=list(map(_glance, done))),
         tokens=train.tokens,
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
         sparsity=config.reading,
@@ -144,6 +146,12 @@ def _counts(numbers: Iterable[int]) -> str:
 
 def _row(r: Result) -> list[str]:
     return [written(c.value(r), c.card_form or c.form) for c in columns("card")]
+
+
+def _glance(r: Result) -> list[str]:
+    """What the user of another tool looks for first."""
+    values = [written(c.value(r), c.form) for c in columns("card") if c.key in ("l0", "fvu", "ce_recovered")]
+    return [f"layer_{r.site}", f"blocks.{r.site.layer}.hook_{r.site.hook}", *values]
 
 
 def _has_picture(run: Run, name: str) -> bool:

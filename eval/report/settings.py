@@ -13,7 +13,7 @@ from residual_saes.shared.sites import Site, format_sites
 
 Record = dict[str, Any]
 
-_NAMES = {"k": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}
+_NAMES = {"k": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
 # Options of `rsae train` by the fields of config.json that they set, and what needs no saying. None: always said.
 _OPTIONS = {
     "expansion": None, "tokens": None, "batch": None, "lr": None, "lr_warmup": None, "lr_decay": 0.0, "seed": 0,
@@ -28,8 +28,7 @@ def setting(train: Record) -> str:
     if l1.keys() == {"init", "target"}:
         return f"λ {_short(l1['init'])}" if l1["target"] is None else f"λ → L0 {_short(l1['target'])}"
     name = str(l1.get("kind", "k"))
-    numbers = [_short(value) for key, value in l1.items() if key != "kind" and value is not None]
-    return " ".join([_NAMES.get(name, name), *numbers])
+    return f"{_NAMES.get(name, name)} {_numbers(l1)}"
 
 
 def family(train: Record) -> str:
@@ -74,8 +73,15 @@ def _flag(l1: Record) -> str:
     """How `--l1` writes a setting."""
     if l1.keys() == {"init", "target"}:
         return _short(l1["init"]) if l1["target"] is None else f"adaptive:{_short(l1['init'])}@{_short(l1['target'])}"
-    numbers = [_short(value) for key, value in l1.items() if key != "kind" and value is not None]
-    return ":".join([l1.get("kind", "batchtopk"), *numbers])
+    return f"{l1.get('kind', 'batchtopk')}:{_numbers(l1)}"
+
+
+def _numbers(l1: Record) -> str:
+    """'64', or '64@256+1024' of a setting with prefixes; where these are shares of the dictionary they are the default."""
+    values = [value for key, value in l1.items() if key != "kind" and value is not None]
+    values = [value for value in values if not (isinstance(value, list | tuple) and min(value) < 1)]
+    parts = ["+".join(f"{w:g}" for w in value) if isinstance(value, list | tuple) else _short(value) for value in values]
+    return "@".join(parts)
 
 
 def rate(curves: dict[Site, list[Point]]) -> tuple[str, str]:

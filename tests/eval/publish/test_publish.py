@@ -203,7 +203,7 @@ def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tm
     sent = publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--public")
     assert sent.returncode == 0, sent.stderr
     assert hub.repositories[f"org/{run.name}"]["private"] is False
-    plain, saelens = blocks((run.path / "README.md").read_text(encoding="utf-8"))
+    saelens, plain = blocks((run.path / "README.md").read_text(encoding="utf-8"))
     (tmp_path / lm.name).symlink_to(lm)  # a model that was in a folder is named by the folder's name
     program = plain + "\ntorch.save({'x': x, 'z': z, 'xhat': decode(z)}, 'out.pt')\n"
     where = {"cwd": tmp_path, "env": environment(hub, tmp_path), "capture_output": True, "text": True, "timeout": 240}
@@ -337,7 +337,7 @@ def test_the_cards_code_runs_for_every_family(
     made_up.snapshot_path(Site(1), "final").rename(made_up.snapshot_path(site, "final"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _repo, file: made_up.path / file)
     measured = [replace(r, site=replace(r.site, hook=site.hook)) for r in results[made_up.name]]
-    plain, saelens = blocks(card(run, measured, None, [], Publication(owner="org")))
+    saelens, plain = blocks(card(run, measured, None, [], Publication(owner="org")))
     assert f'"layer_{site}"' in saelens
     names: dict[str, Any] = {}
     exec(plain, names)
@@ -358,6 +358,10 @@ def test_the_card_of_an_unfinished_run(tmp_path: Path) -> None:
     about = front_matter(text)
     assert (about["base_model"], about["datasets"]) == ("EleutherAI/pythia-410m", ["monology/pile-uncopyrighted"])
     assert about["library_name"] == "saelens"
+    glance = text.partition("## Loading")[0]
+    first = next(r for r in results[run.name] if r.final)
+    assert f"| {first.l0:.1f} | {first.fvu:.4f} | {first.ce_recovered:.4f} |" in glance
+    assert "| blocks.1.hook\\_resid\\_post |" in glance and "| 1,024 | 32,768 | 0-2 |" in glance
     finished, unfinished = text.split("Layers that are **not finished**")
     assert [
         line.split(" | ")[0] for line in finished.split("## Metrics")[1].splitlines() if line[:3] in ("| 0", "| 1", "| 2")
@@ -410,7 +414,7 @@ def test_the_card_applies_the_thresholds_that_saes_have(tmp_path: Path, changed:
     assert f"setting: {words}" in text
     has = changed.get("refit") != 0.0
     assert ("0 where it is not above θ" in text) is has
-    (encode,) = re.findall(r"def encode.*?\n\n", blocks(text)[0], re.DOTALL)
+    (encode,) = re.findall(r"def encode.*?\n\n", blocks(text)[1], re.DOTALL)
     d, features = 6, 10
     shapes = ((features, d), (features, d), (features,), (d,), (d,), (features,))
     w_enc, w_dec, b_enc, b_pre, b_dec, threshold = (torch.randn(*shape).abs() for shape in shapes)
@@ -445,7 +449,7 @@ def test_names_are_text_whatever_they_are(tmp_path: Path, name: str) -> None:
     about = front_matter(plain)
     assert about["base_model"] == name
     assert set(about) == {"library_name", "license", "base_model", "datasets", "tags"}
-    code, _ = blocks(plain)
+    _, code = blocks(plain)
     assert eval(code.split("MODEL, REVISION = ")[1].split("\n")[0])[0] == name
     row = next(line for line in plain.splitlines() if line.startswith("| language model |"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 3

@@ -209,7 +209,9 @@ def test_a_line_joins_runs_that_differ_in_their_setting_alone(published: Publish
 
     def lines(of: list[RunData]) -> list[list[list[float]]]:
         return [
-            np.asarray(line.get_xydata()).tolist() for line in sparsity_fidelity(of).axes[0].lines if line.get_label() == "_kind"
+            np.asarray(line.get_xydata()).tolist()
+            for line in sparsity_fidelity(of).axes[0].lines
+            if line.get_label() == "_kind"
         ]
 
     (line,) = lines(datas)
@@ -398,6 +400,7 @@ def test_a_run_that_another_beats_is_said_to_be() -> None:
         ({"init": 2e-2, "target": 32.0}, "λ → L0 32", "--l1 adaptive:2e-2@32"),
         ({"k": 64}, "BatchTopK 64", "--l1 batchtopk:64"),
         ({"kind": "topk", "k": 8}, "TopK 8", "--l1 topk:8"),
+        ({"kind": "matryoshka", "k": 8, "prefixes": [64, 256]}, "Matryoshka 8@64+256", "--l1 matryoshka:8@64+256"),
     ],
 )
 def test_a_setting_is_told_in_words_and_as_it_was_typed(
