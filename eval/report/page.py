@@ -149,7 +149,7 @@ def _section(folder: Path, data: RunData, number: int, skipped: Skipped) -> dict
         "label": data.label,
         "setting": data.setting,
         "tokens": format_count(data.whole),
-        "command": command(run),
+        "command": command(config.stored["train"], {s.site for s in run.snapshots()}),
         "table": _table(columns("page"), results, format_count(data.whole), pages, fold=True),
         "links": links,
         "pictures": _pictures(run, _SEEN),

@@ -2,12 +2,12 @@
 
 import shlex
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.curve import Point
-from residual_saes.shared.runs.run import Run
 from residual_saes.shared.seal import canonical
 from residual_saes.shared.sites import Site, format_sites
 
@@ -56,17 +56,16 @@ def differences(configs: list[RunConfig]) -> list[dict[str, str]]:
     return [{name: each.get(name, "–") for name in unlike} for each in flat]
 
 
-def command(run: Run) -> str:
+def command(train: Record, sites: Iterable[Site]) -> str:
     """The command that trains such a run on the same cache, whose place it leaves open."""
-    train, flags = run.config.stored["train"], []
-    values = train | train["step"]
+    values, flags = train | train["step"], []
     for name, plain in _OPTIONS.items():
         if (value := values.get(name)) is not None and value != plain:
             flags.append(f"--{name.replace('_', '-')} {value}")
     if train.get("refit_kind") == "topk" and train.get("refit"):
         flags.append(f"--hold-l0 {train['refit']:g}")
-    sites = format_sites({s.site for s in run.snapshots()})
-    return f"rsae train --cache CACHE --l1 {shlex.quote(_flag(train['l1']))} --layers {sites} {' '.join(flags)}"
+    l1 = shlex.quote(_flag(train["l1"]))
+    return f"rsae train --cache CACHE --l1 {l1} --layers {format_sites(sites)} {' '.join(flags)}"
 
 
 def _flag(l1: Record) -> str:

@@ -1,5 +1,6 @@
 """Pictures and report of runs as large as the published job's: 24 layers, three settings, one layer unfinished."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -26,6 +27,8 @@ from residual_saes.eval.report.pictures import picture_is_whole, plot_runs
 from residual_saes.eval.report.settings import command, differences, kind, rate, setting
 from residual_saes.eval.report.warnings import warnings
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.runs.config import RunConfig
+from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.sites import Site
 from tests.eval.browser import PHONE, Browser
@@ -406,19 +409,20 @@ def test_a_run_that_another_beats_is_said_to_be() -> None:
 def test_a_setting_is_told_in_words_and_as_it_was_typed(
     published: Published, l1: dict[str, Any], words: str, flag: str
 ) -> None:
-    run = published[1][0]
-    config = run.config.stored
+    config = copy.deepcopy(published[1][0].config.stored)
     config["train"] |= {"l1": l1}
     assert setting(config["train"]) == words
-    assert flag in command(run, config) and "--layers 0-23 --expansion 32 --tokens 300000000" in command(run, config)
+    typed = command(config["train"], map(Site, range(24)))
+    assert flag in typed and "--layers 0-23 --expansion 32 --tokens 300000000" in typed
     other = config["train"] | {"batch": 7, "step": config["train"]["step"] | {"decoder": "random"}}
-    assert differences([config, config | {"train": other}])[1] == {"batch": "7", "step decoder": "random"}
+    unlike = differences([RunConfig.of(each, Path("config.json")) for each in (config, config | {"train": other})])
+    assert unlike[1] == {"batch": "7", "step decoder": "random"}
 
 
 def test_time_and_rate_are_those_of_the_curve() -> None:
-    curve = [{"tokens": 1000, "tokens_per_second": 0.0}, {"tokens": 600_000, "tokens_per_second": 2000.0}]
+    curve = [Point(step=1, tokens=1000, tokens_per_second=0.0), Point(step=2, tokens=600_000, tokens_per_second=2000.0)]
     assert rate({Site(0): curve}) == ("5 min", "2k tokens/s")
-    assert rate({Site(0): [{"tokens": 5}], Site(1): []}) == ("–", "–")
+    assert rate({Site(0): [Point(step=1, tokens=5)], Site(1): []}) == ("–", "–")
 
 
 def test_what_is_other_than_the_rest_is_a_warning(published: Published) -> None:
