@@ -147,7 +147,7 @@ def test_what_is_wrong_with_all_of_it_is_one_line(cli: Cli, made: Made, tmp_path
     for more, words in (
         (("--snapshot", "7M"), "no '7M' snapshot"),
         (("--layers", "9"), "no 'final' snapshot of these layers"),
-        (("--tokens", 3), "no context of 32 tokens"),
+        (("--tokens", 3), "less than one context of 32"),
         (("--model", tmp_path), "is not the model"),
     ):
         result = cli("eval", *args, *more)

@@ -148,7 +148,7 @@ def test_pictures_of_what_is_missing_or_no_number(published: Published, tmp_path
     run.path.mkdir()
     shutil.copy(published[1][0].config_path, run.path)
     numbers = {field.name: value for field in dataclasses.fields(Result) if field.default is None and field.name != "l1_weight"}
-    record = published[2][run.name][0].to_dict() | numbers
+    record = published[2][run.name][0].to_dict() | numbers | {"alive": None if value is None else 0}
     record |= {"layer": 3, "snapshot": "50M", "trained_tokens": 50_000_000}
     plot_runs([run], {run.name: [Result.from_dict(record)]}, None, Skipped())
     assert {p.stem[0] for p in (run.path / "plots").iterdir()} == set("23478")
