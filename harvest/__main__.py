@@ -79,9 +79,6 @@ class Job:
         revision = self.source(p.dataset_revision).pinned_revision()
         source = self.source(unpin(revision))
         shape = replace(shape, separator=separator_id(tokenizer, self.separator))
-        if not Cache.exists(self.cache):
-            token = tokenizer.convert_ids_to_tokens(shape.separator)
-            say(f"note: every document ends with token {shape.separator} ({token}); --separator names another", err=True)
         require_one_context(source, tokenizer, shape)
         spec = replace(
             shape,
@@ -91,7 +88,8 @@ class Job:
             dataset_revision=revision,
             tokenizer_sha256=tokenizer_hash(tokenizer),
         )
-        return Opened(model=model, source=source, spec=spec)
+        separator = str(tokenizer.convert_ids_to_tokens(shape.separator))
+        return Opened(model=model, source=source, spec=spec, separator=separator)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -101,6 +99,7 @@ class Opened:
     model: Model
     source: TextSource
     spec: CacheSpec
+    separator: str  # the token
 
 
 _common = options(PRESET, CACHE, options_of(Job, "threads"))
@@ -180,6 +179,7 @@ def fill(device: str | None, **options: Any) -> None:
             cache.ledger.unmark_freed(set(job.sites).intersection(cache.freed()))
     else:
         require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
+        say(f"note: every document ends with token {spec.separator} ({opened.separator}); --separator names another", err=True)
         cache = Cache.create(job.cache, spec, job.sites)
         cache.remove_leftovers()
     harvest(cache, job.sites, opened.source, opened.model, config)

@@ -66,7 +66,8 @@ def run(hub: Hub, tmp_path: Path, *command: object) -> subprocess.CompletedProce
 
 def test_the_published_preset_killed_and_continued(hub: Hub, expected: Cache, tmp_path: Path) -> None:
     """The tokens are those of the same text in a local file; what was written before the kill is not written again."""
-    command, path = ("-m", "harvest", "--cache", tmp_path / "c", *SHAPE), tmp_path / "c" / "ledger" / "tokens"
+    command = ("-m", "harvest", "--preset", "pythia-410m", "--cache", tmp_path / "c", *SHAPE)
+    path = tmp_path / "c" / "ledger" / "tokens"
     hub.hang_at = "train/01.jsonl.zst"
     words = [sys.executable, *map(str, command)]
     with subprocess.Popen(words, cwd=ROOT, env=hub.environment(tmp_path / "home"), stderr=subprocess.DEVNULL) as process:

@@ -22,7 +22,7 @@ def test_a_plan_says_what_a_harvest_writes(cli: Cli, cache: Cache, harvest_args:
 
 
 def test_the_published_job_is_planned_without_model_or_hub(cli: Cli, tmp_path: Path) -> None:
-    result = cli("harvest", "plan", "--cache", tmp_path / "none")
+    result = cli("harvest", "plan", "--preset", "pythia-410m", "--cache", tmp_path / "none")
     assert result.code == 0, result.err
     assert "14.8 TB" in result.out  # 300M + 2M tokens x 24 layers x 2 KiB
     assert "9,218 blocks" in result.out or "blocks      9,218" in result.out

@@ -15,7 +15,7 @@ from residual_saes.shared.sites import Site
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.kernels.cpu import load_native
 from residual_saes.train.sparsity.jumprelu import BANDWIDTH, LOG, Jump, JumpRelu
-from tests.conftest import TRAIN_ARGS, Cli, invoke
+from tests.conftest import TRAIN_ARGS, Cli, curve_of, invoke
 
 SETTINGS = "jumprelu:12,matryoshka:12,matryoshka:12@16+64"
 READINGS = {
@@ -41,9 +41,9 @@ def test_a_kind_is_trained_evaluated_shown_and_exported(
     trained: Path, cache: Cache, name: str, cli: Cli, tmp_path: Path
 ) -> None:
     (run,) = (Run(path) for path in trained.glob(f"*-x4-{name}"))
-    config, (words, dictionary) = run.config(), READINGS[name]
+    config, (words, dictionary) = run.config.stored, READINGS[name]
     assert run_config(config["train"], config["cache"])["digest"] == config["digest"]
-    curve = run.metrics(Site(1))
+    curve = curve_of(run, Site(1))
     assert curve[-1]["loss"] < curve[0]["loss"]
     saved = Sae.load(run.snapshot_path(Site(1), "final"))
     assert saved.rule == "threshold" and saved.threshold is not None and float(saved.threshold.min()) > 0
@@ -72,8 +72,8 @@ def test_features_that_a_batch_leaves_out_are_kept_from_dying(cli: Cli, cache_pa
     where = ("--cache", cache_path, "--runs", tmp_path, "--layers", 1, "--l1", "batchtopk:1", "--lr", "1e-2")
     assert cli("train", *TRAIN_ARGS, *where, "--revive").code == 0
     (run,) = map(Run, tmp_path.iterdir())
-    assert run.config()["train"]["revive"] is True
-    last = run.metrics(Site(1))[-1]
+    assert run.config.stored["train"]["revive"] is True
+    last = curve_of(run, Site(1))[-1]
     assert 1 < last["l0"] < 2 and last["alive"] > 100  # of 128
 
 
