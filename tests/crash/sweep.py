@@ -54,8 +54,8 @@ _ENV = {
 
 # --- what counts ---
 
-# Differs from run to run and says nothing about what was made: how fast it was, where its cache lay, what tells one file from its
-# like, and the checksum of a record that holds such things (that they are right is looked at by whoever reads them).
+# Differs from run to run and says nothing about what was made: how fast it was, where its cache lay, what tells one file from
+# its like, and the checksum of a record that holds such things (that they are right is looked at by whoever reads them).
 UNEQUAL = {"tokens_per_second", "wait_share", "file", "place", SEAL}
 
 
