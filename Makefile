@@ -28,10 +28,10 @@ check: .venv/ready-to-check
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-# every stage on the model and text that come with the repository, and the pages of one layer
+# every stage on the model and text that come with the repository: every second layer, and the pages of one
 demo: setup
 	$(PY) -m harvest --preset demo
-	$(PY) -m train --preset demo
+	$(PY) -m train --preset demo --layers 1,3,5
 	$(PY) -m eval --preset demo --snapshots final
 	$(PY) -m eval pages --preset demo --layers 3
 	@echo "report: runs/report.html    feature pages: runs/pages/index.html"
