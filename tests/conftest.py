@@ -154,7 +154,7 @@ def cache(cache_path: Path) -> Cache:
     return Cache.open(cache_path)
 
 
-TRAIN_ARGS = ("--preset", "demo", "--batch", 256, "--expansion", 4, "--window-blocks", 4, "--device", "cpu")
+TRAIN_ARGS = ("--preset", "demo", "--batch", 256, "--expansion", 4, "--window-blocks", 4, "--device", "cpu", "--lr", 3e-3)
 
 
 @pytest.fixture(scope="session")

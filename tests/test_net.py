@@ -28,7 +28,7 @@ DATA = Path(__file__).with_name("net.json")
 NET: dict[str, Any] = json.loads(DATA.read_text())
 DEMO = ("--preset", "demo", "--device", "cpu")
 SHAPE = ("--layers", "1,4", "--context", 64, "--block-sequences", 4, "--tokens", 5_120, "--holdout-tokens", 512)
-TRAIN = ("--batch", 256, "--expansion", 2, "--window-blocks", 4, "--layers", 1, "--lr-warmup", 0)
+TRAIN = ("--batch", 256, "--lr", 3e-3, "--expansion", 2, "--window-blocks", 4, "--layers", 1, "--lr-warmup", 0)
 KINDS = "3e-2,adaptive:2e-2@32,batchtopk:16"
 VARIANTS: dict[str, tuple[object, ...]] = {
     "published": ("--l1", KINDS),
