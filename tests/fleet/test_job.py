@@ -60,7 +60,7 @@ def config(harvest_args: tuple[object, ...], tmp_path: Path) -> JobConfig:
         expansion=4,
         device="cpu",
         harvest=tuple(map(str, harvest_args[2:-2])),
-        train=tuple(map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8]))),
+        train=tuple(map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8], *TRAIN_ARGS[10:]))),
         eval=("--eval-tokens", "512", "--ce-tokens", "64"),
     )
 
