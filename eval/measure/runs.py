@@ -39,8 +39,12 @@ def runs_in(folder: Path) -> list[Run]:
 
 
 def cache_places(folder: Path) -> list[Location]:
-    """Where the caches of these runs lie: of those that the runs name, the ones that are there."""
-    places = {run.cache_place for run in runs_in(folder)}
+    """Where the caches of these runs lie: of those that the runs name, the ones that are there. A run that cannot be read names
+    none; `find_runs` says why."""
+    places: set[Location | None] = set()
+    for run in runs_in(folder):
+        with contextlib.suppress(UserError):
+            places.add(run.cache_place)
     return sorted((place for place in places if place is not None and Cache.exists(place)), key=str)
 
 

@@ -64,6 +64,8 @@ def command(train: Record, sites: Iterable[Site]) -> str:
             flags.append(f"--{name.replace('_', '-')} {value}")
     if train.get("refit_kind") == "topk" and train.get("refit"):
         flags.append(f"--hold-l0 {train['refit']:g}")
+    if train.get("revive"):
+        flags.append("--revive")
     l1 = shlex.quote(_flag(train["l1"]))
     return f"rsae train --cache CACHE --l1 {l1} --layers {format_sites(sites)} {' '.join(flags)}"
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from residual_saes.eval.measure import evaluate
+from residual_saes.eval.measure.runs import cache_places
 from residual_saes.eval.report.page import CAPTIONS
 from residual_saes.shared.progress import Progress
 from residual_saes.shared.seal import seal
@@ -255,6 +256,13 @@ def test_hardly_any_text(cli: Cli, evaluated: Evaluated) -> None:
     added = [r for r in records(first(runs)).values() if r["tokens"] == 1]
     assert len(added) == 18
     assert all(r["fvu"] is None for r in added)
+
+
+def test_runs_say_where_their_cache_is_and_one_that_is_damaged_hides_it_from_nobody(runs_path: Path, cache_path: Path) -> None:
+    again = runs_path.parent / "again"  # as deep as they were: the place is seen from the run's folder
+    shutil.copytree(runs_path, again)
+    first(again).joinpath("config.json").write_text("{")
+    assert cache_places(again) == cache_places(runs_path) == [cache_path]
 
 
 def test_runs_of_other_caches_are_passed_over(cli: Cli, evaluated: Evaluated) -> None:

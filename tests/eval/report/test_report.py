@@ -414,6 +414,7 @@ def test_a_setting_is_told_in_words_and_as_it_was_typed(
     assert setting(config["train"]) == words
     typed = command(config["train"], map(Site, range(24)))
     assert flag in typed and "--layers 0-23 --expansion 32 --tokens 300000000" in typed
+    assert "--revive" not in typed and command(config["train"] | {"revive": True}, [Site(0)]).endswith(" --revive")
     other = config["train"] | {"batch": 7, "step": config["train"]["step"] | {"decoder": "random"}}
     unlike = differences([RunConfig.of(each, Path("config.json")) for each in (config, config | {"train": other})])
     assert unlike[1] == {"batch": "7", "step decoder": "random"}
