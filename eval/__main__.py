@@ -37,7 +37,7 @@ from residual_saes.shared.cli import (
 )
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import Training, cache_place, get_preset
+from residual_saes.shared.presets import cache_place, training_defaults
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.stores import Location
@@ -64,7 +64,7 @@ def run_command(preset: str | None, cache: Location | None, runs: Location, numb
     """Evaluate every snapshot of every run on held-out tokens; what is done already is kept."""
     options["device"], opened = pick_device(options["device"]), _open(cache, preset, runs)
     spec = opened.spec
-    defaults = get_preset(preset) if preset else Training.of(spec.d_model, spec.train_tokens, spec.holdout_tokens)
+    defaults = training_defaults(preset, spec.d_model, spec.train_tokens, spec.holdout_tokens)
     config = filled(EvalConfig, options, eval_tokens=spec.holdout_tokens, ce_tokens=defaults.ce_tokens)
     skipped, folder = Skipped(), fetched(runs)
     found = find_runs(folder, opened, skipped)

@@ -11,7 +11,7 @@ from residual_saes.fleet.commands import Commands, JobConfig, Stage
 from residual_saes.fleet.job import Job, wanted
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, filled, options, options_of, run
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import DATA, PRESETS, get_preset
+from residual_saes.shared.presets import PRESETS, cache_place, get_preset
 from residual_saes.shared.progress import say
 
 
@@ -34,7 +34,7 @@ def _config(options: dict[str, Any]) -> JobConfig:
     if options["preset"] is None:
         raise UserError(f"name a job with --preset {' or '.join(PRESETS)}; --harvest and --train change what is different")
     preset = get_preset(options["preset"])
-    given = {"cache": DATA / preset.name, "l1": preset.l1, "expansion": preset.expansion}
+    given = {"cache": cache_place(None, preset.name), "l1": preset.l1, "expansion": preset.expansion}
     return filled(JobConfig, options, **given)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from transformers import PretrainedConfig
 
 from residual_saes.harvest.care import Damage, free, notes_on_mixing, repair, verify, warnings_of_overflow
 from residual_saes.harvest.hub import open_text, refuse_local_split
@@ -72,9 +73,10 @@ class Job:
         """Opens model, tokeniser and text, and refuses those that cannot be harvested."""
         p = self.preset
         model = open_model(p.model, p.revision)
+        config = load_config(str(model.folder), None)
         for site in self.sites:
-            hook_name(site, load_config(str(model.folder), None).model_type)
-        shape = replace(self, preset=replace(p, **_model_shape(str(model.folder), None))).shape()
+            hook_name(site, config.model_type)
+        shape = replace(self, preset=replace(p, **_model_shape(config))).shape()
         tokenizer = load_tokenizer(str(model.folder), None)
         revision = self.source(p.dataset_revision).pinned_revision()
         source = self.source(unpin(revision))
@@ -129,17 +131,17 @@ def _preset(name: str | None, given: dict[str, Any]) -> Preset:
         given.setdefault("dataset_revision", None)
     if "model" in given:
         given.setdefault("revision", None)
-        given |= _model_shape(given["model"], given["revision"])
+        config = load_config(given["model"], given["revision"])
+        given |= _model_shape(config)
     if name is None:
-        return Preset.of_model(load_config(given["model"], given["revision"]), given)
+        return Preset.of_model(config, given)
     preset = get_preset(name)
     if given.get("model", preset.model) != preset.model:
         given["name"] = short_name(given["model"])
     return replace(preset, **given)
 
 
-def _model_shape(model: str, revision: str | None) -> dict[str, Any]:
-    config = load_config(model, revision)
+def _model_shape(config: PretrainedConfig) -> dict[str, Any]:
     return {"n_layers": config.num_hidden_layers, "d_model": config.hidden_size, "vocab_size": config.vocab_size}
 
 
@@ -158,8 +160,8 @@ def run_command(**options: Any) -> None:
     fill(**options)
 
 
-def fill(device: str | None, **options: Any) -> None:
-    """Harvest the job that the values of all options describe. Raises UserError."""
+def fill(device: str | None, **options: Any) -> Cache:
+    """Harvest the job that the values of all options describe, and return its cache. Raises UserError."""
     job = job_of(options)
     config = job.config(device)
     open_store(job.cache).prepare()
@@ -193,6 +195,7 @@ def fill(device: str | None, **options: Any) -> None:
         f"{job.cache}: layers {format_sites(job.sites)} complete, {spec.train_tokens:,} tokens to train on and "
         f"{spec.holdout_tokens:,} held out"
     )
+    return cache
 
 
 @main.command("plan")

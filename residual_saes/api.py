@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residual_saes.eval.measure.runs import runs_in
+from residual_saes.eval.measure.splice import replaced
 from residual_saes.eval.pages.spell import spell
 from residual_saes.harvest.language_model import load_language_model
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.hub import retried
 from residual_saes.shared.identity import Model, model_of, unreachable
-from residual_saes.shared.lm import Unembedding, hook_module, load_model, load_tokenizer
+from residual_saes.shared.lm import Unembedding, encode_text, hook_module, load_model, load_tokenizer
 from residual_saes.shared.presets import cache_place
 from residual_saes.shared.runs.run import FINAL, snapshot_name
 from residual_saes.shared.runs.sae import Sae
@@ -143,8 +144,7 @@ class LoadedSae:
 
     def tokens(self, text: str) -> list[int]:
         """Token numbers of a text, behind what begins a document in the cache: the BOS token or the separator."""
-        first = self.tokenizer.bos_token_id if self.spec.bos else self.spec.separator
-        return [first, *self.tokenizer.encode(text, add_special_tokens=False)]
+        return encode_text(self.tokenizer, self.spec, text)
 
     def activations(self, text: str) -> Tensor:
         """Activations of this site on the tokens of a text, float32 [tokens, d], computed as the harvest does."""
@@ -173,14 +173,13 @@ class LoadedSae:
         reconstruct is added back, so that the edit is all that changes.
         """
 
-        def replace(_module: nn.Module, _args: object, output: Any) -> Any:
-            x = output if isinstance(output, Tensor) else output[0]
+        def reconstruct(x: Tensor) -> Tensor:
             z = self.encode(x)
             new = self.decode(z if edit is None else edit(z.clone())) + (self._rows(x) - self.decode(z) if keep_error else 0)
-            new = new.to(x)
-            return new if isinstance(output, Tensor) else (new, *output[1:])
+            return new.to(x)
 
-        handle = hook_module(cast(nn.Module, lm.base_model), self.site).register_forward_hook(replace)
+        module = hook_module(cast(nn.Module, lm.base_model), self.site)
+        handle = module.register_forward_hook(lambda _module, _args, output: replaced(output, reconstruct))
         try:
             yield
         finally:
@@ -266,12 +265,10 @@ def open_cache(place: str | Path | None = None) -> Cache:
 
 def harvest(**options: Any) -> Cache:
     """Run `rsae harvest`, whose options the arguments are, such as tokens="10M", and open the cache. Raises UserError."""
-    from residual_saes.harvest.__main__ import fill, job_of, run_command
+    from residual_saes.harvest.__main__ import fill, run_command
 
-    values = _values(run_command, options)
     with _stoppable():
-        fill(**values)
-    return Cache.open(job_of(values).cache)
+        return fill(**_values(run_command, options))
 
 
 def train(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from residual_saes.shared.cache import CacheSpec
 from residual_saes.shared.device import bfloat16_is_slow
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.hub import retried
@@ -42,6 +43,12 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
     backend.no_padding()
     backend.encode_special_tokens = True
     return tokenizer
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, text: str) -> list[int]:
+    """Token numbers of a text, behind what begins a document in the cache: the BOS token or the separator."""
+    first = tokenizer.bos_token_id if spec.bos else spec.separator
+    return [first, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def load_config(model: str, revision: str | None) -> PretrainedConfig:

@@ -168,6 +168,11 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def training_defaults(preset: str | None, d_model: int, tokens: int, holdout_tokens: int) -> Training:
+    """Those of a preset, or else those that follow the model and the amount of text. Raises UserError."""
+    return get_preset(preset) if preset is not None else Training.of(d_model, tokens, holdout_tokens)
+
+
 def short_name(model: str) -> str:
     """What caches and runs of a model are called: the last part of its name on the hub, or its folder's name."""
     return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name

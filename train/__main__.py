@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, filled, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import Training, cache_place, get_preset, short_name
+from residual_saes.shared.presets import cache_place, get_preset, short_name, training_defaults
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites, parse_sites
@@ -61,8 +61,7 @@ def main(listing: bool, **options: Any) -> None:
         return say("\n".join(str(run.path) for run in job.runs))
     job.train()
     say(f"trained layers {format_sites(job.sites)} into {options['runs']}/", err=True)
-    new = set(Cache.open(job.cache.path).sites).difference(job.cache.sites)
-    if new and options["follow"] and not options["layers"]:
+    if options["follow"] and not options["layers"] and (new := set(Cache.open(job.cache.path).sites) - set(job.cache.sites)):
         say(f"note: layers {format_sites(new)} were added meanwhile: run the same command again to train them", err=True)
 
 
@@ -100,7 +99,10 @@ def prepare(
     sites = sites[shard.index :: shard.count]
     if not sites:
         return None
-    defaults, tokens = _defaults(preset, opened.spec, options)
+    spec = opened.spec
+    most = get_preset(preset).tokens if preset is not None else spec.train_tokens
+    tokens = options["tokens"] or min(most, spec.train_tokens)
+    defaults = training_defaults(preset, spec.d_model, tokens, spec.holdout_tokens)
     given = {name: getattr(defaults, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}
 
     def config(recipe: str) -> TrainConfig:
@@ -110,7 +112,7 @@ def prepare(
 
     return Job(
         cache=opened,
-        name=short_name(opened.spec.model),
+        name=short_name(spec.model),
         sites=sites,
         plans=parse_plans(options["l1"] or defaults.l1, options["recipe"], config),
         options=filled(
@@ -120,15 +122,6 @@ def prepare(
             mirror=Mirror(runs) if isinstance(runs, Bucket) else None,
         ),
     )
-
-
-def _defaults(preset: str | None, spec: CacheSpec, options: dict[str, Any]) -> tuple[Training, int]:
-    """Defaults of a preset, or else by the cache; and the tokens to train on."""
-    if preset is not None:
-        named = get_preset(preset)
-        return named, min(named.tokens, spec.train_tokens)
-    tokens = options["tokens"] or spec.train_tokens
-    return Training.of(spec.d_model, tokens, spec.holdout_tokens), tokens
 
 
 def _await_harvest(path: Location, layers: str | None) -> None:

@@ -19,6 +19,7 @@ from residual_saes.train.job import machine, summary_writer
 from residual_saes.train.kernels.base import TorchKernels
 from residual_saes.train.layer import LayerJob
 from residual_saes.train.saver import Saver
+from residual_saes.train.sparsity.base import Sparsity
 from residual_saes.train.step import pick_kernels
 
 _FEW_STEPS = 500  # below this an SAE of any kind is far from what its setting can reach
@@ -30,8 +31,7 @@ def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, .
     Raises UserError for what cannot be done, before anything is written, and where the disk does not take a file.
     SIGTERM and Ctrl-C are raised when the step in hand is done and its state saved.
     """
-    for plan in plans:
-        _require_trainable(cache, sites, plan, options)
+    _require_trainable(cache, sites, plans, options)
     runs, config = run_folders(name, plans, options), plans[0].config
     wanted = [(run, _run_config(plan, cache_identity(cache, run.path))) for run, plan in zip(runs, plans, strict=True)]
     if options.mirror is not None:
@@ -75,8 +75,8 @@ def _train_layers(
     return whole
 
 
-def _require_trainable(cache: Cache, sites: tuple[Site, ...], plan: Plan, options: RunOptions) -> None:
-    spec, config, target = cache.spec, plan.config, plan.sparsity.target
+def _require_trainable(cache: Cache, sites: tuple[Site, ...], plans: tuple[Plan, ...], options: RunOptions) -> None:
+    spec, config = cache.spec, plans[0].config
     absent = [site for site in sites if site not in cache.sites]
     if absent:
         raise UserError(
@@ -92,11 +92,8 @@ def _require_trainable(cache: Cache, sites: tuple[Site, ...], plan: Plan, option
         raise UserError(f"{config.tokens:,} tokens are fewer than {SNAPSHOTS} batches of {config.batch:,}; lower --batch")
     if config.skip_positions >= spec.context:
         raise UserError(f"contexts have {spec.context} positions: lower --skip-positions, which leaves none of them")
-    features = config.expansion * spec.d_model
-    if target is not None and target > features:
-        raise UserError(f"an L0 of {target:g} is more than the {features} features there are: lower it, or raise --expansion")
-    if (widest := plan.sparsity.widest) >= features > (target or 0):
-        raise UserError(f"a prefix of {widest:g} is no part of the {features} features there are: name smaller ones")
+    for plan in plans:
+        _require_features(plan.sparsity, config.expansion * spec.d_model)
     if options.tensorboard:
         summary_writer()
     if freed := set(sites).intersection(cache.freed()):
@@ -105,6 +102,14 @@ def _require_trainable(cache: Cache, sites: tuple[Site, ...], plan: Plan, option
         missing = sum(map(len, cache.missing((site,)).values()))
         if missing:
             raise UserError(f"layer {site} of {cache.path} lacks {missing} blocks: run `rsae harvest` again to finish it")
+
+
+def _require_features(sparsity: Sparsity, features: int) -> None:
+    target, widest = sparsity.target, sparsity.widest
+    if target is not None and target > features:
+        raise UserError(f"an L0 of {target:g} is more than the {features} features there are: lower it, or raise --expansion")
+    if widest >= features > (target or 0):
+        raise UserError(f"a prefix of {widest:g} is no part of the {features} features there are: name smaller ones")
 
 
 def run_folders(name: str, plans: tuple[Plan, ...], options: RunOptions) -> list[Run]:

@@ -58,7 +58,7 @@ class SplicedModel:
             clean += _nats(log_p, tokens)
             p = log_p.exp()
             for i, replace in enumerate(replacements):
-                given = {block: stream for stream in before for block in earlier} | {module: _replaced(output, replace)}
+                given = {block: stream for stream in before for block in earlier} | {module: replaced(output, replace)}
                 with _giving(given):
                     log_q = self._log_probabilities(tokens)
                 ce[i] += _nats(log_q, tokens)
@@ -96,7 +96,8 @@ def _nats(log_p: Tensor, tokens: Tensor) -> float:
     return -float(log_p[:, :-1].gather(2, tokens[:, 1:, None]).sum(dtype=torch.float64))
 
 
-def _replaced(output: Output, replace: Replacement) -> Output:
+def replaced(output: Output, replace: Replacement) -> Output:
+    """A module's output with another first part."""
     return replace(output) if isinstance(output, Tensor) else (replace(output[0]), *output[1:])
 
 

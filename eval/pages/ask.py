@@ -17,7 +17,7 @@ from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file
 from residual_saes.shared.identity import model_of
-from residual_saes.shared.lm import hook_module, load_model, load_tokenizer, widen
+from residual_saes.shared.lm import encode_text, hook_module, load_model, load_tokenizer, widen
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site, parse_sites
@@ -45,10 +45,9 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
     spec = chosen[0][0].config.cache.spec
     model = model_of(spec, chosen[0][0].name, asked.model)
     tokenizer = load_tokenizer(str(model.folder), None)
-    tokens = tokenizer.encode(asked.text, add_special_tokens=False)
+    first, *tokens = encode_text(tokenizer, spec, asked.text)
     if not 0 < len(tokens) < spec.context:
         raise UserError(f"the text has {len(tokens)} tokens: give it from 1 to {spec.context - 1}")
-    first = tokenizer.bos_token_id if spec.bos else spec.separator  # as a document begins in the cache
     sites = {s.site for _, s in chosen}
     activations = _activations(str(model.folder), spec, sites, torch.tensor([[first, *tokens]]), asked.device)
     words = spell(tokenizer, len(tokenizer))
