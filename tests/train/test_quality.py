@@ -71,7 +71,7 @@ def test_directions_that_are_not_trained_find_nothing() -> None:
 
 
 HARVEST = ("--layers", 2, "--context", 128, "--tokens", 24_576, "--holdout-tokens", 8_192, "--precision", "fp32")
-TRAIN = ("--batch", 256, "--epochs", 3, "--tokens", 73_728, "--lr-warmup", 20, "--expansion", 4, "--l1", "3e-2")
+TRAIN = ("--batch", 256, "--epochs", 3, "--tokens", 73_728, "--lr-warmup", 20, "--expansion", 4, "--lr", "3e-3", "--l1", "3e-2")
 
 
 @pytest.fixture(scope="module")
