@@ -12,6 +12,10 @@ PY     := .venv/bin/python
 # uv takes seconds where pip takes minutes
 PIP    := $(if $(shell command -v uv),uv pip install --quiet --python $(PY),$(PY) -m pip install --quiet)
 
+quoted  = '$(subst ','\'',$(1))'
+PLACES := --preset $(call quoted,$(PRESET)) --cache $(call quoted,$(CACHE))
+TRAINED := --runs $(call quoted,$(RUNS)) $(if $(L1),--l1 $(call quoted,$(L1)))
+
 .NOTPARALLEL:
 .PHONY: setup check demo harvest train eval job test crash soak bench clean
 
@@ -37,17 +41,17 @@ demo: setup
 	@echo "report: runs/report.html    feature pages: runs/pages/index.html"
 
 harvest: setup
-	$(PY) -m harvest --preset $(PRESET) --cache $(CACHE) $(ARGS)
+	$(PY) -m harvest $(PLACES) $(ARGS)
 
 train: setup
-	$(PY) -m train --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(if $(L1),--l1 $(L1)) $(ARGS)
+	$(PY) -m train $(PLACES) $(TRAINED) $(ARGS)
 
 eval: setup
-	$(PY) -m eval --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(ARGS)
+	$(PY) -m eval $(PLACES) --runs $(call quoted,$(RUNS)) $(ARGS)
 
 # windows of as many layers as DISK takes: harvest, train, evaluate, make room; run it again to continue
 job: setup
-	$(PY) -m fleet job --disk $(DISK) --preset $(PRESET) --cache $(CACHE) --runs $(RUNS) $(if $(L1),--l1 $(L1)) $(ARGS)
+	$(PY) -m fleet job --disk $(call quoted,$(DISK)) $(PLACES) $(TRAINED) $(ARGS)
 
 test: check
 	.venv/bin/ruff check .

@@ -1,9 +1,9 @@
 """The tools we measure ourselves against, each in an environment of its own, each in a process that runs on
 demand. `python -m bench.peers` sets all of them up and does nothing else.
 
-An environment per peer, because their requirements contradict one another and ours. torch goes in first, in the version that
-runs here: left to choose, pip would fetch another one and gigabytes of CUDA with it. PIP_EXTRA_INDEX_URL names an
-index that has it. Where a peer can be imported as it is, as on a machine without an index (bench/wheels.txt), it runs here.
+An environment per peer, because their requirements contradict one another and ours. Each stands on ours: what it asks for
+and is here already, torch above all, is neither fetched nor installed again, and another version goes in front of it. Where a
+peer can be imported as it is, as on a machine without an index (bench/wheels.txt), it runs here.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import select
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -74,9 +75,12 @@ def environment(peer: Peer, *, build: bool = True) -> Path:
     if not build:
         raise PeerFailed(f"{peer.name}: {peer.package} is not installed")
     shutil.rmtree(folder, ignore_errors=True)
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    packages.mkdir(parents=True)
+    ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "ours.pth").write_text("".join(f"{path}\n" for path in ours))
+    _run([sys.executable, "-m", "venv", "--without-pip", str(folder)], peer)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([sys.executable, "-m", "venv", str(folder)], peer)
-    _run([*pip, torch], peer)
     _run([*pip, torch, *peer.requirements], peer)
     if peer.uninstall:
         _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.uninstall], peer)

@@ -37,10 +37,11 @@ from residual_saes.shared.cli import (
 )
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import refuse_links
 from residual_saes.shared.presets import cache_place, training_defaults
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
-from residual_saes.shared.stores import Location
+from residual_saes.shared.stores import Location, parse_folder
 from residual_saes.shared.stores.mirror import fetched, local
 from residual_saes.shared.units import parse_count
 
@@ -111,14 +112,15 @@ def export_command(runs: tuple[Location, ...], **options: Any) -> None:
 @main.command("pages")
 @_place
 @options_of(PagesConfig)
-@click.option("--out", type=click.Path(path_type=Path), help="Gets index.html and its data [default: pages/ in --runs].")
+@click.option("--out", type=parse_folder, metavar="PATH", help="Gets index.html and its data [default: pages/ in --runs].")
 @MODEL
 @DEVICE
 def pages_command(preset: str | None, cache: Location | None, runs: Location, **options: Any) -> None:
     """A page to look at every feature of every SAE; what is there already is kept."""
     opened = _open(cache, preset, runs)
     options["device"] = pick_device(options["device"])
-    config = filled(PagesConfig, options, out=local(runs) / "pages", tokens=opened.spec.holdout_tokens)
+    options["out"] = options["out"] or _pages_of(runs)
+    config = filled(PagesConfig, options, tokens=opened.spec.holdout_tokens)
     skipped = Skipped()
     page = write_pages(opened, find_runs(fetched(runs), opened, skipped), config, skipped)
     say(f"pages: {page}")
@@ -126,16 +128,22 @@ def pages_command(preset: str | None, cache: Location | None, runs: Location, **
         raise UserError(f"{skipped.count} left out, as said above; all else is on the pages")
 
 
+def _pages_of(runs: Location) -> Path:
+    refuse_links(place := local(runs) / "pages")
+    return place
+
+
 @main.command("ask")
 @RUNS
 @options_of(Asked)
-@click.option("--out", type=click.Path(path_type=Path), help="Gets ask.html [default: pages/ in --runs].")
+@click.option("--out", type=parse_folder, metavar="PATH", help="Gets ask.html [default: pages/ in --runs].")
 @MODEL
 @DEVICE
 def ask_command(runs: Location, **options: Any) -> None:
     """A page of a text's tokens and their features, with links to the pages of these."""
     options["device"] = pick_device(options["device"])
-    asked = filled(Asked, options, out=local(runs) / "pages")
+    options["out"] = options["out"] or _pages_of(runs)
+    asked = filled(Asked, options)
     skipped = Skipped()
     say(f"page: {ask(runs_in(fetched(runs)), asked, skipped)}")
     if skipped.count:
@@ -151,7 +159,7 @@ def publish_command(runs: tuple[Location, ...], **options: Any) -> None:
 
 
 @main.command("floor")
-@click.option("--statistics", type=click.Path(path_type=Path), required=True, help="JSON: alpha, F, sorted_importance.")
+@click.option("--statistics", type=parse_folder, metavar="PATH", required=True, help="JSON: alpha, F, sorted_importance.")
 @click.option("--widths", default=",".join(map(str, PUBLISHED_WIDTHS)), show_default=True, help="Student widths d_S.")
 def floor_command(statistics: Path, widths: str) -> None:
     """Predicted loss floors L*(d_S) of distilling into narrower students: `WIDTH FLOOR`, one line a width."""
@@ -159,7 +167,7 @@ def floor_command(statistics: Path, widths: str) -> None:
     measured = Statistics.read(statistics)
     say(describe(measured), err=True)
     for width, floor in floors(measured, wanted).items():
-        say(f"{width} {floor:#.8g}")
+        say(f"{width} {floor:#.8g}", asked=True)
 
 
 @main.command("distill")
@@ -177,7 +185,7 @@ def distill_command(
     """Train narrower students from the model and hold their loss floors beside the predicted ones; run it again to continue."""
     picked, opened = pick_device(device), _open(cache, preset, runs)
     spec, skipped = opened.spec, Skipped()
-    chosen = tuple(map(parse_count, widths.split(","))) if widths else student_widths(spec.d_model)[:-1]
+    chosen = tuple(map(parse_count, widths.split(","))) if widths is not None else student_widths(spec.d_model)[:-1]
     config = filled(DistillConfig, options, tokens=spec.train_tokens)
     wanted = filled(
         DistillOptions,
@@ -193,8 +201,8 @@ def distill_command(
 
 
 @main.command("match")
-@click.argument("run_folder", type=click.Path(path_type=Path))
-@click.argument("other", type=click.Path(path_type=Path), required=False)
+@click.argument("run_folder", type=parse_folder, metavar="PATH")
+@click.argument("other", type=parse_folder, metavar="PATH", required=False)
 @click.option("--alive-above", type=Number(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @DEVICE
 def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:

@@ -79,7 +79,7 @@ def train_command(**options: Any) -> int:
 @_job
 def plan_command(**options: Any) -> None:
     """Windows, bytes, forward passes and time, before anything is begun."""
-    say(str(Job(Commands(_config(options))).plan()))
+    say(str(Job(Commands(_config(options))).plan()), asked=True)
 
 
 if __name__ == "__main__":

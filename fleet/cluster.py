@@ -16,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
 from residual_saes.fleet.commands import Commands, JobConfig, Stage, start
 from residual_saes.shared.cache import Cache
-from residual_saes.shared.cli import Number, option
+from residual_saes.shared.cli import COUNT, Number, option
 from residual_saes.shared.errors import Busy, UserError
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import SNAPSHOTS, made
@@ -36,10 +34,10 @@ _TRIES, _PAUSE = 15, 2.0  # for a layer whose owner was on a node that was lost,
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Fleet:
     address: str  # of a cluster, auto for the one that this machine is in, or "local" for one of this machine alone
-    workers: int = option("Shards of a harvest.", 1, type=click.IntRange(1))
+    workers: int = option("Shards of a harvest.", 1, type=COUNT)
     # Ray would set a task's threads otherwise, and sums depend on them
-    cpus: int = option("Of a task: its threads.", 1, type=click.IntRange(1))
-    gpus: float = option("Of a task.", 1.0, type=Number(0))
+    cpus: int = option("Of a task: its threads.", 1, type=COUNT)
+    gpus: float = option("Of a task.", 1.0, type=Number(0, 1024))
 
 
 class RayCommands(Commands):

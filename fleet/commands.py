@@ -50,10 +50,10 @@ class JobConfig:
 
     def command(self, stage: Stage, layers: Sequence[Site] = ()) -> tuple[str, ...]:
         """A stage of these layers, as `python -m` takes it. The plan, which names them, is of those that the user wants."""
-        wanted = ("--layers", self.layers) if self.layers else ()
+        wanted = ("--layers", self.layers) if self.layers is not None else ()
         named = ("--layers", format_sites(layers)) if layers else ()
         where = ("--preset", self.preset, "--cache", str(self.cache))
-        device = ("--device", self.device) if self.device else ()
+        device = ("--device", self.device) if self.device is not None else ()
         trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
         stages: dict[Stage, tuple[str, ...]] = {
             "plan": ("harvest", "plan", "--json", *where, *wanted, *self.harvest),

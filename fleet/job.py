@@ -23,7 +23,6 @@ from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, made
 from residual_saes.shared.seal import parse_sealed, seal
 from residual_saes.shared.sites import Site, format_sites
-from residual_saes.shared.temporaries import remove_leftovers
 from residual_saes.shared.typed import read
 from residual_saes.shared.units import format_bytes, format_seconds
 
@@ -141,7 +140,7 @@ class Job:
         if cache is not None:
             cache.remove_leftovers()
         for run in runs:
-            remove_leftovers(run.path)
+            run.remove_leftovers()
         there = [measured(run) if run.config_path.exists() else {} for run in runs]
         states = {}
         for layer in self._layers:

@@ -18,7 +18,7 @@ from residual_saes.harvest.run import HarvestConfig, harvest
 from residual_saes.harvest.tokens import require_one_context, separator_id
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec, Precision
-from residual_saes.shared.cli import CACHE, DEVICE, PRESET, DefaultRun, filled, option, options, options_of, run
+from residual_saes.shared.cli import CACHE, DEVICE, PRESET, SEED, THREADS, DefaultRun, filled, option, options, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.identity import Model, as_harvested, harvested_model, open_model, tokenizer_hash, unpin
@@ -26,7 +26,7 @@ from residual_saes.shared.lm import load_config, load_tokenizer, require_model
 from residual_saes.shared.presets import DATA, PRESETS, Preset, cache_place, get_preset, short_name
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites, hook_name, parse_sites
-from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.stores import Location, open_store, parse_name
 from residual_saes.shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
 
 
@@ -37,11 +37,11 @@ class Job:
     preset: Preset
     cache: Location
     sites: tuple[Site, ...]
-    threads: int = option("Threads for the disk.", 4, type=click.IntRange(1))
+    threads: int = option("Threads for the disk.", 4, type=THREADS)
     bos: bool = option("Begin every context with the tokenizer's BOS, as Llama and Gemma expect.", False, is_flag=True)
     separator: str | None = option("Token that ends a document, by name or number [default: end of text].", None)
     precision: Precision = option("", "bf16", type=click.Choice(["bf16", "fp32"]))
-    seed: int = option("Of the order inside blocks.", 0, type=click.IntRange(0))
+    seed: int = option("Of the order inside blocks.", 0, type=SEED)
     shard: Shard = option("This process is i of n at work on the same cache, such as 0/8.", ALONE, type=parse_shard)
 
     def source(self, revision: str | None) -> TextSource:
@@ -206,8 +206,8 @@ def plan_command(as_json: bool, **options: Any) -> None:
     """Bytes, free disk and time of a harvest, before it is begun. Needs neither weights nor text."""
     job = job_of(options)
     if as_json:
-        return say(json.dumps({"layers": [site.json for site in job.sites], "shape": asdict(job.shape())}))
-    say(str(make_plan(job.cache, job.shape(), job.sites, job.threads)))
+        return say(json.dumps({"layers": [site.json for site in job.sites], "shape": asdict(job.shape())}), asked=True)
+    say(str(make_plan(job.cache, job.shape(), job.sites, job.threads)), asked=True)
 
 
 @main.command("verify")
@@ -234,9 +234,9 @@ def verify_command(preset: str | None, cache: Location | None, threads: int) -> 
 @_common
 @DEVICE
 @click.option("--blocks", help="Blocks to harvest again, such as 3,7 [default: those that fail verification].")
-@click.option("--model", help="Where the model lies now, if not where it lay.")
+@click.option("--model", type=parse_name, metavar="TEXT", help="Where the model lies now, if not where it lay.")
 @click.option("--revision", help="The model's revision on the hub.")
-@click.option("--dataset", help="Where the text lies now, if not where it lay.")
+@click.option("--dataset", type=parse_name, metavar="TEXT", help="Where the text lies now, if not where it lay.")
 def repair_command(
     preset: str | None,
     cache: Location | None,

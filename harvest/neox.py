@@ -6,7 +6,6 @@ float32, so this rounds less often than the model it stands in for.
 """
 
 import ctypes
-import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from residual_saes.shared.compile import arguments, load
 from residual_saes.shared.lm import wide_weights
+from residual_saes.shared.progress import say
 from residual_saes.shared.sites import MLP_OUT, RESID_POST, Site
 
 _CHECKED_TOKENS = 64
@@ -101,7 +101,7 @@ def neox_forward(base: nn.Module, sites: Collection[Site]) -> NeoxForward | None
         reason = f"results {apart:.1%} apart"
     if apart <= _TOLERANCE:
         return fast
-    print(f"note: the fast forward does not fit this model ({reason}); the model's own, slower one is used", file=sys.stderr)
+    say(f"note: the fast forward does not fit this model ({reason}); the model's own, slower one is used", err=True)
     return None
 
 

@@ -6,6 +6,7 @@ import click
 
 import residual_saes
 from residual_saes.shared.cli import run
+from residual_saes.shared.progress import say
 
 STAGES = {
     "harvest": "Write a model's activations into a cache.",
@@ -31,7 +32,7 @@ def presets() -> None:
     """Print the defaults of each preset, and those that follow a model and its cache."""
     from residual_saes.shared.presets import table
 
-    click.echo(table())
+    say(table(), asked=True)
 
 
 @click.group(cls=_Stages, commands=[click.Command(name, help=text) for name, text in STAGES.items()])

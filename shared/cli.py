@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import io
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ import click
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.progress import mute, say
 from residual_saes.shared.stop import SIGNALS, Terminated
-from residual_saes.shared.stores import parse_location
+from residual_saes.shared.stores import parse_location, parse_name
 
 
 class DefaultRun(click.Group):
@@ -76,6 +77,7 @@ def _is_no_memory(error: BaseException) -> bool:
 
 def _invoke(command: click.Command) -> int:
     """Not through `command.main`, which takes a file that ends too early (EOFError) for Ctrl-C."""
+    _refuse_empty(sys.argv[1:])
     program = Path(sys.argv[0])
     name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
     try:
@@ -86,9 +88,16 @@ def _invoke(command: click.Command) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty value is a shell's variable that was never set, and would be taken for a default here and there."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name = before if argument == "" else argument[:-1] if re.fullmatch("--[a-z0-9-]+=", argument) else None
+        if name is not None and name not in _MAY_BE_EMPTY:
+            raise UserError(f"{name or 'an argument'} is empty: give it a value, or leave it out")
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())  # names in it may hold anything, and a terminal takes escape sequences for commands
-    say(f"error: {''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", err=True)
+    say(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
@@ -100,12 +109,19 @@ _NO_MEMORY = (
 
 # --- options ---
 
+_MAY_BE_EMPTY = ("--harvest", "--train", "--eval")  # more options, if any
+
 SEED = click.IntRange(0, (1 << 31) - 1)  # what every generator takes
 THREADS = click.IntRange(1, 1024)
+COUNT = click.IntRange(1, 10**9)  # nothing that is counted here has more; tokens have `parse_count`
+COUNT_OR_NONE = click.IntRange(0, 10**9)
 
 
 class Number(click.FloatRange):
     """A float within bounds. NaN, which lies outside of none, and infinity are refused."""
+
+    def __init__(self, least: float, most: float, **how: Any) -> None:
+        super().__init__(least, most, **how)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -114,6 +130,7 @@ class Number(click.FloatRange):
         return number
 
 
+MINUTES = Number(0, 1e6)
 Command = Callable[..., Any]
 Config = TypeVar("Config")
 _OPTION = "option"  # in a field's metadata: what click.option takes
@@ -175,5 +192,7 @@ SEVERAL_RUNS = click.option(
     default=[Path("runs")],
     help="Runs, or folders of them; may be given more than once [default: runs].",
 )
-MODEL = click.option("--model", help="Folder of the language model, if it is not where it was at the harvest.")
+MODEL = click.option(
+    "--model", type=parse_name, metavar="TEXT", help="Folder of the language model, if it is not where it was at the harvest."
+)
 DEVICE = click.option("--device", help="cpu, cuda or cuda:1 [default: cuda where there is one].")

@@ -15,13 +15,14 @@ import shlex
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from residual_saes.shared.progress import say
 
 _HEADERS = Path(__file__).parent
 _X86 = ("x86_64", "AMD64")
@@ -46,7 +47,7 @@ def load(source: Path) -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(_kept(folder, name) or _compile([*compiler, *flags], source, folder, name)))
             except OSError as error:  # full, read-only, or mounted so that nothing in it can be run
                 why = str(error)
-    print(f"note: {source.name} cannot be used ({why}); something slower is", file=sys.stderr)
+    say(f"note: {source.name} cannot be used ({why}); something slower is", err=True)
     return None
 
 

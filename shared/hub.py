@@ -1,5 +1,7 @@
 """Asking the hub: where it is busy or a connection breaks, wait and ask again, and say so in one line."""
 
+import contextlib
+import functools
 import logging
 import re
 import time
@@ -10,6 +12,7 @@ from residual_saes.shared.progress import say
 
 _WAITS = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds before each further try, as the hub's own client has them
 _LONGEST_WAIT = 300.0  # seconds: the window in which the hub counts requests
+_NO_ANSWER = 60.0  # seconds without a byte, after which a connection has broken
 _SILENCE = 60.0  # seconds in which waiting is said once
 _BUSY = (408, 429, 500, 502, 503, 504)
 # Names of classes: the hub's client stands on requests, httpx or httpx2, as its version has it.
@@ -22,7 +25,7 @@ T = TypeVar("T")
 
 def retried(what: str, ask: Callable[[], T]) -> T:
     """What `ask` returns, tried up to six times while the hub is busy or the connection breaks. Raises what it raises."""
-    _NOTICE.take_over(what)
+    waiting_for(what)
     for wait in _WAITS:
         try:
             return ask()
@@ -32,6 +35,31 @@ def retried(what: str, ask: Callable[[], T]) -> T:
             _NOTICE.waiting(_status(error))
             time.sleep(max(wait, min(_wanted_wait(error), _LONGEST_WAIT)))
     return ask()
+
+
+def waiting_for(what: str) -> None:
+    """Ask the hub for this from now on: say in one line that it waits, and take a minute without a byte for a failure."""
+    _NOTICE.take_over(what)
+    _limit_silence()
+
+
+@functools.cache
+def _limit_silence() -> None:
+    """The hub's client waits for ever where it is not told how long, which most of its calls cannot be."""
+    with contextlib.suppress(ImportError):  # a version that stands on requests
+        from huggingface_hub import set_client_factory
+        from huggingface_hub.utils._http import default_client_factory
+
+        def limit(request: Any) -> None:
+            times = request.extensions.get("timeout", {})
+            request.extensions["timeout"] = {step: _NO_ANSWER if t is None else t for step, t in times.items()}
+
+        def client() -> Any:
+            client = default_client_factory()
+            client.event_hooks = {"request": [*client.event_hooks["request"], limit]}
+            return client
+
+        set_client_factory(client)
 
 
 def _passes(error: BaseException) -> bool:

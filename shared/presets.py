@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from residual_saes.shared.cli import option
+from residual_saes.shared.cli import COUNT, option
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.stores import Location
+from residual_saes.shared.stores import Location, parse_name
 from residual_saes.shared.units import parse_count
 
 DATA = Path("data")  # where caches lie that no place was named for
@@ -59,9 +59,9 @@ class Preset(Training):
 
     name: str
     # what is read
-    model: str = option("Hub id or local folder of a causal language model.")
+    model: str = option("Hub id or local folder of a causal language model.", type=parse_name)
     revision: str | None = option("The model's revision on the hub.")
-    dataset: str = option("Hub id, local file or folder (jsonl, parquet, text).")
+    dataset: str = option("Hub id, local file or folder (jsonl, parquet, text).", type=parse_name)
     dataset_revision: str | None = option("The dataset's revision on the hub.")
     split: str = option("Split of a hub dataset; of a local folder every file is read.")
     text_column: str = option("Column that holds the text.")
@@ -72,9 +72,9 @@ class Preset(Training):
     # the cache
     tokens: int = option("Tokens to train on, such as 300M.", type=parse_count)
     holdout_tokens: int = option("Tokens held out for evaluation.", type=parse_count)
-    context: int = option("Tokens in a context.", type=click.IntRange(2))
-    block_sequences: int = option("Contexts in a block.", type=click.IntRange(1))
-    forward_sequences: int = option("Contexts in one forward pass; on a CPU 2,048 tokens at most.", type=click.IntRange(1))
+    context: int = option("Tokens in a context.", type=click.IntRange(2, 10**9))
+    block_sequences: int = option("Contexts in a block.", type=COUNT)
+    forward_sequences: int = option("Contexts in one forward pass; on a CPU 2,048 tokens at most.", type=COUNT)
 
     @classmethod
     def of_model(cls, config: Any, given: Mapping[str, Any]) -> "Preset":

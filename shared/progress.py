@@ -13,13 +13,20 @@ from typing import Any, Self
 from residual_saes.shared.units import format_seconds
 
 
-def say(text: str, *, err: bool = False, end: str = "\n") -> None:
-    """Print a line. A closed output (`| head`, a full disk behind `>`) stops no work and changes no exit code."""
+def say(text: str, *, err: bool = False, start: str = "", end: str = "\n", asked: bool = False) -> None:
+    """Print a line; what a terminal would take for a command, in a name, is shown.
+
+    A closed output (`| head`, a full disk behind `>`) stops no work and changes no exit code, except where the text is all that
+    was `asked` for: that raises OSError.
+    """
     stream = sys.stderr if err else sys.stdout
     try:
-        print(text, end=end, file=stream, flush=True)
+        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        print(start + shown, end=end, file=stream, flush=True)
     except (OSError, ValueError):
         mute(stream)
+        if asked:
+            raise
 
 
 def mute(stream: Any) -> None:
@@ -83,7 +90,7 @@ class Progress:
         return " · ".join(parts + ([note] if note else []))
 
     def _show(self, line: str) -> None:
-        say(f"\r\x1b[K{line}" if self._tty else line, err=True, end="" if self._tty else "\n")
+        say(line, err=True, start="\r\x1b[K" if self._tty else "", end="" if self._tty else "\n")
 
 
 def _si(n: float) -> str:

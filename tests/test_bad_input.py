@@ -59,7 +59,10 @@ TRAIN = [
     (("--l1", "nan"), "'nan' is not a setting"),
     (("--l1", "1e999"), "'1e999' is not a setting"),
     (("--l1", "adaptive:5e-4@129"), "an L0 of 129 is more than the 128 features there are"),
-    (("--device", ""), "'' is not a device for this"),
+    (("--device", ""), "--device is empty: give it a value, or leave it out"),
+    (("--device=",), "--device is empty: give it a value, or leave it out"),
+    (("--layers", ""), "--layers is empty: give it a value, or leave it out"),
+    (("",), "is empty: give it a value, or leave it out"),
     (("--device", "mps"), "'mps' is not a device for this"),
     (("--device", "meta"), "'meta' is not a device for this"),
     (("--device", "cpu:3"), "'cpu:3' is not a device for this"),
@@ -265,6 +268,64 @@ def test_eval(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> No
     assert result.code == 2
     assert result.err.count("is not readable JSON") == 3 and "Traceback" not in result.err
     assert not list((tmp_path / "r").rglob("results"))
+
+
+def test_what_cannot_be_read_is_not_taken_for_nothing_there(
+    cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path
+) -> None:
+    """A folder stands for a file without permission, which binds no root."""
+    shutil.copytree(runs_path, tmp_path / "r")
+    one, *others = sorted(path for path in (tmp_path / "r").iterdir() if path.is_dir())
+    (one / "config.json").rename(one / "away")
+    (one / "config.json").mkdir()
+    args = ("--cache", cache_path, "--device", "cpu", "--ce-tokens", 32, "--numbers-only")
+    result = cli("eval", *args, "--runs", tmp_path / "r")
+    assert result.code == 2 and result.err.count(f"cannot read {one / 'config.json'}: Is a directory") == 1
+    assert all((each / "results").exists() for each in others)
+    result = cli("eval", "export", "--to", "saelens", "--runs", one, "--out", tmp_path / "out")
+    refused(result, f"cannot read {one / 'config.json'}: Is a directory")
+    (tmp_path / "c" / "cache.json").mkdir(parents=True)
+    refused(cli("harvest", "verify", "--cache", tmp_path / "c"), f"cannot read {tmp_path / 'c' / 'cache.json'}: Is a directory")
+
+    (tmp_path / "loop").symlink_to("loop")
+    refused(cli("eval", *args, "--runs", tmp_path / "loop"), "Too many levels of symbolic links")
+
+
+@pytest.mark.parametrize("name", ["metrics", "results", "results/features", "plots"])
+def test_a_linked_folder_of_a_run_is_not_written_to(
+    cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "r" / min(p.parent.name for p in runs_path.glob("*/config.json"))
+    shutil.copytree(runs_path / run.name, run)
+    (ours := tmp_path / "ours").mkdir()
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(ours)
+    args = ("--cache", cache_path, "--runs", tmp_path / "r", "--device", "cpu")
+    for command in (
+        ("run", *args),
+        ("pages", *args),
+        ("match", run),
+        ("export", "--to", "saelens", "--runs", run, "--out", run),
+    ):
+        result = cli("eval", *command)
+        assert result.code == 2 and f"{run / name} is a link to {ours}, which is left alone" in result.err
+    assert not any(ours.iterdir())
+
+
+def test_linked_pages_are_not_written_to(cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_path, tmp_path / "r", ignore=shutil.ignore_patterns("sae_layer0[12]*"))
+    (ours := tmp_path / "ours").mkdir()
+    (tmp_path / "r" / "pages").symlink_to(ours)
+    args = ("--cache", cache_path, "--runs", tmp_path / "r", "--device", "cpu")
+    refused(cli("eval", "pages", *args), f"pages is a link to {ours}, which is left alone")
+    refused(cli("eval", "ask", *args[2:], "--text", "a"), f"pages is a link to {ours}, which is left alone")
+    (tmp_path / "out").mkdir()
+    for run in runs_path.glob("*/config.json"):
+        (tmp_path / "out" / run.parent.name).symlink_to(ours)
+    result = cli("eval", "pages", *args, "--out", tmp_path / "out")
+    assert result.code == 2 and result.err.count("which is left alone") == 3
+    assert not any(ours.iterdir())
 
 
 def test_repair_of_blocks_that_do_not_exist(cli: Cli, cache_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def test_every_command_on_a_page_parses(page: Path) -> None:
                 assert len(words) <= 4, words  # the command alone is named, in the midst of a sentence
             except (click.UsageError, AssertionError) as error:
                 pytest.fail(f"{name(page)}: {shlex.join(words)}: {error}")
+
+
+def test_what_make_is_given_may_hold_anything() -> None:
+    given = {"PRESET": "a b", "CACHE": "/my data/it's", "RUNS": 'x " (y)', "DISK": "4 TB", "L1": "3e-4, 8e-5"}
+    for target in ("harvest", "train", "eval", "job"):
+        words = ["make", "-n", target, *(f"{name}={value}" for name, value in given.items())]
+        said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        got = shlex.split(said)
+        options = {name: got[got.index(f"--{name.lower()}") + 1] for name in given if f"--{name.lower()}" in got}
+        assert {"PRESET", "CACHE"} <= set(options) and options.items() <= given.items()
+    assert options == given
 
 
 @pytest.mark.parametrize("wrong", [["train", "--bach", "3"], ["evaluate"], ["eval", "pges"], ["harvest", "--tokens"]])

@@ -58,7 +58,7 @@ def main(listing: bool, **options: Any) -> None:
     if job is None:
         return say(f"shard {options['shard']} has no layer to train: there are fewer of them than shards", err=True)
     if listing:
-        return say("\n".join(str(run.path) for run in job.runs))
+        return say("\n".join(str(run.path) for run in job.runs), asked=True)
     job.train()
     say(f"trained layers {format_sites(job.sites)} into {options['runs']}/", err=True)
     if options["follow"] and not options["layers"] and (new := set(Cache.open(job.cache.path).sites) - set(job.cache.sites)):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from residual_saes.shared.cli import SEED, THREADS, Number, option
+from residual_saes.shared.cli import COUNT, COUNT_OR_NONE, MINUTES, SEED, THREADS, Number, option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sparsity import held_fields, hold_from
 from residual_saes.shared.stores.mirror import Mirror
@@ -38,7 +38,7 @@ class TrainConfig:
     )
     batch: int = option("Tokens in a step.", 32_768, preset=True, type=click.IntRange(1, 1 << 30))
     lr: float = option("Adam's learning rate.", 3e-4, preset=True, type=Number(0, 1, min_open=True))
-    lr_warmup: int = option("Steps over which lr rises.", 0, preset=True, type=click.IntRange(0))
+    lr_warmup: int = option("Steps over which lr rises.", 0, preset=True, type=COUNT_OR_NONE)
     lr_decay: float = option("Share of the run, at its end, over which lr falls to zero.", 0.0, preset=True, type=Number(0, 1))
     hold_l0: float = option(
         "Share of the run, at its end, without L1: L0 is held by keeping each batch's largest activations.",
@@ -50,10 +50,10 @@ class TrainConfig:
         "Where a batch's largest are chosen, a feature that has none of them keeps its own largest.", False, is_flag=True
     )
     seed: int = option("", 0, type=SEED)
-    window_blocks: int = option("Blocks shuffled together.", 16, preset=True, type=click.IntRange(1))
-    skip_positions: int = option("Of each context, not trained on.", 0, type=click.IntRange(0))
+    window_blocks: int = option("Blocks shuffled together.", 16, preset=True, type=COUNT)
+    skip_positions: int = option("Of each context, not trained on.", 0, type=COUNT_OR_NONE)
     max_norm: float | None = option(
-        "Rows longer than this many medians are not trained on [default: all are].", None, type=Number(1)
+        "Rows longer than this many medians are not trained on [default: all are].", None, type=Number(1, 1e9)
     )
     order: str = "slices"  # of the batches, see the loader; a run that was begun in another order is not gone on with
     dead_after: float = 1 / 30  # a feature is alive if it fired within this share of the run
@@ -117,8 +117,8 @@ class RunOptions:
     mirror: Mirror | None = None  # the bucket that `runs` stands for
     device: torch.device
     threads: int = option("Reader threads.", 16, type=THREADS)
-    epochs: int = option("How often the cache may be gone over.", 1, type=click.IntRange(1))
-    save_minutes: float = option("Between resume states.", 5.0, type=Number(0))
+    epochs: int = option("How often the cache may be gone over.", 1, type=COUNT)
+    save_minutes: float = option("Between resume states.", 5.0, type=MINUTES)
     log_records: int = 300  # points of a training curve
     tensorboard: bool = option("Write TensorBoard curves as well.", False, is_flag=True)
     verbose: bool = option("Say what each layer's activations are like.", False, is_flag=True)

@@ -35,10 +35,10 @@ from residual_saes.eval.measure.metrics import finite
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE, Statistics, capacity, critical_width, floors, naive_floors
 from residual_saes.eval.measure.runs import Skipped, find_runs
 from residual_saes.shared.cache import Cache
-from residual_saes.shared.cli import Number, option
+from residual_saes.shared.cli import MINUTES, Number, option
 from residual_saes.shared.device import announce, device_kind
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import make_dir, sync_dir
+from residual_saes.shared.files import make_dir, refuse_links, sync_dir
 from residual_saes.shared.identity import harvested_model
 from residual_saes.shared.lm import load_config, load_model
 from residual_saes.shared.progress import Progress
@@ -62,7 +62,7 @@ class DistillOptions:
     device: torch.device
     model: str | None = None  # where the language model lies, if not where the cache says
     alive_above: float = option("Density.", ALIVE_ABOVE, type=Number(0, 1))
-    save_minutes: float = option("Between resume states.", 5.0, type=Number(0))
+    save_minutes: float = option("Between resume states.", 5.0, type=MINUTES)
 
 
 def distill(cache: Cache, config: DistillConfig, options: DistillOptions, skipped: Skipped) -> Experiment:
@@ -85,6 +85,7 @@ def distill(cache: Cache, config: DistillConfig, options: DistillOptions, skippe
     store = _Store(make_dir(options.runs), digest, cache, setting)
     sync_dir(options.runs.absolute().parent)
     states = options.runs / "distilling" / digest[:16]
+    refuse_links(states, states.parent)
     store.add(predictions=_predictions(cache, options, skipped))
     _drop_states(states, store.known)  # a kill may have come before it
     due = {s: [w for w in options.widths if (w, s) not in store.known] for s in range(options.seeds)}

@@ -30,7 +30,6 @@ from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
-from residual_saes.shared.temporaries import remove_leftovers
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -56,8 +55,7 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     )
     stores = {}
     for run in runs:
-        for folder in ("", "results", "results/features", "plots"):
-            remove_leftovers(run.path / folder)
+        run.remove_leftovers()
         with skipped.leaving_out():
             stores[run.name] = Results(run)
     missing = [

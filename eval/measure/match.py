@@ -89,6 +89,7 @@ def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.dev
 
 
 def _write(run: Run, name: str, matches: list[Match]) -> list[Match]:
+    run.remove_leftovers()
     publish_json(make_dir(run.path / "results") / f"{name}.json", [m.to_dict() for m in matches])
     return matches
 

@@ -1,6 +1,7 @@
 """The runs to be evaluated, and what is left out of an evaluation."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Skipped:
 
 def runs_in(folder: Path) -> list[Run]:
     """The runs in `folder` (or `folder` itself, if it is one), none of them opened. Raises UserError if there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.listdir(folder)  # what cannot be read is not empty
     folders = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not folders:
         raise UserError(f"no runs in {folder}: train one with `make train` or `rsae train`")

@@ -58,7 +58,8 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
             z = sae.encode(activations[snapshot.site])
             shown.append(_section(run, snapshot, z, tokens, words, asked.out))
     page = files.templates().get_template("ask.html").render(text=asked.text, saes=shown, style=files.style())
-    path = make_dir(asked.out) / "ask.html"
+    files.sweep(make_dir(asked.out))
+    path = asked.out / "ask.html"
     publish_file(path, page.encode())
     return path
 

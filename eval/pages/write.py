@@ -18,7 +18,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import option
 from residual_saes.shared.device import announce, fitting
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import make_dir
+from residual_saes.shared.files import make_dir, refuse_links
 from residual_saes.shared.identity import harvested_model, tokenizer_hash
 from residual_saes.shared.lm import Unembedding, load_model, load_tokenizer
 from residual_saes.shared.progress import Progress, say
@@ -122,6 +122,7 @@ def _jobs(cache: Cache, runs: Sequence[Run], tokens: int, config: PagesConfig, s
     gone: set[Site] = set()
     for run in runs:
         with skipped.leaving_out():
+            refuse_links(config.out / run.name)
             of_run = {"format": files.FORMAT, "cache": cache.digest, "run": run.config.digest}
             wanted = [s for s in run.snapshots() if s.label == config.snapshot and s.site in (config.layers or [s.site])]
             gone |= {s.site for s in wanted} - set(cache.sites)

@@ -23,6 +23,7 @@ from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL, parse_json
 from residual_saes.shared.sites import Site, format_sites, parse_sites
+from residual_saes.shared.stores import parse_folder
 from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -33,7 +34,7 @@ class ExportConfig:
     """What to export, and what the checkpoints do not say."""
 
     to: str = option("The tool that is to load them.", type=click.Choice(list(FORMS)), required=True)
-    out: Path = option("Gets <run>/layer_<N> for each SAE.", type=click.Path(path_type=Path), required=True)
+    out: Path = option("Gets <run>/layer_<N> for each SAE.", type=parse_folder, metavar="PATH", required=True)
     layers: tuple[Site, ...] | None = option("Such as 0-5,12 [default: all there are].", None, type=parse_sites)
     snapshot: str = option("Which of each layer's snapshots.", FINAL)
     model: str | None = option("Name of the language model [default: the run's, if it is a name and not a folder].", None)
@@ -129,8 +130,10 @@ def _is_run(folder: Path) -> bool:
     """Whether a folder is a run of ours, in whatever state: then everything in it must pass the run's checks."""
     try:
         content = parse_json((folder / "config.json").read_bytes())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        raise UserError(f"cannot read {folder / 'config.json'}: {error.strerror}; put that right and run again") from None
     except ValueError:
         return True
     return isinstance(content, dict) and "format" in content
@@ -226,6 +229,7 @@ def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
     missing or damaged is made again; one that is `ours` may say something else, of which nothing stays."""
     said = "cfg.json" if "cfg.json" in files else "config.json"
     if folder.exists():
+        remove_leftovers(folder)
         same = (folder / said).is_file() and (folder / said).read_bytes() == files[said]
         if not (same or ours):
             raise UserError(f"{folder} holds something else already; remove it or choose another --out")

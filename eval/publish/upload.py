@@ -29,10 +29,11 @@ from residual_saes.eval.publish.license import require_license, require_valid
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import writing
+from residual_saes.shared.hub import waiting_for
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.seal import parse_json
-from residual_saes.shared.temporaries import discard, remove_leftovers, temporary
+from residual_saes.shared.temporaries import discard, temporary
 from residual_saes.shared.units import format_bytes
 
 _COMMIT_FILES, _COMMIT_BYTES = 50, 5 << 30  # in one commit: what a kill costs at the most
@@ -92,7 +93,7 @@ def prepare(run: Run, publication: Publication) -> None:
     if not records:
         raise UserError(f"{run.path} has not been evaluated: run `rsae eval` first, for nobody can use SAEs of unknown worth")
     stored.tabulate()  # the .csv has no checksum
-    remove_leftovers(run.path)
+    run.remove_leftovers()
     measured = measured_floors(run.path.parent, run.config.cache.digest)
     config = ExportConfig(to="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
@@ -126,6 +127,7 @@ def _list(repository: str, files: dict[str, Path]) -> int:
 
 def _upload(run: Run, repository: str, files: dict[str, Path], config: PublishConfig) -> None:
     disable_progress_bars()
+    waiting_for(f"the repository {repository}")
     api = HfApi()
     try:
         require_valid(files["README.md"].read_text(encoding="utf-8"))

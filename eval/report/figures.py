@@ -31,6 +31,7 @@ matplotlib.rcdefaults()  # the user's own style may not fit
 matplotlib.rcParams.update({
     "svg.hashsalt": "residual-saes",  # else names inside an SVG are drawn by chance
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # of a name with two dollar signs as well
     "path.simplify_threshold": 0.5,
     "figure.dpi": 110,
     "figure.titlesize": 12,

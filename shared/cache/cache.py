@@ -20,7 +20,7 @@ from residual_saes.shared.files import page_aligned
 from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
 from residual_saes.shared.shuffle import block_rows
 from residual_saes.shared.sites import Site
-from residual_saes.shared.stores import Location, Staged, Store, local_path, open_store
+from residual_saes.shared.stores import Location, Staged, Store, get_or_none, local_path, open_store
 from residual_saes.shared.stores.scratch import Scratch, ScratchConfig
 from residual_saes.shared.typed import read
 
@@ -48,11 +48,10 @@ class Cache:
         Blocks that are read are kept in `scratch`, as long as there is room, and read from there.
         """
         store = open_store(path)
-        try:
-            data = store.get(SPEC_FILE)
-        except OSError:
+        data = get_or_none(store, SPEC_FILE)
+        if data is None:
             zarr.refuse_foreign(store)
-            raise UserError(f"no activation cache at {path}: run `make harvest` or `rsae harvest` first") from None
+            raise UserError(f"no activation cache at {path}: run `make harvest` or `rsae harvest` first")
         try:
             value = from_bytes(data)
             if value.get("format", FORMAT) != FORMAT:

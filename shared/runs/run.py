@@ -44,6 +44,7 @@ from residual_saes.shared.units import format_count
 FORMAT = 2
 SNAPSHOTS = 6
 FINAL = "final"  # the label of the last
+_FOLDERS = ("metrics", "results", "results/features", "plots")  # that commands write to, besides the states
 _SNAPSHOT = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")
 
 # Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
@@ -142,6 +143,8 @@ class Run:
             whole = sealed(config)
         except FileNotFoundError:
             raise UserError(f"{self.path} is not a run folder: it has no config.json; train one with `rsae train`") from None
+        except OSError as error:
+            raise UserError(f"cannot read {self.config_path}: {error.strerror}; put that right and run again") from None
         except ValueError:
             raise UserError(
                 f"{self.config_path} is not readable JSON; restore it or train into another --runs folder"
@@ -154,6 +157,7 @@ class Run:
             )
         if not whole:
             raise UserError(f"{self.config_path} was changed: its checksum does not match; restore it or train elsewhere")
+        refuse_links(*(self.path / name for name in _FOLDERS))
         return RunConfig.of(unsealed(config), self.config_path)
 
     @property
@@ -193,7 +197,7 @@ class Run:
 
     def create(self, config: dict[str, Any], machine: dict[str, Any]) -> None:
         """Make it a run, unless it is one. `machine` is recorded only: the last bits of a sum depend on it, nothing else."""
-        remove_leftovers(self.path)
+        self.remove_leftovers()
         content = json.dumps(seal(config | {"machine": machine}), indent=1).encode() + b"\n"
         new = not self.config_path.exists() and create_file(self.config_path, content)  # of several at once, one creates it
         if self._mirror is not None:
@@ -201,6 +205,11 @@ class Run:
             self.__dict__.pop("config", None)  # the bucket's may have taken its place
         if not new or self._mirror is not None:
             self.require_same(config)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left half-written, anywhere in it."""
+        for folder, _, _ in os.walk(self.path):
+            remove_leftovers(Path(folder))
 
     # --- a bucket that holds the same ---
 

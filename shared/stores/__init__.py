@@ -3,10 +3,13 @@
 from pathlib import Path
 
 from residual_saes.shared.stores.folder import Folder
-from residual_saes.shared.stores.location import Bucket, Location, parse_location
+from residual_saes.shared.stores.location import Bucket, Location, parse_folder, parse_location, parse_name
 from residual_saes.shared.stores.protocol import Staged, Store, get_or_none, local_path
 
-__all__ = ["Bucket", "Folder", "Location", "Staged", "Store", "get_or_none", "local_path", "open_store", "parse_location"]
+__all__ = [
+    "Bucket", "Folder", "Location", "Staged", "Store", "get_or_none", "local_path", "open_store", "parse_folder",
+    "parse_location", "parse_name",
+]  # fmt: skip
 
 
 def open_store(location: Location) -> Store:

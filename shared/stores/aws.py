@@ -111,14 +111,17 @@ def _endpoint(profile: _Profile) -> str:
         return ""
     if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         raise UserError("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set and so is an endpoint: unset one of them")
-    try:
-        url = urlsplit(endpoint)
-        usable = url.scheme in ("http", "https") and url.hostname and (url.port or True) and _SENDABLE.fullmatch(endpoint)
-    except ValueError:
-        usable = False
-    if not usable:
+    if not _is_url(endpoint):
         raise UserError("the endpoint for S3 (AWS_ENDPOINT_URL, or ~/.aws/config) is not a URL such as https://host:9000")
     return endpoint
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return bool(url.scheme in ("http", "https") and url.hostname and url.port != 0 and _SENDABLE.fullmatch(text))
+    except ValueError:
+        return False
 
 
 def _identity(profile: _Profile) -> "tuple[S3Config, S3Credential | None]":
@@ -156,6 +159,9 @@ def _web_identity(profile: _Profile) -> "S3Config":
 
 def _require_machine() -> None:
     """Raises UserError where the machine's identity was named in a way that obstore passes over, or ruled out."""
+    for name in ("AWS_METADATA_ENDPOINT", "AWS_CONTAINER_CREDENTIALS_FULL_URI"):  # obstore panics at what is none
+        if (value := os.environ.get(name)) and not _is_url(value):
+            raise UserError(f"{name} is not a URL such as http://169.254.169.254: correct it, or unset it")
     if os.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
         return
     if os.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI"):

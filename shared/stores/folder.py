@@ -70,7 +70,13 @@ class Folder:
             raise UserError(f"cannot read {self.path(prefix)}: {error.strerror}; put that right and run again") from None
 
     def has(self, key: str) -> bool:
-        return os.path.exists(self.path(key))
+        try:
+            self.path(key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise UserError(f"cannot read {self.path(key)}: {error.strerror}; put that right and run again") from None
+        return True
 
     def delete(self, key: str) -> None:
         path = self.path(key)

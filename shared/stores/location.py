@@ -1,5 +1,6 @@
 """Places that a command line may name for a cache or for runs: a folder, or a prefix of an S3 bucket."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,3 +48,18 @@ def parse_location(text: str | Location) -> Location:
     if scheme[0] in ("s3:", "s3://"):
         return Bucket.parse(text)
     raise UserError(f"{text!r} is not a place for this: name a folder, or s3://bucket/prefix")
+
+
+def parse_folder(text: str | Path) -> Path:
+    """Read the value of an option: a folder or file of this machine. Raises UserError."""
+    place = parse_location(text)
+    if isinstance(place, Bucket):
+        raise UserError(f"{text!r} is a bucket, and this must be a folder of this machine: name one")
+    return place
+
+
+def parse_name(text: str) -> str:
+    """Read the value of an option: a name on the hub, or a path. Raises UserError."""
+    if _SCHEME.match(text):
+        raise UserError(f"{text!r} is not known here: write a name on the hub, as owner/name, or a path of this machine")
+    return os.path.expanduser(text)

@@ -22,6 +22,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import locked, make_dir, read_file, refuse_links, write_all
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site
+from residual_saes.shared.stores.location import parse_folder
 from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 from residual_saes.shared.units import format_bytes, parse_bytes
 
@@ -42,7 +43,7 @@ class ScratchConfig:
         folder, _, size = text.rpartition(":")
         if not folder:
             raise UserError(f"{text!r} does not say where and how much: write --scratch DIR:SIZE, such as /nvme/scratch:2TB")
-        return cls(folder=Path(folder), size=parse_bytes(size))
+        return cls(folder=parse_folder(folder), size=parse_bytes(size))
 
 
 class Scratch:

@@ -1,6 +1,7 @@
 """The workloads and their peers at small sizes, and the commands that run them. Nothing here asserts a time."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -215,12 +216,19 @@ def test_a_peer_that_does_not_install_is_shown_with_the_reason(tmp_path: Path, m
         assert absent == [Entry(name="Far away", role="peer", key="far", failure=f"far: {why}")]
 
 
+def test_an_environment_stands_on_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is here already is fetched for it: no index is asked."""
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    python = peers.environment(Peer(name="far", label="Far away", environment="far", package="far", requirements=("numpy",)))
+    said = subprocess.check_output([python, "-c", "import importlib.util as u; print(u.find_spec('torch').origin)"], text=True)
+    assert python.is_relative_to(tmp_path) and said.strip() == torch.__file__
+
+
 def test_environments_are_set_up_one_by_one_whatever_becomes_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_sparsify(command: list[str], **options: Any) -> SimpleNamespace:
-        (tmp_path / "sae_lens").mkdir(exist_ok=True)
-        (tmp_path / "dictionary_learning").mkdir(exist_ok=True)
         return SimpleNamespace(returncode="eai-sparsify==1.3.3" in command, stderr="ERROR: not today\n")
 
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)

@@ -1,7 +1,10 @@
+import contextlib
 import errno
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import click
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from residual_saes.shared.cli import Number, run
 from residual_saes.shared.errors import Busy, UserError
-from residual_saes.shared.progress import say
+from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.stop import Terminated, finishing
 from residual_saes.shared.units import (
     format_bytes,
@@ -22,7 +25,21 @@ from residual_saes.shared.units import (
     parse_layers,
     parse_shard,
 )
-from tests.conftest import Cli
+from tests.conftest import COMMANDS, ROOT, Cli
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    for stage, command in COMMANDS.items():
+        for name, each in command.commands.items() if isinstance(command, click.Group) else [("", command)]:
+            yield f"{stage} {name}".strip(), each
+
+
+def is_number(option: click.Parameter) -> bool:
+    values = []
+    for text in ("0.5", "1", "2"):
+        with contextlib.suppress(click.ClickException, UserError):
+            values.append(option.type.convert(text, option, None))
+    return any(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 @given(st.integers(1, 10**13))
@@ -233,6 +250,22 @@ def test_nobody_listening_changes_nothing(capfd: pytest.CaptureFixture[str], mon
         assert program(work, capfd, monkeypatch) == (1, "")
 
 
+def test_a_full_disk_behind_what_is_printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that is done is done; a table that was asked for and did not arrive is not."""
+    for asked, code in ((False, 0), (True, 2)):
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr("sys.stdout", full)
+            got, err = program(lambda asked=asked: say("a line", asked=asked), capfd, monkeypatch)  # type: ignore[misc]
+            assert got == code and ("No space left" in err) == asked
+
+
+@pytest.mark.parametrize("args", [("harvest", "plan", "--preset", "demo"), ("residual_saes", "presets"), ("harvest", "--help")])
+def test_a_table_on_a_full_disk_is_no_success(args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", *args], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
 def test_letters_that_an_alphabet_has_not(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.pipe()
     with open(write, "w", encoding="latin-1") as old, open(read, encoding="latin-1") as end:
@@ -260,6 +293,31 @@ def test_an_error_is_one_line_without_escape_sequences(
         raise UserError("there is no model at a\n \x1b[31mλ")
 
     assert program(work, capfd, monkeypatch) == (2, "error: there is no model at a \\x1b[31mλ\n")
+
+
+def test_names_go_to_no_terminal_as_commands(capfd: pytest.CaptureFixture[str]) -> None:
+    say("left out: a\x1b]0;title\x07\rb λ\nnext")
+    with Progress("layer \x1b[2J", 3, "tokens") as progress:
+        progress.update(3)
+    out, err = capfd.readouterr()
+    assert out == "left out: a\\x1b]0;title\\x07\\rb λ\nnext\n"
+    assert err.startswith("layer \\x1b[2J: 3/3")
+
+
+NUMBERS = [(name, option) for name, command in every_command() for option in command.params if is_number(option)]
+
+
+@pytest.mark.parametrize(("name", "option"), NUMBERS, ids=[f"{name} {option.name}" for name, option in NUMBERS])
+def test_every_number_has_bounds(name: str, option: click.Parameter) -> None:
+    for text in ("nan", "inf", "-inf", "-5", "1e400", "9" * 30, "-" + "9" * 30, "", "x"):
+        with pytest.raises((click.BadParameter, UserError)):
+            option.type.convert(text, option, None)
+
+
+def test_all_commands_are_looked_at() -> None:
+    names = {name for name, _ in NUMBERS}
+    assert names >= {"harvest run", "train", "eval run", "eval pages", "eval distill", "eval match", "fleet job"}
+    assert {"harvest run", "harvest plan", "fleet plan", "eval ask"} <= {name for name, _ in every_command()}
 
 
 def test_a_command_that_there_is_not_is_named_beside_those_like_it(cli: Cli) -> None:

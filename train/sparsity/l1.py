@@ -9,6 +9,7 @@ from residual_saes.train.sparsity.base import RELU, Control, ControllerConfig, H
 from residual_saes.train.sparsity.batchtopk import LargestOfBatch
 
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
+_MOST = 1e9  # of λ and of L0: beyond it is a slip of the keyboard
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -40,7 +41,7 @@ class L1Setting(Sparsity):
             values = [float(group) for group in match.groups() if group is not None] if match else []
         except ValueError:
             values = []
-        if not values or not all(0 < v < math.inf for v in values):
+        if not values or not all(0 < v <= _MOST for v in values):
             return None
         return cls(init=values[0], target=values[1] if len(values) == 2 else None)
 

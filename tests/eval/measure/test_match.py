@@ -10,6 +10,7 @@ from residual_saes.eval.measure.match import match
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
+from residual_saes.shared.temporaries import _release, temporary
 from tests.conftest import Cli
 from tests.test_bad_input import refused
 
@@ -22,8 +23,12 @@ def run(runs_path: Path, tmp_path: Path) -> Run:
 
 
 def test_snapshots_come_nearer_to_their_final(cli: Cli, run: Run) -> None:
+    (run.path / "results").mkdir()
+    left = temporary(run.path / "results" / "match_final.json")
+    _release(left)  # as a kill leaves it
     result = cli("eval", "match", run.path, "--device", "cpu")
     assert result.code == 0, result.err
+    assert not left.exists()
     assert len(result.out.splitlines()) == 1 + 3 * 5
     found = json.loads((run.path / "results" / "match_final.json").read_text())
     assert [(m["layer"], m["snapshot"]) for m in found] == [

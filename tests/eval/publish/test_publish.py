@@ -32,7 +32,7 @@ from residual_saes.shared.lm import hook_module
 from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
-from residual_saes.shared.temporaries import _release, temporary
+from residual_saes.shared.temporaries import _release, leftovers, temporary
 from tests.conftest import ROOT, Cli, curve_of, invoke
 from tests.eval.synthetic import make_distilled, make_runs
 from tests.hub import TOKEN, Hub
@@ -99,12 +99,15 @@ def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) 
     assert (len(hub.received), len(hub.repositories[name]["commits"])) == (40, 1)
     assert "README.md" not in hub.repositories[name]["files"]
 
+    assert list(run.path.rglob(".*.tmp/*"))  # what was to be sent next
+    _release(temporary(run.path / "layer_2" / "cfg.json"))  # and as a kill leaves it a moment earlier
     hub.hang_after = None
     again = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
     assert again.returncode == 0, again.stderr
     there = hub.repositories[name]
     assert list(there["files"]) == list(published_files(run))
     assert len(hub.received) == len(set(hub.received))  # nothing was sent twice
+    assert not leftovers(run.path) and not leftovers(run.path / "layer_2")
     assert there["private"] is True
     assert {"config.json", "README.md", "pretrained_saes.yaml", "layer_2/cfg.json", "layer_2/sparsity.safetensors"} <= set(
         there["files"]
@@ -116,6 +119,31 @@ def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) 
     third = publish(hub, tmp_path, "--runs", run.path, "--to", "org")
     assert f"0 of {len(there['files'])} files sent, the others were there" in third.stdout
     assert (len(there["commits"]), len(hub.received)) == (commits, received)
+
+
+SILENT = """
+import sys, time
+import residual_saes.shared.hub as hub
+from residual_saes.eval.__main__ import main
+from residual_saes.shared.cli import run
+
+hub._NO_ANSWER = 0.5
+wait = time.sleep
+time.sleep = lambda seconds: wait(seconds / 100)
+run(main)
+"""
+
+
+def test_a_silent_server_is_not_waited_for_for_ever(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.hang_after = 0
+    command = [sys.executable, "-c", SILENT, "publish", "--runs", str(run.path), "--to", "org"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    waits, failed = done.stderr.splitlines()[-2:]
+    assert waits.startswith(f"note: the repository org/{run.name}: ") and "waiting, and asking again" in waits
+    assert failed.startswith(f"error: cannot publish org/{run.name}: ") and failed.endswith(
+        "run the same command again to continue"
+    )
 
 
 def test_others_get_no_path_of_this_machine_and_open_the_run_as_here(hub: Hub, run: Run, tmp_path: Path) -> None:
@@ -218,7 +246,7 @@ def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tm
 
     python = ENVIRONMENTS / "sae_lens" / "bin" / "python"
     if not (python.parent.parent / "stamp.json").exists():
-        pytest.skip("SAELens is not installed in build/peers; the plain loading code was run")
+        pytest.skip("sae_lens is not installed in build/peers; the plain loading code was run")
     program = saelens + "\nimport torch\ntorch.save(sae.encode(torch.load('out.pt')['x']), 'z.pt')\n"
     ran = subprocess.run([str(python), "-c", program], **where)  # type: ignore[call-overload]
     assert ran.returncode == 0, ran.stderr

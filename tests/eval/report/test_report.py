@@ -34,6 +34,16 @@ from residual_saes.shared.sites import Site
 from tests.eval.browser import PHONE, Browser
 from tests.eval.synthetic import make_distilled, make_runs
 
+
+def test_a_name_is_no_formula() -> None:
+    figure, axes = figures.grid(1, 1, (3.0, 3.0))
+    axes[0].plot([1, 2], [1e-3, 1e3], label="of_$x$")
+    axes[0].legend()
+    axes[0].set_yticks([1e-3, 1], ["Ba$$in-lm", "$$"])
+    drawn = pictures.rendered(figures.finished(figure, "Ba$$in-lm, Ba$si$n"), "key")[".svg"].decode()
+    assert all(f">{name}<" in drawn for name in ("Ba$$in-lm, Ba$si$n", "of_$x$", "Ba$$in-lm", "$$"))
+
+
 Results = dict[str, list[Result]]
 Published = tuple[Path, list[Run], Results, Path]
 

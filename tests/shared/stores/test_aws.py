@@ -123,6 +123,8 @@ def test_endpoint_and_region_are_found_in_the_order_of_aws(environment: pytest.M
         ({"WEB_IDENTITY_TOKEN_FILE": "/not/there", "ROLE_ARN": "arn"}, "names a file that cannot be read"),
         ({"WEB_IDENTITY_TOKEN_FILE": "/dev/null"}, "or AWS_ROLE_ARN is not set beside it"),
         ({"CONTAINER_CREDENTIALS_FULL_URI": "http://x"}, "with AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE alone"),
+        ({"CONTAINER_CREDENTIALS_FULL_URI": "x", "CONTAINER_AUTHORIZATION_TOKEN_FILE": "/dev/null"}, "is not a URL such as"),
+        ({"METADATA_ENDPOINT": "not a url"}, "AWS_METADATA_ENDPOINT is not a URL such as http://169.254.169.254: correct it"),
         ({"EC2_METADATA_DISABLED": "true"}, "no credentials: set AWS_ACCESS_KEY_ID"),
         ({"ENDPOINT_URL": "https://x", "IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "and so is an endpoint: unset one"),
         *(({"ENDPOINT_URL": url}, "is not a URL such as") for url in ("not a url", "ftp://x", "http://", "x:9", "http://[::1")),

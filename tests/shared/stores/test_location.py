@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.stores import Bucket
+from residual_saes.shared.stores import Bucket, parse_folder, parse_location, parse_name
+from residual_saes.shared.stores.scratch import ScratchConfig
+from tests.conftest import Cli
 
 
 @pytest.mark.parametrize(("text", "name", "prefix"), [("s3://abc", "abc", ""), ("s3://a.b-c/d/e_f.g/", "a.b-c", "d/e_f.g")])
@@ -15,3 +19,32 @@ def test_places_are_read_and_written_alike(text: str, name: str, prefix: str) ->
 def test_what_is_no_place_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a place in S3: write s3://bucket/prefix"):
         Bucket.parse(text)
+
+
+def test_a_home_is_found_wherever_a_place_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_location("~/x") == parse_folder("~/x") == Path(parse_name("~/x")) == tmp_path / "x"
+    assert ScratchConfig.parse("~/x:1GB").folder == tmp_path / "x"
+    assert parse_name("org/name") == "org/name" and parse_folder("org/name") == Path("org/name")
+
+
+@pytest.mark.parametrize("place", ["gs://lab/x", "hf://lab/x", "S3://lab/x", "s3a://lab/x", "s3://lab/x", "file:/x"])
+def test_another_kind_of_place_becomes_no_folder(
+    place: str, cli: Cli, cache_path: Path, runs_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = next(runs_path.iterdir())
+    for command in (
+        ("eval", "export", "--to", "saelens", "--runs", run, "--out", place),
+        ("eval", "pages", "--cache", cache_path, "--runs", runs_path, "--out", place),
+        ("eval", "ask", "--runs", runs_path, "--text", "a", "--out", place),
+        ("eval", "floor", "--statistics", place),
+        ("eval", "match", place),
+        ("train", "--cache", cache_path, "--scratch", f"{place}:1GB"),
+        ("harvest", "--model", place, "--dataset", "x.jsonl", "--tokens", "10K"),
+        ("harvest", "plan", "--preset", "demo", "--dataset", place),
+        ("harvest", "repair", "--cache", cache_path, "--model", place),
+    ):
+        done = cli(*command)
+        assert done.code == 2 and len(done.err.splitlines()) == 1 and repr(place) in done.err, command
+    assert not any(tmp_path.iterdir())

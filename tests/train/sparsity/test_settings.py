@@ -48,12 +48,13 @@ def test_prefixes_end_with_the_dictionary_and_none_is_empty() -> None:
 
 
 NONE = "-1 0 adaptive:x adaptive:1e-3 1e-3@5 3e-4, nan inf 1.2.3 batchtopk batchtopk:0 batchtopk:1.5 batchtopk:-3 batchtopk:8@2"
+HUGE = "1e30 adaptive:5e-4@1e30 adaptive:1e30@5 1e999"
 
 
 NESTED = "matryoshka matryoshka:0 matryoshka:8@ matryoshka:8@64+64 matryoshka:8@64+32 matryoshka:8@0.5+64 matryoshka:8@0.0"
 
 
-@pytest.mark.parametrize("text", ["", *NONE.split(), "topk", "topk:0", "jumprelu:1.5", *NESTED.split()])
+@pytest.mark.parametrize("text", ["", *NONE.split(), *HUGE.split(), "topk", "topk:0", "jumprelu:1.5", *NESTED.split()])
 def test_what_is_no_setting_is_refused(text: str) -> None:
     with pytest.raises(
         UserError, match=r"is not a setting: write a positive λ such as 3e-4, .*, topk:64, jumprelu:64, matryoshka:64, "
