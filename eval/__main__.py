@@ -201,8 +201,8 @@ def distill_command(
 
 
 @main.command("match")
-@click.argument("run_folder", type=parse_folder, metavar="PATH")
-@click.argument("other", type=parse_folder, metavar="PATH", required=False)
+@click.argument("run_folder", type=parse_folder)
+@click.argument("other", type=parse_folder, required=False)
 @click.option("--alive-above", type=Number(0, 1), default=ALIVE_ABOVE, show_default=True, help="Density.")
 @DEVICE
 def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
