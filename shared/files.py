@@ -275,7 +275,7 @@ def owned(path: Path) -> Iterator[str]:
     if (fd := _own(path)) is None:
         owner = ""
         with contextlib.suppress(OSError):
-            owner = path.read_text()
+            owner = path.read_text(encoding="utf-8", errors="replace")
         yield owner or "another process"
         return
     try:

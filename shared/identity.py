@@ -1,7 +1,6 @@
 """Which model, text and tokenizer: identity is content, wherever it lies and whatever it is called."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -69,7 +68,7 @@ def _tensors(path: Path, size: int) -> tuple[int, list[tuple[int, int]]] | None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            entries = json.loads(file.read(length)) if length <= min(size, _LONGEST_HEADER) else {}
+            entries = parse_json(file.read(length)) if length <= min(size, _LONGEST_HEADER) else {}
             spans = [tuple(map(int, v["data_offsets"])) for k, v in entries.items() if k != "__metadata__"]
             return (8 + length, sorted((start, end) for start, end in spans)) if spans else None
         except (ValueError, AttributeError, TypeError, KeyError):

@@ -314,3 +314,11 @@ def test_a_group_may_share_what_the_umask_lets_it(tmp_path: Path) -> None:
             assert [oct(path.stat().st_mode & 0o777) for path in made] == ["0o664"] * 3
     finally:
         os.umask(before)
+
+
+def test_an_owner_of_any_name_is_told(tmp_path: Path) -> None:
+    (path := tmp_path / "owner").write_bytes(b"process 1 on h\xe9te")
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with owned(path) as owner:
+            assert owner == "process 1 on h\ufffdte"

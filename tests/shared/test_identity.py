@@ -95,3 +95,10 @@ def test_what_is_not_loaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytes
     assert calls == ["main", "commit"] and opened.sha256 == open_model(str(hub), None).sha256
     names = {"config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "odd.safetensors"}
     assert set(os.listdir(opened.folder)) == names
+
+
+def test_weights_with_a_header_nested_too_deep_are_hashed_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("residual_saes.shared.identity._HASHED_WHOLE", 0)
+    header = b"[" * 200_000
+    (path := tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert hash_files([path]).startswith("sha256:")
