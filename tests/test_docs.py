@@ -102,7 +102,8 @@ def test_every_command_on_a_page_parses(page: Path) -> None:
         if words[0] == "make":
             assert all(word in TARGETS or "=" in word for word in words[1:]), words
         elif words[:2] == ["python", "-m"]:
-            assert len(words) < 3 or (ROOT / words[2].replace(".", "/")).exists() or words[2] in ("pytest", "mypy"), words
+            module = ROOT / words[2].replace(".", "/") if len(words) > 2 else ROOT
+            assert module.exists() or module.with_suffix(".py").exists() or words[2] in ("pytest", "mypy"), words
         elif words[0] == "rsae":
             try:
                 parse(words[1:])
