@@ -1,4 +1,4 @@
-"""`rsae harvest [plan | verify | repair | free]`: fill an activation cache, or look after one."""
+"""`rsae harvest [plan | synthetic | verify | repair | free]`: fill an activation cache, or look after one."""
 
 import contextlib
 import json
@@ -10,11 +10,14 @@ from typing import Any
 import click
 from transformers import PretrainedConfig
 
-from residual_saes.harvest.care import Damage, free, notes_on_mixing, repair, verify, warnings_of_overflow
+from residual_saes.harvest.care import Damage, free, notes_on_mixing, repair, verify
+from residual_saes.harvest.fill import fill_cache
 from residual_saes.harvest.hub import open_text, refuse_local_split
+from residual_saes.harvest.origin import Origin, ReadText, Synthetic
 from residual_saes.harvest.pieces import TextSource
-from residual_saes.harvest.plan import make_plan, planned_bytes, remaining_bytes, require_space
-from residual_saes.harvest.run import HarvestConfig, harvest
+from residual_saes.harvest.plan import make_plan, planned_bytes, require_space
+from residual_saes.harvest.run import HarvestConfig
+from residual_saes.harvest.synthetic import synthetic_command
 from residual_saes.harvest.tokens import require_one_context, separator_id
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec, Precision
@@ -170,32 +173,16 @@ def fill(device: str | None, **options: Any) -> Cache:
     opened = job.open()
     spec = opened.spec
     if Cache.exists(job.cache):
-        cache = Cache.open(job.cache)
-        spec = replace(spec, model_revision=as_harvested(cache.spec, opened.model).sha256)
-        cache.require_same(spec)
-        cache.remove_leftovers()
-        again = options["layers"] is not None  # whoever names a layer wants all of it
-        require_space(job.cache, remaining_bytes(cache, job.sites, freed=again))
-        cache.add_sites(job.sites)
-        if again:
-            cache.ledger.unmark_freed(set(job.sites).intersection(cache.freed()))
+        spec = replace(spec, model_revision=as_harvested(Cache.open(job.cache).spec, opened.model).sha256)
     else:
         require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
         say(f"note: every document ends with token {spec.separator} ({opened.separator}); --separator names another", err=True)
-        cache = Cache.create(job.cache, spec, job.sites)
-        cache.remove_leftovers()
-    harvest(cache, job.sites, opened.source, opened.model, config)
-    cache.remove_leftovers()  # of another machine's harvest that was killed shortly before this one began
-    totals = cache.totals()
-    for line in (*warnings_of_overflow(totals), *notes_on_mixing(totals)):
-        say(line, err=True)
-    if freed := cache.freed():
-        say(f"note: layers {format_sites(freed)} were freed but for what is held out; --layers brings them back", err=True)
-    say(
-        f"{job.cache}: layers {format_sites(job.sites)} complete, {spec.train_tokens:,} tokens to train on and "
-        f"{spec.holdout_tokens:,} held out"
-    )
-    return cache
+    origin = ReadText(text=opened.source, model=opened.model)
+    again = options["layers"] is not None  # whoever names a layer wants all of it
+    return fill_cache(job.cache, spec, job.sites, origin, config, again=again)
+
+
+main.add_command(synthetic_command)
 
 
 @main.command("plan")
@@ -249,7 +236,7 @@ def repair_command(
 ) -> None:
     """Harvest named or damaged blocks again, and nothing else."""
     opened = _open(preset, cache)
-    spec, config = opened.spec, HarvestConfig(device=pick_device(device), writer=WriterConfig(threads=threads))
+    config = HarvestConfig(device=pick_device(device), writer=WriterConfig(threads=threads))
     opened.remove_leftovers()
     damage = _named(opened, blocks) if blocks else verify(opened, opened.sites, threads)
     if not damage.lines:
@@ -257,16 +244,21 @@ def repair_command(
         return
     n = 0
     if damage.blocks or damage.chunks:
-        source = open_text(
-            dataset=dataset or spec.dataset,
-            revision=unpin(spec.dataset_revision),
-            split=spec.split,
-            column=spec.text_column,
-        )
-        n = repair(opened, damage, source, harvested_model(opened, model, revision), config)
+        n = repair(opened, damage, _origin(opened, model, revision, dataset), config)
     else:  # the arrays' metadata alone: neither model nor text is needed
         opened.add_sites(())
     say(f"repaired {n} layer blocks" + (" and the tokens" if damage.chunks else ""))
+
+
+def _origin(cache: Cache, model: str | None, revision: str | None, dataset: str | None) -> Origin:
+    """What the cache was made from, where it lies now. Raises UserError for another model."""
+    spec = cache.spec
+    if spec.world is not None:
+        return Synthetic()
+    text = open_text(
+        dataset=dataset or spec.dataset, revision=unpin(spec.dataset_revision), split=spec.split, column=spec.text_column
+    )
+    return ReadText(text=text, model=harvested_model(cache, model, revision))
 
 
 def _named(cache: Cache, blocks: str) -> Damage:

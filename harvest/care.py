@@ -2,17 +2,13 @@
 
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
-from residual_saes.harvest.language_model import load_language_model
-from residual_saes.harvest.pieces import TextSource
+from residual_saes.harvest.origin import Origin
 from residual_saes.harvest.run import HarvestConfig, harvest_blocks
-from residual_saes.harvest.tokens import write_tokens
 from residual_saes.shared.cache import Cache, LayerTotals
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.identity import Model, tokenizer_hash
-from residual_saes.shared.lm import load_tokenizer
 from residual_saes.shared.progress import Progress
 from residual_saes.shared.sites import Site, format_sites
 
@@ -99,41 +95,25 @@ def _of_other_tokens(
     return others
 
 
-def repair(cache: Cache, damage: Damage, text: TextSource, model: Model, config: HarvestConfig) -> int:
+def repair(cache: Cache, damage: Damage, origin: Origin, config: HarvestConfig) -> int:
     """Write again what is damaged, and nothing else; returns how many blocks that was, each site's counted.
 
-    Model and text are compared with the cache's before a byte is touched, and files are replaced, never removed.
+    Model and text have been compared with the cache's before a byte is touched, and files are replaced, never removed.
     """
     if damage.chunks:
-        _require_same_text(cache, text, model)
+        origin.require_same_tokens(cache)
     cache.add_sites(())
     bad = set(damage.blocks)
     if damage.chunks:
-        write_tokens(cache, text, load_tokenizer(str(model.folder), None), damage.chunks)
+        origin.write_tokens(cache, damage.chunks)
         bad |= set(_of_other_tokens(cache, [item for item in _committed(cache, cache.sites) if item not in bad]))
     groups: dict[tuple[Site, ...], list[int]] = {}
     for block in sorted({block for _, block in bad}):
         groups.setdefault(tuple(sorted(site for site, at in bad if at == block)), []).append(block)
     for sites, blocks in groups.items():
-        source = load_language_model(model, sites, cache.spec.precision, config.device)
+        source = origin.source(cache.spec, sites, config.device)
         harvest_blocks(cache, source, blocks, config, replace=True)
     return len(bad)
-
-
-def _require_same_text(cache: Cache, text: TextSource, model: Model) -> None:
-    """Raises UserError unless text and tokeniser are those that the cache was made from."""
-    tokenizer = load_tokenizer(str(model.folder), None)
-    given = replace(
-        cache.spec,
-        dataset=text.dataset,
-        dataset_revision=text.pinned_revision(),
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-    )
-    if different := cache.spec.differences(given):
-        raise UserError(
-            f"{text.dataset} is not the text that {cache.path} was made from ({'; '.join(different)}), "
-            "so nothing was changed: put it back, or name it with --dataset"
-        )
 
 
 def free(cache: Cache, sites: tuple[Site, ...]) -> None:

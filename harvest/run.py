@@ -14,17 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from residual_saes.harvest.language_model import load_language_model
-from residual_saes.harvest.pieces import TextSource
+from residual_saes.harvest.origin import Origin
 from residual_saes.harvest.rows import put_rows
 from residual_saes.harvest.source import ActivationSource
-from residual_saes.harvest.tokens import write_tokens
 from residual_saes.harvest.writer import BlockWriter, Buffer, WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.device import maker, new_event, new_stream, send
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.identity import Model
-from residual_saes.shared.lm import load_tokenizer
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.shuffle import block_turns, permutation
 from residual_saes.shared.sites import Site, format_sites
@@ -46,18 +42,18 @@ class HarvestConfig:
     shard: Shard = ALONE
 
 
-def harvest(cache: Cache, sites: tuple[Site, ...], text: TextSource, model: Model, config: HarvestConfig) -> None:
+def harvest(cache: Cache, sites: tuple[Site, ...], origin: Origin, config: HarvestConfig) -> None:
     """Bring the cache to the state where every block of every wanted site is committed. Safe to kill and repeat.
 
-    Model and text are those that the cache was compared with; nothing is loaded from anywhere else. Of several shards the
-    first one tokenises. Blocks are not claimed: a shard's own come first, and a shard that is done helps the others.
+    Of several shards the first one writes the tokens. Blocks are not claimed: a shard's own come first, and a shard that is
+    done helps the others.
     """
     if config.shard.index:
         await_tokens(cache, config.shard)
     if cache.tokens.missing():
-        write_tokens(cache, text, load_tokenizer(str(model.folder), None))
+        origin.write_tokens(cache)
     for group, blocks in cache.missing(sites).items():
-        source = load_language_model(model, group, cache.spec.precision, config.device)
+        source = origin.source(cache.spec, group, config.device)
         harvest_blocks(cache, source, in_turn(cache.spec, blocks, config.shard), config)
 
 

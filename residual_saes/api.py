@@ -81,7 +81,7 @@ class LoadedSae:
         """`model` is the folder of the language model, where it lies elsewhere than at the harvest."""
         self.sae, self.name, self._where = sae, name, model
         self.site = Site.of(sae.config["layer"])
-        self.spec = CacheSpec(**sae.config["cache"]["spec"])
+        self.spec = CacheSpec.from_dict(sae.config["cache"]["spec"])
 
     # --- rows ---
 

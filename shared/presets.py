@@ -12,7 +12,7 @@ import click
 from residual_saes.shared.cli import COUNT, option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.stores import Location, parse_name
-from residual_saes.shared.units import parse_count
+from residual_saes.shared.synthetic.config import WorldConfig
 
 DATA = Path("data")  # where caches lie that no place was named for
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -161,16 +161,75 @@ PRESETS = {
 }
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class WorldPreset(Training):
+    """Defaults of every command for a cache of synthetic worlds."""
+
+    name: str
+    world: WorldConfig
+    d_model: int = option("Dimensions of a row.", type=click.IntRange(1), preset=True)
+    tokens: int = option("Rows to train on, such as 1.2M.", type=parse_count, preset=True)
+    holdout_tokens: int = option("Rows held out for evaluation.", type=parse_count, preset=True)
+    context: int = option("Rows of a sequence, which are drawn together.", type=click.IntRange(2), preset=True)
+    block_sequences: int = option("Sequences in a block.", type=click.IntRange(1), preset=True)
+
+
+WORLDS = {
+    preset.name: preset
+    for preset in (
+        WorldPreset(
+            name="synthetic-small",
+            world=WorldConfig(features=1024, roots=8),
+            d_model=128,
+            tokens=1_200_000,
+            holdout_tokens=131_072,
+            context=1024,
+            block_sequences=8,
+            expansion=4,
+            l1="batchtopk:8/decay",
+            batch=1024,
+            lr=3e-3,
+            lr_warmup=100,
+            ce_tokens=0,
+        ),
+        WorldPreset(
+            name="synthetic-16k",
+            world=WorldConfig(),
+            d_model=768,
+            tokens=20_000_000,
+            holdout_tokens=262_144,
+            context=1024,
+            block_sequences=32,
+            **dataclasses.asdict(Training.of(768, 20_000_000, 262_144)),
+        ),
+    )
+}
+
+
 def get_preset(name: str) -> Preset:
-    """Look up a preset. Raises UserError for a name that there is none of."""
+    """Look up a preset of a language model and a text. Raises UserError for a name that there is none of."""
+    if name in WORLDS:
+        raise UserError(f"{name} is a synthetic world and no language model: `rsae harvest synthetic --preset {name}`")
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join((*PRESETS, *WORLDS))}")
     return PRESETS[name]
+
+
+def world_preset(name: str | None) -> WorldPreset:
+    """Look up a preset of synthetic worlds. Raises UserError where none of these is named."""
+    if name not in WORLDS:
+        raise UserError(f"name a world with --preset {' or '.join(WORLDS)}; the other options say what is to be different")
+    return WORLDS[name]
+
+
+def any_preset(name: str) -> Preset | WorldPreset:
+    """Look up a preset of either kind. Raises UserError for a name that there is none of."""
+    return WORLDS[name] if name in WORLDS else get_preset(name)
 
 
 def training_defaults(preset: str | None, d_model: int, tokens: int, holdout_tokens: int) -> Training:
     """Those of a preset, or else those that follow the model and the amount of text. Raises UserError."""
-    return get_preset(preset) if preset is not None else Training.of(d_model, tokens, holdout_tokens)
+    return any_preset(preset) if preset is not None else Training.of(d_model, tokens, holdout_tokens)
 
 
 def short_name(model: str) -> str:
@@ -183,7 +242,7 @@ def cache_place(cache: Location | None, preset: str | None) -> Location:
     if cache is not None:
         return cache
     if preset is not None:
-        return DATA / get_preset(preset).name
+        return DATA / any_preset(preset).name
     caches = sorted(file.parent for file in DATA.glob("*/cache.json"))
     if len(caches) == 1:
         return caches[0]

@@ -10,7 +10,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, RUNS, filled, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.presets import cache_place, get_preset, short_name, training_defaults
+from residual_saes.shared.presets import any_preset, cache_place, short_name, training_defaults
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites, parse_sites
@@ -100,7 +100,7 @@ def prepare(
     if not sites:
         return None
     spec = opened.spec
-    most = get_preset(preset).tokens if preset is not None else spec.train_tokens
+    most = any_preset(preset).tokens if preset is not None else spec.train_tokens
     tokens = options["tokens"] or min(most, spec.train_tokens)
     defaults = training_defaults(preset, spec.d_model, tokens, spec.holdout_tokens)
     given = {name: getattr(defaults, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}

@@ -51,7 +51,7 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     config = dataclasses.replace(
         config,
         eval_tokens=min(config.eval_tokens, spec.holdout_tokens),
-        ce_tokens=min(max(1, config.ce_tokens // spec.context) * spec.context, spec.holdout_tokens),
+        ce_tokens=0 if spec.world else min(max(1, config.ce_tokens // spec.context) * spec.context, spec.holdout_tokens),
     )
     stores = {}
     for run in runs:
@@ -89,8 +89,7 @@ class _Evaluation:
 
     def __init__(self, cache: Cache, config: EvalConfig, skipped: Skipped, missing: list[tuple[Results, Snapshot]]) -> None:
         self._cache, self._config, self._skipped, self._missing = cache, config, skipped, missing
-        model, tokens = harvested_model(cache, config.model), heldout_tokens(cache, config.ce_tokens)
-        self._lm = SplicedModel(str(model.folder), None, cache.spec.precision, config.device, tokens)
+        self._lm = None if cache.spec.world else _spliced(cache, config)
 
     def run(self) -> None:
         announce(self._config.device)
@@ -137,19 +136,27 @@ class _Evaluation:
         )  # fmt: skip
 
 
+def _spliced(cache: Cache, config: EvalConfig) -> SplicedModel:
+    """The language model of a cache, on as many held-out tokens as are wanted. Raises UserError."""
+    model, tokens = harvested_model(cache, config.model), heldout_tokens(cache, config.ce_tokens)
+    return SplicedModel(str(model.folder), None, cache.spec.precision, config.device, tokens)
+
+
 def heldout(
     cache: Cache,
     site: Site,
     saes: list[Sae],
-    lm: SplicedModel,
+    lm: SplicedModel | None,
     tokens: int,
     rows: Rows = ALL,
     ablation: str = "zero",
     after: Callable[[], object] = lambda: None,
 ) -> tuple[Activations, list[tuple[Measurement, Losses]]]:
     """One reading of a layer's held-out activations for all of these SAEs: each one's sums over tokens, and its losses in the
-    language model. `after` is called after every block."""
+    language model, where there is one. `after` is called after every block."""
     activations, measurements = measure(heldout_blocks(cache, site, tokens, rows), saes, cache.spec.context, after)
+    if lm is None:
+        return activations, [(measurement, Losses()) for measurement in measurements]
     ablations = [torch.zeros_like, constant(activations.all.mean)]
     clean, (zero, mean, *spliced) = lm.losses(site, [only(rows, replace) for replace in (*ablations, *map(through, saes))])
     return activations, [

@@ -1,6 +1,5 @@
 """An open cache: blocks are read and checked, staged and committed. Tokens and ledger are objects of their own."""
 
-import dataclasses
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -72,7 +71,7 @@ class Cache:
     def create(cls, path: Location, spec: CacheSpec, sites: tuple[Site, ...]) -> Self:
         """A new cache, or the one that another process has created meanwhile. Raises UserError if that is of another spec, or
         the spec is of sizes that no cache can have."""
-        store, content = open_store(path), dataclasses.asdict(spec)
+        store, content = open_store(path), spec.to_dict()
         try:
             read(CacheSpec, content)
         except ValueError as error:
@@ -107,7 +106,7 @@ class Cache:
             model = f"{own.model} at commit {own.model_commit}" if own.model_commit else own.model
             raise UserError(
                 f"{self.path} was harvested with other settings ({'; '.join(different)}): repeat those settings "
-                f"(model {model}, text {own.dataset}) or choose another --cache folder"
+                f"({f'model {model}, text {own.dataset}' if own.world is None else own.model}) or choose another --cache folder"
             )
 
     def remove_leftovers(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import canonical
 from residual_saes.shared.stores import Location
+from residual_saes.shared.synthetic.config import WorldConfig
 from residual_saes.shared.typed import Bounds, checked
 
 FORMAT = 2
@@ -21,47 +22,62 @@ Precision = Literal["bf16", "fp32"]
 Size = Annotated[int, Bounds(1, 1 << 24)]
 _MOST_BLOCKS, _LARGEST_BLOCK = 10**7, 1 << 36
 ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
+# what the fields of a language model and its text are called: caches of a synthetic world have none of them
+_MUST_OF_TEXT = (
+    "model_revision", "dataset", "dataset_revision", "split", "text_column", "tokenizer_sha256", "separator", "vocab_size",
+    "precision",
+)  # fmt: skip
+_OF_TEXT = (*_MUST_OF_TEXT, "bos", "model_branch", "model_commit")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class CacheSpec:
-    """What fixes every value in a cache. Two harvests may share a cache only if these are equal."""
+    """What fixes every value in a cache: of a language model reading a text, or with `world` of a synthetic world. Two harvests
+    may share a cache only if these are equal."""
 
-    model: str  # hub id or folder
-    model_revision: str  # hash of configuration and weights
-    dataset: str
-    dataset_revision: str  # the hub's commit, or a hash of local files
-    split: str
-    text_column: str
-    tokenizer_sha256: str
-    separator: int  # token put between documents
-    context: Size
+    model: str  # hub id or folder; what a world is called
+    model_revision: str = ""  # hash of configuration and weights
+    dataset: str = ""
+    dataset_revision: str = ""  # the hub's commit, or a hash of local files
+    split: str = ""
+    text_column: str = ""
+    tokenizer_sha256: str = ""
+    separator: int = 0  # token put between documents
+    context: Size  # rows of a sequence
     d_model: Size
-    n_layers: Annotated[int, Bounds(1, 10_000)]
-    vocab_size: Annotated[int, Bounds(1, 1 << 32)]
+    n_layers: Annotated[int, Bounds(1, 10_000)]  # or worlds, which differ in their random numbers
+    vocab_size: Annotated[int, Bounds(1, 1 << 32)] = 1
     block_sequences: Size
     n_blocks: Annotated[int, Bounds(1, _MOST_BLOCKS)]
     holdout_blocks: Annotated[int, Bounds(0, _MOST_BLOCKS)]
     seed: Annotated[int, Bounds(0, 1 << 63)]
-    precision: Precision  # of the model's forward pass
+    precision: Precision = "fp32"  # of the model's forward pass
     bos: bool = False  # every context begins with the tokeniser's BOS
     model_branch: str = ""  # the revision of a hub model as it was asked for
     model_commit: str = ""  # and the commit that this was when the harvest began
+    world: WorldConfig | None = None
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
         """As JSON has it. Raises ValueError for what cannot be a cache's."""
         spec, of = cls(**checked(cls, stored, name)), f" in {name}" if name else ""
+        if spec.world is None and (absent := [each for each in _MUST_OF_TEXT if each not in stored]):
+            raise ValueError(f"{name}{'.' * bool(name)}{absent[0]} is missing")
         if spec.holdout_blocks > spec.n_blocks:
             raise ValueError(f"holdout_blocks{of} is {spec.holdout_blocks}, and must be at most n_blocks, {spec.n_blocks}")
         if spec.block_bytes > _LARGEST_BLOCK:
             raise ValueError(f"a block{of} is of {spec.block_bytes:,} bytes, and must be of {_LARGEST_BLOCK:,} at most")
         return spec
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: the fields that a cache of its kind has."""
+        others = ("world",) if self.world is None else _OF_TEXT
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
+
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that fix the bytes: all but where model and text lay, which is advice."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ADVICE}
+        return {k: v for k, v in self.to_dict().items() if k not in ADVICE}
 
     @property
     def digest(self) -> str:
@@ -75,8 +91,8 @@ class CacheSpec:
         """
         own, others = self.identity, other.identity
         local = self.dataset_revision.startswith("sha256:")
-        different = [k for k in own if own[k] != others[k] and not (k == "split" and local)]
-        lines = [f"{k} is {own[k]!r} there, {others[k]!r} here" for k in different]
+        different = [k for k in own | others if own.get(k) != others.get(k) and not (k == "split" and local)]
+        lines = [f"{k} is {own.get(k)!r} there, {others.get(k)!r} here" for k in different]
         if local and "dataset_revision" in different and Path(other.dataset).is_dir():
             lines.append(
                 f"a folder is read whole: if it was harvested by file names that say {self.split!r}, put those files into a "

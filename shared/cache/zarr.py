@@ -3,7 +3,6 @@
 Chunks of a layer lie side by side in one folder: no directory, and no fsync of one, for each block.
 """
 
-import dataclasses
 import json
 from typing import Any
 
@@ -67,7 +66,7 @@ def bad_metadata(store: Store, spec: CacheSpec, sites: tuple[Site, ...]) -> list
 
 def metadata(spec: CacheSpec, sites: tuple[Site, ...]) -> dict[str, bytes]:
     """{key: content} of every metadata file of the group."""
-    attributes = {"format": FORMAT, "digest": spec.digest, "hook_point": RESID_POST, "spec": dataclasses.asdict(spec)}
+    attributes = {"format": FORMAT, "digest": spec.digest, "hook_point": RESID_POST, "spec": spec.to_dict()}
     files = {
         "": _node("group", attributes=attributes),
         "tokens/": _array((spec.sequences, spec.context), (spec.token_chunk, spec.context), spec.token_dtype.name, 0),

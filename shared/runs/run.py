@@ -13,7 +13,6 @@ A layer is written by one process, which holds a lock on state/layerNN/owner, an
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -58,7 +57,7 @@ def cache_identity(cache: Cache, run: Path) -> dict[str, Any]:
     """A cache as a run remembers it: the digest that settles whether it is the same, the spec that says what differs, and
     where it lies, seen from the run's folder, so that both may be moved together."""
     place = os.path.relpath(cache.path, run) if isinstance(cache.path, Path) else str(cache.path)
-    return {"digest": cache.digest, "spec": dataclasses.asdict(cache.spec), "place": place}
+    return {"digest": cache.digest, "spec": cache.spec.to_dict(), "place": place}
 
 
 def run_config(train: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""`rsae harvest synthetic`: fill an activation cache from synthetic worlds, whose features are known."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import click
+import torch
+
+from residual_saes.harvest.fill import fill_cache
+from residual_saes.harvest.origin import Synthetic
+from residual_saes.harvest.plan import planned_bytes, require_space
+from residual_saes.harvest.run import HarvestConfig
+from residual_saes.harvest.writer import WriterConfig
+from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cli import CACHE, PRESET, SEED, filled, options, options_of
+from residual_saes.shared.errors import UserError
+from residual_saes.shared.presets import DATA, WorldPreset, world_preset
+from residual_saes.shared.sites import Site
+from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.synthetic.config import WorldConfig
+from residual_saes.shared.typed import read
+from residual_saes.shared.units import ALONE, Shard, parse_shard
+
+
+def _world_options() -> tuple[Callable[..., Any], ...]:
+    """An option for each field of a world."""
+    return tuple(
+        click.option(
+            f"--{f.name.replace('_', '-')}",
+            type=type(f.default),
+            help=f"{f.metadata['help']} [default: by preset, or {f.default:,}]",
+        )
+        for f in fields(WorldConfig)
+    )
+
+
+@click.command("synthetic")
+@options(
+    PRESET,
+    CACHE,
+    options_of(WorldPreset),
+    click.option("--worlds", type=click.IntRange(1, 10_000), default=1, show_default=True, help="A layer of the cache each."),
+    *_world_options(),
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of worlds, rows and their order.")
+@click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads for the disk.")
+@click.option("--shard", type=parse_shard, default=ALONE, help="This process is i of n at work on the same cache, such as 0/8.")
+def synthetic_command(**options: Any) -> None:
+    """Fill a cache from synthetic worlds; run it again to continue. `rsae eval truth` knows what is in it."""
+    fill_synthetic(**options)
+
+
+def fill_synthetic(
+    preset: str | None, cache: Location | None, worlds: int, seed: int, threads: int, shard: Shard, **options: Any
+) -> Cache:
+    """The cache that the values of all options describe. Raises UserError."""
+    base = world_preset(preset)
+    world = filled(WorldConfig, options, **{f.name: getattr(base.world, f.name) for f in fields(WorldConfig)})
+    chosen = filled(WorldPreset, options, **{f.name: getattr(base, f.name) for f in fields(WorldPreset)} | {"world": world})
+    name = base.name if (world, chosen.d_model) == (base.world, base.d_model) else f"synthetic-{world.features}"
+    spec = _spec(replace(chosen, name=name), worlds, seed)
+    place, sites = cache or DATA / name, tuple(map(Site, range(worlds)))
+    open_store(place).prepare()
+    if not Cache.exists(place):
+        require_space(place, planned_bytes(spec, sites))
+    config = HarvestConfig(device=torch.device("cpu"), writer=WriterConfig(threads=threads), shard=shard)
+    return fill_cache(place, spec, sites, Synthetic(), config)
+
+
+def _spec(chosen: WorldPreset, worlds: int, seed: int) -> CacheSpec:
+    """Raises UserError for what cannot be a world or a cache."""
+    rows = chosen.context * chosen.block_sequences
+    train, holdout = -(-chosen.tokens // rows), -(-chosen.holdout_tokens // rows)
+    spec = CacheSpec(
+        model=chosen.name, context=chosen.context, d_model=chosen.d_model, n_layers=worlds, world=chosen.world, seed=seed,
+        block_sequences=chosen.block_sequences, n_blocks=train + holdout, holdout_blocks=holdout,
+    )  # fmt: skip
+    try:
+        return read(CacheSpec, spec.to_dict())
+    except ValueError as error:
+        raise UserError(f"there is no such world: {error}") from None
