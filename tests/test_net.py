@@ -80,6 +80,9 @@ harvest run: --preset= --cache= --threads=4 --model= --revision= --dataset= --da
 harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
   --precision=bf16[bf16|fp32] --seed=0 --json
+harvest synthetic: --preset= --cache= --d-model= --tokens= --holdout-tokens= --context= --block-sequences= --worlds=1
+  --features= --zipf= --most-frequent= --least-frequent= --roots= --branching= --depth= --exclusive= --rank= --correlation=
+  --magnitude= --last-magnitude= --spread= --spread-spread= --bias= --seed=0 --threads=4 --shard=0/1
 harvest verify: --preset= --cache= --threads=4
 harvest repair: --preset= --cache= --threads=4 --device= --blocks= --model= --revision= --dataset=
 harvest free: --preset= --cache= --threads=4 --layers=! --yes

@@ -6,14 +6,14 @@ YAML or Python, so that no name can end a table, a code block or the front matte
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from residual_saes.eval.floors.measured import Experiment
 from residual_saes.eval.measure.result import Result, finished, latest
-from residual_saes.eval.report.columns import columns, floor_columns, written
+from residual_saes.eval.report.columns import Column, columns, floor_columns, written
 from residual_saes.eval.report.page import CAPTIONS, FIT_HEADS, fit_rows, measured_words, templates
 from residual_saes.eval.report.settings import place, provenance, settings
 from residual_saes.eval.report.warnings import trained_on, warnings
@@ -29,6 +29,7 @@ from residual_saes.shared.units import format_count
 REGISTRY = "pretrained_saes.yaml"
 MARKER = "<!-- written by `rsae eval`; remove this line to keep your own changes -->"
 _LICENSE = "apache-2.0"
+_GLANCE = ("l0", "fvu", "ce_recovered", "f1")
 _HOSTILE = re.compile(r"([\\`*_\[\]<>|~$&])")
 
 
@@ -98,7 +99,9 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
     environment = templates("residual_saes.eval.publish", autoescape=False)
     environment.finalize = markdown
     environment.filters |= {"yaml": _literal, "python": _literal}
-    heads = [c.card_title or c.title for c in columns("card")]
+    shown = columns("card", results)
+    heads = [c.card_title or c.title for c in shown]
+    glance = [c for c in shown if c.key in _GLANCE]
     return environment.get_template("card.md.j2").render(
         license=publication.license,
         marker=Safe(MARKER),
@@ -112,7 +115,8 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         text=place(spec.dataset),
         d_model=spec.d_model,
         features=train.expansion * spec.d_model,
-        glance=Table(heads=["folder", "hook", "L0", "FVU", "CE recovered"], rows=list(map(_glance, done))),
+        world=spec.world is not None,
+        glance=Table(heads=["folder", "hook", *(c.title for c in glance)], rows=[_glance(r, glance) for r in done]),
         tokens=train.tokens,
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
         sparsity=config.reading,
@@ -122,8 +126,8 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         snapshots=[Safe(label) for label in snapshot_tokens(train.tokens) if label != FINAL],
         measured_on=_counts(r.tokens for r in latest(results)),
         ce_on=_counts(r.ce_tokens for r in latest(results)),
-        metrics=Table(heads=heads, rows=[_row(r) for r in done]),
-        unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r), trained_on(r, whole)] for r in others]),
+        metrics=Table(heads=heads, rows=[_row(r, shown) for r in done]),
+        unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r, shown), trained_on(r, whole)] for r in others]),
         pictures=[(Safe(f"plots/{name}.png"), caption) for name, caption in CAPTIONS.items() if _has_picture(run, name)],
         floors=Table(heads=[c.title for c in floors], rows=[[c.text(r) for c in floors] for r in done]),
         measured=measured and _measured(measured, run),
@@ -144,14 +148,13 @@ def _counts(numbers: Iterable[int]) -> str:
     return " or ".join(f"{n:,}" for n in sorted(set(numbers))) or "no"
 
 
-def _row(r: Result) -> list[str]:
-    return [written(c.value(r), c.card_form or c.form) for c in columns("card")]
+def _row(r: Result, shown: Sequence[Column]) -> list[str]:
+    return [written(c.value(r), c.card_form or c.form) for c in shown]
 
 
-def _glance(r: Result) -> list[str]:
+def _glance(r: Result, shown: Sequence[Column]) -> list[str]:
     """What the user of another tool looks for first."""
-    values = [written(c.value(r), c.form) for c in columns("card") if c.key in ("l0", "fvu", "ce_recovered")]
-    return [f"layer_{r.site}", f"blocks.{r.site.layer}.hook_{r.site.hook}", *values]
+    return [f"layer_{r.site}", f"blocks.{r.site.layer}.hook_{r.site.hook}", *(c.text(r) for c in shown)]
 
 
 def _has_picture(run: Run, name: str) -> bool:

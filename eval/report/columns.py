@@ -36,6 +36,10 @@ class Column:
         """Whether a table that folds shows it only when it is asked to."""
         return "more" in self.shown.split()
 
+    def known(self, results: Iterable[Result]) -> bool:
+        """Whether it is to be shown of these: a language model's metrics where there is one, the truth's where it is known."""
+        return self.group not in _OF_SOME or not (values := list(map(self.value, results))) or any(values)
+
     def text(self, result: Result) -> str:
         return written(self.value(result), self.form)
 
@@ -48,6 +52,7 @@ class Column:
 
 
 _SPARSITY, _FIDELITY, _MODEL, _FLOORS, _BASIS = "sparsity", "reconstruction", "language model", "floors", "measured on"
+_OF_SOME = (_MODEL,)  # groups that some caches have nothing of
 _COLUMNS = (
     Column("site", "layer", "{}", "terminal page card floors"),
     Column("l0", "L0", "{:.1f}", "terminal page card means map snapshots", _SPARSITY, cell="{:.0f}",
@@ -73,19 +78,20 @@ _COLUMNS = (
     Column("ce_spliced", "CE spliced", "{:.4f}", "terminal page card more", _MODEL),
     Column("ce_zero", "CE zero", "{:.3f}", "terminal page more", _MODEL),
     Column("kl_div_with_sae", "KL", "{:.4f}", "page more", _MODEL),
+    Column("ce_tokens", "CE and KL on", "{:,}", "page more", _MODEL),
     Column("alive", "F", "{:,}", "page more floors", _FLOORS),
     Column("alpha", "α", "{:.5f}", "page more floors", _FLOORS),
     Column("capacity", "g", "{:.2f}", "page more floors capacity", _FLOORS, axis="g(α), features a dimension"),
     Column("critical_width", "d*", "{:.1f}", "page more floors card map capacity", _FLOORS, cell="{:.0f}",
            axis="d* = F/g(α), dimensions", card_form="{:.0f}"),
     Column("tokens", "activations", "{:,}", "terminal page more", _BASIS),
-    Column("ce_tokens", "CE and KL", "{:,}", "page more", _BASIS),
 )  # fmt: skip
 
 
-def columns(place: str) -> tuple[Column, ...]:
-    """The columns of a table or picture, in order."""
-    return tuple(column for column in _COLUMNS if place in column.shown.split())
+def columns(place: str, results: Iterable[Result] = ()) -> tuple[Column, ...]:
+    """The columns of a table or picture of these results, in order."""
+    results = list(results)
+    return tuple(column for column in _COLUMNS if place in column.shown.split() and column.known(results))
 
 
 def student_widths(results: Iterable[Result]) -> list[int]:

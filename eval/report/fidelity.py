@@ -30,9 +30,9 @@ from residual_saes.shared.sites import RESID_POST, Site, format_sites
 def sparsity_fidelity(runs: list[RunData]) -> Figure:
     """Means over the layers that all runs have finished, a line a kind of setting; each layer's SAE is a small point. Beside
     them FVU by layer."""
-    figure, axes = grid(1, 3, (3.7, 3.6))
     sites = common_sites([data.results for data in runs])
-    shown = columns("fidelity")
+    shown = columns("fidelity", (r for data in runs for r in data.results))
+    figure, axes = grid(1, 1 + len(shown), (3.7, 3.6))
     for axis, column in zip(axes, shown, strict=False):
         _against_l0(axis, runs, column, sites)
     _by_layer(axes[-1], runs, shown[0])

@@ -16,7 +16,7 @@ _SCALE = "Blue is good, orange poor: two decades of the distance to the best tha
 
 
 def heatmap(data: RunData) -> Figure:
-    rows, shown = data.latest, columns("map")
+    rows, shown = data.latest, columns("map", data.latest)
     figure, (axis,) = grid(1, 1, (0.72 * len(shown) + 1.4, 0.27 * len(rows) + 1.5))
     values = np.array([[v if is_number(v := c.value(r)) else math.nan for c in shown] for r in rows], float)
     merits = [[c.merit(v) for c, v in zip(shown, row, strict=True)] for row in values.tolist()]

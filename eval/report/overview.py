@@ -22,7 +22,8 @@ class Overview:
 
 
 def overview(runs: Sequence[RunData]) -> Overview:
-    sites, shown = common_sites([data.results for data in runs]), columns("means")
+    sites = common_sites([data.results for data in runs])
+    shown = columns("means", (r for data in runs for r in data.results))
 
     def values(r: Result) -> list[float | None]:
         return [c.value(r) for c in shown]

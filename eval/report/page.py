@@ -31,7 +31,7 @@ from residual_saes.shared.units import format_count
 
 def text_table(runs: list[Run], results: dict[str, list[Result]]) -> str:
     """For a terminal: the latest SAE of each layer of every run, columns aligned; one that is not finished says so."""
-    shown, lines = columns("terminal"), []
+    shown, lines = columns("terminal", [r for run in runs for r in results[run.name]]), []
     for run in runs:
         whole = format_count(run.config.train.tokens)
         rows = [[c.title for c in shown] + ["trained on"]]
@@ -150,7 +150,7 @@ def _section(folder: Path, data: RunData, number: int, skipped: Skipped) -> dict
         "setting": data.setting,
         "tokens": format_count(data.whole),
         "command": command(config.stored["train"], {s.site for s in run.snapshots()}),
-        "table": _table(columns("page"), results, format_count(data.whole), pages, fold=True),
+        "table": _table(columns("page", results), results, format_count(data.whole), pages, fold=True),
         "links": links,
         "pictures": _pictures(run, _SEEN),
         "folded": _pictures(run, _FOLDED),
@@ -198,7 +198,7 @@ def _word(text: str) -> Cell:
 
 
 def _overview(datas: list[RunData], means: Sequence[dict[Any, Any]], skipped: Skipped) -> Table:
-    shown, rows = columns("means"), []
+    shown, rows = columns("means", (r for data in datas for r in data.results)), []
     for data, of in zip(datas, means, strict=True):
         done, n_layers = finished(data.results), data.run.config.cache.spec.n_layers
         layers = Cell(text=f"{len(done)} of {n_layers}", value=str(len(done)))

@@ -1,5 +1,6 @@
 """What a run was trained with, as people read it: its setting in three words, what others do not share, its command."""
 
+import dataclasses
 import shlex
 import statistics
 from collections.abc import Iterable
@@ -111,6 +112,16 @@ def settings(config: RunConfig) -> list[tuple[str, str]]:
 def provenance(config: RunConfig) -> list[tuple[str, str]]:
     """What the SAEs were trained on, and by what."""
     spec = config.cache.spec
+    cached = ("cached tokens", f"{spec.train_tokens:,} to train on, {spec.holdout_tokens:,} held out")
+    ends = [
+        cached,
+        ("cache", config.cache.digest),
+        ("run", config.digest),
+        ("machine", ", ".join(f"{name} {value}" for name, value in config.machine.items())),
+    ]
+    if spec.world is not None:
+        law = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in dataclasses.asdict(spec.world).items())
+        return [("synthetic world", spec.model), ("law", law), ("seed", str(spec.seed)), *ends]
     return [
         ("language model", place(spec.model)),
         ("model commit", spec.model_commit or "–"),
@@ -120,10 +131,7 @@ def provenance(config: RunConfig) -> list[tuple[str, str]]:
         ("split, column", f"{spec.split}, {spec.text_column}"),
         ("context", f"{spec.context} tokens, {'with' if spec.bos else 'without'} BOS"),
         ("forward pass", spec.precision),
-        ("cached tokens", f"{spec.train_tokens:,} to train on, {spec.holdout_tokens:,} held out"),
-        ("cache", config.cache.digest),
-        ("run", config.digest),
-        ("machine", ", ".join(f"{name} {value}" for name, value in config.machine.items())),
+        *ends,
     ]
 
 

@@ -57,7 +57,7 @@ def training_curves(data: RunData, curves: Curves) -> Figure:
 
 
 def snapshots(data: RunData) -> Figure:
-    shown = columns("snapshots")
+    shown = columns("snapshots", data.results)
     figure, axes = grid(1, len(shown), (11.1 / len(shown), 3.0), sharex=True)
     sites = sorted({r.site for r in data.results})
     colours = LayerColours(sites)

@@ -39,7 +39,8 @@ def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...]) -> list[str
         lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
     if other := [r.site for r in shown if r.basis != usual]:
         lines.append(f"layers {format_sites(other)} are measured on other text or by other definitions than the rest")
-    missing = {name for r in shown for name in ("fvu", "ce_recovered", "kl_div_score") if getattr(r, name) is None}
+    names = ("fvu",) if config.cache.spec.world else ("fvu", "ce_recovered", "kl_div_score")
+    missing = {name for r in shown for name in names if getattr(r, name) is None}
     if missing:
         lines.append(f"{', '.join(sorted(missing))} of some layers is no number")
     if dead := [r.site for r in shown if (r.dead_share or 0) > _MOSTLY_DEAD]:
