@@ -79,6 +79,25 @@ def run_command(preset: str | None, cache: Location | None, runs: Location, numb
         raise UserError(f"{skipped.count} left out, as said above; all else is evaluated")
 
 
+@main.command("truth")
+@_place
+@options_of(Basis, "eval_tokens")
+@options_of(EvalConfig, "snapshots")
+@DEVICE
+def truth_command(preset: str | None, cache: Location | None, runs: Location, **options: Any) -> None:
+    """Hold SAEs of synthetic worlds against the features that these have; what is measured already is kept."""
+    options["device"], opened = pick_device(options["device"]), _open(cache, preset, runs)
+    if opened.spec.world is None:
+        raise UserError(f"{opened.path} is of a language model, whose true features nobody knows: `rsae harvest synthetic`")
+    config = filled(EvalConfig, options, eval_tokens=opened.spec.holdout_tokens, ce_tokens=0)
+    skipped = Skipped()
+    found = find_runs(fetched(runs), opened, skipped)
+    results = evaluate(opened, found, config, skipped)
+    say(text_table([each for each in found if each.name in results], results, "truth"))
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is measured")
+
+
 def _open(cache: Location | None, preset: str | None, runs: Location) -> Cache:
     """The cache that is named, or else the one that the runs were trained on, where it lies now. Raises UserError."""
     if cache is None and preset is None and isinstance(runs, Path) and (places := cache_places(runs)):

@@ -13,6 +13,7 @@ from residual_saes.shared.cli import COUNT, option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.stores import Location, parse_name
 from residual_saes.shared.synthetic.config import WorldConfig
+from residual_saes.shared.units import parse_count
 
 DATA = Path("data")  # where caches lie that no place was named for
 _DEMO = Path(__file__).resolve().parent.parent / "demo"

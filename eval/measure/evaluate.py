@@ -30,6 +30,7 @@ from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.synthetic.world import world_of
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -154,7 +155,9 @@ def heldout(
 ) -> tuple[Activations, list[tuple[Measurement, Losses]]]:
     """One reading of a layer's held-out activations for all of these SAEs: each one's sums over tokens, and its losses in the
     language model, where there is one. `after` is called after every block."""
-    activations, measurements = measure(heldout_blocks(cache, site, tokens, rows), saes, cache.spec.context, after)
+    world = world_of(cache.spec, site) if cache.spec.world else None
+    blocks = heldout_blocks(cache, site, tokens, rows, world)
+    activations, measurements = measure(blocks, saes, cache.spec.context, after, world)
     if lm is None:
         return activations, [(measurement, Losses()) for measurement in measurements]
     ablations = [torch.zeros_like, constant(activations.all.mean)]

@@ -3,30 +3,43 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from residual_saes.eval.measure.truth import Fires
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.rows import ALL, Rows
 from residual_saes.shared.sites import Site
+from residual_saes.shared.synthetic.world import World
 
 _TOP = 3  # principal directions
-Block = tuple[Tensor, Tensor]  # activations float16 [n, d], and for each its position in its context, int64 [n]
 
 
-def heldout_blocks(cache: Cache, site: Site, tokens: int, rows: Rows = ALL) -> Iterator[Block]:
-    """The held-out activations of a site, a block at a time, on the CPU: of the first `tokens` those that are among `rows`. A
-    block's rows are permuted, so its first are a fair sample. Raises UserError for blocks that are missing or damaged."""
+class Block(NamedTuple):
+    """Some activations of a block, on the CPU."""
+
+    x: Tensor  # float16 [n, d]
+    positions: Tensor  # of each in its context, int64 [n]
+    fires: Fires | None = None  # the true features, where they are wanted
+
+
+def heldout_blocks(cache: Cache, site: Site, tokens: int, rows: Rows = ALL, world: World | None = None) -> Iterator[Block]:
+    """The held-out activations of a site, a block at a time: of the first `tokens` those among `rows`, and what fires in
+    them in a `world`. A block's rows are permuted, so its first are a fair sample. Raises UserError for blocks that are missing
+    or damaged."""
     spec = cache.spec
     for block in range(spec.train_blocks, spec.n_blocks):
         n = min(spec.block_rows, tokens - (block - spec.train_blocks) * spec.block_rows)
         if n <= 0:
             return
         x = torch.from_numpy(cache.whole_block(site, block))[:n]
-        positions = torch.from_numpy(cache.block_order(block) % spec.context)[:n]
-        kept = slice(None) if rows.all else rows.kept(x, positions)
-        yield x[kept], positions[kept]
+        order = torch.from_numpy(cache.block_order(block))[:n]
+        kept = slice(None) if rows.all else rows.kept(x, order % spec.context)
+        x, order, first = x[kept], order[kept], block * spec.block_sequences
+        fires = None if world is None else Fires.of(world, first, spec.block_sequences, spec.context, order)
+        yield Block(x, order % spec.context, fires)
 
 
 def heldout_tokens(cache: Cache, tokens: int) -> Tensor:

@@ -10,9 +10,20 @@ from torch import Tensor
 from residual_saes.eval.measure.features import Features
 from residual_saes.eval.measure.heldout import Activations, Block
 from residual_saes.eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
-from residual_saes.eval.measure.result import DEAD_AT, Losses, Metrics, Predicted, Reconstruction, Sparsity, Weights
+from residual_saes.eval.measure.result import (
+    DEAD_AT,
+    Losses,
+    Metrics,
+    Predicted,
+    Reconstruction,
+    Sparsity,
+    Truth,
+    Weights,
+)
 from residual_saes.eval.measure.splice import Loss
+from residual_saes.eval.measure.truth import Classified
 from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.synthetic.world import World
 
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # values of z held at once; on a CPU they stay in its cache
 _CHUNK_ROWS = 256  # at least: below, the weights are read too often
@@ -37,11 +48,12 @@ class _Batch:
     norm: Tensor  # ‖x‖, float64 [n]
     spread: Tensor  # ‖x − mean of the block‖², float64 [n]
     positions: Tensor  # int64 [n]
+    fires: Tensor | None  # bool [n, true features]
 
     @classmethod
-    def of(cls, x: Tensor, positions: Tensor, mean: Tensor) -> "_Batch":
+    def of(cls, x: Tensor, positions: Tensor, mean: Tensor, fires: Tensor | None) -> "_Batch":
         exact = x.double()
-        return cls(x.float(), exact, exact.norm(dim=1), (exact - mean).square().sum(1), positions)
+        return cls(x.float(), exact, exact.norm(dim=1), (exact - mean).square().sum(1), positions, fires)
 
 
 class Measurement:
@@ -49,7 +61,7 @@ class Measurement:
 
     _TOKEN_SUMS = ("error", "error_later", "cosine", "legacy", "norm_in", "norm_out", "l2_ratio", "square_out", "dot")
 
-    def __init__(self, sae: Sae, context: int) -> None:
+    def __init__(self, sae: Sae, context: int, world: World | None = None) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=sae.b_enc.device)
 
@@ -59,11 +71,12 @@ class Measurement:
         self._active_at, self._seen_at = zeros(context), zeros(context)
         self._residual = zeros(d_model, d_model)  # Σ r rᵀ
         self._sums = zeros(len(self._TOKEN_SUMS))
+        self._classified = None if world is None else Classified(sae, world)
 
     def add(self, batch: _Batch) -> None:
         z = self.sae.encode(batch.x)
         xhat = self.sae.decode(z).double()
-        self._add_features(z, batch.positions)
+        self._add_features(z, batch)
         r = xhat - batch.exact
         error, norm_out, dot = r.square().sum(1), xhat.norm(dim=1), (xhat * batch.exact).sum(1)
         per_token = (
@@ -81,9 +94,11 @@ class Measurement:
         self._residual.addmm_(r.t(), r)
         self.tokens += len(r)
 
-    def _add_features(self, z: Tensor, positions: Tensor) -> None:
+    def _add_features(self, z: Tensor, batch: _Batch) -> None:
         """Counts are exact in float32; sums over the rows of one batch are rounded to it, and added up in float64."""
-        on = (z > 0).float()
+        on, positions = (z > 0).float(), batch.positions
+        if self._classified is not None and batch.fires is not None:
+            self._classified.add(on, batch.fires)
         self._fired += on.sum(0)
         self._active_at.index_add_(0, positions, on.sum(1).double())
         self._seen_at.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
@@ -165,7 +180,8 @@ class Measurement:
 
     def finish(self, activations: Activations, dead_at: float, alive_above: float) -> tuple[Metrics, Features]:
         weights, nearest, own = self.weights()
-        parts = (self.sparsity(dead_at), self.reconstruction(activations), weights, self.predicted(alive_above))
+        truth = Truth() if self._classified is None else self._classified.finish(self._fired.cpu(), self.tokens)
+        parts = (self.sparsity(dead_at), self.reconstruction(activations), weights, self.predicted(alive_above), truth)
         features = Features(
             density=self.density().float(),
             mean=(self._sum / self.tokens).float().cpu(),
@@ -179,18 +195,24 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    blocks: Iterable[Block], saes: Sequence[Sae], context: int, after: Callable[[], object] = lambda: None
+    blocks: Iterable[Block | tuple[Tensor, Tensor]],
+    saes: Sequence[Sae],
+    context: int,
+    after: Callable[[], object] = lambda: None,
+    world: World | None = None,
 ) -> tuple[Activations, list[Measurement]]:
-    """One pass over held-out activations for all SAEs, which are over the same layer and on one device. `after` is called after
-    every block."""
+    """One pass over held-out activations for all SAEs, which are over the same layer and on one device; that of a `world` has
+    the truth of its blocks. `after` is called after every block."""
     device, d_model = saes[0].b_enc.device, len(saes[0].b_pre)
-    activations, tallies = Activations(d_model, device), [Measurement(sae, context) for sae in saes]
+    activations, tallies = Activations(d_model, device), [Measurement(sae, context, world) for sae in saes]
     rows = max(_CHUNK_ROWS, _CHUNK_VALUES[device.type] // max(len(sae.b_enc) for sae in saes))
-    for stored, at in blocks:
+    for stored, at, fires in (Block(*block) for block in blocks):
         x, positions = stored.to(device), at.to(device)
         mean = activations.add(x, positions).mean
-        for part, part_at in zip(torch.split(x, rows), torch.split(positions, rows), strict=True):
-            batch = _Batch.of(part, part_at, mean)
+        for begin in range(0, len(x), rows):
+            end = min(begin + rows, len(x))
+            true = None if fires is None else fires.dense(begin, end, device)
+            batch = _Batch.of(x[begin:end], positions[begin:end], mean, true)
             for tally in tallies:
                 tally.add(batch)
         after()

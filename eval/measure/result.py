@@ -96,7 +96,19 @@ class Predicted:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Metrics(Predicted, Weights, Reconstruction, Sparsity):
+class Truth:
+    """How features stand to the true ones, where these are known (truth.py): means over all F, dead ones counted as 0."""
+
+    f1: Value = None  # 2 · precision · recall / (precision + recall) of each feature
+    precision: Value = None  # of the rows in which it fires the share in which the true feature that it stands for does
+    recall: Value = None  # of the rows in which that fires the share in which it does
+    mcc: Value = None  # mean |cosine| of decoder rows and true directions, matched one to one as well as can be
+    uniqueness: Value = None  # number of true features that any stands for, over F
+    true_l0: Value = None  # mean number of true features that fire
+
+
+@dataclass(kw_only=True, frozen=True)
+class Metrics(Truth, Predicted, Weights, Reconstruction, Sparsity):
     """All but the losses. Dataclasses take the fields of their bases from the last base to the first."""
 
 
@@ -145,9 +157,10 @@ class Result(Basis, Losses, Metrics, Subject, Record):
 
     def values(self) -> dict[str, Any]:
         floors = {f"floor_{width}": floor for width, floor in self.floors.items()}
+        unknown = {f.name for f in dataclasses.fields(Truth)} if self.f1 is None else set()
         values: dict[str, Any] = {}
         for key, value in super().values().items():
-            values |= floors if key == "floors" else {key: value}
+            values |= floors if key == "floors" else {key: value} if key not in unknown else {}
         return values
 
     @classmethod

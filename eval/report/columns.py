@@ -51,25 +51,34 @@ class Column:
         return min(1.0, max(0.0, -math.log10(max(1e-9, abs(value) if self.best == 0 else 1 - value)) / 2))
 
 
-_SPARSITY, _FIDELITY, _MODEL, _FLOORS, _BASIS = "sparsity", "reconstruction", "language model", "floors", "measured on"
-_OF_SOME = (_MODEL,)  # groups that some caches have nothing of
+_SPARSITY, _FIDELITY, _FLOORS, _BASIS = "sparsity", "reconstruction", "floors", "measured on"
+_MODEL, _TRUTH = "language model", "truth"
+_OF_SOME = (_MODEL, _TRUTH)  # groups that some caches have nothing of
 _COLUMNS = (
-    Column("site", "layer", "{}", "terminal page card floors"),
-    Column("l0", "L0", "{:.1f}", "terminal page card means map snapshots", _SPARSITY, cell="{:.0f}",
+    Column("site", "layer", "{}", "terminal truth page card floors"),
+    Column("l0", "L0", "{:.1f}", "terminal truth page card means map snapshots", _SPARSITY, cell="{:.0f}",
            axis="L0, features a token", scale="log"),
-    Column("dead_share", "dead", "{:.2%}", "terminal page card means map snapshots", _SPARSITY, 0, "{:.2f}",
+    Column("dead_share", "dead", "{:.2%}", "terminal truth page card means map snapshots", _SPARSITY, 0, "{:.2f}",
            "dead features, share", "rare"),
     Column("l1_weight", "λ", "{:.3g}", "terminal page more", _SPARSITY),
     Column("freq_over_1_percent", "denser than 1\u00a0%", "{:.2%}", "page more map", _SPARSITY, cell="{:.2f}"),
     Column("freq_over_10_percent", "denser than 10\u00a0%", "{:.2%}", "page more map", _SPARSITY, cell="{:.3f}"),
     Column("average_max_decoder_cosine_sim", "nearest decoder row, cosine", "{:.2f}", "map", cell="{:.2f}"),
-    Column("fvu", "FVU", "{:.4f}", "terminal page card means map snapshots fidelity", _FIDELITY, 0, "{:.3f}",
+    Column("f1", "F1", "{:.3f}", "terminal truth page card means map snapshots fidelity", _TRUTH, 1, "{:.2f}",
+           "F1 as detectors of true features", "rises"),
+    Column("precision", "precision", "{:.3f}", "truth page card more", _TRUTH, 1),
+    Column("recall", "recall", "{:.3f}", "truth page card more", _TRUTH, 1),
+    Column("mcc", "MCC", "{:.3f}", "terminal truth page card means map", _TRUTH, 1, "{:.2f}"),
+    Column("uniqueness", "unique", "{:.3f}", "truth page card more map", _TRUTH, 1, "{:.2f}"),
+    Column("true_l0", "true L0", "{:.1f}", "truth page more", _TRUTH),
+    Column("fvu", "FVU", "{:.4f}", "terminal truth page card means map snapshots fidelity", _FIDELITY, 0, "{:.3f}",
            "FVU, fraction of variance unexplained", "log"),
     Column("fvu_without_top3", "FVU outside top 3 directions", "{:.4f}", "page card map", _FIDELITY, 0, "{:.3f}",
            card_title="outside top 3 directions"),
     Column("fvu_without_first", "FVU, no first positions", "{:.4f}", "page card more map", _FIDELITY, 0, "{:.3f}",
            card_title="no first positions"),
     Column("cosine", "cosine", "{:.4f}", "terminal page more map", _FIDELITY, 1, "{:.3f}"),
+    Column("explained_variance", "explained", "{:.4f}", "truth"),
     Column("mse", "MSE", "{:.3g}", "terminal page more", _FIDELITY),
     Column("ce_recovered", "CE recovered", "{:.4f}", "terminal page card means map snapshots fidelity", _MODEL, 1, "{:.3f}",
            "CE recovered, share", "rises"),

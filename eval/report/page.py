@@ -29,9 +29,10 @@ from residual_saes.shared.temporaries import remove_leftovers
 from residual_saes.shared.units import format_count
 
 
-def text_table(runs: list[Run], results: dict[str, list[Result]]) -> str:
-    """For a terminal: the latest SAE of each layer of every run, columns aligned; one that is not finished says so."""
-    shown, lines = columns("terminal", [r for run in runs for r in results[run.name]]), []
+def text_table(runs: list[Run], results: dict[str, list[Result]], which: str = "terminal") -> str:
+    """For a terminal: the latest SAE of each layer of every run, columns aligned; one that is not finished says so. `which`
+    columns: "terminal", or "truth"."""
+    shown, lines = columns(which, [r for run in runs for r in results[run.name]]), []
     for run in runs:
         whole = format_count(run.config.train.tokens)
         rows = [[c.title for c in shown] + ["trained on"]]

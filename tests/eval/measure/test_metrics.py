@@ -263,14 +263,14 @@ def test_only_held_out_rows_are_read_each_with_its_position(cache: Cache) -> Non
     tokens = heldout_tokens(cache, 10**9)
     assert torch.equal(tokens[: spec.block_sequences], torch.from_numpy(cache.block_tokens(spec.train_blocks)))
     assert len(tokens) == spec.holdout_blocks * spec.block_sequences
-    for i, (rows, positions) in enumerate(blocks):
+    for i, (rows, positions, _) in enumerate(blocks):
         stored = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
         cache.read_block(Site(1), spec.train_blocks + i, stored)
         assert torch.equal(rows, torch.from_numpy(stored))
         in_order = np.empty_like(positions)
         in_order[cache.block_order(spec.train_blocks + i)] = positions
         assert in_order.tolist() == list(range(spec.context)) * spec.block_sequences
-    assert [len(rows) for rows, _ in heldout_blocks(cache, Site(1), spec.block_rows + 100)] == [spec.block_rows, 100]
+    assert [len(block.x) for block in heldout_blocks(cache, Site(1), spec.block_rows + 100)] == [spec.block_rows, 100]
 
 
 def test_a_damaged_held_out_block_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

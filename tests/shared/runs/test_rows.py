@@ -105,7 +105,8 @@ def test_a_run_trains_and_is_measured_without_them(cli: Cli, cache_path: Path, c
     final = json.loads((folder / "results" / "metrics.json").read_bytes())[f"layer{LAYER:02d}_final"]
     sae = Sae.load(folder / f"sae_layer{LAYER:02d}_final.pt")
     longest = 1.2 * sae.stats["activations"]["median_norm"]
-    x, positions = (torch.cat(parts) for parts in zip(*heldout_blocks(cache, Site(LAYER), 10**9), strict=True))
+    blocks = list(heldout_blocks(cache, Site(LAYER), 10**9))
+    x, positions = torch.cat([b.x for b in blocks]), torch.cat([b.positions for b in blocks])
     wide = x.double()
     wide = wide[(positions >= 3) & (wide.square().sum(1).sqrt() <= longest)]
     assert 1000 < len(wide) == final["tokens"] < 1856
