@@ -3,6 +3,7 @@
 import itertools
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ NAMES = ("f1", "precision", "recall", "mcc", "uniqueness", "true_l0")
 
 
 @pytest.fixture(scope="module")
-def world_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of 48 features in 32 dimensions, c, and 32 features of every kind trained on it, runs."""
-    path, preset = tmp_path_factory.mktemp("world"), ("--preset", "synthetic-small")
+    path, preset, threads = tmp_path_factory.mktemp("world"), ("--preset", "synthetic-small"), torch.get_num_threads()
+    torch.set_num_threads(1)  # SAEs are so small that threads would wait for each other
     assert invoke("harvest", "synthetic", *preset, *WORLD, *ROWS, "--cache", path / "c") == 0
     where = ("--cache", path / "c", "--runs", path / "runs", "--device", "cpu")
     assert invoke("train", *preset, *TRAIN, "--tokens", "64K", "--l1", KINDS, *where) == 0
-    return path
+    yield path
+    torch.set_num_threads(threads)
 
 
 def results(path: Path) -> dict[str, dict[str, Any]]:
