@@ -13,7 +13,7 @@ from residual_saes.harvest.plan import planned_bytes, require_space
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec
-from residual_saes.shared.cli import CACHE, PRESET, SEED, filled, options, options_of
+from residual_saes.shared.cli import CACHE, PRESET, SEED, THREADS, filled, options, options_of
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import DATA, WorldPreset, world_preset
 from residual_saes.shared.sites import Site
@@ -44,7 +44,7 @@ def _world_options() -> tuple[Callable[..., Any], ...]:
     *_world_options(),
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of worlds, rows and their order.")
-@click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads for the disk.")
+@click.option("--threads", type=THREADS, default=4, show_default=True, help="Threads for the disk.")
 @click.option("--shard", type=parse_shard, default=ALONE, help="This process is i of n at work on the same cache, such as 0/8.")
 def synthetic_command(**options: Any) -> None:
     """Fill a cache from synthetic worlds; run it again to continue. `rsae eval truth` knows what is in it."""
@@ -60,7 +60,7 @@ def fill_synthetic(
     chosen = filled(WorldPreset, options, **{f.name: getattr(base, f.name) for f in fields(WorldPreset)} | {"world": world})
     name = base.name if (world, chosen.d_model) == (base.world, base.d_model) else f"synthetic-{world.features}"
     spec = _spec(replace(chosen, name=name), worlds, seed)
-    place, sites = cache or DATA / name, tuple(map(Site, range(worlds)))
+    place, sites = DATA / name if cache is None else cache, tuple(map(Site, range(worlds)))
     open_store(place).prepare()
     if not Cache.exists(place):
         require_space(place, planned_bytes(spec, sites))

@@ -168,11 +168,11 @@ class WorldPreset(Training):
 
     name: str
     world: WorldConfig
-    d_model: int = option("Dimensions of a row.", type=click.IntRange(1), preset=True)
+    d_model: int = option("Dimensions of a row.", type=COUNT, preset=True)
     tokens: int = option("Rows to train on, such as 1.2M.", type=parse_count, preset=True)
     holdout_tokens: int = option("Rows held out for evaluation.", type=parse_count, preset=True)
-    context: int = option("Rows of a sequence, which are drawn together.", type=click.IntRange(2), preset=True)
-    block_sequences: int = option("Sequences in a block.", type=click.IntRange(1), preset=True)
+    context: int = option("Rows of a sequence, which are drawn together.", type=click.IntRange(2, 10**9), preset=True)
+    block_sequences: int = option("Sequences in a block.", type=COUNT, preset=True)
 
 
 WORLDS = {
