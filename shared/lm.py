@@ -1,7 +1,7 @@
 """Language models: loading one and its tokenizer, finding its parts, and its products on CPUs without bfloat16."""
 
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -145,6 +145,21 @@ def hook_module(model: nn.Module, site: Site) -> nn.Module:
     if site.layer >= len(blocks):
         raise UserError(f"layer {site.layer} does not exist: the model has layers 0-{len(blocks) - 1}")
     return blocks[site.layer].get_submodule(hook_name(site, cast(PretrainedConfig, model.config).model_type))
+
+
+@cache
+def module_name(model: str, revision: str | None, site: Site) -> str | None:
+    """The name of the site's module in the causal language model, such as "gpt_neox.layers.3"; None unless the model's
+    configuration is on this machine, for a name is not worth waiting for a hub."""
+    try:
+        load = partial(AutoConfig.from_pretrained, model, revision=revision, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            lm: nn.Module = AutoModelForCausalLM.from_config(load())
+        wanted = hook_module(cast(nn.Module, lm.base_model), site)
+    except Exception:  # configurations are code of some hundred models, each with its own ways of failing
+        return None
+    names: dict[nn.Module, str] = {module: name for name, module in lm.named_modules()}
+    return names[wanted]
 
 
 def wide_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:

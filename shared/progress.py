@@ -1,6 +1,7 @@
 """Output of commands: lines, and a progress line for long work (done, share, rate, time left).
 
-On a terminal the progress line rewrites itself several times a second; elsewhere (logs, CI) a plain line appears now and then.
+On a terminal and in a notebook the progress line rewrites itself several times a second; elsewhere (logs, CI) a plain line
+appears now and then.
 """
 
 import contextlib
@@ -48,8 +49,9 @@ class Progress:
         self._first, self._done = float(start), float(start)
         self._began = time.monotonic()
         self._shown = float("-inf")
-        self._tty = sys.stderr is not None and sys.stderr.isatty()
-        self._interval = 0.2 if self._tty else 15.0
+        self._rewrites = _rewrites()
+        self._interval = 0.2 if self._rewrites else 15.0
+        self._width = 0  # of the line that stands there, of which nothing may stay
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +59,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if kind is None:
             self._show(self._line("", final=True))
-        if self._tty:
+        if self._rewrites:
             say("", err=True)
 
     def update(self, done: float, note: str = "") -> None:
@@ -90,7 +92,14 @@ class Progress:
         return " · ".join(parts + ([note] if note else []))
 
     def _show(self, line: str) -> None:
-        say(line, err=True, start="\r\x1b[K" if self._tty else "", end="" if self._tty else "\n")
+        start, end = ("\r", "") if self._rewrites else ("", "\n")
+        say(f"{line:<{self._width}}" if self._rewrites else line, err=True, start=start, end=end)
+        self._width = len(line)
+
+
+def _rewrites() -> bool:
+    """Whether a carriage return goes back to the line's beginning: a terminal, or a notebook, whose kernel's stream is none."""
+    return sys.stderr is not None and (sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel"))
 
 
 def _si(n: float) -> str:

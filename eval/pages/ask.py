@@ -11,6 +11,7 @@ from torch import Tensor
 
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.pages import files
+from residual_saes.eval.pages.example import pages_folder
 from residual_saes.eval.pages.spell import spell
 from residual_saes.shared.cache import CacheSpec
 from residual_saes.shared.cli import option
@@ -111,9 +112,5 @@ def _section(run: Run, snapshot: Snapshot, z: Tensor, tokens: list[int], words: 
 
 def _promoted(run: Run, snapshot: Snapshot, out: Path) -> Tensor | None:
     """Tokens that each feature promotes, of the pages of this checkpoint; None where there are none."""
-    file = Sae.checksum(snapshot.path)
-    for folder in sorted((out / run.name).glob(f"layer{snapshot.site.key}_{snapshot.label}.*")):
-        facts = files.read_facts(folder)
-        if facts is not None and facts["file"] == file:
-            return files.Pages.open(folder).columns["promoted"]
-    return None
+    folder = pages_folder(run, snapshot, out)
+    return None if folder is None else files.Pages.open(folder).columns["promoted"]

@@ -7,6 +7,7 @@
     <run>/layer12_final.<digest>/               one SAE: facts.json, and
         columns.safetensors                     everything about every feature, a column a fact (features.py; `Pages`)
         index.js  000.js  001.js …              the same for the page: what its list needs, and CHUNK features a file
+        near-<digest>.js                        nearest features in another SAE (elsewhere.py)
 
 A page opened from a disk may not read files, but it may run scripts: every .js hands its columns over, as base64, when the page
 asks for it. Folders are named by what they are of. A folder counts when its facts.json is there and right, which is written
@@ -22,6 +23,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from torch import Tensor
 
 from residual_saes.eval.pages import features
@@ -138,6 +140,21 @@ def script(key: str, value: Any) -> bytes:
     return f"pages.take({json.dumps(key)},{json.dumps(value, separators=(',', ':'))});\n".encode()
 
 
+def read_script(path: Path) -> Any:
+    """The JSON of such a file. Raises OSError and ValueError."""
+    text = path.read_text(encoding="ascii")
+    return json.loads(text[text.index(",") + 1 : text.rindex(")")])
+
+
+def read_columns(path: Path) -> Columns:
+    """The columns of such a file. Raises OSError and ValueError."""
+
+    def column(kind: str, text: str) -> Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=getattr(torch, kind))
+
+    return {name: column(*value) for name, value in read_script(path).items()}
+
+
 def write_index(out: Path, current: set[Path]) -> Path:
     """The page, with a list of everything that is there: of one SAE what is in `current`, else what is of most text."""
     with locked(out):
@@ -146,7 +163,9 @@ def write_index(out: Path, current: set[Path]) -> Path:
             facts = read_facts(folder)
             if facts is not None and facts.get("name") == folder.parent.name:
                 key, rank = (facts["name"], Site.of(facts["layer"]), facts["snapshot"]), (folder in current, facts["tokens"])
-                shown = {k: v for k, v in facts.items() if k not in ("files", SEAL)} | {"folder": folder.name}
+                near = sorted(path.stem.removeprefix("near-") for path in folder.glob("near-*.js"))
+                kept = {k: v for k, v in facts.items() if k not in ("files", SEAL)}
+                shown = kept | {"folder": folder.name, "near": near}
                 if key not in chosen or rank > chosen[key][0]:
                     chosen[key] = rank, shown
         texts = {folder.name: facts["chunk"] for folder in out.glob("text.*") if (facts := read_facts(folder))}

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
 from residual_saes.eval.measure.runs import Skipped
-from residual_saes.eval.pages import features, files
+from residual_saes.eval.pages import elsewhere, features, files
 from residual_saes.eval.pages.spell import spell
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import option
@@ -68,6 +68,9 @@ class _Job:
                 return folder
         return None
 
+    def shown(self, folder: Path) -> elsewhere.Shown:
+        return elsewhere.Shown(run=self.run.name, site=self.snapshot.site, folder=folder, checkpoint=self.snapshot.path)
+
     def open(self, cache: Cache, device: torch.device) -> Sae:
         """Raises UserError."""
         path, belongs = self.snapshot.path, self.run.belongs(self.snapshot.site, self.snapshot.label)
@@ -108,6 +111,10 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
                         current.add(job.folder(config.out))
                         files.write_index(config.out, current)
                         progress.advance(1, job.run.name)
+    of_jobs = ((job, there[job.folder(config.out)] or job.folder(config.out)) for job in jobs)
+    shown = [job.shown(folder) for job, folder in of_jobs if folder in current]
+    with skipped.leaving_out():
+        elsewhere.write_nearest(shown, config.device)
     page = files.write_index(config.out, current)
     for folder in current:
         for old in files.siblings(folder):

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from residual_saes.eval.floors.measured import Experiment
 from residual_saes.eval.measure.result import Result, finished, latest
+from residual_saes.eval.pages.example import example
 from residual_saes.eval.report.columns import Column, columns, floor_columns, written
 from residual_saes.eval.report.page import CAPTIONS, FIT_HEADS, fit_rows, measured_words, templates
 from residual_saes.eval.report.settings import place, provenance, settings
@@ -117,6 +118,7 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         features=train.expansion * spec.d_model,
         world=spec.world is not None,
         glance=Table(heads=["folder", "hook", *(c.title for c in glance)], rows=[_glance(r, glance) for r in done]),
+        shown=_feature(run, done),
         tokens=train.tokens,
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
         sparsity=config.reading,
@@ -142,6 +144,15 @@ def _example(site: Site) -> dict[str, Any]:
     plain = site.hook == RESID_POST
     modules = [] if plain else list(dict.fromkeys(reversed(HOOKS[site.hook].values())))
     return {"example": site, "folder": f"layer_{site}", "hook": Safe("" if plain else f".{site.hook}"), "modules": modules}
+
+
+def _feature(run: Run, done: list[Result]) -> dict[str, Any] | None:
+    """A feature of the first finished layer whose feature pages lie beside the runs."""
+    finals = {s.site: s for s in run.snapshots() if s.label == FINAL}
+    for site in [r.site for r in done if r.site in finals]:
+        if (found := example(run, finals[site], run.path.parent / "pages")) is not None:
+            return {"site": site, "percent": f"{100 * found.density:.2g}", "of": found}
+    return None
 
 
 def _counts(numbers: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
 from residual_saes.shared.identity import unpin
+from residual_saes.shared.lm import module_name
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
@@ -168,6 +169,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         ),
         # what lies in a folder is known by its hash, and nobody else has that folder
         model=config.model or (spec.model if spec and spec.model_commit else None),
+        module=module_name(spec.model, spec.model_commit or None, checkpoint.site) if spec else None,
         dataset=spec.dataset if spec and unpin(spec.dataset_revision) else None,
         context=spec.context if spec else None,
         bos=spec.bos if spec else False,

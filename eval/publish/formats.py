@@ -52,6 +52,7 @@ class Origin:
     site: Site
     source: Source
     model: str | None = None
+    module: str | None = None  # of the causal language model, whose output the site is
     context: int | None = None
     dataset: str | None = None
     bos: bool = False  # whether every context began with the tokeniser's BOS
@@ -77,6 +78,7 @@ def saelens(sae: Sae, origin: Origin) -> Files:
         # TransformerLens centres what is written to the residual stream unless told not to, and x would not be our x
         "model_from_pretrained_kwargs": {"center_writing_weights": False},
         "hook_name": f"blocks.{origin.site.layer}.hook_{origin.site.hook}",
+        "hf_hook_name": origin.module and f"{origin.module}.output",
         "prepend_bos": origin.bos,
         "context_size": origin.context,
         "dataset_path": origin.dataset,

@@ -7,8 +7,8 @@ from typing import Any
 from residual_saes.eval.measure.result import Result, latest
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.shared.runs.run import Run
-from residual_saes.shared.sites import format_sites
-from residual_saes.shared.units import format_count, format_layers
+from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.units import format_count
 
 _FLATTERED = 2.0  # times that FVU grows outside the largest directions
 _MOSTLY_DEAD = 0.5
@@ -22,21 +22,23 @@ def warnings(runs: list[Run], results: dict[str, list[Result]], skipped: Skipped
     """One line each, for people."""
     lines = [f"Left out of this evaluation: {message}" for message in skipped.reasons] if skipped else []
     commonest = Counter(r.basis for run in runs for r in results[run.name]).most_common(1)
+    everywhere = {r.site for run in runs for r in results[run.name]}
     for run in runs:
-        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], commonest[0][0] if commonest else ())]
+        usual = commonest[0][0] if commonest else ()
+        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], usual, everywhere)]
     return lines
 
 
-def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...]) -> list[str]:
+def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...], everywhere: set[Site]) -> list[str]:
     config, shown, lines = run.config, latest(results), []
-    whole, n_layers = format_count(config.train.tokens), config.cache.spec.n_layers
+    whole = format_count(config.train.tokens)
     lines += [f"layer {r.site} is {trained_on(r, whole)}" for r in shown if not r.final]
     if config.train.step.decoder == "random":
         lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")
     if without := config.train.left_out:
         lines.append(f"trained and measured without {without}: not to be compared with runs on all rows")
-    if absent := sorted(set(range(n_layers)) - {r.site.layer for r in shown}):
-        lines.append(f"no SAE of layers {format_layers(absent)} has been evaluated; the model has {n_layers}")
+    if absent := sorted(everywhere - {r.site for r in shown}):
+        lines.append(f"no SAE of layers {format_sites(absent)}, which other runs have, has been evaluated")
     if other := [r.site for r in shown if r.basis != usual]:
         lines.append(f"layers {format_sites(other)} are measured on other text or by other definitions than the rest")
     names = ("fvu",) if config.cache.spec.world else ("fvu", "ce_recovered", "kl_div_score")

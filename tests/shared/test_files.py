@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -302,6 +303,21 @@ def test_progress_says_how_far_how_fast_and_how_long(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training layer 3: 3k/5k tokens  60% · 100/s · ETA 20s · L0 31"
     assert lines[1] == "training layer 3: 3k/5k tokens  60% · 100/s · in 20s"
+
+
+def test_in_a_notebook_progress_rewrites_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's stream is no terminal, but a carriage return means there what it means on one."""
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr("sys.stderr", stream)
+    now = 100.0
+    monkeypatch.setattr("residual_saes.shared.progress.time.monotonic", lambda: now)
+    with Progress("training", 10, "tokens") as progress:
+        now += 1
+        progress.update(5, "a note that goes")
+    text = stream.getvalue()
+    assert text.startswith("\rtraining: 5/10") and text.count("\n") == 1 and text.count("\r") == 2
+    first, last = text.rstrip("\n").split("\r")[1:]
+    assert len(last) == len(first) and last.endswith(" ")  # nothing of the note stays
 
 
 def test_a_group_may_share_what_the_umask_lets_it(tmp_path: Path) -> None:

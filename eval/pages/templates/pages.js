@@ -223,6 +223,7 @@ async function show(turn) {
   const size = catalogue.texts[facts.text], needed = new Set();
   for (const row of rows) if (row >= 0) needed.add(Math.floor(row / size));
   const text = new Map(await Promise.all([...needed].map(async (n) => [n, (await load(`${facts.text}/${pad(n)}`)).tokens])));
+  const near = await elsewhere(facts, i);
   if (turn !== asked) return;
   const all = Array.from(rows, (row, n) => row < 0 ? null : context(chunk, i, k * contexts + n, row, text.get(Math.floor(row / size)), size));
   const top = all.slice(0, shape.top).filter(Boolean), sample = all.slice(shape.top).filter(Boolean);
@@ -243,7 +244,8 @@ async function show(turn) {
       el("section", {}, el("h3", {}, "Nearest by decoder cosine"), neighbours(chunk, k, "similar", (n) => format(chunk.similar_cosine[n]))),
       el("section", {}, el("h3", {}, "Firing together"), neighbours(chunk, k, "together",
         (n) => `${format(chunk.together_jaccard[n])} (${whole(chunk.together_count[n])})`),
-      el("p", {className: "note"}, `Jaccard index (tokens with both), on ${whole(facts.together_tokens)} random tokens`))),
+      el("p", {className: "note"}, `Jaccard index (tokens with both), on ${whole(facts.together_tokens)} random tokens`)),
+      near.length ? el("section", {}, el("h3", {}, "Nearest in other SAEs"), el("ul", {className: "chips elsewhere"}, ...near)) : null),
     ...(top.length ? [el("h3", {}, "Top contexts"), el("div", {id: "top"}, ...top)] : []),
     ...fifths(sample));
   by("feature").scrollTop = 0;
@@ -276,6 +278,15 @@ function neighbours(chunk, k, name, note) {
     items.push(el("li", {}, link, ` ${says} `, el("small", {}, note(n))));
   }
   return items.length ? el("ul", {className: `chips ${name}`}, ...items) : el("p", {className: "note"}, "none");
+}
+
+// The nearest feature by decoder cosine in each SAE that this one was compared with.
+async function elsewhere(facts, i) {
+  const others = catalogue.saes.filter((s) => facts.near.includes(s.folder.split(".").at(-1)));
+  const found = await Promise.all(others.map((s) => load(`${facts.name}/${facts.folder}/near-${s.folder.split(".").at(-1)}`)));
+  return others.flatMap((s, n) => found[n].feature[i] < 0 ? [] : [el("li", {},
+    el("a", {href: address(s, found[n].feature[i])}, String(found[n].feature[i])),
+    s.name === facts.name ? ` layer ${s.layer} ` : ` ${s.name} `, el("small", {}, format(found[n].cosine[i])))]);
 }
 
 // Counts by bins of one width, the first of which begins at `from`; of `what`, tokens on a logarithmic axis.

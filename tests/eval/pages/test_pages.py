@@ -8,13 +8,17 @@ import torch
 
 import residual_saes
 from residual_saes.eval.pages import features
+from residual_saes.eval.pages.elsewhere import nearest
+from residual_saes.eval.pages.example import example
 from residual_saes.eval.pages.features import SAMPLES, TOP
 from residual_saes.eval.pages.files import Pages, script, write_index
 from residual_saes.eval.pages.spell import spell
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.lm import load_tokenizer
+from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import seal
+from residual_saes.shared.sites import Site
 from tests.conftest import ROOT, Cli, invoke
 from tests.eval.browser import PHONE, Browser, Keys
 
@@ -189,6 +193,25 @@ def test_a_data_file_is_ascii_and_holds_what_was_put_in() -> None:
     assert json.loads(f"[{text[11:-3]}]") == ["run </script>\u2028/000", HOSTILE]
 
 
+def test_a_card_shows_a_feature_where_there_are_pages(made: Made, cache: Cache) -> None:
+    runs, _ = made
+    folder = folders(runs)[1]
+    run, opened = Run.open(runs / folder.parent.name), Pages.open(folder)
+    (snapshot,) = (s for s in run.snapshots() if s.site == Site(1) and s.label == FINAL)
+    found = example(run, snapshot, runs / "pages")
+    assert found is not None
+    assert found.density == int(opened.columns["count"][found.feature]) / opened.facts["tokens"]
+    spelt, tokens = spell(load_tokenizer(cache.spec.model, None), 400), cache.layer(1).tokens
+    for row, (before, peak, after) in zip(opened.columns["row"][found.feature, :3].tolist(), found.contexts, strict=True):
+        first, place = row - row % cache.spec.context, row % cache.spec.context
+        assert peak == spelt[tokens[row]]
+        assert before == "".join(spelt[t] for t in tokens[max(first, row - 12) : row])
+        assert after == "".join(spelt[t] for t in tokens[row + 1 : row + min(5, cache.spec.context - place)])
+    assert found.promoted[0] == spelt[int(opened.columns["promoted"][found.feature, 0])]
+    shutil.rmtree(runs / "pages" / opened.facts["text"])
+    assert example(run, snapshot, runs / "pages") is None
+
+
 # --- in a browser ---
 
 
@@ -223,7 +246,9 @@ def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, ma
     browser.until(lambda: browser.text("h2") == "Feature 0")
     browser.press("j")
     browser.until(lambda: browser.text("h2") == "Feature 1")
-    assert [url.rpartition("/")[2] for url in browser.loaded()] == ["000.js", "000.js"]  # of the SAE, of the text
+    loaded = [url.rpartition("/")[2] for url in browser.loaded()]
+    assert loaded[:2] == ["000.js", "000.js"]  # of the SAE, of the text
+    assert len(loaded) == 4 and all(name.startswith("near-") for name in loaded[2:])  # the other run, the next layer
     columns = Pages.open(first).columns
     tokenizer = load_tokenizer(cache.spec.model, None)
     spelt = spell(tokenizer, 400)
@@ -247,6 +272,35 @@ def test_it_opens_by_a_double_click_and_loads_what_it_shows(browser: Browser, ma
     browser.all(".similar a")[0].click()
     browser.until(lambda: browser.text("h2") == f"Feature {others[0]}")
     assert browser.errors() == []
+
+
+def test_nearest_features_elsewhere_lead_there(browser: Browser, made_once: Made) -> None:
+    """Of the same layer in the other run and of the next layer in this one, among features that fire."""
+    runs, _ = made_once
+    here, above, _, other = folders(runs)[:4]
+    fires = [Pages.open(folder).columns["count"] > 0 for folder in (here, above, other)]
+    saes = [Sae.load(runs / f.parent.name / f"sae_{f.name.split('.')[0]}.pt") for f in (here, above, other)]
+    rows = [torch.nn.functional.normalize(sae.w_dec.double(), dim=1) for sae in saes]
+    feature = int(fires[0].nonzero()[0])
+    opened(browser, runs, f"{here.parent.name}/final/0/{feature}")
+    browser.until(lambda: browser.all(".elsewhere li"))
+    shown = [(int(e.text.split()[0]), float(e.text.split()[-1])) for e in browser.all(".elsewhere li")]
+    for (number, cosine), others, alive in zip(shown, rows[1:], fires[1:], strict=True):
+        cosines = (others @ rows[0][feature]).where(alive, -2)
+        assert cosine == pytest.approx(float(cosines.max()), abs=0.006) == pytest.approx(float(cosines[number]), abs=0.006)
+    browser.all(".elsewhere a")[1].click()
+    browser.until(lambda: browser.text("h2") == f"Feature {shown[1][0]}")
+    assert other.parent.name in browser.text("#feature .facts")
+    assert browser.errors() == []
+
+
+def test_what_does_not_fire_is_nearest_to_nothing() -> None:
+    one = torch.eye(3), torch.tensor([True, False, True])
+    other = torch.eye(3).flip(0), torch.tensor([True, True, False])
+    assert nearest(one, other)["feature"].tolist() == [0, -1, 0]  # only the last of the other is like the first
+    assert nearest(one, other)["cosine"].tolist() == [0, 0, 1]
+    nothing = torch.eye(3), torch.zeros(3, dtype=torch.bool)
+    assert nearest(one, nothing)["feature"].tolist() == [-1, -1, -1]
 
 
 def test_the_list_is_searched_sorted_and_filtered(browser: Browser, made_once: Made, cache: Cache) -> None:

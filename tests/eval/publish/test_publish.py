@@ -28,7 +28,7 @@ from residual_saes.eval.measure.result import Result
 from residual_saes.eval.measure.store import stored_results
 from residual_saes.eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from residual_saes.eval.publish.contents import published_files
-from residual_saes.shared.lm import hook_module
+from residual_saes.shared.lm import hook_module, module_name
 from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
@@ -376,6 +376,9 @@ def test_the_cards_code_runs_for_every_family(
     base(input_ids=torch.tensor([text]))
     expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     torch.testing.assert_close(names["x"], expected)
+    lm = AutoModelForCausalLM.from_pretrained(name)
+    module = module_name(str(tmp_path / name), None, site)
+    assert module is not None and lm.get_submodule(module) is hook_module(lm.base_model, site)
     assert capsys.readouterr().out.count(",") == len(text) - 1
 
 

@@ -1,0 +1,85 @@
+"""Nearest features in other SAEs: of the same layer in other runs, and of the next layers on both sides in the same run.
+
+A pair of SAEs is one file in the folder of the first, near-<digest of the second>.js: of each feature that fires the feature of
+the second with the largest cosine of decoder rows, among those that fire. It is neither in the facts of the folder nor
+checksummed there, for it depends on what else has pages, and is made again in seconds.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from residual_saes.eval.pages import files
+from residual_saes.shared.files import publish_file
+from residual_saes.shared.progress import Progress
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import read_tensors
+from residual_saes.shared.sites import Site
+
+_COSINES = 1 << 26  # values of a matrix of cosines held at once
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Shown:
+    """An SAE that has pages."""
+
+    run: str
+    site: Site
+    folder: Path
+    checkpoint: Path
+
+    @property
+    def digest(self) -> str:
+        return self.folder.name.rpartition(".")[2]
+
+    def directions(self, device: torch.device) -> "_Directions":
+        """Raises UserError for a checkpoint that cannot be read."""
+        fires = read_tensors(self.folder / "columns.safetensors")[0]["count"] > 0
+        return normalize(Sae.load(self.checkpoint).w_dec, dim=1).to(device), fires.to(device)
+
+
+_Directions = tuple[Tensor, Tensor]  # decoder rows of unit norm, float32 [F, d], and which features fire, bool [F]
+
+
+def write_nearest(shown: Sequence[Shown], device: torch.device) -> None:
+    """Write what is missing of all pairs. Raises UserError for a checkpoint that cannot be read."""
+    missing = [(a, b) for a, b in _pairs(shown) if not (_path(a, b).exists() and _path(b, a).exists())]
+    if not missing:
+        return
+    opened: dict[Path, _Directions] = {}
+    with Progress("nearest features elsewhere", len(missing), "pairs of SAEs") as progress:
+        for pair in missing:
+            opened = {one.folder: opened.get(one.folder) or one.directions(device) for one in pair}  # no more than two at once
+            for one, other in (pair, pair[::-1]):
+                found = nearest(opened[one.folder], opened[other.folder])
+                key = f"{one.run}/{one.folder.name}/{_path(one, other).stem}"
+                publish_file(_path(one, other), files.columns_script(key, found))
+            progress.advance(1, f"layer {pair[0].site}")
+
+
+def _pairs(shown: Sequence[Shown]) -> Iterator[tuple[Shown, Shown]]:
+    """Two runs at one site, and one run at two sites between which it has none of the same hook."""
+    yield from ((a, b) for a, b in itertools.combinations(shown, 2) if a.site == b.site and a.run != b.run)
+    by_stream = sorted(shown, key=lambda one: (one.run, one.site.hook, one.site.layer))
+    for _, stream in itertools.groupby(by_stream, key=lambda one: (one.run, one.site.hook)):
+        yield from itertools.pairwise(stream)
+
+
+def _path(one: Shown, other: Shown) -> Path:
+    return one.folder / f"near-{other.digest}.js"
+
+
+@torch.inference_mode()
+def nearest(one: _Directions, other: _Directions) -> files.Columns:
+    """`feature` int32 [F], −1 where there is none, and its `cosine` float32 [F]."""
+    (rows, fires), (others, others_fire) = one, other
+    chunks = torch.split(rows, max(1, _COSINES // len(others)))
+    parts = [(part @ others.t()).masked_fill_(~others_fire, -torch.inf).max(1) for part in chunks]
+    cosine, feature = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+    there = fires & cosine.isfinite()
+    return {"feature": feature.where(there, -1).int().cpu(), "cosine": cosine.where(there, 0).cpu()}
