@@ -1,16 +1,17 @@
-"""`rsae harvest [plan | synthetic | verify | repair | free]`: fill an activation cache, or look after one."""
+"""`rsae harvest [plan | synthetic | convert | verify | repair | free]`: fill an activation cache, or look after one."""
 
 import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from transformers import PretrainedConfig
 
 from residual_saes.harvest.care import Damage, free, notes_on_mixing, repair, verify
+from residual_saes.harvest.convert import convert_command
 from residual_saes.harvest.fill import fill_cache
 from residual_saes.harvest.hub import open_text, refuse_local_split
 from residual_saes.harvest.origin import Origin, ReadText, Synthetic
@@ -20,7 +21,7 @@ from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.synthetic import synthetic_command
 from residual_saes.harvest.tokens import require_one_context, separator_id
 from residual_saes.harvest.writer import WriterConfig
-from residual_saes.shared.cache import Cache, CacheSpec, Precision
+from residual_saes.shared.cache import Cache, CacheSpec, Precision, Stored
 from residual_saes.shared.cli import CACHE, DEVICE, PRESET, SEED, THREADS, DefaultRun, filled, option, options, options_of, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
@@ -44,6 +45,7 @@ class Job:
     bos: bool = option("Begin every context with the tokenizer's BOS, as Llama and Gemma expect.", False, is_flag=True)
     separator: str | None = option("Token that ends a document, by name or number [default: end of text].", None)
     precision: Precision = option("", "bf16", type=click.Choice(["bf16", "fp32"]))
+    store: Stored = option("As what values are stored: int8 takes half.", "float16", type=click.Choice(get_args(Stored)))
     seed: int = option("Of the order inside blocks.", 0, type=SEED)
     shard: Shard = option("This process is i of n at work on the same cache, such as 0/8.", ALONE, type=parse_shard)
 
@@ -69,7 +71,7 @@ class Job:
             text_column=p.text_column, tokenizer_sha256="", separator=0, context=p.context, d_model=p.d_model,
             n_layers=p.n_layers, vocab_size=p.vocab_size, block_sequences=p.block_sequences,
             n_blocks=train + holdout, holdout_blocks=holdout, seed=self.seed, precision=self.precision,
-            bos=self.bos,
+            bos=self.bos, store=self.store,
         )  # fmt: skip
 
     def open(self) -> "Opened":
@@ -111,7 +113,7 @@ _common = options(PRESET, CACHE, options_of(Job, "threads"))
 _settings = options(
     options_of(Preset),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
-    options_of(Job, "bos", "separator", "precision", "seed"),
+    options_of(Job, "bos", "separator", "precision", "store", "seed"),
 )
 
 
@@ -183,6 +185,7 @@ def fill(device: str | None, **options: Any) -> Cache:
 
 
 main.add_command(synthetic_command)
+main.add_command(convert_command)
 
 
 @main.command("plan")

@@ -55,7 +55,7 @@ def verify(cache: Cache, sites: tuple[Site, ...], threads: int) -> Damage:
     damage.chunks = {chunk: why for chunk in chunks if (why := _failure(partial(cache.tokens.read_chunk, chunk)))}
 
     def check(item: tuple[Site, int]) -> str | None:
-        return _failure(partial(cache.whole_block, *item))
+        return _failure(partial(cache.stored_block, *item))
 
     with Progress("verifying", len(blocks) * spec.block_bytes, "bytes") as progress, ThreadPoolExecutor(threads) as pool:
         for item, why in zip(blocks, pool.map(check, blocks), strict=True):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from residual_saes.shared.cache import BlockStats, Cache
@@ -35,7 +36,7 @@ class Buffer:
     """One block of all harvested sites."""
 
     data: Tensor  # float16 [sites, block_rows, d_model]
-    nonfinite: Tensor  # int64 [sites]: values that float16 cannot hold
+    nonfinite: Tensor  # int64 [sites]: values that cannot be stored
     tokens: str = ""  # checksum of the tokens that these are the activations of
 
 
@@ -102,7 +103,8 @@ class BlockWriter:
     def _begin(self, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
         if ready is not None:
             ready()
-        for index in range(len(self._sites)):
+        for index, site in enumerate(self._sites):
+            self._cache.settle(site, job.buffer.data[index])
             self._disk.submit(self._guarded, self._write, job, index)
 
     def _guarded(self, work: Callable[..., None], *args: Any) -> None:
@@ -113,17 +115,19 @@ class BlockWriter:
 
     def _write(self, job: "_BlockJob", index: int) -> None:
         site = self._sites[index]
-        staged = self._cache.stage_block(site, job.block, job.buffer.data[index].numpy(), replace=self._replace)
+        stored, lost = self._cache.stored_form_(site, job.buffer.data[index])
+        job.buffer.nonfinite[index] += lost
+        staged = self._cache.stage_block(site, job.block, stored, replace=self._replace)
         with self._lock:
-            job.staged[site] = staged
+            job.stored[site], job.staged[site] = stored, staged
         self._arithmetic.submit(self._guarded, self._take_stats, job, index)  # now: what lies there may be another harvest's
 
     def _take_stats(self, job: "_BlockJob", index: int) -> None:
-        buffer, rows = job.buffer, self._cache.spec.slice_rows
-        data, nonfinite = buffer.data[index].numpy(), int(buffer.nonfinite[index])
-        stats = BlockStats.of(data, rows, tokens=buffer.tokens, nonfinite=nonfinite, by=self._by)
+        buffer, rows, site = job.buffer, self._cache.spec.slice_rows, self._sites[index]
+        nonfinite = int(buffer.nonfinite[index])
+        stats = BlockStats.of(job.stored[site], rows, tokens=buffer.tokens, nonfinite=nonfinite, by=self._by)
         with self._lock:
-            job.stats[self._sites[index]] = stats
+            job.stats[site] = stats
             last = len(job.stats) == len(self._sites)
         if last:
             self._commit(job)
@@ -146,5 +150,6 @@ class _BlockJob:
 
     block: int
     buffer: Buffer
+    stored: dict[Site, NDArray[Any]] = field(default_factory=dict)  # as it is written, in the buffer's memory
     staged: dict[Site, Staged] = field(default_factory=dict)
     stats: dict[Site, BlockStats] = field(default_factory=dict)

@@ -58,13 +58,13 @@ def make_dir(path: Path) -> Path:
     return path
 
 
-def page_aligned(*shape: int) -> Tensor:
-    """Float16 zeros in host memory that begins on a page, as direct reads and writes need; torch aligns to 64 bytes only."""
+def page_aligned(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Zeros in host memory that begins on a page, as direct reads and writes need; torch aligns to 64 bytes only."""
     # private: Python's default is shared memory, which gets no huge pages on most systems
-    memory = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)  # the disk gets fewer, longer pieces
-    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:

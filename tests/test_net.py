@@ -76,13 +76,14 @@ dictionary_learning/{RUN}/layer_1/{{config.json,ae.pt}}
 COMMAND_LINES = """
 harvest run: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
-  --precision=bf16[bf16|fp32] --seed=0 --device= --shard=0/1
+  --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --device= --shard=0/1
 harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
-  --precision=bf16[bf16|fp32] --seed=0 --json
+  --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --json
 harvest synthetic: --preset= --cache= --d-model= --tokens= --holdout-tokens= --context= --block-sequences= --worlds=1
   --features= --zipf= --most-frequent= --least-frequent= --roots= --branching= --depth= --exclusive= --rank= --correlation=
   --magnitude= --last-magnitude= --spread= --spread-spread= --bias= --seed=0 --threads=4 --shard=0/1
+harvest convert: --preset= --cache= --out=! --store=int8[float16|int8] --layers= --move --threads=4
 harvest verify: --preset= --cache= --threads=4
 harvest repair: --preset= --cache= --threads=4 --device= --blocks= --model= --revision= --dataset=
 harvest free: --preset= --cache= --threads=4 --layers=! --yes

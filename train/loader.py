@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from residual_saes.shared.cache import BlockStats, Cache
+from residual_saes.shared.cache import BlockStats, Cache, CacheSpec, int8
 from residual_saes.shared.device import new_event, new_stream
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import page_aligned
@@ -64,17 +64,17 @@ class LoaderConfig:
 class _Slot:
     """The memory of one window."""
 
-    data: Tensor  # float16 [rows of a window, d_model]
+    data: Tensor  # rows of a window as they are stored, [rows, row_items]
     order: Tensor  # int64, as many as there are rows
     drawn: Tensor  # the order on the host: pinned memory on CUDA, `order` itself on a CPU
 
     @classmethod
-    def empty(cls, rows: int, d_model: int, device: torch.device) -> "_Slot":
+    def empty(cls, rows: int, spec: CacheSpec, device: torch.device) -> "_Slot":
         if device.type == "cpu":
             order = torch.empty(rows, dtype=torch.int64)
-            return cls(data=page_aligned(rows, d_model), order=order, drawn=order)
+            return cls(data=page_aligned(rows, spec.row_items, dtype=spec.torch_item), order=order, drawn=order)
         return cls(
-            data=torch.empty(rows, d_model, dtype=torch.float16, device=device),
+            data=torch.empty(rows, spec.row_items, dtype=spec.torch_item, device=device),
             order=torch.empty(rows, dtype=torch.int64, device=device),
             drawn=torch.empty(rows, dtype=torch.int64, pin_memory=True),
         )
@@ -131,14 +131,15 @@ class ActivationLoader:
         self._window_slices = min(config.window_blocks, spec.train_blocks) * spec.slices
         self._at_once = max(1, self._window_slices // (_TURNS * config.threads))  # slices that a thread takes
         rows = self._window_slices * spec.slice_rows
-        self._slots = [_Slot.empty(rows, spec.d_model, device) for _ in range(2)]
+        self._slots = [_Slot.empty(rows, spec, device) for _ in range(2)]
         self._staging: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._cuda = device.type == "cuda"
         if self._cuda:
             self._stream = new_stream(device)
             rows = self._at_once * spec.slice_rows
             for _ in range(config.threads):
-                self._staging.put(torch.empty(rows, spec.d_model, dtype=torch.float16, pin_memory=True))
+                self._staging.put(torch.empty(rows, spec.row_items, dtype=spec.torch_item, pin_memory=True))
+        self._reference: int8.Reference | None = None
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -152,7 +153,7 @@ class ActivationLoader:
                     while at < end and place < load.window.rows:
                         take = min(len(x) - filled, load.window.rows - place)
                         rows = load.slot.order[place : place + take]
-                        torch.index_select(load.slot.data, 0, rows, out=x[filled : filled + take])
+                        self._take(load.slot.data, rows, x[filled : filled + take])
                         at, place, filled = at + take, place + take, filled + take
                         if filled == len(x):
                             yield x
@@ -163,6 +164,15 @@ class ActivationLoader:
                 self._ended.set()
                 self._hurry.set()
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self, data: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Rows of a window to float16 [n, d_model]."""
+        if data.dtype == torch.float16:
+            torch.index_select(data, 0, rows, out=out)
+            return
+        if self._reference is None:  # of a harvest that is followed it is there with the first block
+            self._reference = self._cache.references.of(self._site).to(self._device)
+        int8.take(data, rows, self._reference, out)
 
     def _begin_thread(self) -> None:
         if self._cuda:
@@ -301,9 +311,10 @@ class ActivationLoader:
             return np.empty(0, np.bool_)
         first = index * self._cache.spec.slice_rows
         places = self._cache.block_order(block)[first : first + len(data)] % self._cache.spec.context
-        return self._config.rows.kept(target, torch.from_numpy(places)).numpy()
+        values = torch.from_numpy(self._cache.values(self._site, data))
+        return self._config.rows.kept(values, torch.from_numpy(places)).numpy()
 
-    def _check(self, block: int, index: int, data: NDArray[np.float16]) -> None:
+    def _check(self, block: int, index: int, data: NDArray[Any]) -> None:
         if (known := self._known.get(block)) is not None:
             with contextlib.suppress(UserError):  # the block may have been repaired since: its entry as it is now decides
                 return self._cache.check_slice(self._site, block, index, data, known)

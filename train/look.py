@@ -7,7 +7,6 @@ arXiv:2402.17762). They hold most of the variance, so that FVU is small whatever
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +42,10 @@ class Look:
         rows, positions = [], []
         for block, index in (divmod(number, spec.slices) for number in numbers.tolist()):
             places = cache.block_order(block)[index * spec.slice_rows : (index + 1) * spec.slice_rows]
-            data = np.empty((len(places), spec.d_model), dtype=np.float16)
+            data = spec.stored_rows(len(places))
             cache.read_slice(site, block, index, data)
             cache.check_slice(site, block, index, data, cache.stats(site, block))
-            rows.append(torch.from_numpy(data))
+            rows.append(torch.from_numpy(cache.values(site, data)))
             positions.append(torch.from_numpy(places % spec.context))
         return cls.of(torch.cat(rows), torch.cat(positions), skip_positions, max_norm)
 

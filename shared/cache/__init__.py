@@ -3,9 +3,10 @@
     <cache>/cache.json               format, spec, digest of the spec; created last and in one step: a cache exists when it does
     <cache>/activations.zarr/        one Zarr v3 group; any Zarr v3 tool reads it
         tokens                       uint16 or uint32 [sequences, context]
-        resid_post/00 ...            float16 [tokens, d_model], one uncompressed chunk file per block
+        resid_post/00 ...            float16 [tokens, d_model], one uncompressed chunk file per block; or int8 (int8.py)
     <cache>/ledger/<layers>/<block>.json     one entry per committed block of the layers harvested together
     <cache>/ledger/tokens/<chunk>.json       one entry per chunk of the token array
+    <cache>/ledger/references/<layer>.json   what an int8 layer's values are stored relative to; settled before its first block
     <cache>/ledger/freed/<layer>.json        the layer's training blocks were removed on purpose; written before they are
 
 A block is a fixed run of whole sequences, the same rows in every layer. It is committed for a layer when a ledger entry
@@ -20,10 +21,10 @@ the array's bytes, so chunks are written and read as they are, at the disk's spe
 
 from residual_saes.shared.cache.cache import Cache
 from residual_saes.shared.cache.ledger import LEDGER_BYTES_PER_LAYER, BlockStats, LayerTotals, slice_checksums
-from residual_saes.shared.cache.spec import ADVICE, CacheSpec, Precision
+from residual_saes.shared.cache.spec import ADVICE, CacheSpec, Precision, Stored
 from residual_saes.shared.cache.tokens import TokenChunk
 
 __all__ = [
-    "ADVICE", "LEDGER_BYTES_PER_LAYER", "BlockStats", "Cache", "CacheSpec", "LayerTotals", "Precision", "TokenChunk",
+    "ADVICE", "LEDGER_BYTES_PER_LAYER", "BlockStats", "Cache", "CacheSpec", "LayerTotals", "Precision", "Stored", "TokenChunk",
     "slice_checksums",
 ]  # fmt: skip

@@ -4,13 +4,16 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from residual_saes.shared.cache import zarr
+from residual_saes.shared.cache import int8, zarr
 from residual_saes.shared.cache.ledger import BlockStats, LayerTotals, Ledger, damaged_block, slice_checksums
+from residual_saes.shared.cache.references import References
 from residual_saes.shared.cache.spec import FORMAT, SPEC_FILE, CacheSpec, other_format
 from residual_saes.shared.cache.tokens import TokenArray
 from residual_saes.shared.cache.view import Layer
@@ -33,6 +36,7 @@ class Cache:
         self._store, self.spec, self.path = store, spec, store.root
         self.digest = spec.digest  # what a run records of its cache, and compares
         self.ledger, self.tokens = Ledger(store, spec), TokenArray(store, spec)
+        self.references = References(store, spec)
         self.sites = zarr.stored_sites(store, spec)
         self._scratch = Scratch(scratch, self.digest) if scratch else None
 
@@ -79,7 +83,8 @@ class Cache:
         if not store.has(SPEC_FILE):
             zarr.refuse_foreign(store)
             Ledger(store, spec).drop_foreign()
-            zarr.write_metadata(store, spec, ())
+            for key, data in zarr.metadata(spec, ()).items():
+                store.write(key, data)
             store.create(SPEC_FILE, to_bytes({"format": FORMAT, "digest": spec.digest, "spec": content}))
         cache = cls.open(path)
         cache.require_same(spec)
@@ -88,8 +93,14 @@ class Cache:
 
     def add_sites(self, sites: tuple[Site, ...]) -> None:
         """Make the arrays of these layers where they are not yet; puts right metadata that is not as it should be."""
-        zarr.write_metadata(self._store, self.spec, (*self.sites, *sites))
+        for key, data in self._metadata((*self.sites, *sites)).items():
+            if get_or_none(self._store, key) != data:
+                self._store.write(key, data)
         self.sites = zarr.stored_sites(self._store, self.spec)
+
+    def _metadata(self, sites: tuple[Site, ...]) -> dict[str, bytes]:
+        """{key: content} of all that is there beside blocks, tokens and their entries."""
+        return self.references.files(sites) | zarr.metadata(self.spec, sites, self.references.attributes(sites))
 
     def discard(self) -> None:
         """Take away a cache in which no block is committed yet: a text that is too short fixes another spec."""
@@ -122,8 +133,8 @@ class Cache:
         return ("", *self.ledger.folders(), *zarr.folders(self._store))
 
     def bad_metadata(self) -> list[str]:
-        """The arrays' metadata files that are not as they should be."""
-        return zarr.bad_metadata(self._store, self.spec, self.sites)
+        """The arrays' metadata files, and the ledger's references, that are not as they should be."""
+        return [key for key, data in self._metadata(self.sites).items() if get_or_none(self._store, key) != data]
 
     def layer(self, layer: int | Site) -> Layer:
         """A layer's rows in the order of the text, for notebooks. Raises UserError if it is not in the cache."""
@@ -139,11 +150,19 @@ class Cache:
         """Row j of a stored block is activation `order[j]` of its sequences read one after the other."""
         return block_rows(self.spec.block_rows, seed=self.spec.seed, block=block)
 
-    def read_block(self, site: Site, block: int, out: NDArray[np.float16]) -> None:
-        """Fill `out` [block_rows, d_model] from disk. Raises UserError if the file is missing, unreadable or short."""
+    def values(self, site: Site, stored: NDArray[Any]) -> NDArray[np.float16]:
+        """Activations float16 [n, d_model] of rows as they are stored. Raises UserError."""
+        if self.spec.store == "float16":
+            return stored
+        order, out = torch.arange(len(stored)), torch.empty(len(stored), self.spec.d_model, dtype=torch.float16)
+        int8.take(torch.from_numpy(stored), order, self.references.of(site), out)
+        return out.numpy()
+
+    def read_block(self, site: Site, block: int, out: NDArray[Any]) -> None:
+        """Fill `out` [block_rows, row_items] from disk. Raises UserError if the file is missing, unreadable or short."""
         self._read(site, block, out, 0)
 
-    def check_block(self, site: Site, block: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+    def check_block(self, site: Site, block: int, data: NDArray[Any], stats: BlockStats) -> None:
         """Raises UserError naming layer and block if `data` is not what was committed."""
         rows = self.spec.slice_rows
         if slice_checksums(data, rows) != stats.crc32c and not (
@@ -153,22 +172,26 @@ class Cache:
 
     def whole_block(self, site: Site, block: int) -> NDArray[np.float16]:
         """[block_rows, d_model], read and checked. Raises UserError naming a block that is not there, or damaged."""
-        data = np.empty((self.spec.block_rows, self.spec.d_model), dtype=np.float16)
+        return self.values(site, self.stored_block(site, block))
+
+    def stored_block(self, site: Site, block: int) -> NDArray[Any]:
+        """[block_rows, row_items], read and checked. Raises UserError naming a block that is not there, or damaged."""
+        data = self.spec.stored_rows(self.spec.block_rows)
         self.read_block(site, block, data)
         self.check_block(site, block, data, self.stats(site, block))
         return data
 
-    def read_slice(self, site: Site, block: int, index: int, out: NDArray[np.float16]) -> None:
-        """Fill `out` [rows of that slice, d_model] from disk: rows index · slice_rows … of the block. Raises UserError."""
-        self._read(site, block, out, index * self.spec.slice_rows * self.spec.d_model * 2)
+    def read_slice(self, site: Site, block: int, index: int, out: NDArray[Any]) -> None:
+        """Fill `out` [rows of that slice, row_items] from disk: rows index · slice_rows … of the block. Raises UserError."""
+        self._read(site, block, out, index * self.spec.slice_rows * self.spec.row_bytes)
 
-    def check_slice(self, site: Site, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None:
+    def check_slice(self, site: Site, block: int, index: int, data: NDArray[Any], stats: BlockStats) -> None:
         """Raises UserError naming layer, block and slice if `data` is not what was committed."""
-        wanted, offset = stats.crc32c[8 * index : 8 * index + 8], index * self.spec.slice_rows * self.spec.d_model * 2
+        wanted, offset = stats.crc32c[8 * index : 8 * index + 8], index * self.spec.slice_rows * self.spec.row_bytes
         if crc32c(data) != wanted and not (self._read_anew(site, block, data, offset) and crc32c(data) == wanted):
             raise self._damaged(site, block, f"the checksum of slice {index} does not match")
 
-    def _read(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> None:
+    def _read(self, site: Site, block: int, out: NDArray[Any], offset: int) -> None:
         if self._scratch is not None:
             view, size = memoryview(out.data).cast("B"), self.spec.block_bytes
             if self._scratch.read(site, block, view, offset, size, partial(self._fetch, site, block)):
@@ -177,12 +200,13 @@ class Cache:
 
     def _fetch(self, site: Site, block: int) -> memoryview:
         """A block from where the cache lies, checked, in memory that direct writes accept."""
-        data: NDArray[np.float16] = page_aligned(self.spec.block_rows, self.spec.d_model).numpy()
+        spec = self.spec
+        data: NDArray[Any] = page_aligned(spec.block_rows, spec.row_items, dtype=spec.torch_item).numpy()
         self._read_store(site, block, data, 0)
         self.check_block(site, block, data, self.stats(site, block))
         return memoryview(data.data).cast("B")
 
-    def _read_anew(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> bool:
+    def _read_anew(self, site: Site, block: int, out: NDArray[Any], offset: int) -> bool:
         """Where the scratch may have given a damaged copy, or an old one: away with it, and the bytes from where they lie."""
         if self._scratch is None:
             return False
@@ -190,7 +214,7 @@ class Cache:
         self._read_store(site, block, out, offset)
         return True
 
-    def _read_store(self, site: Site, block: int, out: NDArray[np.float16], offset: int) -> None:
+    def _read_store(self, site: Site, block: int, out: NDArray[Any], offset: int) -> None:
         try:
             n = self._store.read(zarr.block_key(site, block), memoryview(out.data).cast("B"), offset)
         except OSError as error:
@@ -205,7 +229,17 @@ class Cache:
 
     # --- committing blocks ---
 
-    def stage_block(self, site: Site, block: int, data: NDArray[np.float16], *, replace: bool) -> Staged:
+    def settle(self, site: Site, block: Tensor) -> None:
+        """What the values of a site are stored relative to is settled by its first block, float16 [rows, d_model]. Raises
+        UserError."""
+        if self.spec.store == "int8" and self.references.settle(site, block, partial(self.committed, site)):
+            self.add_sites((site,))
+
+    def stored_form_(self, site: Site, data: Tensor) -> tuple[NDArray[Any], int]:
+        """A block float16 [rows, d_model] as it is stored, in the same memory, and how many values it cannot hold."""
+        return (data.numpy(), 0) if self.spec.store == "float16" else int8.narrow_(data, self.references.of(site))
+
+    def stage_block(self, site: Site, block: int, data: NDArray[Any], *, replace: bool) -> Staged:
         """Bring a block's bytes to their place or near it, durable, for `commit`. Raises UserError.
 
         Where a store cannot make room beside another harvest's bytes, `data` is these afterwards: statistics come after this.

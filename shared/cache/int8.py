@@ -1,11 +1,12 @@
 """Activations in a byte a value: int8, with a mean and a scale for each dimension of a site and a scale for each row.
 
-    x[j] ≈ mean[k, j] + scale[k, j] · |s| · q[j]        q int8 in −127 … 127        s float16, k = 1 where it is negative, else 0
+    x[j] ≈ mean[k, j] + scale[k, j] · |s| · q[j]        q int8 in −127 … 127        s float16        k = 1 where s < 0, else 0
 
-A row is stored as its d values q and then the two bytes of s, little-endian: int8 [rows, d + 2]. mean and scale, float32 [2, d],
-are the mean and standard deviation of the first block of the site that was harvested: k = 0 of its ordinary rows, k = 1 of
-those more than LONG times as long as the median, such as first positions, which are alike and a hundred times as long. A row
-takes the k with which its error is the smaller, and the smallest s with which no q is beyond 127; q is rounded to nearest.
+A row is stored as its d values q and then the two bytes of s, little-endian: int8 [rows, d + 2]. mean and scale, float32
+[2, d], are the mean and standard deviation of the first block of the site that was harvested: k = 0 of its ordinary rows,
+k = 1 of those more than LONG times as long as the median, such as first positions, which are alike and a hundred times as
+long. A row takes the k with which its error is the smaller, and the smallest s with which no q is beyond 127; q is rounded
+to nearest.
 Figures for this and for other forms: docs/findings/int8.md.
 """
 
@@ -65,7 +66,8 @@ class Reference:
     @cached_property
     def size(self) -> Tensor:
         """By which the errors of both k compare at the same s, float32 [2]."""
-        return self.scale.norm(dim=1)
+        size: Tensor = self.scale.norm(dim=1)
+        return size
 
     def to(self, device: torch.device) -> "Reference":
         return Reference(self.mean.to(device), self.scale.to(device))

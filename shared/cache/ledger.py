@@ -87,8 +87,9 @@ class Ledger:
         return ["ledger", *(f"ledger/{name}" for name in self._store.list("ledger"))]
 
     def has_blocks(self) -> bool:
-        """Whether anything but tokens is recorded."""
-        return any(name != "tokens" and self._store.list(f"ledger/{name}") for name in self._store.list("ledger"))
+        """Whether anything but tokens, and what values would be stored relative to, is recorded."""
+        groups = set(self._store.list("ledger")).difference(("tokens", "references"))
+        return any(self._store.list(f"ledger/{name}") for name in groups)
 
     def drop_foreign(self) -> None:
         """Remove the entries of another cache, whose arrays are gone. Raises UserError where the arrays are still there:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import canonical
@@ -19,6 +21,7 @@ SPEC_FILE = "cache.json"
 SLICES = 16  # of a block
 TOKEN_CHUNK_BLOCKS = 16  # blocks of tokens in one chunk of the token array: the step in which tokenising resumes
 Precision = Literal["bf16", "fp32"]
+Stored = Literal["float16", "int8"]  # what values are stored as; see int8.py
 Size = Annotated[int, Bounds(1, 1 << 24)]
 _MOST_BLOCKS, _LARGEST_BLOCK = 10**7, 1 << 36
 ADVICE = ("model", "model_branch", "model_commit", "dataset")  # fields that say where something lay: they fix no byte
@@ -56,6 +59,7 @@ class CacheSpec:
     model_branch: str = ""  # the revision of a hub model as it was asked for
     model_commit: str = ""  # and the commit that this was when the harvest began
     world: WorldConfig | None = None
+    store: Stored = "float16"  # as which values lie in blocks
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
@@ -71,7 +75,7 @@ class CacheSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: the fields that a cache of its kind has."""
-        others = ("world",) if self.world is None else _OF_TEXT
+        others = (*(("world",) if self.world is None else _OF_TEXT), *(("store",) if self.store == "float16" else ()))
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
 
     @property
@@ -107,7 +111,29 @@ class CacheSpec:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of one layer."""
-        return self.block_rows * self.d_model * 2
+        return self.block_rows * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_items * self.item.itemsize
+
+    @property
+    def row_items(self) -> int:
+        """Items of a row as it is stored: its values, and of int8 the two bytes of their scale."""
+        return self.d_model + 2 * (self.store == "int8")
+
+    @property
+    def item(self) -> "np.dtype[Any]":
+        """The type of the items of a block as it is stored."""
+        return np.dtype(self.store)
+
+    @property
+    def torch_item(self) -> torch.dtype:
+        return torch.float16 if self.store == "float16" else torch.int8
+
+    def stored_rows(self, n: int) -> NDArray[Any]:
+        """Room for n rows as they are stored, [n, row_items]."""
+        return np.empty((n, self.row_items), self.item)
 
     @property
     def slice_rows(self) -> int:

@@ -34,8 +34,9 @@ class Cached(Protocol):
 
     def block_order(self, block: int) -> NDArray[np.int64]: ...
     def stats(self, site: Site, block: int) -> BlockStats: ...
-    def read_slice(self, site: Site, block: int, index: int, out: NDArray[np.float16]) -> None: ...
-    def check_slice(self, site: Site, block: int, index: int, data: NDArray[np.float16], stats: BlockStats) -> None: ...
+    def read_slice(self, site: Site, block: int, index: int, out: NDArray[Any]) -> None: ...
+    def check_slice(self, site: Site, block: int, index: int, data: NDArray[Any], stats: BlockStats) -> None: ...
+    def values(self, site: Site, stored: NDArray[Any]) -> NDArray[np.float16]: ...
     def read_tokens(self, start: int, stop: int) -> NDArray[np.int64]: ...
 
 
@@ -94,7 +95,7 @@ class _Block:
     def __init__(self, cache: Cached, site: Site, block: int) -> None:
         spec = cache.spec
         self._cache, self._site, self.block, self._stats = cache, site, block, cache.stats(site, block)
-        self._data = np.empty((spec.block_rows, spec.d_model), np.float16)
+        self._data = spec.stored_rows(spec.block_rows)
         self._read = np.zeros(spec.slices, bool)
         self._place = np.empty(spec.block_rows, np.int64)  # where each row of the text is stored
         self._place[cache.block_order(block)] = np.arange(spec.block_rows)
@@ -108,7 +109,7 @@ class _Block:
                 self._cache.read_slice(self._site, self.block, index, part)
                 self._cache.check_slice(self._site, self.block, index, part, self._stats)
                 self._read[index] = True
-        return self._data[places]
+        return self._cache.values(self._site, self._data[places])
 
 
 class Tokens:

@@ -52,28 +52,22 @@ def folders(store: Store) -> list[str]:
     return [GROUP, f"{GROUP}/tokens", *(f"{GROUP}/{hook}" for hook in HOOKS), *arrays]
 
 
-def write_metadata(store: Store, spec: CacheSpec, sites: tuple[Site, ...]) -> None:
-    """Write the metadata files that are not as they should be."""
-    for key, data in metadata(spec, sites).items():
-        if get_or_none(store, key) != data:
-            store.write(key, data)
+def metadata_key(site: Site) -> str:
+    return f"{GROUP}/{site.array}/zarr.json"
 
 
-def bad_metadata(store: Store, spec: CacheSpec, sites: tuple[Site, ...]) -> list[str]:
-    """The keys of the metadata files that are missing or not as they should be."""
-    return [key for key, data in metadata(spec, sites).items() if get_or_none(store, key) != data]
-
-
-def metadata(spec: CacheSpec, sites: tuple[Site, ...]) -> dict[str, bytes]:
-    """{key: content} of every metadata file of the group."""
+def metadata(spec: CacheSpec, sites: tuple[Site, ...], of_sites: dict[Site, dict[str, Any]] | None = None) -> dict[str, bytes]:
+    """{key: content} of every metadata file of the group; `of_sites` are attributes of the sites' arrays."""
     attributes = {"format": FORMAT, "digest": spec.digest, "hook_point": RESID_POST, "spec": spec.to_dict()}
     files = {
         "": _node("group", attributes=attributes),
         "tokens/": _array((spec.sequences, spec.context), (spec.token_chunk, spec.context), spec.token_dtype.name, 0),
     }
-    shape, chunk = (spec.n_blocks * spec.block_rows, spec.d_model), (spec.block_rows, spec.d_model)
+    shape, chunk = (spec.n_blocks * spec.block_rows, spec.row_items), (spec.block_rows, spec.row_items)
     files |= {f"{hook}/": _node("group", attributes={}) for hook in sorted({RESID_POST, *(site.hook for site in sites)})}
-    files |= {f"{site.array}/": _array(shape, chunk, "float16", 0.0) for site in sites}
+    fill = 0.0 if spec.store == "float16" else 0
+    for site in sites:
+        files[f"{site.array}/"] = _array(shape, chunk, spec.store, fill) | {"attributes": (of_sites or {}).get(site, {})}
     return {f"{GROUP}/{folder}zarr.json": (json.dumps(node, indent=1) + "\n").encode() for folder, node in files.items()}
 
 
