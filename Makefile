@@ -16,8 +16,11 @@ quoted  = '$(subst ','\'',$(1))'
 PLACES := --preset $(call quoted,$(PRESET)) --cache $(call quoted,$(CACHE))
 TRAINED := --runs $(call quoted,$(RUNS)) $(if $(L1),--l1 $(call quoted,$(L1)))
 
+# one more than there are cores: some tests wait for servers and processes
+WORKERS := -n $(shell expr $$(nproc 2>/dev/null || echo 2) + 1) --maxprocesses 5 --dist loadfile
+
 .NOTPARALLEL:
-.PHONY: setup check demo harvest train eval job test crash soak bench clean
+.PHONY: setup check demo harvest train eval job test slow crash soak bench clean
 
 setup: .venv/ready
 check: .venv/ready-to-check
@@ -57,7 +60,11 @@ test: check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest $(WORKERS)
+
+# the tests that `make test` leaves out, since they take as long as all the others
+slow: check
+	$(PY) -m pytest $(WORKERS) -m slow $(ARGS)
 
 # every fault at every file operation of every command; `make test` has a spread of them
 crash: check

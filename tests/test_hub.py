@@ -64,6 +64,7 @@ def run(hub: Hub, tmp_path: Path, *command: object) -> subprocess.CompletedProce
     return done
 
 
+@pytest.mark.slow
 def test_the_published_preset_killed_and_continued(hub: Hub, expected: Cache, tmp_path: Path) -> None:
     """The tokens are those of the same text in a local file; what was written before the kill is not written again."""
     command = ("-m", "harvest", "--preset", "pythia-410m", "--cache", tmp_path / "c", *SHAPE)

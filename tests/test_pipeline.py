@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from residual_saes.shared.cache import Cache
@@ -34,6 +35,7 @@ def kill_when(reached: Callable[[], bool], *args: object) -> None:
         assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_harvest_train_eval_with_a_kill_in_each(
     harvest_args: tuple[object, ...], cache_path: Path, runs_path: Path, tmp_path: Path
 ) -> None:

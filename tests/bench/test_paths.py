@@ -97,6 +97,7 @@ def test_nothing_is_begun_when_the_time_is_over(few: Any, tmp_path: Path) -> Non
     assert set(found(tmp_path / "out").values()) == {"TimeoutError: the time was over before it was begun"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_everything_that_a_gpu_is_measured_with(tmp_path: Path) -> None:
     done = call(tmp_path, "gpu", "--dry")
     assert done.return_value == 0, done.output
@@ -192,11 +193,13 @@ def test_wheels_are_those_of_the_requirements() -> None:
 # -------------------------------------------------------------------------------------------------------------- peers
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_start_says_why_in_one_line() -> None:
     with pytest.raises(PeerFailed, match="^nobody: ModuleNotFoundError: No module named 'bench.workers.nobody'$"):
         Worker(Peer(name="nobody", label="nobody"), JOB)
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_inside_says_why(tmp_path: Path) -> None:
     # Our own environment has no SAELens: the worker starts and then fails on its import.
     peer = Peer(name="sae_lens", label="SAELens")
@@ -241,6 +244,7 @@ def test_environments_are_set_up_one_by_one_whatever_becomes_of_the_others(
     ]
 
 
+@pytest.mark.slow
 def test_the_plain_step_trains_in_a_process_of_its_own() -> None:
     with closing(Worker(STEPS[0], JOB)) as worker:
         assert worker.seconds() > 0

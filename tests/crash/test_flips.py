@@ -39,7 +39,7 @@ USES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("use", "kind"), USES)
+@pytest.mark.parametrize(("use", "kind"), [USES[0], *(pytest.param(*use, marks=pytest.mark.slow) for use in USES[1:])])
 def test_a_flipped_byte(sweep: Sweep, use: str, kind: str) -> None:
     scenario = sweep.scenario("eval" if use == "verify" else use)
     files = sorted(path.relative_to(scenario.start) for path in scenario.start.glob(FILES[kind]) if path.is_file())

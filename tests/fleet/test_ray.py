@@ -27,6 +27,7 @@ ALONE = ("unshare", "-n", "-u", "-p", "--fork", "--mount-proc", "--kill-child")
     shutil.which("unshare") is None or subprocess.run([*ALONE, "true"]).returncode != 0,
     reason="no network of its own to be had",
 )
+@pytest.mark.slow
 def test_a_fleet_that_is_stopped_and_nodes_that_are_lost_cost_time_and_nothing_else(
     cache_path: Path, cli: Cli, harvest_args: tuple[object, ...], tmp_path: Path
 ) -> None:

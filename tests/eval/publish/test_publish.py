@@ -89,6 +89,7 @@ def front_matter(text: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_continued(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.hang_after = 40  # large files: in the second commit
     command = [sys.executable, "-m", "eval", "publish", "--runs", str(run.path), "--to", "org"]
@@ -214,6 +215,7 @@ def test_what_is_damaged_is_not_sent(cli: Cli, run: Run) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_licences_are_looked_at_before_anything_is_sent(cli: Cli, hub: Hub, run: Run, tmp_path: Path) -> None:
     offline = cli("eval", "publish", "--runs", run.path, "--to", "org", "--license", "MIT", "--dry-run")
     assert offline.code == 2 and "'MIT' is no licence that is known here, and the hub cannot be asked: write mit" in offline.err
@@ -227,6 +229,7 @@ def test_licences_are_looked_at_before_anything_is_sent(cli: Cli, hub: Hub, run:
     assert publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--license", "brand-new-2.0", "--dry-run").returncode == 0
 
 
+@pytest.mark.slow
 def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tmp_path: Path) -> None:
     sent = publish(hub, tmp_path, "--runs", run.path, "--to", "org", "--public")
     assert sent.returncode == 0, sent.stderr

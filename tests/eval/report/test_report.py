@@ -99,6 +99,7 @@ def test_the_same_numbers_give_the_same_bytes(published: Published) -> None:
     assert drawn == pictures.rendered(density.importance(data_of(run, published[2]), features), "key")
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_again_only_of_other_numbers(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, runs, results, _ = published
     measured, drawn = measured_floors(folder, runs[0].config.stored["cache"]["digest"]), []
@@ -134,6 +135,7 @@ def data_of(run: Run, results: Results) -> RunData:
 
 
 @pytest.mark.parametrize("layers", [24, 1])
+@pytest.mark.slow
 def test_nothing_is_cut_off(published: Published, tmp_path: Path, layers: int) -> None:
     """Every label fits, those of large and of small numbers."""
     folder, runs, results, _ = published

@@ -50,6 +50,7 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.parametrize(("functions", "interpret"), RUNS)
+@pytest.mark.slow
 def test_in_its_own_process(functions: str, interpret: str, tmp_path: Path) -> None:
     run_in_its_own_process(__file__, functions, interpret, tmp_path)
 
