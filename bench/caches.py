@@ -20,7 +20,7 @@ from bench.setup import Setup
 from bench.steps import WAYS, Steps
 from residual_saes.harvest.writer import BlockWriter, WriterConfig
 from residual_saes.shared import files
-from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cache import Cache, CacheSpec, Stored
 from residual_saes.shared.sites import Site
 from residual_saes.train.loader import ActivationLoader, LoaderConfig
 
@@ -92,8 +92,9 @@ def writing(setup: Setup) -> Comparison:
         d=setup.d, n_layers=setup.layers, context=setup.context, sequences=setup.sequences, blocks=setup.write_blocks
     )  # fmt: skip
     cache, before = new_cache(setup.disk / "written", spec), dict(files.moved)
+    narrow = new_cache(setup.disk / "narrow", replace(spec, store="int8"))
 
-    def run() -> float:
+    def run(cache: Cache) -> float:
         empty(cache)
         return write_cache(cache, setup.threads)
 
@@ -107,10 +108,11 @@ def writing(setup: Setup) -> Comparison:
     payload = size(cache)
     with ExitStack() as stack:
         peers, absent = steps.start_peers(stack, WRITERS, setup, tokens=payload // 2 // setup.d, work=payload)
-        ours = Contender(name="ours", role="ours", work=payload, run=run, note=note)
+        ours = Contender(name="ours", role="ours", work=payload, run=partial(run, cache), note=note)
+        narrowed = Contender(name="ours, stored as int8", role="ours", key="int8", work=payload, run=partial(run, narrow))
         raw = _raw("write", cache, setup.threads)
         name = f"Cache write, {payload / 1e6:.0f} MB of fp16, durable"
-        return setup.compare("writing", name, "bytes", [ours, *raw, *peers], absent=absent)
+        return setup.compare("writing", name, "bytes", [ours, narrowed, *raw, *peers], absent=absent)
 
 
 def _raw(word: str, cache: Cache, threads: int) -> list[Contender]:
@@ -140,9 +142,9 @@ def evict_blocks(cache: Cache) -> None:
 # ----------------------------------------------------------------------------------------------------------- loader
 
 
-def one_layer(setup: Setup, folder: Path, *, sequences: int, blocks: int) -> Cache:
+def one_layer(setup: Setup, folder: Path, *, sequences: int, blocks: int, store: Stored = "float16") -> Cache:
     spec = cache_spec(d=setup.d, n_layers=1, context=setup.context, sequences=sequences, blocks=blocks)
-    cache = new_cache(folder / "layer", spec)
+    cache = new_cache(folder / f"layer-{store}", replace(spec, store=store))
     write_cache(cache, setup.threads)
     return cache
 
@@ -157,15 +159,16 @@ def reading(setup: Setup) -> Comparison:
     contenders = []
     for where, folder in setup.folders:
         cache = one_layer(setup, folder, sequences=setup.sequences, blocks=setup.read_blocks)
-        contenders.append(_loader_alone(setup, cache, where))
+        narrow = one_layer(setup, folder, sequences=setup.sequences, blocks=setup.read_blocks, store="int8")
+        contenders += [_loader_alone(setup, each, where, size(cache)) for each in (cache, narrow)]
         if where == "disk":  # by as many threads as the loader has
             contenders += _raw("read", cache, LoaderConfig(batch=1).threads)
     name = f"Cache read, {contenders[0].work / 1e6:.0f} MB, cold page cache"
     return setup.compare("reading", name, "bytes", contenders, min(2, setup.rounds) if setup.gpu else 0)
 
 
-def _loader_alone(setup: Setup, cache: Cache, where: str) -> Contender:
-    """One pass over a cache of one layer; windows are kept, as they are through a training run."""
+def _loader_alone(setup: Setup, cache: Cache, where: str, work: int) -> Contender:
+    """One pass over a cache of one layer, which as float16 is of `work` bytes; windows are kept, as they are through a run."""
     loader, before, shares = new_loader(setup, cache, setup.window_blocks), dict(files.moved), list[float]()
 
     def run() -> float:
@@ -183,8 +186,10 @@ def _loader_alone(setup: Setup, cache: Cache, where: str) -> Contender:
             f"consumer waits {statistics.median(shares):.0%} of the time; {past_page_cache(before)}"
         )
 
-    key = "" if where == "disk" else where
-    return Contender(name=f"ours, from {where}", role="ours", key=key, work=size(cache), run=run, note=note)
+    store = cache.spec.store
+    key = " ".join(word for word in (where, store) if word not in ("disk", "float16"))
+    name = f"ours, from {where}" + f", stored as {store}" * (store != "float16")
+    return Contender(name=name, role="ours", key=key, work=work, run=run, note=note)
 
 
 # --------------------------------------------------------------------------------------------------------- training
