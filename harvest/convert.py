@@ -86,6 +86,8 @@ def convert(of: Cache, place: Location, spec: CacheSpec, sites: tuple[Site, ...]
     open_store(place).prepare()
     if not Cache.exists(place):
         require_space(place, planned_bytes(spec, sites[:1] if move else sites))
+    if move:
+        of.remove_leftovers()
     config = HarvestConfig(device=torch.device("cpu"), writer=WriterConfig(threads=threads))
     for site in sites:
         if site in of.freed() and not _whole(place, site):

@@ -37,6 +37,7 @@ SCENARIOS = (
     "layers",
     "repair",
     "free",
+    "convert",
     "train",
     "resume",
     "eval",
@@ -270,9 +271,10 @@ class Sweep:
         """Made when it is first asked for; those that it starts from too."""
         if name not in self._scenarios:
             make: dict[str, Callable[[Worker], tuple[str, ...]]] = {
-                "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "train": self._train,
-                "free": self._freeing, "resume": self._resume, "eval": self._eval, "pictures": self._pictures,
-                "pages": self._pages, "distill": self._distill, "distill-on": self._distill_on, "export": self._export,
+                "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "free": self._freeing,
+                "convert": self._convert, "train": self._train, "resume": self._resume, "eval": self._eval,
+                "pictures": self._pictures, "pages": self._pages, "distill": self._distill, "distill-on": self._distill_on,
+                "export": self._export,
             }  # fmt: skip
             worker, start = self._workers[0], self.folder / name
             shutil.rmtree(worker.folder, ignore_errors=True)
@@ -314,6 +316,10 @@ class Sweep:
     def _freeing(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0-2", 5))
         return ("harvest", "free", "--preset", "demo", "--cache", "cache", "--layers", "0,2", "--yes")
+
+    def _convert(self, worker: Worker) -> tuple[str, ...]:
+        self._do(worker, self.harvest_args("0-1", 5))
+        return ("harvest", "convert", "--cache", "cache", "--out", "narrow", "--move", "--threads", "2")
 
     def _train(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0-1", 5))
