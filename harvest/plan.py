@@ -3,7 +3,7 @@
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +35,14 @@ class Plan:
         if self.write_rate is not None:
             least = format_seconds(total / self.write_rate)
             probe = f"{format_bytes(self.write_rate)}/s: writing takes at least {least}"
+        half = replace(s, store="int8")
         return "\n".join(
             (
                 f"tokens      {s.n_blocks * s.block_rows:,} ({s.train_tokens:,} to train on, the rest held out)",
                 f"blocks      {s.n_blocks:,} of {s.block_rows:,} rows, {format_bytes(s.block_bytes)} a layer",
                 f"per layer   {format_bytes(layer)} ({layer:,} bytes)",
                 f"in all      {format_bytes(total)} ({total:,} bytes) for {len(self.sites)} layers",
+                *[f"--store int8  {format_bytes(planned_bytes(half, self.sites))} in all"] * (s != half),
                 f"free disk   {'unknown: the file system does not say' if self.free == UNKNOWN_FREE else room}",
                 f"write probe {probe}",
             )
