@@ -1,4 +1,4 @@
-// The first screen of an SAE, the search in all of them, and names that the reader gives.
+// The first screen of an SAE, the search in all of them, what is near in others, and names that the reader gives.
 
 // Rare (about a token in a thousand) with peaks that agree: what a reader can most often make sense of.
 function interest(i) {
@@ -136,6 +136,15 @@ async function everywhere() {
     const links = found.slice(0, 12).flatMap((i) => [" ", el("a", {href: address(facts, i)}, String(i))]);
     list.append(el("li", {}, `layer ${facts.layer} of ${facts.name}: ${whole(found.length)}`, ...links));
   }
+}
+
+// The nearest feature by decoder cosine in each SAE that this one was compared with.
+async function elsewhere(facts, i) {
+  const others = catalogue.saes.filter((s) => facts.near.includes(s.folder.split(".").at(-1)));
+  const found = await Promise.all(others.map((s) => load(`${facts.name}/${facts.folder}/near-${s.folder.split(".").at(-1)}`)));
+  return others.flatMap((s, n) => found[n].feature[i] < 0 ? [] : [el("li", {},
+    el("a", {href: address(s, found[n].feature[i])}, String(found[n].feature[i])),
+    s.name === facts.name ? ` layer ${s.layer} ` : ` ${s.name} `, el("small", {}, format(found[n].cosine[i])))]);
 }
 
 // --- names: {address of a feature: name}, of the file notes.js and what was added in this browser ---

@@ -280,15 +280,6 @@ function neighbours(chunk, k, name, note) {
   return items.length ? el("ul", {className: `chips ${name}`}, ...items) : el("p", {className: "note"}, "none");
 }
 
-// The nearest feature by decoder cosine in each SAE that this one was compared with.
-async function elsewhere(facts, i) {
-  const others = catalogue.saes.filter((s) => facts.near.includes(s.folder.split(".").at(-1)));
-  const found = await Promise.all(others.map((s) => load(`${facts.name}/${facts.folder}/near-${s.folder.split(".").at(-1)}`)));
-  return others.flatMap((s, n) => found[n].feature[i] < 0 ? [] : [el("li", {},
-    el("a", {href: address(s, found[n].feature[i])}, String(found[n].feature[i])),
-    s.name === facts.name ? ` layer ${s.layer} ` : ` ${s.name} `, el("small", {}, format(found[n].cosine[i])))]);
-}
-
 // Counts by bins of one width, the first of which begins at `from`; of `what`, tokens on a logarithmic axis.
 function histogram(bins, from, width, what) {
   const used = bins.findLastIndex((n) => n > 0) + 1, most = Math.max(...bins), W = 420, H = 120, base = H - 18, left = 44;
