@@ -75,7 +75,7 @@ class Reconstruction:
 
 @dataclass(kw_only=True, frozen=True)
 class Weights:
-    """How alike the rows of the weights are."""
+    """How alike the rows of the weights are; on a CPU over 4,096 rows i where there are more than twice as many."""
 
     max_decoder_cosine_sim: Value = None  # largest cosine of two decoder rows
     average_max_decoder_cosine_sim: Value = None  # mean over i of the largest cosine of row i to another; SAEBench

@@ -16,9 +16,9 @@ from torch import Tensor
 from residual_saes.eval.measure.features import Features, features_path, load_features, save_features
 from residual_saes.eval.measure.heldout import Activations, Moments, heldout_blocks, heldout_tokens
 from residual_saes.eval.measure.match import match
-from residual_saes.eval.measure.metrics import largest_cosine, measure
+from residual_saes.eval.measure.metrics import Measurement, largest_cosine, measure
 from residual_saes.eval.measure.predicted import Statistics
-from residual_saes.eval.measure.result import Metrics, Number
+from residual_saes.eval.measure.result import Metrics, Number, Truth
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.run import Run
@@ -58,7 +58,8 @@ def metrics(sae: Sae, blocks: Blocks, dead_at: float = 1e-5, alive_above: float 
 
 
 def by_name(metrics: Metrics) -> dict[str, Number]:
-    values = dict(vars(metrics))
+    """All but what only a synthetic world knows."""
+    values = {name: value for name, value in vars(metrics).items() if name not in {f.name for f in dataclasses.fields(Truth)}}
     return values | {f"floor_{width}": floor for width, floor in values.pop("floors").items()}
 
 
@@ -292,6 +293,18 @@ def test_largest_cosines_are_those_of_the_whole_matrix(monkeypatch: pytest.Monke
     assert torch.allclose(largest_cosine(a, a, others=True), whole.max(1).values)
     assert torch.allclose(largest_cosine(a, a), torch.ones(23))
     assert largest_cosine(a[:1], a[:1], others=True).tolist() == [-math.inf]
+
+
+def test_of_many_features_some_are_compared_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU; which ones follows from how many there are."""
+    sae = random_sae()
+    whole, nearest, own = Measurement(sae, 10).weights()
+    monkeypatch.setattr("residual_saes.eval.measure.metrics._SAMPLED", F // 2 - 1)
+    weights, some, same = Measurement(sae, 10).weights()
+    rows = [i * F // (F // 2 - 1) for i in range(F // 2 - 1)]
+    assert some[rows].tolist() == pytest.approx(nearest[rows].tolist()) and int(some.isnan().sum()) == F - len(rows)
+    assert torch.equal(own, same) and weights.average_encoder_decoder_cosine_sim == whole.average_encoder_decoder_cosine_sim
+    assert weights.average_max_decoder_cosine_sim == pytest.approx(float(nearest[rows].mean()), rel=1e-5)
 
 
 def test_matching_finds_features_that_moved_and_changed_norm() -> None:
