@@ -20,7 +20,7 @@ from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location, open_store
 from residual_saes.shared.synthetic.config import WorldConfig
 from residual_saes.shared.typed import read
-from residual_saes.shared.units import ALONE, Shard, parse_shard
+from residual_saes.shared.units import ALONE, Shard, parse_layers, parse_shard
 
 
 def _world_options() -> tuple[Callable[..., Any], ...]:
@@ -41,6 +41,7 @@ def _world_options() -> tuple[Callable[..., Any], ...]:
     CACHE,
     options_of(WorldPreset),
     click.option("--worlds", type=click.IntRange(1, 10_000), default=1, show_default=True, help="A layer of the cache each."),
+    click.option("--layers", help="Worlds to fill now, such as 0-3 or 3,7 [default: all]."),
     *_world_options(),
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of worlds, rows and their order.")
@@ -52,7 +53,14 @@ def synthetic_command(**options: Any) -> None:
 
 
 def fill_synthetic(
-    preset: str | None, cache: Location | None, worlds: int, seed: int, threads: int, shard: Shard, **options: Any
+    preset: str | None,
+    cache: Location | None,
+    worlds: int,
+    layers: str | None,
+    seed: int,
+    threads: int,
+    shard: Shard,
+    **options: Any,
 ) -> Cache:
     """The cache that the values of all options describe. Raises UserError."""
     base = world_preset(preset)
@@ -60,12 +68,13 @@ def fill_synthetic(
     chosen = filled(WorldPreset, options, **{f.name: getattr(base, f.name) for f in fields(WorldPreset)} | {"world": world})
     name = base.name if (world, chosen.d_model) == (base.world, base.d_model) else f"synthetic-{world.features}"
     spec = _spec(replace(chosen, name=name), worlds, seed)
-    place, sites = DATA / name if cache is None else cache, tuple(map(Site, range(worlds)))
+    place, again = DATA / name if cache is None else cache, layers is not None  # whoever names a layer wants all of it
+    sites = tuple(map(Site, parse_layers(f"0-{worlds - 1}" if layers is None else layers, worlds)))
     open_store(place).prepare()
     if not Cache.exists(place):
         require_space(place, planned_bytes(spec, sites))
     config = HarvestConfig(device=torch.device("cpu"), writer=WriterConfig(threads=threads), shard=shard)
-    return fill_cache(place, spec, sites, Synthetic(), config)
+    return fill_cache(place, spec, sites, Synthetic(), config, again=again)
 
 
 def _spec(chosen: WorldPreset, worlds: int, seed: int) -> CacheSpec:

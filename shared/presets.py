@@ -201,7 +201,12 @@ WORLDS = {
             holdout_tokens=262_144,
             context=1024,
             block_sequences=32,
-            **dataclasses.asdict(Training.of(768, 20_000_000, 262_144)),
+            expansion=5,
+            l1="batchtopk:25/decay",
+            batch=16_384,
+            lr=2.6e-3,
+            lr_warmup=61,
+            ce_tokens=0,
         ),
     )
 }
@@ -268,9 +273,10 @@ def table() -> str:
         "lr_warmup": "100, in short runs 5 %",
         "ce_tokens": "an eighth of those held out, at most 100,000",
     }
-    rows = [("", *PRESETS, "without a preset")]
+    presets: tuple[Preset | WorldPreset, ...] = (*PRESETS.values(), *WORLDS.values())
+    rows = [("", *(preset.name for preset in presets), "without a preset")]
     for name in (f.name for f in dataclasses.fields(Preset) if f.name != "name"):
-        values = [getattr(preset, name) for preset in PRESETS.values()]
+        values = [getattr(preset, name, None) for preset in presets]
         shown = ["-" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in values]
         rows.append((name.replace("_", "-"), *shown, without.get(name, "16" if name == "window_blocks" else "-")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -80,7 +80,7 @@ harvest run: --preset= --cache= --threads=4 --model= --revision= --dataset= --da
 harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
   --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --json
-harvest synthetic: --preset= --cache= --d-model= --tokens= --holdout-tokens= --context= --block-sequences= --worlds=1
+harvest synthetic: --preset= --cache= --d-model= --tokens= --holdout-tokens= --context= --block-sequences= --worlds=1 --layers=
   --features= --zipf= --most-frequent= --least-frequent= --roots= --branching= --depth= --exclusive= --rank= --correlation=
   --magnitude= --last-magnitude= --spread= --spread-spread= --bias= --seed=0 --threads=4 --shard=0/1
 harvest convert: --preset= --cache= --out=! --store=int8[float16|int8] --layers= --move --threads=4

@@ -104,6 +104,15 @@ def test_verify_finds_damage_and_repair_mends_it(cli: Cli, made: Cache, copy: Ca
     assert content(copy) == content(made)
 
 
+def test_a_world_that_was_freed_comes_back_when_it_is_named(cli: Cli, made: Cache, copy: Cache) -> None:
+    assert cli("harvest", "free", "--cache", copy.path, "--layers", 1, "--yes").code == 0
+    assert not copy.block_path(Site(1), 0).exists() and copy.block_path(Site(1), 9).exists()
+    assert "--layers brings them back" in cli("harvest", *ARGS, "--cache", copy.path).err
+    assert cli("harvest", *ARGS, "--layers", 1, "--cache", copy.path).code == 0
+    for block in range(10):
+        np.testing.assert_array_equal(copy.whole_block(Site(1), block), made.whole_block(Site(1), block))
+
+
 def test_blocks_come_out_the_same_in_any_order_and_by_any_shard(made: Cache, tmp_path: Path) -> None:
     cache = Cache.create(tmp_path / "c", made.spec, made.sites)
     for index in (0, 1):
