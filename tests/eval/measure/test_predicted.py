@@ -159,7 +159,7 @@ def test_the_example_in_the_docs_is_so(cli: Cli, tmp_path: Path) -> None:
 def test_bad_options_are_one_line(cli: Cli, tmp_path: Path) -> None:
     path = write(tmp_path / "s.json", 0.9, 1, [1.0])
     refused(cli("eval", "floor", "--statistics", path, "--widths", "12,x"), "'x' is not a count")
-    refused(cli("eval", "floor", "--statistics", path, "--widths", ""), "'' is not a count")
+    refused(cli("eval", "floor", "--statistics", path, "--widths", ""), "--widths is empty")
     refused(cli("eval", "floor", "--statistics", path, "--widths", "0"), "'0' is not a count")
     refused(cli("eval", "floor", "--statistics", tmp_path / "none.json"), "none.json: No such file")
     refused(cli("eval", "floor", "--statistics", tmp_path), "Is a directory")

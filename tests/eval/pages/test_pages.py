@@ -415,7 +415,7 @@ def test_a_text_is_shown_with_the_features_of_its_tokens(cli: Cli, browser: Brow
     feature = chips[0][0]
     browser.all(".chips a")[0].click()
     browser.until(lambda: browser.text("h2") == f"Feature {feature}")
-    for wrong, words in (("", "has 0 tokens"), ("a " * 99, "from 1 to 31")):
+    for wrong, words in (("", "--text is empty"), ("a " * 99, "from 1 to 31")):
         result = cli("eval", "ask", "--runs", runs, "--text", wrong)
         assert result.code == 2 and words in result.err
 
