@@ -94,7 +94,7 @@ def convert(of: Cache, place: Location, spec: CacheSpec, sites: tuple[Site, ...]
             say(f"layer {site} is left out: its training blocks were freed", err=True)
             continue
         fill_cache(place, spec, (site,), Converted(of), config)
-        if move and site not in of.freed():
+        if move and of.freeable(site):
             free(of, (site,))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 import torch
@@ -13,22 +13,27 @@ from residual_saes.harvest.plan import planned_bytes, require_space
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec
-from residual_saes.shared.cli import CACHE, PRESET, SEED, THREADS, filled, options, options_of
+from residual_saes.shared.cli import CACHE, PRESET, SEED, THREADS, Number, filled, options, options_of
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import DATA, WorldPreset, world_preset
 from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location, open_store
 from residual_saes.shared.synthetic.config import WorldConfig
-from residual_saes.shared.typed import read
+from residual_saes.shared.typed import Bounds, read
 from residual_saes.shared.units import ALONE, Shard, parse_layers, parse_shard
 
 
 def _world_options() -> tuple[Callable[..., Any], ...]:
-    """An option for each field of a world."""
+    """An option for each field of a world, with its bounds."""
+    hints = get_type_hints(WorldConfig, include_extras=True)
+
+    def number(of: type, bounds: Bounds) -> click.IntRange | Number:
+        return click.IntRange(int(bounds.least), int(bounds.most)) if of is int else Number(bounds.least, bounds.most)
+
     return tuple(
         click.option(
             f"--{f.name.replace('_', '-')}",
-            type=type(f.default),
+            type=number(*get_args(hints[f.name])),
             help=f"{f.metadata['help']} [default: by preset, or {f.default:,}]",
         )
         for f in fields(WorldConfig)

@@ -198,7 +198,7 @@ def test_bad_rows_are_named_before_anything_is_written(cli: Cli, harvest_args: t
 def test_models_are_opened_before_their_text_is_tokenised(
     cli: Cli, harvest_args: tuple[object, ...], lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("residual_saes.harvest.run.write_tokens", lambda *_: pytest.fail("tokenised first"))
+    monkeypatch.setattr("residual_saes.harvest.origin.write_tokens", lambda *_: pytest.fail("tokenised first"))
     shutil.copytree(lm, tmp_path / "lm")
     args = (*harvest_args, "--cache", tmp_path / "c", "--model", tmp_path / "lm")
     refused(cli("harvest", *args, "--context", 128), "contexts of 128 tokens do not fit the 64 positions of")

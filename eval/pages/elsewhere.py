@@ -33,10 +33,6 @@ class Shown:
     folder: Path
     checkpoint: Path
 
-    @property
-    def digest(self) -> str:
-        return self.folder.name.rpartition(".")[2]
-
     def directions(self, device: torch.device) -> "_Directions":
         """Raises UserError for a checkpoint that cannot be read."""
         fires = read_tensors(self.folder / "columns.safetensors")[0]["count"] > 0
@@ -62,6 +58,13 @@ def write_nearest(shown: Sequence[Shown], device: torch.device) -> None:
             progress.advance(1, f"layer {pair[0].site}")
 
 
+def forget(out: Path, gone: Sequence[Path]) -> None:
+    """Remove what leads to folders that are about to go."""
+    for folder in gone:
+        for path in out.glob(f"*/*/near-{_digest(folder)}.js"):
+            path.unlink(missing_ok=True)
+
+
 def _pairs(shown: Sequence[Shown]) -> Iterator[tuple[Shown, Shown]]:
     """Two runs at one site, and one run at two sites between which it has none of the same hook."""
     yield from ((a, b) for a, b in itertools.combinations(shown, 2) if a.site == b.site and a.run != b.run)
@@ -71,7 +74,11 @@ def _pairs(shown: Sequence[Shown]) -> Iterator[tuple[Shown, Shown]]:
 
 
 def _path(one: Shown, other: Shown) -> Path:
-    return one.folder / f"near-{other.digest}.js"
+    return one.folder / f"near-{_digest(other.folder)}.js"
+
+
+def _digest(folder: Path) -> str:
+    return folder.name.rpartition(".")[2]
 
 
 @torch.inference_mode()

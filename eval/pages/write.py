@@ -115,11 +115,11 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
     shown = [job.shown(folder) for job, folder in of_jobs if folder in current]
     with skipped.leaving_out():
         elsewhere.write_nearest(shown, config.device)
+    gone = [old for folder in current for old in files.siblings(folder) if old not in current]
+    elsewhere.forget(config.out, gone)
     page = files.write_index(config.out, current)
-    for folder in current:
-        for old in files.siblings(folder):
-            if old not in current:
-                shutil.rmtree(old, ignore_errors=True)
+    for folder in gone:
+        shutil.rmtree(folder, ignore_errors=True)
     return page
 
 

@@ -44,7 +44,7 @@ def test_trainers_of_the_same_layers_and_an_evaluation_beside_them(sweep: Sweep,
         killed, other, beside = worker.together(
             [(Sweep.TRAIN, {"FAULT": "kill", "AT": at}), (Sweep.TRAIN, {}), (evaluation.argv, {})]
         )
-        assert killed.code in (-9, 0, 2), killed.why
+        assert killed.code in (-9, 0, 2, 3), killed.why  # it may be the one that comes second
         for ended in (other, beside):
             assert ended.code in (0, 2, 3), ended.why
             assert "Traceback" not in ended.said
