@@ -98,6 +98,7 @@ def test_how_far_a_fleet_is_is_read_in_the_bucket(bucket_cache: str, s3_server: 
     assert cluster._checkpoints([runs / "a", runs / "b"], parse_sites("0,1")) == (2, 24, "checkpoints")
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(
     cli: Cli, bucket_cache: str, runs_path: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, server: Server, name: str, calls: i
     return threads
 
 
+@pytest.mark.slow
 def test_a_server_killed_and_started_again_costs_a_pause(
     cli: Cli, own_server: Server, harvest_args: tuple[object, ...], cache_path: Path, runs_path: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,6 +164,7 @@ def test_a_server_killed_and_started_again_costs_a_pause(
     same_saes(tmp_path / "runs", runs_path)
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_training_with_one_line_and_it_goes_on_later(
     cli: Cli, own_server: Server, cache_path: Path, runs_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the preloaded l
 
 @pytest.mark.parametrize("at", [60, 150])
 @pytest.mark.parametrize("layers", [("0-1", "0-1"), ("0-1", "0-1", "0-1", "0-1")])
+@pytest.mark.slow
 def test_on_the_same_layers(sweep: Sweep, layers: tuple[str, ...], at: int) -> None:
     together(sweep, layers, at)
 
 
 @pytest.mark.parametrize("at", [20, 60, 100])
 @pytest.mark.parametrize("layers", [("1", "2"), ("1", "2", "1-2"), ("0", "1", "2", "0-2")])
+@pytest.mark.slow
 def test_on_different_layers(sweep: Sweep, layers: tuple[str, ...], at: int) -> None:
     together(sweep, layers, at)
 

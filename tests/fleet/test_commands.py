@@ -63,6 +63,7 @@ def test_ctrl_c_waits_for_the_command(tmp_path: Path, by: Callable[[], None]) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends children with their parents, if they ask for it")
+@pytest.mark.slow
 def test_a_command_ends_with_the_job_that_is_killed(tmp_path: Path) -> None:
     program = f"from pathlib import Path; from {__name__} import patient; patient(Path({str(tmp_path)!r})).run('train')"
     parent = subprocess.Popen([sys.executable, "-c", program])

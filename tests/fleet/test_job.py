@@ -93,6 +93,7 @@ def weights(runs: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_job_in_windows_stopped_between_commands(config: JobConfig, runs_path: Path) -> None:
     """What comes of it are the SAEs of the undivided cache, and the disk has never held more than it was allowed."""
     ran = []

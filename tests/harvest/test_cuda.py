@@ -23,6 +23,7 @@ RUNS = [("check_*", "1"), ("compile_*", "0"), pytest.param("check_*", "0", marks
 
 @needs_triton
 @pytest.mark.parametrize(("functions", "interpret"), RUNS)
+@pytest.mark.slow
 def test_in_its_own_process(functions: str, interpret: str, tmp_path: Path) -> None:
     run_in_its_own_process(__file__, functions, interpret, tmp_path)
 

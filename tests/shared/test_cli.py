@@ -179,10 +179,14 @@ def test_a_signal_waits_for_the_step_where_work_says_so(
             raise KeyboardInterrupt from None  # as Ray does, whatever it was
 
     monkeypatch.setattr("residual_saes.shared.stop._ONE_REQUEST", 0.0)
+    asis = signal.getsignal(number)
+    if asis == signal.SIG_IGN:  # as under nohup, where what is ignored stays so
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     for work in (patient, at_once, twice, through_a_library):
         assert program(work, capfd, monkeypatch)[0] == code
         assert signal.getsignal(number) == before
+    signal.signal(number, asis)
     assert done == ["saved"]
 
 

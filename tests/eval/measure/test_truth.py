@@ -155,6 +155,7 @@ def test_a_cache_of_a_language_model_has_no_truth(cli: Cli, cache_path: Path, ru
     assert result.code == 2 and "whose true features nobody knows" in result.err and result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_saelens_measures_the_same(cli: Cli, world_path: Path, tmp_path: Path) -> None:
     """Its own evaluator, on the exported SAEs and the same rows."""
     python = ENVIRONMENTS / "sae_lens" / "bin" / "python"

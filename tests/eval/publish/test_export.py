@@ -420,6 +420,7 @@ TOOLS = {"saelens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_the_tool_itself_loads_it_and_computes_the_same(form: str, tmp_path: Path) -> None:
     environment = ENVIRONMENTS / TOOLS[form]
     if not (environment / "stamp.json").exists():  # which bench.peers puts into one that is complete
@@ -452,6 +453,7 @@ def test_the_tool_itself_loads_it_and_computes_the_same(form: str, tmp_path: Pat
             assert torch.equal(ways["from_pretrained"]["sparsity"], known["log10_density"])
 
 
+@pytest.mark.slow
 def test_two_exports_at_once_end_well(runs_path: Path, tmp_path: Path) -> None:
     run = min(p.parent for p in runs_path.glob("*/config.json"))
     command = [sys.executable, "-m", "eval", "export", "--to", "saelens", "--runs", run, "--out", tmp_path / "out"]

@@ -135,6 +135,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_not_waited_for_for_ever(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.hang_after = 0
     command = [sys.executable, "-c", SILENT, "publish", "--runs", str(run.path), "--to", "org"]
@@ -147,6 +148,7 @@ def test_a_silent_server_is_not_waited_for_for_ever(hub: Hub, run: Run, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_others_get_no_path_of_this_machine_and_open_the_run_as_here(hub: Hub, run: Run, tmp_path: Path) -> None:
     assert publish(hub, tmp_path, "--runs", run.path, "--to", "org").returncode == 0
     got, files = Run(tmp_path / "got" / run.name), hub.repositories[f"org/{run.name}"]["files"]
@@ -256,6 +258,7 @@ def test_what_the_card_says_about_loading_is_so(hub: Hub, run: Run, lm: Path, tm
     torch.testing.assert_close(torch.load(tmp_path / "z.pt"), out["z"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_refusals_are_one_line_without_the_token(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.refuse = 403
     result = publish(hub, tmp_path, "--runs", run.path, "--to", "org")

@@ -47,6 +47,7 @@ def test_the_unfused_pass_fills_the_kernels_own_order_and_counts_what_is_there(k
     assert torch.equal(active.row_start, torch.arange(0, 201, 5))
 
 
+@pytest.mark.slow
 def test_topk_is_trained_evaluated_shown_and_exported(cli: Cli, cache_path: Path, cache: Cache, tmp_path: Path) -> None:
     where = ("--preset", "demo", "--cache", cache_path, "--device", "cpu", "--runs", tmp_path / "runs")
     assert (
