@@ -16,7 +16,7 @@ from residual_saes.harvest.fill import fill_cache
 from residual_saes.harvest.hub import open_text, refuse_local_split
 from residual_saes.harvest.origin import Origin, ReadText, Synthetic
 from residual_saes.harvest.pieces import TextSource
-from residual_saes.harvest.plan import make_plan, planned_bytes, require_space
+from residual_saes.harvest.plan import make_plan, prepare_place, whole_blocks
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.synthetic import synthetic_command
 from residual_saes.harvest.tokens import require_one_context, separator_id
@@ -30,7 +30,7 @@ from residual_saes.shared.lm import load_config, load_tokenizer, require_model
 from residual_saes.shared.presets import DATA, PRESETS, Preset, cache_place, get_preset, short_name
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites, hook_name, parse_sites
-from residual_saes.shared.stores import Location, open_store, parse_name
+from residual_saes.shared.stores import Location, parse_name
 from residual_saes.shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
 
 
@@ -64,13 +64,12 @@ class Job:
     def shape(self) -> CacheSpec:
         """The spec as far as it is known without model and text: enough for every size."""
         p = self.preset
-        rows = p.block_sequences * p.context
-        train, holdout = -(-p.tokens // rows), -(-p.holdout_tokens // rows)
+        n_blocks, holdout_blocks = whole_blocks(p.tokens, p.holdout_tokens, p.block_sequences * p.context)
         return CacheSpec(
             model=p.model, model_revision="", dataset=p.dataset, dataset_revision="", split=p.split,
             text_column=p.text_column, tokenizer_sha256="", separator=0, context=p.context, d_model=p.d_model,
             n_layers=p.n_layers, vocab_size=p.vocab_size, block_sequences=p.block_sequences,
-            n_blocks=train + holdout, holdout_blocks=holdout, seed=self.seed, precision=self.precision,
+            n_blocks=n_blocks, holdout_blocks=holdout_blocks, seed=self.seed, precision=self.precision,
             bos=self.bos, store=self.store,
         )  # fmt: skip
 
@@ -169,9 +168,7 @@ def fill(device: str | None, **options: Any) -> Cache:
     """Harvest the job that the values of all options describe, and return its cache. Raises UserError."""
     job = job_of(options)
     config = job.config(device)
-    open_store(job.cache).prepare()
-    if not Cache.exists(job.cache):
-        require_space(job.cache, planned_bytes(job.shape(), job.sites))
+    prepare_place(job.cache, job.shape(), job.sites)
     opened = job.open()
     spec = opened.spec
     if Cache.exists(job.cache):

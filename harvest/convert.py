@@ -10,7 +10,7 @@ from torch import Tensor
 
 from residual_saes.harvest.care import free
 from residual_saes.harvest.fill import fill_cache
-from residual_saes.harvest.plan import planned_bytes, require_space
+from residual_saes.harvest.plan import prepare_place
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.source import Sink
 from residual_saes.harvest.writer import WriterConfig
@@ -20,7 +20,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import cache_place
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites, parse_sites
-from residual_saes.shared.stores import Location, open_store, parse_location
+from residual_saes.shared.stores import Location, parse_location
 
 
 class Converted:
@@ -83,9 +83,7 @@ def convert_command(
 
 def convert(of: Cache, place: Location, spec: CacheSpec, sites: tuple[Site, ...], *, move: bool, threads: int) -> None:
     """Fill the cache at `place`, whose spec differs in how values are stored alone. Raises UserError."""
-    open_store(place).prepare()
-    if not Cache.exists(place):
-        require_space(place, planned_bytes(spec, sites[:1] if move else sites))
+    prepare_place(place, spec, sites[:1] if move else sites)
     if move:
         of.remove_leftovers()
     config = HarvestConfig(device=torch.device("cpu"), writer=WriterConfig(threads=threads))

@@ -58,6 +58,19 @@ def planned_bytes(spec: CacheSpec, sites: tuple[Site, ...]) -> int:
     return _layer_bytes(spec) * len(sites) + spec.token_bytes
 
 
+def whole_blocks(tokens: int, holdout_tokens: int, rows: int) -> tuple[int, int]:
+    """(blocks in all, blocks held out) of so many rows that hold these tokens."""
+    train, holdout = -(-tokens // rows), -(-holdout_tokens // rows)
+    return train + holdout, holdout
+
+
+def prepare_place(place: Location, spec: CacheSpec, sites: tuple[Site, ...]) -> None:
+    """Raises UserError where nothing can be written, or where a new cache of these layers does not fit."""
+    open_store(place).prepare()
+    if not Cache.exists(place):
+        require_space(place, planned_bytes(spec, sites))
+
+
 def make_plan(path: Location, spec: CacheSpec, sites: tuple[Site, ...], threads: int) -> Plan:
     rate = probe_write(path, threads) if isinstance(path, Path) else None
     return Plan(spec=spec, sites=sites, free=open_store(path).free(), write_rate=rate)

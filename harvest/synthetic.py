@@ -9,7 +9,7 @@ import torch
 
 from residual_saes.harvest.fill import fill_cache
 from residual_saes.harvest.origin import Synthetic
-from residual_saes.harvest.plan import planned_bytes, require_space
+from residual_saes.harvest.plan import prepare_place, whole_blocks
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec
@@ -17,7 +17,7 @@ from residual_saes.shared.cli import CACHE, PRESET, SEED, THREADS, Number, fille
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import DATA, WorldPreset, world_preset
 from residual_saes.shared.sites import Site
-from residual_saes.shared.stores import Location, open_store
+from residual_saes.shared.stores import Location
 from residual_saes.shared.synthetic.config import WorldConfig
 from residual_saes.shared.typed import Bounds, read
 from residual_saes.shared.units import ALONE, Shard, parse_layers, parse_shard
@@ -75,9 +75,7 @@ def fill_synthetic(
     spec = _spec(replace(chosen, name=name), worlds, seed)
     place, again = DATA / name if cache is None else cache, layers is not None  # whoever names a layer wants all of it
     sites = tuple(map(Site, parse_layers(f"0-{worlds - 1}" if layers is None else layers, worlds)))
-    open_store(place).prepare()
-    if not Cache.exists(place):
-        require_space(place, planned_bytes(spec, sites))
+    prepare_place(place, spec, sites)
     config = HarvestConfig(device=torch.device("cpu"), writer=WriterConfig(threads=threads), shard=shard)
     return fill_cache(place, spec, sites, Synthetic(), config, again=again)
 
@@ -85,10 +83,10 @@ def fill_synthetic(
 def _spec(chosen: WorldPreset, worlds: int, seed: int) -> CacheSpec:
     """Raises UserError for what cannot be a world or a cache."""
     rows = chosen.context * chosen.block_sequences
-    train, holdout = -(-chosen.tokens // rows), -(-chosen.holdout_tokens // rows)
+    n_blocks, holdout_blocks = whole_blocks(chosen.tokens, chosen.holdout_tokens, rows)
     spec = CacheSpec(
         model=chosen.name, context=chosen.context, d_model=chosen.d_model, n_layers=worlds, world=chosen.world, seed=seed,
-        block_sequences=chosen.block_sequences, n_blocks=train + holdout, holdout_blocks=holdout,
+        block_sequences=chosen.block_sequences, n_blocks=n_blocks, holdout_blocks=holdout_blocks,
     )  # fmt: skip
     try:
         return read(CacheSpec, spec.to_dict())

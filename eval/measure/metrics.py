@@ -241,17 +241,22 @@ def losses(clean: float, zero: Loss, mean: Loss, spliced: Loss, ablation: str) -
     )
 
 
-@torch.inference_mode()
 def largest_cosine(a: Tensor, b: Tensor, *, rows: Tensor | None = None, others: bool = False) -> Tensor:
-    """For each of these `rows` of a [n, d], or all, the largest cosine to a row of b [m, d], float32; rows are of unit norm or
-    zero. With `others`, not to the row of the same number. The [n, m] matrix is never held whole."""
+    """The cosines of `nearest_rows`, float32."""
+    return nearest_rows(a, b, rows=rows, others=others)[0]
+
+
+@torch.inference_mode()
+def nearest_rows(a: Tensor, b: Tensor, *, rows: Tensor | None = None, others: bool = False) -> tuple[Tensor, Tensor]:
+    """For each of these `rows` of a [n, d], or all, the largest cosine to a row of b [m, d], float32, and that row's number;
+    rows are of unit norm or zero. With `others`, not to the row of the same number. The [n, m] matrix is never held whole."""
     found, numbers = [], torch.arange(len(a), device=a.device) if rows is None else rows
     for part in torch.split(numbers, max(1, _COSINES // len(b))):
         cosines = a[part] @ b.t()
         if others:
             cosines[torch.arange(len(part), device=a.device), part] = -math.inf
-        found.append(cosines.amax(1))
-    return torch.cat(found)
+        found.append(cosines.max(1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def unit(rows: Tensor) -> Tensor:

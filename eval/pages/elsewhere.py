@@ -12,16 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from residual_saes.eval.measure.metrics import nearest_rows, unit
 from residual_saes.eval.pages import files
 from residual_saes.shared.files import publish_file
 from residual_saes.shared.progress import Progress
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import read_tensors
 from residual_saes.shared.sites import Site
-
-_COSINES = 1 << 26  # values of a matrix of cosines held at once
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Shown:
     def directions(self, device: torch.device) -> "_Directions":
         """Raises UserError for a checkpoint that cannot be read."""
         fires = read_tensors(self.folder / "columns.safetensors")[0]["count"] > 0
-        return normalize(Sae.load(self.checkpoint).w_dec, dim=1).to(device), fires.to(device)
+        return unit(Sae.load(self.checkpoint).w_dec).to(device), fires.to(device)
 
 
 _Directions = tuple[Tensor, Tensor]  # decoder rows of unit norm, float32 [F, d], and which features fire, bool [F]
@@ -81,12 +79,12 @@ def _digest(folder: Path) -> str:
     return folder.name.rpartition(".")[2]
 
 
-@torch.inference_mode()
 def nearest(one: _Directions, other: _Directions) -> files.Columns:
     """`feature` int32 [F], −1 where there is none, and its `cosine` float32 [F]."""
     (rows, fires), (others, others_fire) = one, other
-    chunks = torch.split(rows, max(1, _COSINES // len(others)))
-    parts = [(part @ others.t()).masked_fill_(~others_fire, -torch.inf).max(1) for part in chunks]
-    cosine, feature = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-    there = fires & cosine.isfinite()
-    return {"feature": feature.where(there, -1).int().cpu(), "cosine": cosine.where(there, 0).cpu()}
+    here, there = (which.nonzero()[:, 0] for which in (fires, others_fire))
+    feature, nearness = torch.full_like(fires, -1, dtype=torch.int32), torch.zeros_like(fires, dtype=torch.float32)
+    if len(there):
+        cosine, place = nearest_rows(rows, others[there], rows=here)
+        feature[here], nearness[here] = there[place].int(), cosine
+    return {"feature": feature.cpu(), "cosine": nearness.cpu()}

@@ -3,7 +3,7 @@
 A record lies in the ledger and, for other tools, in the attributes of the site's array; each is made again from the other.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -52,14 +52,16 @@ class References:
 
     def attributes(self, sites: Iterable[Site]) -> dict[Site, Record]:
         """The records of the sites that have one, sealed, for the metadata of their arrays."""
-        return {site: seal(record) for site in self._of_cache(sites) if (record := self._record(site)) is not None}
+        return {site: seal(record) for site, record in self._records(sites)}
 
     def files(self, sites: Iterable[Site]) -> dict[str, bytes]:
         """{key in the ledger: content} of the records of the sites that have one."""
-        return {_key(site): to_bytes(record) for site in self._of_cache(sites) if (record := self._record(site)) is not None}
+        return {_key(site): to_bytes(record) for site, record in self._records(sites)}
 
-    def _of_cache(self, sites: Iterable[Site]) -> Iterable[Site]:
-        return sites if self._spec.store == "int8" else ()
+    def _records(self, sites: Iterable[Site]) -> Iterator[tuple[Site, Record]]:
+        for site in sites if self._spec.store == "int8" else ():
+            if (record := self._record(site)) is not None:
+                yield site, record
 
     def _record(self, site: Site) -> Record | None:
         """From the ledger or else from the array; None where neither has a right one."""
