@@ -117,6 +117,8 @@ def test_what_make_is_given_may_hold_anything() -> None:
     given = {"PRESET": "a b", "CACHE": "/my data/it's", "RUNS": 'x " (y)', "DISK": "4 TB", "L1": "3e-4, 8e-5"}
     for target in ("harvest", "train", "eval", "job"):
         words = ["make", "-n", target, *(f"{name}={value}" for name, value in given.items())]
+        # a make in which this one runs (`make test slow`) would have it say which folder it enters and leaves
+        words.insert(1, "--no-print-directory")
         said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         got = shlex.split(said)
         options = {name: got[got.index(f"--{name.lower()}") + 1] for name in given if f"--{name.lower()}" in got}
