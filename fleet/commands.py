@@ -57,7 +57,7 @@ class JobConfig:
         trained = ("--runs", str(self.runs), "--l1", self.l1, "--expansion", str(self.expansion))
         stages: dict[Stage, tuple[str, ...]] = {
             "plan": ("harvest", "plan", "--json", *where, *wanted, *self.harvest),
-            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest),
+            "harvest": ("harvest", "run", *where, *named, *device, *self.harvest, *("--sites", "resid_post") * bool(named)),
             "free": ("harvest", "free", *where, *named, "--yes"),
             "train": ("train", *where, *named, *device, *trained, *self.train),
             "runs": ("train", *where, *named, *device, *trained, *self.train, "--list"),

@@ -26,10 +26,10 @@ from residual_saes.shared.cli import CACHE, DEVICE, PRESET, SEED, THREADS, Defau
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.identity import Model, as_harvested, harvested_model, open_model, tokenizer_hash, unpin
-from residual_saes.shared.lm import load_config, load_tokenizer, require_model
+from residual_saes.shared.lm import load_config, load_tokenizer, require_model, require_site
 from residual_saes.shared.presets import DATA, PRESETS, Preset, cache_place, get_preset, short_name
 from residual_saes.shared.progress import say
-from residual_saes.shared.sites import Site, format_sites, hook_name, parse_sites
+from residual_saes.shared.sites import RESID_POST, Site, format_sites, parse_hooks, parse_sites
 from residual_saes.shared.stores import Location, parse_name
 from residual_saes.shared.units import ALONE, Shard, format_bytes, parse_layers, parse_shard
 
@@ -79,7 +79,7 @@ class Job:
         model = open_model(p.model, p.revision)
         config = load_config(str(model.folder), None)
         for site in self.sites:
-            hook_name(site, config.model_type)
+            require_site(config, site)
         shape = replace(self, preset=replace(p, **_model_shape(config))).shape()
         tokenizer = load_tokenizer(str(model.folder), None)
         revision = self.source(p.dataset_revision).pinned_revision()
@@ -112,6 +112,9 @@ _common = options(PRESET, CACHE, options_of(Job, "threads"))
 _settings = options(
     options_of(Preset),
     click.option("--layers", help="Layers, such as 0-23 or 3,7 [default: all]."),
+    click.option(
+        "--sites", type=parse_hooks, metavar="TEXT", help="Hooks there, such as mlp_in,mlp_out [default: resid_post]."
+    ),
     options_of(Job, "bos", "separator", "precision", "store", "seed"),
 )
 
@@ -122,9 +125,10 @@ def job_of(options: Mapping[str, Any]) -> Job:
     preset.require_files()
     if options["split"] is not None:
         refuse_local_split(preset.dataset)
-    sites = parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers)
+    hooks = options["sites"] or (RESID_POST,)
+    sites = parse_sites(options["layers"] or f"0-{preset.n_layers - 1}", preset.n_layers, hooks)
     cache = options["cache"] or DATA / preset.name
-    return filled(Job, {**options, "preset": preset, "cache": cache}, sites=sites)
+    return filled(Job, {**options, "preset": preset, "cache": cache, "sites": sites})
 
 
 def _preset(name: str | None, given: dict[str, Any]) -> Preset:
@@ -177,7 +181,7 @@ def fill(device: str | None, **options: Any) -> Cache:
         require_model(str(opened.model.folder), None, job.precision, spec.context)  # before hours of tokenising
         say(f"note: every document ends with token {spec.separator} ({opened.separator}); --separator names another", err=True)
     origin = ReadText(text=opened.source, model=opened.model)
-    again = options["layers"] is not None  # whoever names a layer wants all of it
+    again = options["layers"] is not None or options["sites"] is not None  # whoever names a layer wants all of it
     return fill_cache(job.cache, spec, job.sites, origin, config, again=again)
 
 

@@ -1,6 +1,6 @@
 """The language model as a source of activations: without its head, and cut off after the last wanted layer.
 
-Activations are the outputs of decoder blocks or of modules in them, taken by forward hooks. (`output_hidden_states` will not
+Activations are what goes into decoder blocks and modules in them or comes out, taken by hooks. (`output_hidden_states` will not
 do: the last of them is taken after the final layer norm.) One pass serves all wanted sites. Pythia in bfloat16 on a CPU takes
 a faster way to the same values (harvest/neox.py); every other model, precision and device takes the hooks.
 """
@@ -18,7 +18,7 @@ from residual_saes.harvest.neox import neox_forward
 from residual_saes.harvest.source import Sink
 from residual_saes.shared.device import announce, send
 from residual_saes.shared.identity import Model
-from residual_saes.shared.lm import find_blocks, hook_module, load_model, widen
+from residual_saes.shared.lm import Values, find_blocks, first, hook_of, load_model, widen
 from residual_saes.shared.sites import Site
 
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
@@ -32,7 +32,7 @@ class LanguageModel:
         self._sink: Sink | None = None
         name, blocks = find_blocks(base)
         for site in sites:
-            hook_module(base, site).register_forward_hook(self._hook(site))
+            hook_of(base, site).take(self._taking(site))
         kept = blocks[: max(sites).layer + 1]
         setattr(base, name, kept)
         config = cast(PretrainedConfig, base.config)
@@ -41,15 +41,14 @@ class LanguageModel:
             if isinstance(getattr(base, norm, None), nn.Module):
                 setattr(base, norm, nn.Identity())
         self.model = base.to(device).eval().requires_grad_(False)
-        self.fast = neox_forward(self.model, sites)
+        self.fast = neox_forward(self.model)
         if self.fast is None:
             widen(self.model)
 
-    def _hook(self, site: Site) -> Callable[..., None]:
-        def take(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            # transformers 5 returns a tensor from a block, transformers 4 a tuple that begins with it
+    def _taking(self, site: Site) -> Callable[[Values], None]:
+        def take(values: Values) -> None:
             if self._sink is not None:
-                self._sink(site, output if isinstance(output, Tensor) else output[0])
+                self._sink(site, first(values))
 
         return take
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from residual_saes.shared.compile import arguments, load
 from residual_saes.shared.lm import wide_weights
 from residual_saes.shared.progress import say
-from residual_saes.shared.sites import MLP_OUT, RESID_POST, Site
+from residual_saes.shared.sites import ATTN_OUT, MLP_IN, MLP_OUT, Site
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 0.05  # relative, between two bfloat16 forwards of all layers: 0.014 apart for Pythia-410M with random weights
@@ -35,7 +35,7 @@ class NeoxForward:
     def run(self, tokens: Tensor, sites: Collection[Site]) -> Iterator[tuple[Site, Tensor]]:
         """tokens int64 [sequences, context] → each site and its activations [sequences, context, d_model].
 
-        Those of the residual stream are bfloat16. What an MLP adds is float32: rounded once, in the product.
+        Those of the stream and its norms are bfloat16. What is added to the stream is float32: rounded once, in the product.
         """
         sequences, context = tokens.shape
         x = self._base.embed_in(tokens)
@@ -53,6 +53,10 @@ class NeoxForward:
             query, key, value = turned.view(3, sequences, heads, context, -1)  # a head's rows together: attention is faster
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(rows, d)
             self._product(mixed, attention.dense, a)
+            if (site := Site(layer, ATTN_OUT)) in sites:
+                yield site, torch.add(a.float(), attention.dense.bias).view_as(x)
+            if (site := Site(layer, MLP_IN)) in sites:
+                yield site, b.clone().view_as(x)
             self._product(b, mlp.dense_h_to_4h, hidden)
             _call(self._c.gelu, hidden, mlp.dense_h_to_4h.bias, *hidden.shape)
             self._product(hidden, mlp.dense_4h_to_h, b)
@@ -86,10 +90,9 @@ class NeoxForward:
             self._rows = rows
 
 
-def neox_forward(base: nn.Module, sites: Collection[Site]) -> NeoxForward | None:
+def neox_forward(base: nn.Module) -> NeoxForward | None:
     """The fast way through a base model whose final norm is gone; None where there is none or it does not agree."""
-    known = _is_known(base) and all(site.hook in (RESID_POST, MLP_OUT) for site in sites)
-    library = load(Path(__file__).with_name("neox.c")) if known else None
+    library = load(Path(__file__).with_name("neox.c")) if _is_known(base) else None
     if library is None:
         return None
     fast = NeoxForward(base, library)

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from residual_saes.eval.measure.runs import runs_in
-from residual_saes.eval.measure.splice import replaced
 from residual_saes.eval.pages.spell import spell
 from residual_saes.harvest.language_model import load_language_model
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.hub import retried
 from residual_saes.shared.identity import Model, model_of, unreachable
-from residual_saes.shared.lm import Unembedding, encode_text, hook_module, load_model, load_tokenizer
+from residual_saes.shared.lm import Unembedding, changing, encode_text, load_model, load_tokenizer
 from residual_saes.shared.presets import cache_place
 from residual_saes.shared.runs.run import FINAL, snapshot_name
 from residual_saes.shared.runs.sae import Sae
@@ -178,12 +177,8 @@ class LoadedSae:
             new = self.decode(z if edit is None else edit(z.clone())) + (self._rows(x) - self.decode(z) if keep_error else 0)
             return new.to(x)
 
-        module = hook_module(cast(nn.Module, lm.base_model), self.site)
-        handle = module.register_forward_hook(lambda _module, _args, output: replaced(output, reconstruct))
-        try:
+        with changing(cast(nn.Module, lm.base_model), self.site, reconstruct):
             yield
-        finally:
-            handle.remove()
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -1,12 +1,15 @@
 """Language models: loading one and its tokenizer, finding its parts, and its products on CPUs without bfloat16."""
 
+import contextlib
 import re
+from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -15,8 +18,9 @@ from residual_saes.shared.device import bfloat16_is_slow
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.hub import retried
 from residual_saes.shared.identity import unreachable
-from residual_saes.shared.sites import Site, hook_name
+from residual_saes.shared.sites import RESID_MID, Place, Side, Site, place_of
 
+Values = Tensor | tuple[Tensor, ...]  # what goes into a module, or comes out
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BLOCKS = ("layers", "h")  # where GPT-NeoX and Llama, and GPT-2, keep their decoder blocks
 _SHAPE = ("num_hidden_layers", "hidden_size", "vocab_size")
@@ -139,27 +143,91 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def hook_module(model: nn.Module, site: Site) -> nn.Module:
-    """The module of a base model whose output is the site's activations. Raises UserError where the model has none."""
+class Hook(NamedTuple):
+    """A module of a model, and whether what goes into it or what comes out is meant: first in a tuple, or alone."""
+
+    module: nn.Module
+    side: Side
+
+    def take(self, sink: Callable[[Values], Values | None]) -> RemovableHandle:
+        """Give `sink` what goes in or comes out, whenever a pass comes there; the pass goes on with what it returns, if any."""
+        if self.side == "input":
+            return self.module.register_forward_pre_hook(lambda _module, args: sink(args))
+        return self.module.register_forward_hook(lambda _module, _args, output: sink(output))
+
+
+def first(values: Values) -> Tensor:
+    """The activations in what goes into a module or comes out of it. (Blocks and attention give tuples in some versions.)"""
+    return values if isinstance(values, Tensor) else values[0]
+
+
+def changed(values: Values, change: Callable[[Tensor], Tensor]) -> Values:
+    """The same with other activations."""
+    return change(values) if isinstance(values, Tensor) else (change(values[0]), *values[1:])
+
+
+def require_site(config: PretrainedConfig, site: Site) -> Place:
+    """Where the site is in a decoder block. Raises UserError where a model of this configuration has none."""
+    return place_of(site, config.model_type, parallel=bool(getattr(config, "use_parallel_residual", False)))
+
+
+def hook_of(model: nn.Module, site: Site) -> Hook:
+    """Where a base model has the site's activations. Raises UserError where it has none."""
     blocks = find_blocks(model)[1]
     if site.layer >= len(blocks):
         raise UserError(f"layer {site.layer} does not exist: the model has layers 0-{len(blocks) - 1}")
-    return blocks[site.layer].get_submodule(hook_name(site, cast(PretrainedConfig, model.config).model_type))
+    place = require_site(cast(PretrainedConfig, model.config), site)
+    return Hook(blocks[site.layer].get_submodule(place.module), place.side)
+
+
+@contextlib.contextmanager
+def changing(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, a base model goes on with change(x) in the place of the site's activations x.
+
+    The stream inside a block is read by its MLP and goes around it; no module gives it to both, so what the change adds to it
+    is added to what comes out of the block as well.
+    """
+    added: list[Tensor] = []
+
+    def put(values: Values) -> Values:
+        new = changed(values, change)
+        added[:] = [first(new) - first(values)]
+        return new
+
+    handles = [hook_of(model, site).take(put)]
+    if site.hook == RESID_MID:
+        after = hook_of(model, Site(site.layer))
+        handles.append(after.take(lambda output: changed(output, lambda x: x + added[0])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @cache
-def module_name(model: str, revision: str | None, site: Site) -> str | None:
-    """The name of the site's module in the causal language model, such as "gpt_neox.layers.3"; None unless the model's
-    configuration is on this machine, for a name is not worth waiting for a hub."""
+def known_model(model: str, revision: str | None) -> nn.Module | None:
+    """The causal language model without its weights; None unless its configuration is on this machine, for what it is needed
+    for is not worth waiting for a hub."""
     try:
         load = partial(AutoConfig.from_pretrained, model, revision=revision, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            lm: nn.Module = AutoModelForCausalLM.from_config(load())
-        wanted = hook_module(cast(nn.Module, lm.base_model), site)
+            return cast(nn.Module, AutoModelForCausalLM.from_config(load()))
     except Exception:  # configurations are code of some hundred models, each with its own ways of failing
         return None
+
+
+def family_of(lm: nn.Module | None) -> str | None:
+    return None if lm is None else str(cast(PretrainedConfig, lm.config).model_type)
+
+
+def module_name(lm: nn.Module | None, site: Site) -> str | None:
+    """What the site is of a causal language model, such as "gpt_neox.layers.3.output". Raises UserError where it has none."""
+    if lm is None:
+        return None
+    hook = hook_of(cast(nn.Module, lm.base_model), site)
     names: dict[nn.Module, str] = {module: name for name, module in lm.named_modules()}
-    return names[wanted]
+    return f"{names[hook.module]}.{hook.side}"
 
 
 def wide_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:

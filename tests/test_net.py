@@ -76,10 +76,10 @@ dictionary_learning/{RUN}/layer_1/{{config.json,ae.pt}}
 COMMAND_LINES = """
 harvest run: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
-  --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --device= --shard=0/1
+  --sites= --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --device= --shard=0/1
 harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --dataset-revision= --split=
   --text-column= --tokens= --holdout-tokens= --context= --block-sequences= --forward-sequences= --bos --separator= --layers=
-  --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --json
+  --sites= --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --json
 harvest synthetic: --preset= --cache= --d-model= --tokens= --holdout-tokens= --context= --block-sequences= --worlds=1 --layers=
   --features= --zipf= --most-frequent= --least-frequent= --roots= --branching= --depth= --exclusive= --rank= --correlation=
   --magnitude= --last-magnitude= --spread= --spread-spread= --bias= --seed=0 --threads=4 --shard=0/1

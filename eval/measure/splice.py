@@ -1,4 +1,4 @@
-"""The language model's loss when one layer's output is replaced.
+"""The language model's loss when its activations at one site are replaced.
 
 Everything before the layer is the same for every replacement, so each batch of text goes through the whole model once and from
 the layer on once for each replacement: half of the blocks, averaged over layers.
@@ -7,18 +7,18 @@ the layer on once for each replacement: half of the blocks, averaged over layers
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from residual_saes.shared.lm import find_blocks, hook_module, load_model, widen
+from residual_saes.shared.lm import Hook, Values, changed, find_blocks, first, hook_of, load_model, widen
 from residual_saes.shared.runs.rows import Rows
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.shared.sites import Site
+from residual_saes.shared.sites import ATTN_OUT, RESID_MID, Site
 
 Replacement = Callable[[Tensor], Tensor]
-Output = Tensor | tuple[Tensor, ...]  # of a block: some families wrap it
 
 _SEQUENCES = 16  # in one forward pass at most; logits are [sequences, context, vocabulary], and there are
 _LOGITS = 1 << 27  # values of them at most (half a gigabyte, and four such matrices), or one sequence
@@ -49,23 +49,36 @@ class SplicedModel:
         went through it."""
         sequences, context = self._tokens.shape
         vocabulary = int(cast(Any, self._lm).config.vocab_size)
-        earlier, module = self._blocks[: site.layer], hook_module(self._base, site)
+        earlier, hooks = self._blocks[: site.layer], self._hooks(site)
+        before = Hook(earlier[-1], "output") if len(earlier) else None
         clean, ce, kl = 0.0, [0.0] * len(replacements), [0.0] * len(replacements)
         for tokens in torch.split(self._tokens, max(1, min(_SEQUENCES, _LOGITS // (context * vocabulary)))):
-            with _reading([*earlier[-1:], module]) as outputs:
+            with _reading([*hooks, before] if before else hooks) as seen:
                 log_p = self._log_probabilities(tokens)
-            *before, output = outputs
+            x, given = first(seen[hooks[0]]), {}
+            if before:
+                given = {Hook(block, "output"): seen[before] for block in earlier}
             clean += _nats(log_p, tokens)
             p = log_p.exp()
             for i, replace in enumerate(replacements):
-                given = {block: stream for stream in before for block in earlier} | {module: replaced(output, replace)}
-                with _giving(given):
+                with _giving(given | _spliced(hooks, seen, replace(x))):
                     log_q = self._log_probabilities(tokens)
                 ce[i] += _nats(log_q, tokens)
                 kl[i] += float(torch.linalg.vecdot(p, torch.sub(log_p, log_q, out=log_q)).sum(dtype=torch.float64))
         predicted, positions = sequences * (context - 1), sequences * context
         losses = [Loss(ce=c / predicted, kl=k / positions) for c, k in zip(ce, kl, strict=True)]
         return clean / predicted, losses
+
+    def _hooks(self, site: Site) -> list[Hook]:
+        """Where the site's activations are, and after it all else that is given when they are replaced.
+
+        The stream inside a block is read by its MLP and goes around it. It is replaced for both, without a rounding, where
+        the block is given the replacement and its attention adds nothing.
+        """
+        if site.hook != RESID_MID:
+            return [hook_of(self._base, site)]
+        block = Hook(self._blocks[site.layer], "input")
+        return [hook_of(self._base, site), block, hook_of(self._base, Site(site.layer, ATTN_OUT))]
 
     def _log_probabilities(self, tokens: Tensor) -> Tensor:
         """Of every next token, float32 [n, context, vocabulary]."""
@@ -96,26 +109,36 @@ def _nats(log_p: Tensor, tokens: Tensor) -> float:
     return -float(log_p[:, :-1].gather(2, tokens[:, 1:, None]).sum(dtype=torch.float64))
 
 
-def replaced(output: Output, replace: Replacement) -> Output:
-    """A module's output with another first part."""
-    return replace(output) if isinstance(output, Tensor) else (replace(output[0]), *output[1:])
+def _spliced(hooks: Sequence[Hook], seen: dict[Hook, Values], x: Tensor) -> dict[Hook, Values]:
+    """What is given at these hooks, see `_hooks`, where the activations are x."""
+    at, *others = hooks
+    if not others:
+        return {at: changed(seen[at], lambda _: x)}
+    block, attention = others
+    return {block: changed(seen[block], lambda _: x), attention: changed(seen[attention], torch.zeros_like)}
 
 
 @contextlib.contextmanager
-def _reading(modules: Sequence[nn.Module]) -> Iterator[list[Output]]:
-    """The outputs of these modules, as a list that grows in the order in which a pass comes to them."""
-    outputs: list[Output] = []
-    handles = [m.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for m in modules]
+def _reading(hooks: Sequence[Hook]) -> Iterator[dict[Hook, Values]]:
+    """What a pass comes to at these hooks."""
+    seen: dict[Hook, Values] = {}
+    handles = [hook.take(partial(seen.__setitem__, hook)) for hook in hooks]
     try:
-        yield outputs
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _other(given: Values, _values: Values) -> Values:
+    return given
+
+
 @contextlib.contextmanager
-def _giving(outputs: dict[nn.Module, Output]) -> Iterator[None]:
-    """These modules compute nothing: each gives its output here."""
+def _giving(values: dict[Hook, Values]) -> Iterator[None]:
+    """These modules read what is given here, or compute nothing and give it themselves."""
+    handles = [hook.take(partial(_other, given)) for hook, given in values.items() if hook.side == "input"]
+    outputs = {hook.module: given for hook, given in values.items() if hook.side == "output"}
     for module, output in outputs.items():
         module.__dict__["forward"] = lambda *_args, output=output, **_kwargs: output  # found before the class's own
     try:
@@ -123,3 +146,5 @@ def _giving(outputs: dict[nn.Module, Output]) -> Iterator[None]:
     finally:
         for module in outputs:
             del module.__dict__["forward"]
+        for handle in handles:
+            handle.remove()

@@ -1,6 +1,6 @@
 """One page of a text: its tokens, and of each the strongest features of some SAEs, with links to their pages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file
 from residual_saes.shared.identity import model_of
-from residual_saes.shared.lm import encode_text, hook_module, load_model, load_tokenizer, widen
+from residual_saes.shared.lm import Values, encode_text, first, hook_of, load_model, load_tokenizer, widen
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site, parse_sites
@@ -76,14 +76,14 @@ def _activations(folder: str, spec: CacheSpec, sites: set[Site], tokens: Tensor,
     model, taken = load_model(folder, None, spec.precision, head=False).to(device), dict[Site, Tensor]()
     widen(model)
 
-    def taking(site: Site) -> Any:
-        def take(_module: object, _inputs: object, output: Any) -> None:
-            taken[site] = (output if isinstance(output, Tensor) else output[0])[0, 1:].float()
+    def taking(site: Site) -> Callable[[Values], None]:
+        def take(values: Values) -> None:
+            taken[site] = first(values)[0, 1:].float()
 
         return take
 
     for site in sites:
-        hook_module(model, site).register_forward_hook(taking(site))
+        hook_of(model, site).take(taking(site))
     model(input_ids=tokens.to(device), use_cache=False)
     return taken
 

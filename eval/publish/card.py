@@ -21,10 +21,11 @@ from residual_saes.eval.report.warnings import trained_on, warnings
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import locked, publish_file
 from residual_saes.shared.identity import unpin
+from residual_saes.shared.lm import family_of, known_model
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_tokens
-from residual_saes.shared.sites import HOOKS, RESID_POST, Site, format_sites
+from residual_saes.shared.sites import HOOKS, RESID_POST, Site, format_sites, lens_name
 from residual_saes.shared.units import format_count
 
 REGISTRY = "pretrained_saes.yaml"
@@ -97,6 +98,7 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
     others = [r for r in latest(results) if not r.final]
     floors = (*columns("floors"), *floor_columns(results))
     base_model, dataset = _on_hub(config)
+    family = family_of(known_model(spec.model, spec.model_commit or None))
     environment = templates("residual_saes.eval.publish", autoescape=False)
     environment.finalize = markdown
     environment.filters |= {"yaml": _literal, "python": _literal}
@@ -117,14 +119,14 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         d_model=spec.d_model,
         features=train.expansion * spec.d_model,
         world=spec.world is not None,
-        glance=Table(heads=["folder", "hook", *(c.title for c in glance)], rows=[_glance(r, glance) for r in done]),
+        glance=Table(heads=["folder", "hook", *(c.title for c in glance)], rows=[_glance(r, family, glance) for r in done]),
         shown=_feature(run, done),
         tokens=train.tokens,
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
         sparsity=config.reading,
         bos=spec.bos,
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: results}, None)],
-        **_example(done[len(done) // 2].site if done else Site(0)),
+        **_example(done[len(done) // 2].site if done else Site(0), family),
         snapshots=[Safe(label) for label in snapshot_tokens(train.tokens) if label != FINAL],
         measured_on=_counts(r.tokens for r in latest(results)),
         ce_on=_counts(r.ce_tokens for r in latest(results)),
@@ -139,11 +141,17 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
     )
 
 
-def _example(site: Site) -> dict[str, Any]:
-    """A site as the card's code reads it: its hook by the names that the module has in blocks, the rarer first."""
-    plain = site.hook == RESID_POST
-    modules = [] if plain else list(dict.fromkeys(reversed(HOOKS[site.hook].values())))
-    return {"example": site, "folder": f"layer_{site}", "hook": Safe("" if plain else f".{site.hook}"), "modules": modules}
+def _example(site: Site, family: str | None) -> dict[str, Any]:
+    """A site as the card's code reads it: the module in a block by the model's family, or by each that might be."""
+    plain, rows = site.hook == RESID_POST, HOOKS[site.hook]
+    modules = {name: place.module for name, place in rows.items() if not plain and family in (name, None)}
+    return {
+        "example": site,
+        "folder": f"layer_{site}",
+        "hook": Safe("" if plain else f".{site.hook}"),
+        "modules": modules,
+        "reads": any(place.side == "input" for place in rows.values()),
+    }
 
 
 def _feature(run: Run, done: list[Result]) -> dict[str, Any] | None:
@@ -163,9 +171,9 @@ def _row(r: Result, shown: Sequence[Column]) -> list[str]:
     return [written(c.value(r), c.card_form or c.form) for c in shown]
 
 
-def _glance(r: Result, shown: Sequence[Column]) -> list[str]:
+def _glance(r: Result, family: str | None, shown: Sequence[Column]) -> list[str]:
     """What the user of another tool looks for first."""
-    return [f"layer_{r.site}", f"blocks.{r.site.layer}.hook_{r.site.hook}", *(c.text(r) for c in shown)]
+    return [f"layer_{r.site}", lens_name(r.site, family), *(c.text(r) for c in shown)]
 
 
 def _has_picture(run: Run, name: str) -> bool:

@@ -17,7 +17,7 @@ from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
 from residual_saes.shared.identity import unpin
-from residual_saes.shared.lm import module_name
+from residual_saes.shared.lm import family_of, known_model, module_name
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
@@ -159,6 +159,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     if checkpoint.run and config.to == "saelens":
         measured = measured_features(checkpoint.run, checkpoint.site, checkpoint.label, sae.stats[SEAL])
     spec = RunConfig.of(sae.config, checkpoint.path).cache.spec if sae.config else None
+    lm = known_model(spec.model, spec.model_commit or None) if spec else None
     origin = Origin(
         site=checkpoint.site,
         source=Source(
@@ -169,7 +170,8 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         ),
         # what lies in a folder is known by its hash, and nobody else has that folder
         model=config.model or (spec.model if spec and spec.model_commit else None),
-        module=module_name(spec.model, spec.model_commit or None, checkpoint.site) if spec else None,
+        family=family_of(lm),
+        module=module_name(lm, checkpoint.site),
         dataset=spec.dataset if spec and unpin(spec.dataset_revision) else None,
         context=spec.context if spec else None,
         bos=spec.bos if spec else False,

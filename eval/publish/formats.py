@@ -22,7 +22,7 @@ from torch import Tensor
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.runs.sparsity import prefix_ends
-from residual_saes.shared.sites import Site
+from residual_saes.shared.sites import Site, lens_name
 
 SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
 # {tool: {how z follows from relu's values: what the tool calls such an SAE}}
@@ -52,7 +52,8 @@ class Origin:
     site: Site
     source: Source
     model: str | None = None
-    module: str | None = None  # of the causal language model, whose output the site is
+    family: str | None = None  # of the language model
+    module: str | None = None  # of the causal language model, and which side of it: "gpt_neox.layers.3.output"
     context: int | None = None
     dataset: str | None = None
     bos: bool = False  # whether every context began with the tokeniser's BOS
@@ -77,8 +78,8 @@ def saelens(sae: Sae, origin: Origin) -> Files:
         "model_class_name": "HookedTransformer",
         # TransformerLens centres what is written to the residual stream unless told not to, and x would not be our x
         "model_from_pretrained_kwargs": {"center_writing_weights": False},
-        "hook_name": f"blocks.{origin.site.layer}.hook_{origin.site.hook}",
-        "hf_hook_name": origin.module and f"{origin.module}.output",
+        "hook_name": lens_name(origin.site, origin.family),
+        "hf_hook_name": origin.module,
         "prepend_bos": origin.bos,
         "context_size": origin.context,
         "dataset_path": origin.dataset,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import shutil
 import threading
@@ -63,6 +64,16 @@ def config(harvest_args: tuple[object, ...], tmp_path: Path) -> JobConfig:
         train=tuple(map(str, (*TRAIN_ARGS[2:4], *TRAIN_ARGS[6:8], *TRAIN_ARGS[10:]))),
         eval=("--eval-tokens", "512", "--ce-tokens", "64"),
     )
+
+
+def test_a_window_harvests_its_own_sites_alone(config: JobConfig) -> None:
+    """Where the user wants several hooks, a layer that is named without one is the stream, not all of them again."""
+    more = dataclasses.replace(config, harvest=(*config.harvest, "--sites", "resid_post,mlp_out"))
+    with contextlib.redirect_stdout(io.StringIO()) as asked:
+        assert invoke(*more.command("plan")[1:]) == 0
+    assert json.loads(asked.getvalue())["layers"] == [site.json for site in parse_sites("0-2,0-2.mlp_out")]
+    assert invoke(*more.command("harvest", parse_sites("0,1.mlp_out"))[1:]) == 0
+    assert Cache.open(config.cache).sites == parse_sites("0,1.mlp_out")
 
 
 @contextlib.contextmanager

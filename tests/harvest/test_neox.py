@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 DEMO = ROOT / "demo" / "neox-2m"
+HOOKS = ("attn_out", "mlp_in", "mlp_out", "resid_post")
 needs_library = pytest.mark.skipif(load(ROOT / "harvest/neox.c") is None, reason="neox.c does not compile here")
 
 
@@ -45,13 +46,13 @@ def outputs(model: LanguageModel, tokens: Tensor) -> list[Tensor]:
 
 
 def plain(base: nn.Module) -> LanguageModel:
-    model = LanguageModel(base, parse_sites("0-{n},0-{n}.mlp_out".format(n=len(base.layers) - 1)), CPU)
+    model = LanguageModel(base, parse_sites(f"0-{len(base.layers) - 1}", hooks=HOOKS), CPU)
     model.fast = None
     return model
 
 
 def fast(base: nn.Module) -> LanguageModel:
-    model = LanguageModel(base, parse_sites("0-{n},0-{n}.mlp_out".format(n=len(base.layers) - 1)), CPU)
+    model = LanguageModel(base, parse_sites(f"0-{len(base.layers) - 1}", hooks=HOOKS), CPU)
     assert model.fast is not None
     return model
 
@@ -76,15 +77,17 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_further_from_float64_than_transformers(make: Callable[..., nn.Module], products: None) -> None:
     tokens = torch.randint(0, 50, (3, 70), generator=torch.Generator().manual_seed(1))
     exact, theirs, ours = (outputs(m, tokens) for m in (plain(make(torch.float64)), plain(make()), fast(make())))
-    assert [our.dtype for our in ours] == [torch.float32, torch.bfloat16] * (len(ours) // 2)  # an MLP, the stream
-    for want, their, our in zip(exact, theirs, ours, strict=True):
+    kinds = [torch.float32, torch.bfloat16] * 2  # what attention adds, what the MLP reads and adds, the stream
+    assert [our.dtype for our in ours] == kinds * (len(ours) // 4)
+    for i, (want, their, our) in enumerate(zip(exact, theirs, ours, strict=True)):
         assert our.shape == want.shape
-        assert (our - want).norm() <= 1.05 * (their - want).norm()
+        # queries and keys that are not turned are rounded once more; in the stream, in which more is added up, it does not show
+        assert (our - want).norm() <= (1.05 if i % 4 else 1.3) * (their - want).norm()
         assert (our - want).abs().max() <= 2 * (their - want).abs().max()
 
 
 @needs_library
-@pytest.mark.parametrize("sites", ["0,2", "1.mlp_out", "0,2,0.mlp_out"])
+@pytest.mark.parametrize("sites", ["0,2", "1.mlp_out", "0,2,0.mlp_out", "1.mlp_in,2.attn_out"])
 def test_wanted_sites_alone_reach_the_sink(sites: str) -> None:
     """And the values of one do not depend on which others are wanted."""
     tokens, model, every = torch.arange(40).reshape(2, 20), LanguageModel(neox(), parse_sites(sites), CPU), fast(neox())
@@ -136,7 +139,7 @@ def test_a_model_it_does_not_fit_is_said_and_takes_the_hooks(
     assert "note: the fast forward does not fit this model (results " in capsys.readouterr().err
     base = neox()
     base.rotary_emb = nn.Identity()  # as after a rename inside transformers: the fast way cannot even begin
-    assert native.neox_forward(base, (Site(2),)) is None
+    assert native.neox_forward(base) is None
     assert "note: the fast forward does not fit this model (" in capsys.readouterr().err
 
 

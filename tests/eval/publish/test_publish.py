@@ -28,7 +28,7 @@ from residual_saes.eval.measure.result import Result
 from residual_saes.eval.measure.store import stored_results
 from residual_saes.eval.publish.card import MARKER, Publication, card, registry_entry, repository_name, sister_runs, write_card
 from residual_saes.eval.publish.contents import published_files
-from residual_saes.shared.lm import hook_module, module_name
+from residual_saes.shared.lm import first, hook_of, known_model, module_name
 from residual_saes.shared.runs.run import Run, run_config
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
@@ -354,7 +354,7 @@ def family(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("site", [Site(1), Site(1, "mlp_out")], ids=str)
+@pytest.mark.parametrize("site", [Site(1), Site(1, "mlp_in"), Site(1, "attn_out")], ids=str)
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
 def test_the_cards_code_runs_for_every_family(
@@ -376,15 +376,14 @@ def test_the_cards_code_runs_for_every_family(
     names: dict[str, Any] = {}
     exec(plain, names)
     text = [1] * bos + AutoTokenizer.from_pretrained(name)("The cat sat on the mat.", add_special_tokens=False)["input_ids"]
-    outputs: list[Any] = []
+    taken: list[Any] = []
     base = AutoModel.from_pretrained(name)
-    hook_module(base, site).register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    hook_of(base, site).take(taken.append)
     base(input_ids=torch.tensor([text]))
-    expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-    torch.testing.assert_close(names["x"], expected)
+    torch.testing.assert_close(names["x"], first(taken[0]))
     lm = AutoModelForCausalLM.from_pretrained(name)
-    module = module_name(str(tmp_path / name), None, site)
-    assert module is not None and lm.get_submodule(module) is hook_module(lm.base_model, site)
+    module, _, side = str(module_name(known_model(str(tmp_path / name), None), site)).rpartition(".")
+    assert (lm.get_submodule(module), side) == hook_of(lm.base_model, site)
     assert capsys.readouterr().out.count(",") == len(text) - 1
 
 
