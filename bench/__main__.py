@@ -39,6 +39,7 @@ COMPARISONS: dict[str, Measure] = {
     "forward": lm.forward,  # first: in a process as transformers' users have it, and not yet as our commands set theirs up
     "training": steps.training,
     "settings": steps.settings,
+    "kinds": steps.kinds,
     "stream": caches.stream,
     "harvest": lm.harvest,
     "writing": caches.writing,

@@ -64,12 +64,18 @@ THREE = tuple(
     Ratio(f"three {way} settings, cost over three times one", "settings", way, "base", way, "≤", 1.02, "×")
     for way in ("dense", "sparse")
 )
+KINDS = tuple(
+    Ratio(f"{kind} step, {way}, cost over BatchTopK's", "kinds", f"{kind}, {way}", "base", way, "≤", bound, "×")
+    for kind, bound in (("matryoshka", 1.15), ("jumprelu", 1.25))
+    for way in ("dense", "sparse")
+)
 CPU = (
     Ratio("dense step, of five products", "training", "dense", "limit", "", "≥", 0.8, "%"),
     Ratio("dense step, of the best peer", "training", "dense", "peer", None, "≥", 1.9, "×"),
     Ratio("dense step, of SAELens", "training", "dense", "peer", "sae_lens", "≥", 5, "×"),
     Ratio("sparse step, of five products", "training", "sparse", "limit", "", "≥", 1, "%"),
     *THREE,
+    *KINDS,
     Ratio("loader, of raw read", "reading", "", "limit", None, "≥", 0.9, "%"),
     Ratio("writer, of raw write", "writing", "", "limit", None, "≥", 0.9, "%"),
     Ratio("writer, of SAELens' cache writer", "writing", "", "peer", "sae_lens_cache", "≥", 8, "×"),
@@ -78,6 +84,7 @@ CPU = (
 GPU = (
     Ratio("dense step, of the rate of a square product", "training", "dense", "limit", "square", "≥", 0.75, "%"),
     *THREE,
+    *KINDS,
     *(
         Ratio(f"three SAEs, {key}, cost over batches that are there", "stream", key, "base", key, "<", 1.01, "×")
         for key in ("dense", "sparse", "dense from memory", "sparse from memory")

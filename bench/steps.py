@@ -4,6 +4,7 @@ other libraries, and several SAEs' beside one's."""
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import click
 import torch
@@ -15,8 +16,11 @@ from bench.peers import STEPS, Peer, PeerFailed, Worker, environment
 from bench.setup import Setup
 from residual_saes.train.kernels.base import Workspace
 from residual_saes.train.layer import queues
-from residual_saes.train.sparsity.base import RELU, Hidden
+from residual_saes.train.sparsity.base import RELU, Hidden, Own, Unfused
 from residual_saes.train.sparsity.batchtopk import LargestOfBatch
+from residual_saes.train.sparsity.jumprelu import LOG, Jump
+from residual_saes.train.sparsity.matryoshka import LargestNested
+from residual_saes.train.sparsity.topk import TopK
 from residual_saes.train.step import Begun, StepConfig, StepResult, TrainingSae, pick_kernels
 
 LR = 1e-9  # the whole of Adam's work, and an SAE that stays as sparse as it was set
@@ -71,14 +75,16 @@ class Steps:
         return f"{way} backward at L0 {self.result.l0:,.0f}, {type(self.saes[0].kernels).__name__}"
 
 
-def new_saes(setup: Setup, way: str, count: int = 1, *, config: StepConfig | None = None, l0: float = 0) -> list[TrainingSae]:
+def new_saes(
+    setup: Setup, way: str, count: int = 1, *, config: StepConfig | None = None, l0: float = 0, own: tuple[str, ...] = ()
+) -> list[TrainingSae]:
     """Equally active ones, so that they cost the same: what the published settings differ in is λ and L0.
 
     Which way is settled here, not by the number of active entries: each row shows one way. Dense ones start at F / 2.
     """
     config = replace(config or StepConfig(), sparse_below=float(way == "sparse"))
     kernels = pick_kernels("bf16", setup.device)
-    saes = [TrainingSae(setup.d, setup.features, config, kernels, setup.device, seed) for seed in range(count)]
+    saes = [TrainingSae(setup.d, setup.features, config, kernels, setup.device, seed, own) for seed in range(count)]
     for sae in saes:
         if l0 or way == "sparse":
             set_l0(sae, l0 or setup.l0)
@@ -186,6 +192,30 @@ def settings(setup: Setup) -> Comparison:
         contenders.append(Contender(name=name, role="ours", key="mixed", work=work, run=steps.run, note=steps.note))
     name = f"Three settings, {setup.tokens} tokens a batch"
     return setup.compare("settings", name, "tokens", contenders, rounds, note=f"medians of {rounds} rounds")
+
+
+def kinds(setup: Setup) -> Comparison:
+    """Every kind's step at one L0, beside BatchTopK's: what remains is dense or sparse as it is said, for all of them."""
+    room, l0, contenders = workspace(setup), setup.l0, []
+    hidden = {"topk": Unfused(TopK(k=l0)), "jumprelu": Jump(target=l0, weight=1e-9), "matryoshka": LargestNested(l0)}
+    for way in WAYS:
+        base = Steps(saes=new_saes(setup, way, l0=8 * l0), workspace=room, tokens=setup.tokens, hidden=LargestOfBatch(l0))
+        name, keys = f"batchtopk, {way}", tuple(f"{kind}, {way}" for kind in hidden)
+        contenders.append(Contender(name=name, role="base", key=way, work=setup.tokens, run=base.run, against=keys))
+        for key, (kind, layer) in zip(keys, hidden.items(), strict=True):
+            own = (LOG,) if kind == "jumprelu" else ()
+            steps = replace(base, saes=new_saes(setup, way, l0=8 * l0, own=own), hidden=layer)
+            if own:
+                steps.saes[0].start_own(steps.batch(), partial(_thresholds, l0))
+            contenders.append(
+                Contender(name=key, role="ours", key=key, work=setup.tokens, run=steps.run, note=steps.note)
+            )  # fmt: skip
+    return setup.compare("kinds", f"A step of each kind at L0 {l0}, {setup.tokens} tokens", "tokens", contenders)
+
+
+def _thresholds(l0: int, h: Tensor) -> Own:
+    """One for all features, which leaves so many a token."""
+    return {LOG: h.flatten().topk(l0 * len(h)).values[-1].log().expand(h.shape[1])}
 
 
 def start_peers(

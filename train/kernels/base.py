@@ -66,6 +66,14 @@ class Active:
     frequent: Frequent | None = None
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Near:
+    """The entries of [B, F] that lie near to their features' thresholds, feature by feature or token by token."""
+
+    token: Tensor  # int64 [n]
+    feature: Tensor  # int64 [n]
+
+
 class Workspace:
     """Memory that steps of one shape share, whichever SAE they belong to: [B, F] once for each of the `slots` steps that may
     be under way at a time and (on CUDA) once more, and [F, d] twice."""
@@ -151,6 +159,15 @@ class TorchKernels:
         rows[last] += (least * some).to(z.dtype)
         return self.count(z), least
 
+    def jump_(self, z: Tensor, low: Tensor, threshold: Tensor, high: Tensor) -> tuple[Activation, Near]:
+        """z [B, F] ≥ 0 becomes 0 where it is not above its feature's threshold, [F] > 0 like the other bounds and of z's dtype.
+        Returns what is counted then, and the entries that lay between `low` and `high`, in the order in which z lies."""
+        rows, bounds = (z.t(), (slice(None), None)) if self.feature_major else (z, (None, slice(None)))
+        place = ((rows > low[bounds]) & (rows < high[bounds])).nonzero()
+        rows.mul_(rows > threshold[bounds])  # a NaN stays one, and stops the step
+        feature, token = (place if self.feature_major else place.flip(1)).t()
+        return self.count(z), Near(token=token, feature=feature)
+
     def kth_largest(self, x: Tensor, k: int) -> Tensor:
         """The k-th largest number of x ≥ 0, contiguous; a scalar."""
         return torch.topk(x.view(-1), k, sorted=False).values.min()
@@ -224,13 +241,27 @@ class TorchKernels:
         self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
         """Both weight gradients from the active entries alone: dW_enc = Σ g_hidden · xc_b, dW_dec = Σ value · g_b, and the
-        encoder bias gradient Σ g_hidden; zero for features with no entry. `w_dec` and `l1_grad` are for frequent features."""
+        encoder bias gradient Σ g_hidden; zero for features with no entry. `w_dec` and `l1_grad` are for frequent features.
+        Tokens are rows of g, which has as many for each row of xc as groups of features are nested, or one."""
         token, feature = tokens_of(active), active.feature.long()
+        xc = xc.repeat_interleave(len(g) // len(xc), 0)
         for target, rows, weight in ((out.dw_enc, xc, g_hidden), (out.dw_dec, g, active.value)):
             total = torch.zeros_like(target, dtype=accumulator(g))
             target.copy_(total.index_add_(0, feature, rows[token].to(total.dtype) * weight[:, None]))
         db_enc = torch.zeros(len(out.dw_enc), dtype=accumulator(g), device=g.device).index_add_(0, feature, g_hidden)
         return out.dw_enc, out.dw_dec, db_enc
+
+    def nested_residual(
+        self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float, n: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`sparse_residual` of the prefixes that end with each of n groups of features, whose loss is the mean of theirs; a
+        row of `active` is a token and a group. Returns g [B, n, d], the sum of the gradients by x̂ of the prefixes from that
+        group on; the hidden gradient; and each prefix's Σ (x̂ − x)², [n]."""
+        nothing = torch.zeros_like(bias)
+        blank = torch.zeros(len(active.row_start) - 1, x.shape[1], dtype=bias.dtype, device=x.device)
+        parts = self.sparse_residual(active, w_dec, blank, nothing, 1.0, 0.0)[0].view(len(x), n, -1)
+        g, squares = nested(list(parts.unbind(1)), w_dec, x, bias, scale)
+        return g, self.dots(active.row_start, active.feature, g.view(blank.shape), w_dec) + l1_grad, squares
 
     def dots(self, row_start: Tensor, index: Tensor, rows: Tensor, others: Tensor) -> Tensor:
         """⟨rows[r], others[i]⟩ of each entry i of row r, listed by row as `Active` lists them by token; [entries]. It is what a
@@ -317,6 +348,19 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         wide = torch.mm(a.float(), b.float())
         return wide.to(a.dtype) if out is None else out.copy_(wide)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def nested(parts: list[Tensor], w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What `nested_residual` returns first and last, of what each group of features adds to x̂, [B, d]."""
+    wide = accumulator(w_dec)
+    residual = bias.to(wide) - x.to(wide)
+    residuals = [residual := residual + part for part in parts]
+    all_ = torch.empty(len(x), len(parts), x.shape[1], dtype=w_dec.dtype, device=x.device)
+    g = torch.zeros_like(residual)
+    for index in reversed(range(len(parts))):
+        g.add_(residuals[index], alpha=scale / len(parts))
+        all_[:, index] = g
+    return all_, torch.stack([residual.square().sum() for residual in residuals])
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:

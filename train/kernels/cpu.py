@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from residual_saes.shared.compile import arguments, cpu_flags, load
-from residual_saes.train.kernels.base import Activation, Active, AdamStep, TorchKernels, WeightGrads, Workspace, starts
+from residual_saes.train.kernels.base import (
+    Activation,
+    Active,
+    AdamStep,
+    Near,
+    TorchKernels,
+    WeightGrads,
+    Workspace,
+    starts,
+)
 
 _AMX_SIDE = 32  # sizes must be multiples of it: two tiles
 _PATTERNS = 1 << 15  # of the bits of numbers that are not negative, which are in the numbers' order
@@ -88,6 +97,20 @@ class NativeKernels(TorchKernels):
                 return _PATTERNS - 1 - place, int(at_least[place - 1]) if place else 0
         return 0, int(at_least[-1])
 
+    def jump_(self, z: Tensor, low: Tensor, threshold: Tensor, high: Tensor) -> tuple[Activation, Near]:
+        tokens, features = z.shape
+        hidden, near = _hidden(z), torch.empty(features, dtype=torch.int64)
+        self._c.near(*arguments(hidden, low, high, near, tokens, features))
+        start = starts(near)
+        token, feature = torch.empty(int(start[-1]), dtype=torch.int64), torch.arange(features)
+        token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
+        feature_count, feature_total = torch.empty(features, dtype=torch.int32), torch.empty(features)
+        lists = (start, token, token_counts, feature_count, feature_total)
+        self._c.jump(*arguments(hidden, low, threshold, high, *lists, tokens, features))
+        total = feature_total.sum(dtype=torch.float64)
+        activation = RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
+        return activation, Near(token=token, feature=feature.repeat_interleave(near))
+
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         tokens, features = z.shape
         sums = torch.empty(features)
@@ -121,12 +144,28 @@ class NativeKernels(TorchKernels):
         self._c.residual(*arguments(*lists, _matrix(w_dec), x, bias, scale, l1_grad, g, g_hidden, row_square, tokens, d))
         return g, g_hidden, row_square.sum(dtype=torch.float64)
 
+    def nested_residual(
+        self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float, n: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, d = x.shape
+        g = torch.empty(tokens, n, d, dtype=torch.bfloat16)
+        g_hidden, square = torch.empty_like(active.value), torch.empty(tokens, n)
+        lists, x = (active.row_start, active.feature, active.value), x.float().contiguous()
+        self._c.nested_residual(*arguments(*lists, _matrix(w_dec), x, bias, scale, l1_grad, g, g_hidden, square, tokens, n, d))
+        return g, g_hidden, square.sum(0, dtype=torch.float64)
+
+    def dots(self, row_start: Tensor, index: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+        out, index = torch.empty(len(index)), index.int()
+        self._c.dots(*arguments(row_start, index, _matrix(rows), _matrix(others), out, *rows.shape))
+        return out
+
     def sparse_weight_grads(
         self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
         features, d = out.dw_enc.shape
         db_enc = torch.empty(features)
-        lists = (active.feature_start, active.by_feature, active.token, active.value, g_hidden)
+        row_of_xc = active.token if len(g) == len(xc) else active.token // (len(g) // len(xc))
+        lists = (active.feature_start, active.by_feature, active.token, row_of_xc, active.value, g_hidden)
         results = (out.dw_enc, out.dw_dec, db_enc)
         self._c.weight_grads(*arguments(*lists, _matrix(g), _matrix(xc), *results, features, d))
         return results

@@ -54,6 +54,7 @@ class SparseKernels(TorchKernels):
         self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
         plan = _plan(active, g.shape[1])
+        xc = xc.repeat_interleave(len(g) // len(xc), 0) if len(g) != len(xc) else xc
         db_enc = plan.weighted_sums(xc, g_hidden.index_select(0, active.by_feature), out.dw_enc)
         plan.weighted_sums(g, active.value.index_select(0, active.by_feature), out.dw_dec)
         if (often := active.frequent) is not None:

@@ -92,6 +92,50 @@ void keep(bf16 *restrict z, int64_t least, const int64_t *restrict room, int32_t
     }
 }
 
+/* How many of each feature's entries lie between its `low` and `high`; all of these bounds are patterns of positive numbers. */
+void near(const bf16 *restrict z, const int16_t *restrict low, const int16_t *restrict high, int64_t *restrict count,
+          int64_t tokens, int64_t features) {
+#pragma omp parallel for schedule(static)
+    for (int64_t f = 0; f < features; f++) {
+        const int16_t *row = (const int16_t *)z + f * tokens;
+        int32_t found = 0;
+        for (int64_t t = 0; t < tokens; t++) found += (row[t] > low[f]) & (row[t] < high[f]);
+        count[f] = found;
+    }
+}
+
+/* Lists those, then makes 0 of what is not above `threshold`. Counts as `activate` does; a NaN stays, as in `keep`. */
+void jump(bf16 *restrict z, const int16_t *restrict low, const int16_t *restrict threshold, const int16_t *restrict high,
+          const int64_t *restrict start, int64_t *restrict token, int32_t *restrict token_counts, int32_t *restrict feature_count,
+          float *restrict feature_total, int64_t tokens, int64_t features) {
+#pragma omp parallel
+    {
+        int32_t *restrict token_count = token_counts + omp_get_thread_num() * tokens;
+#pragma omp for schedule(static)
+        for (int64_t f = 0; f < features; f++) {
+            bf16 *row = z + f * tokens;
+            int64_t at = start[f];
+            int32_t count = 0;
+            float total = 0;
+            for (int64_t t = 0; t < tokens; t++) {
+                int16_t value = (int16_t)row[t];
+                if (value == 0) continue;
+                if (value > low[f] && value < high[f]) token[at++] = t;
+                if (value > 0 && value <= threshold[f]) {
+                    row[t] = 0;
+                    continue;
+                }
+                int32_t active = value > 0;
+                token_count[t] += active;
+                count += active;
+                total += widen(row[t]);
+            }
+            feature_count[f] = count;
+            feature_total[f] = total;
+        }
+    }
+}
+
 void mask(bf16 *restrict gz, const bf16 *restrict z, float l1, float *restrict sum, int64_t tokens, int64_t features) {
 #pragma omp parallel for schedule(static)
     for (int64_t f = 0; f < features; f++) {
@@ -160,6 +204,21 @@ static inline void add_row(float *restrict sum, const bf16 *row, float a, int64_
     for (int64_t j = 0; j < d; j++) sum[j] += a * widen(row[j]);
 }
 
+static inline void decode(float *restrict sum, const int32_t *feature, const float *value, const bf16 *w_dec, int64_t first,
+                          int64_t last, int64_t d) {
+    int64_t e = first;
+    for (; e + 4 <= last; e += 4)
+        add_rows(sum, w_dec + feature[e] * d, w_dec + feature[e + 1] * d, w_dec + feature[e + 2] * d, w_dec + feature[e + 3] * d,
+                 value[e], value[e + 1], value[e + 2], value[e + 3], d);
+    for (; e < last; e++) add_row(sum, w_dec + feature[e] * d, value[e], d);
+}
+
+static inline float dot(const float *a, const bf16 *b, int64_t d) {
+    float sum = 0;
+    for (int64_t j = 0; j < d; j++) sum += a[j] * widen(b[j]);
+    return sum;
+}
+
 void residual(const int64_t *row_start, const int32_t *feature, const float *value, const bf16 *w_dec, const float *x,
               const float *bias, float scale, float l1, bf16 *g, float *g_hidden, float *row_square, int64_t tokens,
               int64_t d) {
@@ -168,13 +227,10 @@ void residual(const int64_t *row_start, const int32_t *feature, const float *val
         float *r = malloc(d * sizeof *r);
 #pragma omp for schedule(dynamic, 8)
         for (int64_t t = 0; t < tokens; t++) {
-            int64_t first = row_start[t], last = row_start[t + 1], e = first;
+            int64_t first = row_start[t], last = row_start[t + 1];
             const float *xt = x + t * d;
             for (int64_t j = 0; j < d; j++) r[j] = bias[j] - xt[j];
-            for (; e + 4 <= last; e += 4)
-                add_rows(r, w_dec + feature[e] * d, w_dec + feature[e + 1] * d, w_dec + feature[e + 2] * d,
-                         w_dec + feature[e + 3] * d, value[e], value[e + 1], value[e + 2], value[e + 3], d);
-            for (; e < last; e++) add_row(r, w_dec + feature[e] * d, value[e], d);
+            decode(r, feature, value, w_dec, first, last, d);
             float square = 0;
             bf16 *gt = g + t * d;
             for (int64_t j = 0; j < d; j++) {
@@ -184,14 +240,62 @@ void residual(const int64_t *row_start, const int32_t *feature, const float *val
             }
             row_square[t] = square;
             /* The token's decoder rows are still in this core's cache. */
-            for (e = first; e < last; e++) {
-                const bf16 *row = w_dec + feature[e] * d;
-                float dot = 0;
-                for (int64_t j = 0; j < d; j++) dot += r[j] * widen(row[j]);
-                g_hidden[e] = dot + l1;
-            }
+            for (int64_t e = first; e < last; e++) g_hidden[e] = dot(r, w_dec + feature[e] * d, d) + l1;
         }
         free(r);
+    }
+}
+
+/* Σ over entries of each row r of rows[r] · others[index]. */
+void dots(const int64_t *row_start, const int32_t *index, const bf16 *rows, const bf16 *others, float *out, int64_t n,
+          int64_t d) {
+#pragma omp parallel
+    {
+        float *wide = malloc(d * sizeof *wide);
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t r = 0; r < n; r++) {
+            for (int64_t j = 0; j < d; j++) wide[j] = widen(rows[r * d + j]);
+            for (int64_t e = row_start[r]; e < row_start[r + 1]; e++) out[e] = dot(wide, others + index[e] * d, d);
+        }
+        free(wide);
+    }
+}
+
+/* As `residual`, of the prefixes that end with each of n groups of features: entries of (token, group) begin at row_start. g is
+ * [tokens, n, d], the sum of the gradients of the prefixes from that group on; `square` is [tokens, n]. */
+void nested_residual(const int64_t *row_start, const int32_t *feature, const float *value, const bf16 *w_dec, const float *x,
+                     const float *bias, float scale, float l1, bf16 *g, float *g_hidden, float *square, int64_t tokens,
+                     int64_t n, int64_t d) {
+#pragma omp parallel
+    {
+        float *all = malloc(n * d * sizeof *all), *sum = malloc(d * sizeof *sum);  /* of the prefixes, and of their gradients */
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t *start = row_start + t * n;
+            for (int64_t p = 0; p < n; p++) {
+                float *r = all + p * d, total = 0;
+                if (p)
+                    memcpy(r, r - d, d * sizeof *r);
+                else
+                    for (int64_t j = 0; j < d; j++) r[j] = bias[j] - x[t * d + j];
+                decode(r, feature, value, w_dec, start[p], start[p + 1], d);
+                for (int64_t j = 0; j < d; j++) total += r[j] * r[j];
+                square[t * n + p] = total;
+            }
+            memset(sum, 0, d * sizeof *sum);
+            for (int64_t p = n - 1; p >= 0; p--) {
+                float *r = all + p * d;
+                bf16 *gt = g + (t * n + p) * d;
+                for (int64_t j = 0; j < d; j++) {
+                    sum[j] += scale / n * r[j];
+                    gt[j] = narrow(sum[j]);
+                    r[j] = widen(gt[j]);
+                }
+                for (int64_t e = start[p]; e < start[p + 1]; e++) g_hidden[e] = dot(r, w_dec + feature[e] * d, d) + l1;
+            }
+        }
+        free(all);
+        free(sum);
     }
 }
 
@@ -205,9 +309,10 @@ static void gather(float *restrict sum, const int32_t *entry, const int32_t *tok
     for (; k < n; k++) add_row(sum, rows + token[k] * d, weight[entry[k]], d);
 }
 
-void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const int32_t *token, const float *value,
-                  const float *g_hidden, const bf16 *g, const bf16 *xc, bf16 *dw_enc, bf16 *dw_dec, float *db_enc,
-                  int64_t features, int64_t d) {
+/* `token` counts the rows of g. */
+void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const int32_t *token, const int32_t *row_of_xc,
+                  const float *value, const float *g_hidden, const bf16 *g, const bf16 *xc, bf16 *dw_enc, bf16 *dw_dec,
+                  float *db_enc, int64_t features, int64_t d) {
 #pragma omp parallel
     {
         float *sum = malloc(d * sizeof *sum);
@@ -218,7 +323,7 @@ void weight_grads(const int64_t *feature_start, const int32_t *by_feature, const
             float bias = 0;
             for (int64_t k = 0; k < n; k++) bias += g_hidden[entry[k]];
             db_enc[f] = bias;
-            gather(sum, entry, from, g_hidden, xc, n, d);
+            gather(sum, entry, row_of_xc + first, g_hidden, xc, n, d);
             for (int64_t j = 0; j < d; j++) dw_enc[f * d + j] = narrow(sum[j]);
             gather(sum, entry, from, value, g, n, d);
             for (int64_t j = 0; j < d; j++) dw_dec[f * d + j] = narrow(sum[j]);

@@ -19,8 +19,8 @@ from residual_saes.train.kernels.base import (
     TorchKernels,
     WeightGrads,
     Workspace,
-    accumulator,
     mm,
+    nested,
     tokens_of,
 )
 
@@ -49,37 +49,21 @@ class Nested:
     def sparse_residual(
         self, active: Active, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float, l1_grad: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The second call of a kernel reads the decoder's rows again, to pull G back."""
-        nothing = torch.zeros_like(bias)
-        blank = torch.zeros(len(active.row_start) - 1, x.shape[1], dtype=bias.dtype, device=x.device)
-        parts = self._kernels.sparse_residual(active, w_dec, blank, nothing, 1.0, 0.0)[0].view(len(x), -1, x.shape[1])
-        g, square = self._cumulative(list(parts.unbind(1)), w_dec, x, bias, scale)
-        g_hidden = self._kernels.dots(active.row_start, active.feature, self._g.view(blank.shape), w_dec)
-        return g, g_hidden + l1_grad, square
+        n = len(self._groups)
+        self._g, g_hidden, squares = self._kernels.nested_residual(active, w_dec, x, bias, scale, l1_grad, n)
+        self.last_square = squares[-1]
+        return self._g[:, 0].contiguous(), g_hidden, squares.mean()
 
     def dense_residual(self, z: Tensor, w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         parts = [mm(w_dec[group].t(), z[:, group].t()).t() for group in self._groups]
-        return self._cumulative(parts, w_dec, x, bias, scale)
-
-    def _cumulative(self, parts: list[Tensor], w_dec: Tensor, x: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """From what each group gives, [B, d], G and the mean of the squared errors; returns the gradient of the biases, too."""
-        wide = accumulator(w_dec)
-        residual = bias.to(wide) - x.to(wide)
-        residuals = [residual := residual + part for part in parts]
-        squares = [residual.square().sum() for residual in residuals]
+        self._g, squares = nested(parts, w_dec, x, bias, scale)
         self.last_square = squares[-1]
-        self._g = torch.empty(len(x), len(parts), x.shape[1], dtype=w_dec.dtype, device=x.device)
-        g = torch.zeros_like(residual)
-        for index in reversed(range(len(parts))):
-            g.add_(residuals[index], alpha=scale / len(parts))
-            self._g[:, index] = g
-        return self._g[:, 0].contiguous(), torch.stack(squares).mean()
+        return self._g[:, 0].contiguous(), squares.mean()
 
     def sparse_weight_grads(
         self, active: Active, w_dec: Tensor, g: Tensor, xc: Tensor, g_hidden: Tensor, l1_grad: float, out: Workspace
     ) -> WeightGrads:
-        rows, each = self._g.flatten(0, 1), xc.repeat_interleave(len(self._groups), 0)
-        return self._kernels.sparse_weight_grads(active, w_dec, rows, each, g_hidden, l1_grad, out)
+        return self._kernels.sparse_weight_grads(active, w_dec, self._g.flatten(0, 1), xc, g_hidden, l1_grad, out)
 
     def dense_weight_grads(
         self, z: Tensor, activation: Activation, w_dec: Tensor, g: Tensor, xc: Tensor, l1_grad: float, out: Workspace

@@ -29,22 +29,16 @@ LOG = "log_threshold"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Near:
-    """The entries of [B, F] that are within ε / 2 of their thresholds, feature by feature or token by token."""
-
-    token: Tensor  # int64 [n]
-    feature: Tensor  # int64 [n]
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
 class Jump(Hidden):
     target: float
     weight: float  # λ
 
     def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, _ = kernels.encode(xc, w_enc, bias, out)
-        near = jump_(z, own[LOG].exp(), kernels.feature_major)
-        return Encoded(z=z, activation=kernels.count(z), near=near)
+        threshold = own[LOG].exp()
+        low, middle, high = ((threshold * (1 + side * BANDWIDTH / 2)).to(z.dtype) for side in (-1, 0, 1))
+        activation, near = kernels.jump_(z, low, middle, high)
+        return Encoded(z=z, activation=activation, near=near)
 
     def penalty(self, l0: float) -> float:
         return self.weight * (l0 / self.target - 1) ** 2
@@ -61,17 +55,6 @@ class Jump(Hidden):
             start, pulls = _starts(order.values, n_features), pulls[order.indices]
         pull: Tensor = torch.segment_reduce(pulls.to(own[LOG].dtype), "sum", offsets=start)
         return {LOG: -(own[LOG].exp() * pull + by_l0 * start.diff().to(pull.dtype)) / BANDWIDTH}
-
-
-def jump_(z: Tensor, threshold: Tensor, feature_major: bool) -> Near:
-    """z [B, F] ≥ 0 becomes 0 where it is not above its threshold [F]; returns what is near to them."""
-    low, middle, high = (threshold * (1 + side * BANDWIDTH / 2) for side in (-1, 0, 1))
-    rows, bounds = (z.t(), (slice(None), None)) if feature_major else (z, (None, slice(None)))
-    low, middle, high = (bound.to(z.dtype)[bounds] for bound in (low, middle, high))
-    place = ((rows > low) & (rows < high)).nonzero()
-    rows.mul_(rows > middle)  # a NaN stays one, and stops the step
-    feature, token = place.t() if feature_major else place.flip(1).t()
-    return Near(token=token, feature=feature)
 
 
 def _starts(groups: Tensor, n: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from residual_saes.shared.compile import cpu_flags
 from residual_saes.train.kernels.base import Active, AdamStep, TorchKernels, Workspace, row_norms
 from residual_saes.train.kernels.cpu import AmxKernels, NativeKernels, load_native
+from residual_saes.train.kernels.nested import Nested
 
 TORCH = TorchKernels()
 SIZES = [(37, 24, 100), (8, 17, 33), (130, 64, 515)]  # B, d, F
@@ -91,6 +92,21 @@ def test_keep_largest(native: NativeKernels, b: int, f: int, uneven: bool, share
     torch.testing.assert_close(got.total.float(), wanted.total)
 
 
+@pytest.mark.parametrize(("b", "f"), [(37, 100), (300, 515)])
+def test_jump(native: NativeKernels, b: int, f: int) -> None:
+    torch.manual_seed(b)
+    z, middle = hidden(b, f).relu_(), (0.2 + torch.rand(f)).bfloat16()
+    z[0, 5], z[0, 6] = middle[5], 0.75 * middle[6]  # at the threshold, and at its lower bound
+    bounds = ((0.75 * middle.float()).bfloat16(), middle, (1.25 * middle.float()).bfloat16())
+    ours, theirs = z.clone(memory_format=torch.preserve_format), z.clone(memory_format=torch.preserve_format)
+    (got, near), (wanted, wanted_near) = native.jump_(ours, *bounds), FeatureMajor().jump_(theirs, *bounds)
+    assert torch.equal(ours, theirs) and (ours == 0).any() and 0 < len(near.token) < z.count_nonzero()
+    assert torch.equal(near.token, wanted_near.token) and torch.equal(near.feature, wanted_near.feature)
+    assert torch.equal(got.row_count, (theirs > 0).sum(1))
+    assert torch.equal(got.feature_count, wanted.feature_count)
+    torch.testing.assert_close(got.total.float(), wanted.total)
+
+
 @pytest.mark.parametrize(("b", "d", "f"), SIZES)
 def test_unfold(native: NativeKernels, b: int, d: int, f: int) -> None:
     torch.manual_seed(b)
@@ -104,10 +120,12 @@ def test_unfold(native: NativeKernels, b: int, d: int, f: int) -> None:
         torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)
 
 
-def test_keep_largest_lets_a_nan_through(native: NativeKernels) -> None:
+def test_a_nan_goes_through_what_leaves_entries_out(native: NativeKernels) -> None:
     for nan in (torch.nan, -torch.nan):
         z = feature_major(torch.rand(37, 100).bfloat16())
         z[5, 7] = nan
+        bounds = [torch.full((100,), value).bfloat16() for value in (0.4, 0.5, 0.6)]
+        assert not native.jump_(z.clone(memory_format=torch.preserve_format), *bounds)[0].total.isfinite()
         assert not native.keep_largest_(z, 50)[0].total.isfinite()
 
 
@@ -140,6 +158,33 @@ def test_residual_and_weight_grads(native: NativeKernels, b: int, d: int, f: int
     for ours, theirs in zip(*grads, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=0.01, atol=1e-2)
+
+
+@pytest.mark.parametrize(("b", "d", "f"), SIZES)
+def test_nested_residual_and_weight_grads(native: NativeKernels, b: int, d: int, f: int) -> None:
+    torch.manual_seed(b)
+    z, ends = hidden(b, f), (f // 5, f // 2, f)
+    activation = native.activate_(z, torch.zeros(f))
+    w_dec, x, bias = torch.randn(f, d).bfloat16(), torch.randn(b, d).half(), torch.randn(d)
+    xc, count = torch.randn(b, d).bfloat16(), int(activation.feature_count.sum())
+    results = []
+    for kernels, dtype, precision in ((native, torch.bfloat16, "bf16"), (TORCH, torch.float64, "fp64")):
+        step, rows, out = Nested(kernels, ends), w_dec.to(dtype), Workspace(b, d, f, precision, torch.device("cpu"))
+        active = step.compact(z if dtype == torch.bfloat16 else z.double(), activation, count, 0)
+        g, g_hidden, square = step.sparse_residual(active, rows, x, bias, 0.5, 0.1)
+        grads = step.sparse_weight_grads(active, rows, g, xc.to(dtype), g_hidden, 0.1, out)
+        results.append([g, g_hidden, square, step.last_square, *grads])
+    for ours, theirs in zip(*results, strict=True):  # off by the rounding of g and of the gradients
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize(("b", "d", "f"), SIZES)
+def test_dots(native: NativeKernels, b: int, d: int, f: int) -> None:
+    torch.manual_seed(b)
+    rows, others, start = torch.randn(b, d).bfloat16(), torch.randn(f, d).bfloat16(), torch.arange(b + 1) * 3
+    index = torch.randint(f, (3 * b,))
+    got, wanted = (kernels.dots(start, index, rows, others) for kernels in (native, TORCH))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("portable", [False, True])
