@@ -1,4 +1,4 @@
-"""Kernels for CPUs: bfloat16 matrices, float32 arithmetic, the loops in kernels.c, and with AMX the products in amx.c."""
+"""Kernels for CPUs: bfloat16 matrices, float32 arithmetic; loops are in kernels.c and choose.c, AMX products in amx.c."""
 
 import ctypes
 import math
@@ -28,11 +28,12 @@ _SUM_PARTS = 1024  # of a sum of squares: float32 within a part, float64 over th
 
 def load_native() -> "NativeKernels | None":
     """None where the C file cannot be compiled."""
-    library = load(Path(__file__).with_name("kernels.c"))
-    if library is None:
+    here = Path(__file__)
+    library, choose = load(here.with_name("kernels.c")), load(here.with_name("choose.c"))
+    if library is None or choose is None:
         return None
-    amx = load(Path(__file__).with_name("amx.c")) if "amx_bf16" in cpu_flags() else None
-    return AmxKernels(library, amx) if amx is not None and amx.amx_allowed() else NativeKernels(library)
+    amx = load(here.with_name("amx.c")) if "amx_bf16" in cpu_flags() else None
+    return AmxKernels(library, choose, amx) if amx is not None and amx.amx_allowed() else NativeKernels(library, choose)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -48,8 +49,8 @@ class NativeKernels(TorchKernels):
     feature_major = True
     features_at_once = 4096  # a part that stays in cache: the two products that use it take 113 ms instead of 146
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._c = library
+    def __init__(self, library: ctypes.CDLL, choose: ctypes.CDLL) -> None:
+        self._c, self._choose = library, choose
 
     @property
     def _threads(self) -> int:
@@ -69,12 +70,12 @@ class NativeKernels(TorchKernels):
         tokens, features = z.shape
         hidden, equal = _hidden(z), torch.empty(features, dtype=torch.int64)
         least, above = self._least(hidden, count)
-        self._c.equal(*arguments(hidden, least, equal, tokens, features))
+        self._choose.equal(*arguments(hidden, least, equal, tokens, features))
         room = count - above - (equal.cumsum(0) - equal)
         token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
         feature_count, feature_total = torch.empty(features, dtype=torch.int32), torch.empty(features)
         counts = (token_counts, feature_count, feature_total)
-        self._c.keep(*arguments(hidden, least, room, *counts, tokens, features))
+        self._choose.keep(*arguments(hidden, least, room, *counts, tokens, features))
         total = feature_total.sum(dtype=torch.float64)
         activation = RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
         return activation, torch.tensor(least, dtype=torch.int16).view(torch.bfloat16)
@@ -90,7 +91,7 @@ class NativeKernels(TorchKernels):
         rank = min(sample.numel(), math.ceil(expected + 4 * math.sqrt(expected) + 4))
         for first in (max(1, int(sample.topk(rank).values[-1])), 1):
             histogram = torch.zeros(self._threads, _PATTERNS, dtype=torch.int32)
-            self._c.histogram(*arguments(hidden, histogram, first, n))
+            self._choose.histogram(*arguments(hidden, histogram, first, n))
             at_least = histogram.sum(0).flip(0).cumsum(0)  # from the largest pattern down
             if at_least[-1] >= count:
                 place = int(torch.searchsorted(at_least, count))
@@ -100,13 +101,13 @@ class NativeKernels(TorchKernels):
     def jump_(self, z: Tensor, low: Tensor, threshold: Tensor, high: Tensor) -> tuple[Activation, Near]:
         tokens, features = z.shape
         hidden, near = _hidden(z), torch.empty(features, dtype=torch.int64)
-        self._c.near(*arguments(hidden, low, high, near, tokens, features))
+        self._choose.near(*arguments(hidden, low, high, near, tokens, features))
         start = starts(near)
         token, feature = torch.empty(int(start[-1]), dtype=torch.int64), torch.arange(features)
         token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
         feature_count, feature_total = torch.empty(features, dtype=torch.int32), torch.empty(features)
         lists = (start, token, token_counts, feature_count, feature_total)
-        self._c.jump(*arguments(hidden, low, threshold, high, *lists, tokens, features))
+        self._choose.jump(*arguments(hidden, low, threshold, high, *lists, tokens, features))
         total = feature_total.sum(dtype=torch.float64)
         activation = RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
         return activation, Near(token=token, feature=feature.repeat_interleave(near))
@@ -207,8 +208,8 @@ class NativeKernels(TorchKernels):
 class AmxKernels(NativeKernels):
     """Dense products by amx.c where the sizes are multiples of 32, by torch otherwise."""
 
-    def __init__(self, library: ctypes.CDLL, amx: ctypes.CDLL) -> None:
-        super().__init__(library)
+    def __init__(self, library: ctypes.CDLL, choose: ctypes.CDLL, amx: ctypes.CDLL) -> None:
+        super().__init__(library, choose)
         self._amx = amx
 
     def encode(self, xc: Tensor, w_enc: Tensor, bias: Tensor, out: Workspace) -> tuple[Tensor, Activation]:

@@ -193,7 +193,7 @@ def test_dense_products_are_those_of_float64(native: NativeKernels, b: int, d: i
     """From bf16 operands to bf16 results: off by their rounding (0.4 %) and by float32 sums, and by nothing else."""
     torch.manual_seed(b)
     if portable:  # what a processor without AMX runs
-        native = NativeKernels(native._c)
+        native = NativeKernels(native._c, native._choose)
     out, x, xc = room(b, d, f), torch.randn(b, d).half(), torch.randn(b, d).bfloat16()
     w_enc, w_dec = (torch.randn(f, d).div(d**0.5).bfloat16() for _ in range(2))
     b_enc, b_dec = 0.1 * torch.randn(f) - 0.5, torch.randn(d)
