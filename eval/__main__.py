@@ -8,6 +8,7 @@ import click
 from residual_saes.eval.floors.distill import DistillOptions, distill, distill_table
 from residual_saes.eval.floors.measured import measured_floors
 from residual_saes.eval.floors.students import DistillConfig
+from residual_saes.eval.foreign.adopt import AdoptConfig, adopt
 from residual_saes.eval.measure.evaluate import EvalConfig, evaluate
 from residual_saes.eval.measure.match import match_runs, match_table, match_to_final
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
@@ -58,16 +59,19 @@ _place = options(PRESET, CACHE, RUNS)
 @_place
 @options_of(Basis)
 @options_of(EvalConfig, "snapshots")
+@options_of(AdoptConfig)
 @MODEL
 @click.option("--numbers-only", is_flag=True, help="Measure and say it, but leave pictures, cards and report as they are.")
 @DEVICE
 def run_command(preset: str | None, cache: Location | None, runs: Location, numbers_only: bool, **options: Any) -> None:
     """Evaluate every snapshot of every run on held-out tokens; what is done already is kept."""
-    options["device"], opened = pick_device(options["device"]), _open(cache, preset, runs)
+    taken = filled(AdoptConfig, options)
+    options["device"], opened = pick_device(options["device"]), _open(cache, preset, runs, new=taken.saes is not None)
     spec = opened.spec
     defaults = training_defaults(preset, spec.d_model, spec.train_tokens, spec.holdout_tokens)
     config = filled(EvalConfig, options, eval_tokens=spec.holdout_tokens, ce_tokens=defaults.ce_tokens)
     skipped, folder = Skipped(), fetched(runs)
+    adopt(opened, folder, taken, skipped)
     found = find_runs(folder, opened, skipped)
     results = evaluate(opened, found, config, skipped)
     found = [each for each in found if each.name in results]
@@ -98,9 +102,11 @@ def truth_command(preset: str | None, cache: Location | None, runs: Location, **
         raise UserError(f"{skipped.count} left out, as said above; all else is measured")
 
 
-def _open(cache: Location | None, preset: str | None, runs: Location) -> Cache:
-    """The cache that is named, or else the one that the runs were trained on, where it lies now. Raises UserError."""
-    if cache is None and preset is None and isinstance(runs, Path) and (places := cache_places(runs)):
+def _open(cache: Location | None, preset: str | None, runs: Location, *, new: bool = False) -> Cache:
+    """The cache that is named, or else the one that the runs were trained on, where it lies now; there may be no runs if they
+    are `new`. Raises UserError."""
+    empty = new and isinstance(runs, Path) and not any(runs.glob("*/config.json"))
+    if cache is None and preset is None and isinstance(runs, Path) and not empty and (places := cache_places(runs)):
         if len(places) > 1:
             raise UserError(f"{runs} has runs of several caches, {', '.join(map(str, places))}: choose one with --cache")
         return Cache.open(places[0])

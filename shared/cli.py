@@ -151,9 +151,10 @@ def option(help: str, default: Any = MISSING, *, preset: bool = False, **how: An
 
 
 def options_of(config: type, *names: str) -> Callable[[Command], Command]:
-    """The options that a config's fields are, in the order of the fields; only these, where `names` are given."""
+    """The options that a config's fields are, in the order of the fields; only these, where `names` are given. `from_` is
+    `--from`."""
     fields = [f for f in dataclasses.fields(config) if _OPTION in f.metadata and (not names or f.name in names)]
-    return options(*(click.option(f"--{f.name.replace('_', '-')}", f.name, **f.metadata[_OPTION]) for f in fields))
+    return options(*(click.option(f"--{f.name.rstrip('_').replace('_', '-')}", f.name, **f.metadata[_OPTION]) for f in fields))
 
 
 def filled(config: type[Config], options: Mapping[str, Any], **given: Any) -> Config:

@@ -93,7 +93,8 @@ train: --preset= --cache= --scratch= --runs=runs --l1= --layers= --expansion= --
   --precision=bf16[bf16|fp32] --sparse-below= --decoder=trained[trained|random] --seed=0 --device= --threads=16
   --save-minutes=5.0 --shard=0/1 --follow --list --tensorboard --verbose
 eval run: --preset= --cache= --runs=runs --eval-tokens= --ce-tokens= --model= --dead-at=1e-05 --alive-above=1e-05
-  --ablation=zero[zero|mean] --snapshots=all[all|final] --numbers-only --device=
+  --ablation=zero[zero|mean] --snapshots=all[all|final] --saes= --from=[saelens|sparsify|dictionary_learning] --layers=
+  --numbers-only --device=
 eval truth: --preset= --cache= --runs=runs --eval-tokens= --snapshots=all[all|final] --device=
 eval export: --to=[saelens|sparsify|dictionary_learning]! --runs=runs* --layers= --snapshot=final --out=! --model=
 eval pages: --preset= --cache= --runs=runs --layers= --snapshot=final --tokens= --out= --model= --device=

@@ -33,7 +33,7 @@ class Subject:
     run: str  # digest
     site: Site = field(metadata={"key": "layer"})
     snapshot: str  # label
-    trained_tokens: int
+    trained_tokens: int | None  # None: not known
     l1_weight: Value = field(default=None, metadata={"key": "lambda"})
 
 

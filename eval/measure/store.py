@@ -17,7 +17,7 @@ from residual_saes.eval.measure.runs import Skipped
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import locked, publish_file, sync_dir
 from residual_saes.shared.records import JsonRecords
-from residual_saes.shared.runs.run import Run, Snapshot, snapshot_tokens
+from residual_saes.shared.runs.run import Run, Snapshot
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.sites import Site
 
@@ -31,7 +31,7 @@ class Results:
         """Raises UserError for a file that is not as it was written; it is left as it is."""
         self.run = run
         self._file = JsonRecords(run.path / "results" / "metrics.json", Result, _names)
-        self._labels, self._digest = list(snapshot_tokens(run.config.train.tokens)), run.config.digest
+        self._labels, self._digest = run.labels, run.config.digest
         self.files: dict[tuple[Site, str], str] = {}  # {(site, snapshot): checksum of the checkpoint that lies there}
         self._results = self._own(self._file.read())
 

@@ -24,9 +24,8 @@ from residual_saes.shared.identity import unpin
 from residual_saes.shared.lm import family_of, known_model
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.config import RunConfig
-from residual_saes.shared.runs.run import FINAL, Run, snapshot_tokens
+from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.sites import HOOKS, RESID_POST, Site, format_sites, lens_name
-from residual_saes.shared.units import format_count
 
 REGISTRY = "pretrained_saes.yaml"
 MARKER = "<!-- written by `rsae eval`; remove this line to keep your own changes -->"
@@ -94,7 +93,7 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
     """The whole text. It says nothing that differs between two runs of the same training, such as times."""
     config = run.config
     train, spec = config.train, config.cache.spec
-    whole, done = format_count(train.tokens), finished(results)
+    whole, done = train.amount, finished(results)
     others = [r for r in latest(results) if not r.final]
     floors = (*columns("floors"), *floor_columns(results))
     base_model, dataset = _on_hub(config)
@@ -117,17 +116,18 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         revision=spec.model_commit or "main",
         text=place(spec.dataset),
         d_model=spec.d_model,
-        features=train.expansion * spec.d_model,
+        features=round(train.expansion * spec.d_model),
         world=spec.world is not None,
         glance=Table(heads=["folder", "hook", *(c.title for c in glance)], rows=[_glance(r, family, glance) for r in done]),
         shown=_feature(run, done),
         tokens=train.tokens,
+        source=train.source,
         layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
         sparsity=config.reading,
         bos=spec.bos,
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: results}, None)],
         **_example(done[len(done) // 2].site if done else Site(0), family),
-        snapshots=[Safe(label) for label in snapshot_tokens(train.tokens) if label != FINAL],
+        snapshots=[Safe(label) for label in run.labels if label != FINAL],
         measured_on=_counts(r.tokens for r in latest(results)),
         ce_on=_counts(r.ce_tokens for r in latest(results)),
         metrics=Table(heads=heads, rows=[_row(r, shown) for r in done]),

@@ -22,7 +22,7 @@ from torch import Tensor
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.runs.sparsity import prefix_ends
-from residual_saes.shared.sites import Site, lens_name
+from residual_saes.shared.sites import RESID_POST, Site, lens_name
 
 SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
 # {tool: {how z follows from relu's values: what the tool calls such an SAE}}
@@ -119,6 +119,7 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
         "transcode": False,
         "d_in": d,
         "layer": origin.site.layer,
+        "hook": None if origin.site.hook == RESID_POST else origin.site.hook,
         "model": origin.model,
         "source": _source(origin),
     }
@@ -174,8 +175,9 @@ FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
 
 
 def _dictionary(sae: Sae, origin: Origin) -> str:
-    """dictionary_learning's class for it: by its rule, by whether its thresholds differ, and by its prefixes."""
-    if sae.threshold is not None and bool((sae.threshold != sae.threshold[0]).any()):
+    """dictionary_learning's class for it: by its rule, by its thresholds and by its prefixes. Where thresholds are all the same
+    it wants a k, which SAEs of other tools may not have."""
+    if sae.threshold is not None and ("l0" not in sae.stats or bool((sae.threshold != sae.threshold[0]).any())):
         return "JumpReluAutoEncoder"
     return "MatryoshkaBatchTopKSAE" if sae.prefixes else _kind("dictionary_learning", sae, origin)
 

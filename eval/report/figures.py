@@ -69,7 +69,7 @@ class RunData:
     setting: str
     family: str
     results: list[Result]  # by site and age
-    whole: int  # tokens of training
+    whole: int | None  # tokens of training
     d_model: int
     kind: str  # the same for runs that differ in nothing but how sparse they are asked to be
 

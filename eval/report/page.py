@@ -26,7 +26,6 @@ from residual_saes.shared.files import locked, publish_file
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.temporaries import remove_leftovers
-from residual_saes.shared.units import format_count
 
 
 def text_table(runs: list[Run], results: dict[str, list[Result]], which: str = "terminal") -> str:
@@ -34,7 +33,7 @@ def text_table(runs: list[Run], results: dict[str, list[Result]], which: str = "
     columns: "terminal", or "truth"."""
     shown, lines = columns(which, [r for run in runs for r in results[run.name]]), []
     for run in runs:
-        whole = format_count(run.config.train.tokens)
+        whole = run.config.train.amount
         rows = [[c.title for c in shown] + ["trained on"]]
         rows += [[c.text(r) for c in shown] + [trained_on(r, whole)] for r in latest(results[run.name])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -149,9 +148,9 @@ def _section(folder: Path, data: RunData, number: int, skipped: Skipped) -> dict
         "name": run.name,
         "label": data.label,
         "setting": data.setting,
-        "tokens": format_count(data.whole),
+        "tokens": config.train.amount,
         "command": command(config.stored["train"], {s.site for s in run.snapshots()}),
-        "table": _table(columns("page", results), results, format_count(data.whole), pages, fold=True),
+        "table": _table(columns("page", results), results, config.train.amount, pages, fold=True),
         "links": links,
         "pictures": _pictures(run, _SEEN),
         "folded": _pictures(run, _FOLDED),
@@ -161,7 +160,7 @@ def _section(folder: Path, data: RunData, number: int, skipped: Skipped) -> dict
 
 def _predicted(data: RunData) -> Table:
     shown = (*columns("floors"), *floor_columns(data.results))
-    return _table(shown, data.results, format_count(data.whole))
+    return _table(shown, data.results, data.run.config.train.amount)
 
 
 def _feature_pages(folder: Path, run: Run, results: list[Result]) -> dict[Site, str]:

@@ -85,12 +85,13 @@ def of_one_run(data: RunData, skipped: Skipped) -> Pictures:
     for site in sorted({s.site for s in data.run.snapshots()}):
         with skipped.leaving_out():
             curves[site] = data.run.metrics(site)
-    if curves:
+    if data.whole is not None and curves:
         inputs = [data.run.name, training.drawn(curves)]
         pictures["1_training_curves"] = _Picture(inputs, lambda: training.training_curves(data, curves))
     if data.results:
         pictures["2_metrics_heatmap"] = _Picture(data.inputs, lambda: heatmap(data))
-        pictures["4_snapshots"] = _Picture(data.inputs, lambda: training.snapshots(data))
+        if data.whole is not None:
+            pictures["4_snapshots"] = _Picture(data.inputs, lambda: training.snapshots(data))
     features = _features(data, skipped)
     if features:
         sums = {str(site): [crc32c(of.density.numpy()), crc32c(of.mean_square.numpy())] for site, of in features.items()}

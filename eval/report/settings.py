@@ -29,7 +29,7 @@ def setting(train: Record) -> str:
     if l1.keys() == {"init", "target"}:
         return f"λ {_short(l1['init'])}" if l1["target"] is None else f"λ → L0 {_short(l1['target'])}"
     name = str(l1.get("kind", "k"))
-    return f"{_NAMES.get(name, name)} {_numbers(l1)}"
+    return f"{_NAMES.get(name, name)} {_numbers(l1)}".rstrip()
 
 
 def family(train: Record) -> str:
@@ -58,7 +58,9 @@ def differences(configs: list[RunConfig]) -> list[dict[str, str]]:
 
 
 def command(train: Record, sites: Iterable[Site]) -> str:
-    """The command that trains such a run on the same cache, whose place it leaves open."""
+    """The command that trains such a run on the same cache, whose place it leaves open; or takes it over from elsewhere."""
+    if source := train.get("source"):
+        return f"rsae eval --cache CACHE --saes {shlex.quote(source['name'])} --from {source['tool']}"
     values, flags = train | train["step"], []
     for name, plain in _OPTIONS.items():
         if (value := values.get(name)) is not None and value != plain:

@@ -67,6 +67,6 @@ def snapshots(data: RunData) -> Figure:
         axis.set_title(column.label.partition(", fraction")[0])
         scaled(axis, column)
         token_axis(axis)
-        axis.set_xlim(0, data.whole * 1.03)
+        axis.set_xlim(0, (data.whole or 1) * 1.03)
         colours.name(axis, lines)
     return finished(figure, f"{data.run.name}: snapshots, on held-out tokens")

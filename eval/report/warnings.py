@@ -8,7 +8,6 @@ from residual_saes.eval.measure.result import Result, latest
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites
-from residual_saes.shared.units import format_count
 
 _FLATTERED = 2.0  # times that FVU grows outside the largest directions
 _MOSTLY_DEAD = 0.5
@@ -31,7 +30,7 @@ def warnings(runs: list[Run], results: dict[str, list[Result]], skipped: Skipped
 
 def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...], everywhere: set[Site]) -> list[str]:
     config, shown, lines = run.config, latest(results), []
-    whole = format_count(config.train.tokens)
+    whole = config.train.amount
     lines += [f"layer {r.site} is {trained_on(r, whole)}" for r in shown if not r.final]
     if config.train.step.decoder == "random":
         lines.append("the decoder's directions are as they were drawn: a baseline for other runs, and no SAEs to use")

@@ -9,6 +9,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.sparsity import Reading, hold_from
 from residual_saes.shared.typed import Bounds, Count, read
+from residual_saes.shared.units import format_count
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -19,13 +20,23 @@ class Step:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Training:
-    """What readers ask of `train`. Fields that have defaults came later."""
+class Source:
+    """Where SAEs come from that were not trained here."""
 
-    tokens: Count
-    batch: Count
-    expansion: Count
+    tool: str
+    form: str  # what the tool calls such an SAE
+    name: str  # of the folder
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Training:
+    """What readers ask of `train`. Fields that have defaults came later, or are unknown where there is a `source`."""
+
+    tokens: Count | None = None
+    batch: Count | None = None
+    expansion: Annotated[float, Bounds(0, 10**15)]
     l1: dict[str, Any]  # the setting, whose fields are its kind's
+    source: Source | None = None
     seed: int = 0
     step: Step = field(default_factory=Step)
     l1_warmup: int = 0
@@ -37,8 +48,15 @@ class Training:
     @property
     def holds_l0(self) -> bool:
         """Whether training ends with steps that hold L0 by a choice among each batch."""
+        if self.tokens is None or self.batch is None:
+            return False
         steps = self.tokens // self.batch
         return self.refit_kind == "topk" and hold_from(steps, self.refit) < steps
+
+    @property
+    def amount(self) -> str:
+        """Its tokens, for people."""
+        return "–" if self.tokens is None else format_count(self.tokens)
 
     @property
     def removed(self) -> str:

@@ -276,12 +276,18 @@ class Run:
 
     # --- snapshots ---
 
+    @property
+    def labels(self) -> list[str]:
+        """Of each layer's snapshots, by age. SAEs from elsewhere are final."""
+        tokens = self.config.train.tokens
+        return [FINAL] if tokens is None else list(snapshot_tokens(tokens))
+
     def snapshot_path(self, site: Site, label: str) -> Path:
         return self.path / f"sae_layer{site.key}_{label}.pt"
 
     def snapshots(self) -> list[Snapshot]:
         """All checkpoints that are there, by layer and then by age."""
-        labels = list(snapshot_tokens(self.config.train.tokens))
+        labels = self.labels
         named = [(path, snapshot_name(path.name)) for path in self.path.glob("sae_layer*.pt")]
         found = [Snapshot(path=path, site=n[0], label=n[1]) for path, n in named if n and n[1] in labels]
         return sorted(found, key=lambda s: (s.site, labels.index(s.label)))
@@ -294,7 +300,7 @@ class Run:
         """The labels of a layer's snapshots that are missing or damaged. Reads all there are. Raises UserError for one that is
         whole and belongs elsewhere: it may be the only copy."""
         due = []
-        for label in snapshot_tokens(self.config.train.tokens):
+        for label in self.labels:
             path = self.snapshot_path(site, label)
             try:
                 Sae.check(path, belongs=self.belongs(site, label))

@@ -124,7 +124,7 @@ function choose() {
   const layers = catalogue.saes.filter((s) => runOf(s) === runOf(facts));
   by("layer").replaceChildren(...layers.map((s) => el("option", {value: s.layer, selected: s === facts}, String(s.layer))));
   by("about").textContent = `${whole(facts.features)} features on ${whole(facts.tokens)} held-out tokens · ` +
-    `trained on ${whole(facts.trained_tokens)} tokens` + (facts.lambda ? `, λ ${lambda(facts.lambda)}` : "");
+    (facts.trained_tokens ? `trained on ${whole(facts.trained_tokens)} tokens` : "trained elsewhere") + (facts.lambda ? `, λ ${lambda(facts.lambda)}` : "");
 }
 
 // A site is the number of a layer, or a number and a hook: 12 or "12.mlp_out".
