@@ -33,6 +33,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.identity import harvested_model
 from residual_saes.shared.presets import PRESETS
 from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.runs.target import Target
 from residual_saes.shared.sites import Site
 from residual_saes.shared.units import parse_count
 from residual_saes.train.loader import ActivationLoader, LoaderConfig
@@ -205,10 +206,10 @@ def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: in
 
 def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
     tokens = cache.spec.holdout_tokens
-    activations, tallies = heldout(cache, Site(layer), saes, lm, tokens)
     points = []
-    for sae, (tally, losses) in zip(saes, tallies, strict=True):
-        metrics = vars(tally.sparsity()) | vars(tally.reconstruction(activations)) | vars(losses)
+    for sae, (found,) in zip(saes, heldout(cache, Target.itself(Site(layer)), saes, lm, tokens), strict=True):
+        tally = found.measurement
+        metrics = vars(tally.sparsity()) | vars(tally.reconstruction(found.activations)) | vars(found.losses)
         kept = {name: metrics[name] for name in ("l0", "fvu", "cosine", "ce_recovered")}
         points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": tokens})
     return points

@@ -48,6 +48,10 @@ class JobConfig:
     train: tuple[str, ...] = option("More options of `rsae train`.", (), type=_words)
     eval: tuple[str, ...] = option("More options of `rsae eval`.", (), type=_words)
 
+    def __post_init__(self) -> None:
+        if any(word.partition("=")[0] == "--target" for word in self.train):
+            raise UserError("windows of layers are of SAEs: train what has a --target with `rsae train`, on a cache that stays")
+
     def command(self, stage: Stage, layers: Sequence[Site] = ()) -> tuple[str, ...]:
         """A stage of these layers, as `python -m` takes it. The plan, which names them, is of those that the user wants."""
         wanted = ("--layers", self.layers) if self.layers is not None else ()

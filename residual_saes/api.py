@@ -79,7 +79,7 @@ class LoadedSae:
     def __init__(self, sae: Sae, name: str, model: str | None = None) -> None:
         """`model` is the folder of the language model, where it lies elsewhere than at the harvest."""
         self.sae, self.name, self._where = sae, name, model
-        self.site = Site.of(sae.config["layer"])
+        self.site = Site.of(sae.config["layer"])  # what it writes, or the first of them
         self.spec = CacheSpec.from_dict(sae.config["cache"]["spec"])
 
     # --- rows ---
@@ -94,7 +94,7 @@ class LoadedSae:
 
     def __call__(self, x: Any) -> Tensor:
         """x [..., d] → its reconstruction, float32 [..., d]."""
-        return self.decode(self.encode(x))
+        return self.sae.reconstruct(self._rows(x), self.encode(x))
 
     def _rows(self, x: Any) -> Tensor:
         return torch.as_tensor(x).to(self.sae.w_enc)
@@ -131,7 +131,7 @@ class LoadedSae:
 
     @cached_property
     def _source(self) -> Any:
-        return load_language_model(self.model, (self.site,), self.spec.precision, CPU)
+        return load_language_model(self.model, self.sae.target.inputs, self.spec.precision, CPU)
 
     @cached_property
     def _unembedding(self) -> Unembedding:
@@ -146,10 +146,10 @@ class LoadedSae:
         return encode_text(self.tokenizer, self.spec, text)
 
     def activations(self, text: str) -> Tensor:
-        """Activations of this site on the tokens of a text, float32 [tokens, d], computed as the harvest does."""
-        taken: list[Tensor] = []
-        self._source.run(torch.tensor([self.tokens(text)]), lambda _site, x: taken.append(x[0, 1:].float()))
-        return taken[0]
+        """Activations of what is read on the tokens of a text, float32 [tokens, d], computed as the harvest does."""
+        taken: dict[Site, Tensor] = {}
+        self._source.run(torch.tensor([self.tokens(text)]), lambda site, x: taken.update({site: x[0, 1:].float()}))
+        return torch.cat([taken[site] for site in self.sae.target.inputs], dim=1)
 
     def features(self, text: str) -> Features:
         """The features of a text. Its first token is the second that the model reads, see `tokens`."""
@@ -159,7 +159,7 @@ class LoadedSae:
     def promoted(self, feature: int, n: int = 10) -> list[str]:
         """The n tokens whose logits a feature raises most: the direct path from its decoder row, less that from zero."""
         with torch.inference_mode():
-            row = self.sae.w_dec[feature].cpu()
+            row = self.sae.parts()[-1].w_dec[feature].cpu()
             logits = self._unembedding(torch.stack([row, torch.zeros_like(row)]))
         best = (logits[0] - logits[1])[: len(self._words)].topk(n).indices
         return [self._words[int(token)] for token in best]
@@ -169,8 +169,10 @@ class LoadedSae:
         """Within, a language model's activations at this site are their reconstructions.
 
         `edit` changes z [batch, tokens, F] before it is decoded, to ablate or steer; with `keep_error` what the SAE does not
-        reconstruct is added back, so that the edit is all that changes.
+        reconstruct is added back, so that the edit is all that changes. Raises UserError for a transcoder or crosscoder.
         """
+        if self.sae.target.fields():
+            raise UserError(f"{self.name} does not write what it reads alone: `patched` is of SAEs of one site")
 
         def reconstruct(x: Tensor) -> Tensor:
             z = self.encode(x)

@@ -144,7 +144,7 @@ def option(help: str, default: Any = MISSING, *, preset: bool = False, **how: An
     """
     if isinstance(how.get("type"), FunctionType):
         how.setdefault("metavar", "TEXT")  # else click shows the function's name
-    own = None if preset or default is MISSING or default == () else default
+    own = None if preset or default is MISSING or default in ((), "") else default
     shown: bool | str = "by preset, or by model and cache" if preset else own is not None and not how.get("is_flag")
     how |= {"help": help, "show_default": shown} | ({} if own is None else {"default": own})  # None would be one, too
     return field(default=default, metadata={_OPTION: how}) if default is not MISSING else field(metadata={_OPTION: how})

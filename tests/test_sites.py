@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from residual_saes.eval.measure.splice import Replacement, SplicedModel
+from residual_saes.eval.measure.splice import SplicedModel, zeros
 from residual_saes.eval.publish.formats import Origin, Source, saelens
 from residual_saes.harvest.language_model import LanguageModel
 from residual_saes.shared.cache import Cache
@@ -205,7 +205,7 @@ def test_activations_are_replaced_where_they_are(random_model: Any, name: str, t
     )
     seen = set[float]()
     for site in parse_sites("0,2", hooks=hooks_of(name)):
-        own, losses = measured.losses(site, [shift, torch.zeros_like, lambda x: x])
+        own, losses = measured.losses(site, [lambda _, x: shift(x), zeros, lambda x, _: x])
         assert own == losses[2].ce == pytest.approx(float(clean), rel=1e-5)
         for change, loss in zip((shift, torch.zeros_like), losses, strict=False):
             logits = spliced(random_model, name, site, change)
@@ -325,7 +325,7 @@ def test_an_sae_of_a_hook_is_trained_and_its_loss_is_spliced_there(harvested: Ha
     for site in sites:
         record = records[f"layer{site.key}_final"]
         assert record["layer"] == str(site)
-        clean, (same, none) = model.losses(site, [lambda x: x, torch.zeros_like])
+        clean, (same, none) = model.losses(site, [lambda x, _: x, zeros])
         assert record["ce"] == clean == same.ce != none.ce == record["ce_zero"]
 
 

@@ -13,6 +13,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import any_preset, cache_place, short_name, training_defaults
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.target import Target, named
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.stores import Bucket, Location
 from residual_saes.shared.stores.mirror import Mirror, local
@@ -22,6 +23,7 @@ from residual_saes.train.config import PUBLISHED, RECIPES, Plan, RunOptions, Tra
 from residual_saes.train.loader import FOLLOW_POLL
 from residual_saes.train.sparsity.settings import FORMS
 from residual_saes.train.step import StepConfig
+from residual_saes.train.targets import parse_targets
 from residual_saes.train.trainer import run_folders, train
 
 
@@ -60,8 +62,13 @@ def main(listing: bool, **options: Any) -> None:
     if listing:
         return say("\n".join(str(run.path) for run in job.runs), asked=True)
     job.train()
-    say(f"trained layers {format_sites(job.sites)} into {options['runs']}/", err=True)
-    if options["follow"] and not options["layers"] and (new := set(Cache.open(job.cache.path).sites) - set(job.cache.sites)):
+    say(f"trained layers {named(job.targets)} into {options['runs']}/", err=True)
+    if (
+        options["follow"]
+        and not options["layers"]
+        and not options["target"]
+        and (new := set(Cache.open(job.cache.path).sites) - set(job.cache.sites))
+    ):
         say(f"note: layers {format_sites(new)} were added meanwhile: run the same command again to train them", err=True)
 
 
@@ -71,9 +78,14 @@ class Job:
 
     cache: Cache
     name: str  # of the model, with which the runs' names begin
-    sites: tuple[Site, ...]
+    targets: tuple[Target, ...]
     plans: tuple[Plan, ...]
     options: RunOptions
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Those that the files are named by."""
+        return tuple(target.place for target in self.targets)
 
     @property
     def runs(self) -> list[Run]:
@@ -81,7 +93,7 @@ class Job:
 
     def train(self) -> None:
         """Raises UserError, too, where an SAE stopped early."""
-        if not train(self.cache, self.name, self.sites, self.plans, self.options):
+        if not train(self.cache, self.name, self.targets, self.plans, self.options):
             raise UserError("some SAEs stopped early, as said above; the others are complete")
 
 
@@ -95,9 +107,9 @@ def prepare(
     if options["follow"]:
         _await_harvest(where, options["layers"])
     opened = Cache.open(where, scratch)
-    sites = parse_sites(options["layers"]) if options["layers"] else _not_freed(opened)
-    sites = sites[shard.index :: shard.count]
-    if not sites:
+    form, targets = parse_targets(options["target"] or "", options["layers"], opened)
+    targets = targets[shard.index :: shard.count]
+    if not targets:
         return None
     spec = opened.spec
     most = any_preset(preset).tokens if preset is not None else spec.train_tokens
@@ -108,12 +120,12 @@ def prepare(
     def config(recipe: str) -> TrainConfig:
         values = dict(RECIPES[recipe])
         step = filled(StepConfig, options, decoder_norm=values.pop("decoder_norm"))
-        return filled(TrainConfig, options, **given, **values, tokens=tokens, step=step)
+        return filled(TrainConfig, options | {"target": form}, **given, **values, tokens=tokens, step=step)
 
     return Job(
         cache=opened,
         name=short_name(spec.model),
-        sites=sites,
+        targets=targets,
         plans=parse_plans(options["l1"] or defaults.l1, options["recipe"], config),
         options=filled(
             RunOptions,
@@ -139,16 +151,6 @@ def _not_begun(path: Location, layers: str | None) -> str:
         return "written the tokens"
     absent = set(parse_sites(layers, cache.spec.n_layers) if layers else ()).difference(cache.sites)
     return f"begun layers {format_sites(absent)}" if absent else ""
-
-
-def _not_freed(cache: Cache) -> tuple[Site, ...]:
-    """All layers that can be trained. Raises UserError if there is none."""
-    freed = cache.freed()
-    if freed == cache.sites:
-        raise cache.ledger.freed_error(freed)
-    if freed:
-        say(f"note: layers {format_sites(freed)} were freed and are left out", err=True)
-    return tuple(site for site in cache.sites if site not in freed)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ class TrainConfig:
     max_norm: float | None = option(
         "Rows longer than this many medians are not trained on [default: all are].", None, type=Number(1, 1e9)
     )
+    target: str = option(
+        "What is read and written: mlp_in>mlp_out, resid_post@l-1>resid_post@l, or layers of a crosscoder (all, 0,6,12) "
+        "[default: SAEs of one layer].",
+        "",
+    )
+    skip: bool = option("A transcoder has an affine map from input to output beside its features.", False, is_flag=True)
     order: str = "slices"  # of the batches, see the loader; a run that was begun in another order is not gone on with
     dead_after: float = 1 / 30  # a feature is alive if it fired within this share of the run
     step: StepConfig = field(default_factory=StepConfig)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,19 +39,24 @@ class SaeJob:
         target: Target,
         due: list[str],
         look: Look,
+        scales: Sequence[float],
         options: RunOptions,
         kernels: TorchKernels,
         saver: Saver,
     ) -> None:
-        """`due` are the labels of the snapshots to be made; others are there already."""
+        """`due` are the labels of the snapshots to be made; others are there already. Rows of each input come divided by its
+        one of `scales`, where there are any; checkpoints are of rows as they are."""
         config = plan.config
         self._run, self._site, self._config, self._options, self._saver = run, target.place, config, options, saver
-        self._look, self._target = look, target
+        self._look, self._target, self._scales = look, target, scales
         self.setting = plan.sparsity.name.removeprefix("l1-").removesuffix("-fixed")  # for the progress line
-        d = cache.spec.d_model
+        d, wide = cache.spec.d_model, len(target.inputs) * cache.spec.d_model
         seed = config.seed * 1000 + target.place.layer
         self._sparsity = plan.sparsity
-        self.sae = TrainingSae(d, config.expansion * d, config.step, kernels, options.device, seed, plan.sparsity.OWN)
+        self.sae = TrainingSae(
+            wide, config.expansion * d, config.step, kernels, options.device, seed, plan.sparsity.OWN,
+            transcodes=target.transcodes, skip=config.skip,
+        )  # fmt: skip
         self._control = plan.sparsity.control(config.hold_from, config.controller, hold=config.hold_from < config.steps)
         # Rounded down, so that no two of them fall on one step however short the run.
         marks = snapshot_tokens(config.tokens).items()
@@ -90,16 +96,16 @@ class SaeJob:
     def l0(self) -> float:
         return self._taken[1].l0 if self._taken else 0.0
 
-    def begin(self, step: int, x: torch.Tensor, workspace: Workspace) -> None:
-        """Unless this SAE has had this batch already, or stopped."""
+    def begin(self, step: int, x: torch.Tensor, y: torch.Tensor | None, workspace: Workspace) -> None:
+        """Unless this SAE has had this batch already, or stopped; y is what a transcoder is to make of x."""
         if self.stopped or step != self.sae.step_count:
             return
         if step == 0:
-            self.sae.init_centre(x)
+            self.sae.init_centre(x, y)
             if self._sparsity.OWN:
-                self._control.start(self.sae.start_own(x, self._sparsity.own))
+                self._control.start(self.sae.start_own(x, self._sparsity.own, y))
         hidden = self._control.hidden_at(step)
-        self._begun = self.sae.begin(x, workspace, hidden.reviving() if self._config.revive else hidden)
+        self._begun = self.sae.begin(x, workspace, hidden.reviving() if self._config.revive else hidden, y)
 
     def finish(self, workspace: Workspace, clock: Clock) -> None:
         """The step that was begun, if one was."""
@@ -167,12 +173,13 @@ class SaeJob:
             "lambda": l1,
             "alive": self._alive(),
             "activations": dataclasses.asdict(self._look),
-        }
+        } | ({"scales": list(self._scales)} if self._scales else {})
         # The machine, too: the run may have been begun on another one.
         about = self._target.fields() | {"layer": self._site.json, "snapshot": label, "machine": machine(self._options.device)}
         config = self._run.config.portable | about
         path = self._run.snapshot_path(self._site, label)
-        tensors = self.sae.snapshot(config, stats, self._control.thresholds(self.sae.own)).tensors()
+        sae = self.sae.snapshot(config, stats, self._control.thresholds(self.sae.own))
+        tensors = (sae.of_scaled(self._scales) if self._scales else sae).tensors()
 
         def write(host: dict[str, torch.Tensor]) -> None:
             self._run.sync_metrics(self._site)  # before `final`, with which the layer counts as finished

@@ -122,7 +122,14 @@ class ActivationLoader:
         first: int = 0,
         last: int,
         asked: Callable[[], bool] | None = None,
+        like: "ActivationLoader | None" = None,
     ) -> None:
+        """`like` is a loader of another site that is asked for each batch first: the rows that it leaves out are left out here
+        as well, and no others."""
+        self._like = like
+        self._kept: dict[int, Sequence[Future[NDArray[np.bool_]]]] | None = None  # of windows, for the one that is like this
+        if like is not None:
+            like._kept = {}
         self._cache, self._site, self._config, self._device = cache, site, config, device
         self._first, self._last, self._asked, self._ended = first, last, asked, threading.Event()
         spec = cache.spec
@@ -244,7 +251,14 @@ class ActivationLoader:
             due = now + seconds * at / len(window.slices)
             reads.append(pool.submit(self._read, slices, ends.tolist(), slot.data[first : first + ends[-1]], free, due))
             first += int(ends[-1])
-        last = [] if self._config.rows.all else [pool.submit(self._leave_out, window, slot, free, drawn, reads)]
+        last = []
+        if not self._config.rows.all:
+            deciding: Sequence[Future[NDArray[np.bool_]]] = reads
+            if self._kept is not None:
+                self._kept[window.start] = reads
+            if self._like is not None and self._like._kept is not None:
+                deciding = self._like._kept.pop(window.start)
+            last = [pool.submit(self._leave_out, window, slot, free, drawn, deciding)]
         return _Load(window=window, slot=slot, work=[drawn, *reads, *last])
 
     def _draw(self, window: _Window, slot: _Slot, free: torch.cuda.Event | None) -> None:
@@ -307,7 +321,7 @@ class ActivationLoader:
         self._cache.read_slice(self._site, block, index, data)
         if self._config.check:
             self._check(block, index, data)
-        if self._config.rows.all:
+        if self._config.rows.all or self._like is not None:
             return np.empty(0, np.bool_)
         first = index * self._cache.spec.slice_rows
         places = self._cache.block_order(block)[first : first + len(data)] % self._cache.spec.context
@@ -324,7 +338,7 @@ class ActivationLoader:
 
 class AlignedLoader:
     """Batches of several sites at a time, row by row of the same tokens: orders know no site, so that they are aligned by
-    construction. Where rows are left out by their norm there may be one site only, for each site would leave out others."""
+    construction. Rows that are left out by their norm are those of the first of two sites."""
 
     def __init__(
         self,
@@ -335,8 +349,12 @@ class AlignedLoader:
         **span: Any,
     ) -> None:
         """`span` is ActivationLoader's first, last and asked."""
-        assert len(sites) == 1 or config.rows.longest == math.inf
-        self._loaders = {site: ActivationLoader(cache, site, config, device, **span) for site in sites}
+        by_norm = config.rows.longest < math.inf
+        assert len(sites) <= 2 or not by_norm
+        first = ActivationLoader(cache, sites[0], config, device, **span)
+        like = first if by_norm else None
+        others = {site: ActivationLoader(cache, site, config, device, like=like, **span) for site in sites[1:]}
+        self._loaders = {sites[0]: first} | others
 
     def __iter__(self) -> Iterator[dict[Site, Tensor]]:
         """Yields {site: float16 [batch, d_model]}."""

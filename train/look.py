@@ -20,6 +20,28 @@ FLATTERS = 0.5  # share of variance in one direction, in first positions or in l
 _FLOAT16 = 65_504.0
 
 
+def read_rows(cache: Cache, site: Site, seed: int) -> tuple[Tensor, Tensor]:
+    """As many rows as a block has, float16 [n, d], from slices with which training begins, and for each its position in its
+    context [n]: a pure function of the cache and these numbers. Raises UserError for what cannot be read."""
+    spec = cache.spec
+    numbers = epoch_slices(spec.train_blocks, spec.slices, seed=seed, epoch=0)[: spec.slices]
+    rows, positions = [], []
+    for block, index in (divmod(number, spec.slices) for number in numbers.tolist()):
+        places = cache.block_order(block)[index * spec.slice_rows : (index + 1) * spec.slice_rows]
+        data = spec.stored_rows(len(places))
+        cache.read_slice(site, block, index, data)
+        cache.check_slice(site, block, index, data, cache.stats(site, block))
+        rows.append(torch.from_numpy(cache.values(site, data)))
+        positions.append(torch.from_numpy(places % spec.context))
+    return torch.cat(rows), torch.cat(positions)
+
+
+def deviation(x: Tensor, positions: Tensor, skip_positions: int = 0) -> float:
+    """√(mean ‖x − mean‖²) of those rows [n, d] that are trained on."""
+    rows = x[positions >= skip_positions].double()
+    return float((rows - rows.mean(0)).square().sum(1).mean().sqrt())
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Look:
     """Shares are of Σ‖x − mean‖² over the rows looked at that are trained on, but for `long_rows` and `left_out`."""
@@ -34,24 +56,8 @@ class Look:
     left_out: float  # share of all rows looked at that are not trained on
 
     @classmethod
-    def at(cls, cache: Cache, site: Site, seed: int, *, skip_positions: int = 0, max_norm: float | None = None) -> Self:
-        """At as many rows as a block has, from slices with which training begins: a pure function of the cache and these
-        numbers. Raises UserError for what cannot be read, and where no row would be left."""
-        spec = cache.spec
-        numbers = epoch_slices(spec.train_blocks, spec.slices, seed=seed, epoch=0)[: spec.slices]
-        rows, positions = [], []
-        for block, index in (divmod(number, spec.slices) for number in numbers.tolist()):
-            places = cache.block_order(block)[index * spec.slice_rows : (index + 1) * spec.slice_rows]
-            data = spec.stored_rows(len(places))
-            cache.read_slice(site, block, index, data)
-            cache.check_slice(site, block, index, data, cache.stats(site, block))
-            rows.append(torch.from_numpy(cache.values(site, data)))
-            positions.append(torch.from_numpy(places % spec.context))
-        return cls.of(torch.cat(rows), torch.cat(positions), skip_positions, max_norm)
-
-    @classmethod
     def of(cls, x: Tensor, positions: Tensor, skip_positions: int = 0, max_norm: float | None = None) -> Self:
-        """x float16 [n, d], and for each its position in its context [n]."""
+        """x float16 [n, d], and for each its position in its context [n]. Raises UserError where no row would be left."""
         length = norms(x)
         median = float(length.median())
         kept = Rows.of({"skip_positions": skip_positions, "max_norm": max_norm}, {"median_norm": median}).kept(x, positions)

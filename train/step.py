@@ -2,6 +2,10 @@
 
     loss = mean((x̂ − x)²) + λ · mean over tokens of Σ z      ("mean" reduction divides the second term by F as well)
 
+A transcoder has other rows y [B, d] to reconstruct than those it reads, and may have an affine map of these beside its features
+(Paulo et al., arXiv:2501.18823):  ŷ = W_dec z + b_dec + W_skip (x − b_pre). The map is taken from y before, so that all else is
+the step of an SAE whose output has no b_pre.
+
 float32 masters and moments, bfloat16 products. The encoder's product is dense always; it gives the active entries, and
 where these are few the other four products run over them alone (about 1 % of the arithmetic at L0 = 150 of 32,768).
 Both ways compute the same function. Cost on a CPU and on a GPU: see bench/.
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from residual_saes.shared.cli import Number, option
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.train.kernels.base import COMPUTE, AdamStep, TorchKernels, Workspace, row_norms
+from residual_saes.train.kernels.base import COMPUTE, AdamStep, TorchKernels, Workspace, mm, row_norms
 from residual_saes.train.kernels.nested import Nested
 from residual_saes.train.sparsity.base import RELU, Encoded, Hidden, Own
 
@@ -72,7 +76,7 @@ class Late:
 class Begun:
     """The forward half of a step: what its second half needs."""
 
-    x: Tensor  # [B, d] as it came
+    x: Tensor  # what is reconstructed, [B, d] as it came
     centred: Tensor  # [B, d] in the products' precision
     hidden: Hidden
     encoded: Encoded
@@ -138,13 +142,18 @@ class TrainingSae:
         device: torch.device,
         seed: int,
         own: tuple[str, ...] = (),
+        *,
+        transcodes: bool = False,
+        skip: bool = False,
     ) -> None:
-        """`own` names parameters [F] that a kind has beside the weights; `start_own` gives them values."""
+        """`own` names parameters [F] that a kind has beside the weights; `start_own` gives them values. One that `transcodes`
+        reconstructs other rows than it reads, with `skip` from an affine map of these as well."""
         self.config, self.kernels, self.device = config, kernels, device
         self.d, self.n_features = d_model, n_features
         self._compute = COMPUTE[config.precision]
         self._trains_decoder = config.decoder == "trained"
         self._free = config.decoder_norm == "free"
+        self._transcodes = transcodes
         self._master = torch.float64 if config.precision == "fp64" else torch.float32
         # Drawn on the CPU, so that every device starts from the same SAE.
         directions = torch.randn(n_features, d_model, generator=torch.Generator().manual_seed(seed), dtype=self._master)
@@ -153,16 +162,19 @@ class TrainingSae:
         self.w_enc, self.w_dec = (directions * (2 * d_model / n_features)).to(device), directions.to(device)
         self.bias = torch.zeros(n_features + 2 * d_model, dtype=self._master, device=device)
         self.own: Own = {name: torch.zeros(n_features, dtype=self._master, device=device) for name in own}
+        self.w_skip = torch.zeros(d_model, d_model, dtype=self._master, device=device) if skip else None  # [d, d], y from x
         self.moments = {f"{k}.{n}": torch.zeros_like(w) for n, w in self._parameters().items() for k in "mv"}
         self.step_count = 0
         self._whole = torch.ones((), dtype=torch.bool, device=device)  # no step so far was other than finite
         self.last_active = torch.zeros(n_features, dtype=torch.int32, device=device)  # step of each feature's last firing
         # What the products read; Adam writes them in the pass in which it has the row at hand.
         self._enc, self._dec = self.w_enc.to(self._compute, copy=True), self.w_dec.to(self._compute, copy=True)
+        self._skip = None if self.w_skip is None else self.w_skip.to(self._compute, copy=True)
         self._norms = torch.ones(n_features, dtype=self._master, device=device)  # of the rows, where they are free
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias} | self.own
+        skip = {} if self.w_skip is None else {"w_skip": self.w_skip}
+        return {"w_enc": self.w_enc, "w_dec": self.w_dec, "bias": self.bias} | self.own | skip
 
     @property
     def b_enc(self) -> Tensor:
@@ -176,24 +188,32 @@ class TrainingSae:
     def b_dec(self) -> Tensor:
         return self.bias[self.n_features + self.d :]
 
-    def init_centre(self, x: Tensor) -> None:
-        """Start b_pre at the mean of some activations [tokens, d]."""
+    def init_centre(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Start b_pre at the mean of some activations [tokens, d]; of a transcoder b_dec at the mean of what it reconstructs,
+        and the encoder so that the output is about as far from its mean as that is."""
         self.b_pre.copy_(x.double().mean(0))
+        if y is not None:
+            self.b_dec.copy_(y.double().mean(0))
+            size = _deviation(y, self.b_dec) / _deviation(x, self.b_pre)
+            self.w_enc.mul_(size if math.isfinite(size) and size > 0 else 1.0)
+            self._enc.copy_(self.w_enc)
 
-    def start_own(self, x: Tensor, start: Callable[[Tensor], Own]) -> float:
+    def start_own(self, x: Tensor, start: Callable[[Tensor], Own], y: Tensor | None = None) -> float:
         """Start a kind's own parameters where it says of relu's values for some rows of a batch x [B, d], after `init_centre`.
-        Returns the mean square of what is centred."""
+        Returns the mean square, about the centre, of what is reconstructed."""
         centred = x[:START_ROWS].to(self._master) - self.b_pre
         for name, values in start(torch.relu(centred @ self.w_enc.t() + self.b_enc)).items():
             self.own[name].copy_(values)
-        return float(centred.square().mean())
+        return float((centred if y is None else y[:START_ROWS].to(self._master) - self.b_dec).square().mean())
 
-    def step(self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, hidden: Hidden = RELU) -> StepResult:
-        """Train on x [B, d] (float16 as cached, or wider) with this λ and hidden layer. Nothing is changed if loss or gradient
-        is not finite."""
-        return self.finish(self.begin(x, workspace, hidden), lr=lr, l1=l1, workspace=workspace)
+    def step(
+        self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, hidden: Hidden = RELU, y: Tensor | None = None
+    ) -> StepResult:
+        """Train on x [B, d] (float16 as cached, or wider) with this λ and hidden layer; y [B, d] is what a transcoder
+        is to make of it. Nothing is changed if loss or gradient is not finite."""
+        return self.finish(self.begin(x, workspace, hidden, y), lr=lr, l1=l1, workspace=workspace)
 
-    def begin(self, x: Tensor, workspace: Workspace, hidden: Hidden = RELU) -> Begun:
+    def begin(self, x: Tensor, workspace: Workspace, hidden: Hidden = RELU, y: Tensor | None = None) -> Begun:
         """Encode a batch. As many steps as the workspace has slots may be begun before the first of them is finished: then the
         device has work while the host reads the counts."""
         centred = self.kernels.centre(x, self.b_pre, self._compute)
@@ -202,7 +222,7 @@ class TrainingSae:
         counts = self.kernels.counts(encoded.activation)
         if encoded.least is not None:
             counts = torch.cat([counts, encoded.least.double()[None]])
-        return Begun(x=x, centred=centred, hidden=hidden, encoded=encoded, counts=Late(counts))
+        return Begun(x=x if y is None else y, centred=centred, hidden=hidden, encoded=encoded, counts=Late(counts))
 
     def finish(self, begun: Begun, *, lr: float, l1: float, workspace: Workspace) -> StepResult:
         """Decode, go back, and update; see `step`."""
@@ -232,7 +252,9 @@ class TrainingSae:
             self.step_count += 1
             return report(late=Late(torch.full((3,), math.nan)))
         scale = 2 / x.numel()
-        bias = self.b_pre + self.b_dec
+        bias = self.b_dec if self._transcodes else self.b_pre + self.b_dec
+        if self._skip is not None:
+            x = x.to(self._master) - mm(centred, self._skip.t())
         if sparse:
             entries = kernels.compact(z, activation, int(listed), int(frequent))
             g, g_hidden, square = kernels.sparse_residual(entries, self._dec, x, bias, scale, l1_scale)
@@ -244,18 +266,30 @@ class TrainingSae:
         if self._free:
             db_enc = self.kernels.unfold_(dw_enc, dw_dec, db_enc, self.w_enc, self.w_dec, self.b_enc, self._norms)
         db_dec = g.sum(0, dtype=self._master)
-        d_bias = torch.cat([db_enc, db_dec - db_enc @ self.w_enc, db_dec])
+        db_pre = -(db_enc @ self.w_enc) if self._transcodes else db_dec - db_enc @ self.w_enc
+        if self.w_skip is not None:
+            db_pre -= db_dec @ self.w_skip
+        d_bias = torch.cat([db_enc, db_pre, db_dec])
         d_own = begun.hidden.own_grads(self.kernels, begun.encoded, self.own, l0, g, self._dec)
-        matrices = [dw_enc, dw_dec] if self._trains_decoder else [dw_enc]
+        d_skip = None if self._skip is None else mm(g.t(), centred)
+        matrices = [dw_enc] + [dw_dec] * self._trains_decoder + ([] if d_skip is None else [d_skip])
         square_norm = sum(self.kernels.square_sum(grad) for grad in matrices)
         norm = (square_norm + d_bias.double().square().sum()).sqrt()
         late = torch.stack([(square if nested is None else nested.last_square).double(), norm, square.double()])
         self._whole.logical_and_(torch.isfinite(late).all())
-        self._update(dw_enc, dw_dec, d_bias, d_own, activation.feature_count, norm, lr)
+        self._update(dw_enc, dw_dec, d_skip, d_bias, d_own, activation.feature_count, norm, lr)
         return report(late=Late(late))
 
     def _update(
-        self, dw_enc: Tensor, dw_dec: Tensor, d_bias: Tensor, d_own: Own, feature_count: Tensor, grad_norm: Tensor, lr: float
+        self,
+        dw_enc: Tensor,
+        dw_dec: Tensor,
+        d_skip: Tensor | None,
+        d_bias: Tensor,
+        d_own: Own,
+        feature_count: Tensor,
+        grad_norm: Tensor,
+        lr: float,
     ) -> None:
         """Clip, Adam and the unit norm, or nothing where a step was not finite: that is settled on the device."""
         self.step_count += 1
@@ -268,6 +302,8 @@ class TrainingSae:
         update(self.w_enc, m["m.w_enc"], m["v.w_enc"], dw_enc, adam, copy=self._enc)
         if self._trains_decoder:
             update(self.w_dec, m["m.w_dec"], m["v.w_dec"], dw_dec, adam, unit_norm=not self._free, copy=self._dec)
+        if self.w_skip is not None and d_skip is not None:
+            update(self.w_skip, m["m.w_skip"], m["v.w_skip"], d_skip, adam, copy=self._skip)
         for name, w, grad in (("bias", self.bias, d_bias), *((name, self.own[name], d_own[name]) for name in d_own)):
             update(w[None], m[f"m.{name}"][None], m[f"v.{name}"][None], grad.to(self._master)[None], adam)
         if self._free:
@@ -287,6 +323,8 @@ class TrainingSae:
             tensor.copy_(state[name])
         self.step_count = step_count
         self._whole.fill_(True)
+        if self._skip is not None and self.w_skip is not None:
+            self._skip.copy_(self.w_skip)
         if self._free:
             self._fold()
         else:
@@ -297,11 +335,17 @@ class TrainingSae:
         """The SAE as it is now, with decoder rows of unit norm; shares memory with this one where they are kept at it. As a
         function of its own, without a batch, it leaves out activations up to `threshold`, of all features or of each."""
         sae = Sae(
-            w_enc=self.w_enc, w_dec=self.w_dec, b_enc=self.b_enc, b_pre=self.b_pre, b_dec=self.b_dec, config=config, stats=stats
-        )
+            w_enc=self.w_enc, w_dec=self.w_dec, b_enc=self.b_enc, b_pre=self.b_pre, b_dec=self.b_dec, skip=self.w_skip,
+            config=config, stats=stats,
+        )  # fmt: skip
         if threshold is not None:
             sae.threshold = torch.zeros_like(self.b_enc) + threshold  # of what the products see
         if self._free:
             norms = row_norms(self.w_dec)
             sae.w_enc, sae.w_dec, sae.b_enc = sae.w_enc * norms[:, None], sae.w_dec / norms[:, None], sae.b_enc * norms
         return sae
+
+
+def _deviation(rows: Tensor, mean: Tensor) -> float:
+    """Root mean square of some rows about their mean."""
+    return float((rows[:START_ROWS].to(mean.dtype) - mean).square().mean().sqrt())

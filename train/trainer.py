@@ -11,7 +11,8 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import free_bytes
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, cache_identity, run_config, snapshot_tokens
-from residual_saes.shared.sites import Site, format_sites
+from residual_saes.shared.runs.target import Target, dictionaries, named
+from residual_saes.shared.sites import format_sites
 from residual_saes.shared.stop import finishing
 from residual_saes.shared.units import format_bytes
 from residual_saes.train.config import PUBLISHED, Plan, RunOptions, TrainConfig
@@ -25,13 +26,14 @@ from residual_saes.train.step import pick_kernels
 _FEW_STEPS = 500  # below this an SAE of any kind is far from what its setting can reach
 
 
-def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, ...], options: RunOptions) -> bool:
-    """Train every layer by every plan; continue what was begun. Returns whether all of them finished.
+def train(cache: Cache, name: str, targets: tuple[Target, ...], plans: tuple[Plan, ...], options: RunOptions) -> bool:
+    """Train every target by every plan; continue what was begun. Returns whether all of them finished.
 
     Raises UserError for what cannot be done, before anything is written, and where the disk does not take a file.
     SIGTERM and Ctrl-C are raised when the step in hand is done and its state saved.
     """
-    _require_trainable(cache, sites, plans, options)
+    sites = tuple(target.place for target in targets)
+    _require_trainable(cache, targets, plans, options)
     runs, config = run_folders(name, plans, options), plans[0].config
     wanted = [(run, _run_config(plan, cache_identity(cache, run.path))) for run, plan in zip(runs, plans, strict=True)]
     if options.mirror is not None:
@@ -39,7 +41,7 @@ def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, .
     for run, stored in wanted:
         run.pull_config()
         run.require_same(stored)
-    _require_space(cache, runs, sites, config, options.runs)
+    _require_space(cache, runs, targets, config, options.runs)
     here = machine(options.device)
     try:
         with finishing() as asked, contextlib.ExitStack() as owned:
@@ -48,19 +50,19 @@ def train(cache: Cache, name: str, sites: tuple[Site, ...], plans: tuple[Plan, .
                 run.pull(sites)
                 run.create(stored, here)
             announce(options.device)
-            _announce_plans(cache, sites, plans)
+            _announce_plans(cache, targets, plans)
             _note_other_machine(runs, here)
             kernels = pick_kernels(config.step.precision, options.device)
-            return _train_layers(cache, sites, list(zip(runs, plans, strict=True)), options, kernels, asked)
+            return _train_targets(cache, targets, list(zip(runs, plans, strict=True)), options, kernels, asked)
     except OSError as error:
         raise UserError(
             f"cannot write to {options.runs} ({error}): put that right and run the same command again to continue"
         ) from error
 
 
-def _train_layers(
+def _train_targets(
     cache: Cache,
-    sites: tuple[Site, ...],
+    targets: tuple[Target, ...],
     runs: list[tuple[Run, Plan]],
     options: RunOptions,
     kernels: TorchKernels,
@@ -68,15 +70,16 @@ def _train_layers(
 ) -> bool:
     whole = True
     with Saver(options.device, most=len(runs)) as saver:
-        for site in sites:
+        for target in targets:
             if asked():
                 break
-            whole &= LayerJob(cache, site, runs, options, kernels, saver, asked).run()
+            whole &= LayerJob(cache, target, runs, options, kernels, saver, asked).run()
     return whole
 
 
-def _require_trainable(cache: Cache, sites: tuple[Site, ...], plans: tuple[Plan, ...], options: RunOptions) -> None:
+def _require_trainable(cache: Cache, targets: tuple[Target, ...], plans: tuple[Plan, ...], options: RunOptions) -> None:
     spec, config = cache.spec, plans[0].config
+    sites = tuple(dict.fromkeys(site for target in targets for site in target.sites))
     absent = [site for site in sites if site not in cache.sites]
     if absent:
         raise UserError(
@@ -92,6 +95,10 @@ def _require_trainable(cache: Cache, sites: tuple[Site, ...], plans: tuple[Plan,
         raise UserError(f"{config.tokens:,} tokens are fewer than {SNAPSHOTS} batches of {config.batch:,}; lower --batch")
     if config.skip_positions >= spec.context:
         raise UserError(f"contexts have {spec.context} positions: lower --skip-positions, which leaves none of them")
+    if config.skip and not targets[0].transcodes:
+        raise UserError("--skip is of transcoders: name what they read and write with --target")
+    if config.max_norm is not None and len(targets[0].inputs) > 1:
+        raise UserError("--max-norm would leave out other rows at each layer of a crosscoder: use --skip-positions")
     for plan in plans:
         _require_features(plan.sparsity, config.expansion * spec.d_model)
     if options.tensorboard:
@@ -121,7 +128,8 @@ def _folder_name(model: str, plan: Plan) -> str:
     config = plan.config
     baseline = "" if config.step.decoder == "trained" else f"-{config.step.decoder}-decoder"
     recipe = "" if plan.recipe == PUBLISHED else f"-{plan.recipe}"
-    return f"{model}-saes-x{config.expansion}-{plan.sparsity.name}{baseline}{recipe}"
+    skip = "-skip" if config.skip else ""
+    return f"{model}-{dictionaries(config.target)}-x{config.expansion}-{plan.sparsity.name}{skip}{baseline}{recipe}"
 
 
 def _run_config(plan: Plan, cache: dict[str, Any]) -> dict[str, Any]:
@@ -129,12 +137,13 @@ def _run_config(plan: Plan, cache: dict[str, Any]) -> dict[str, Any]:
     return run_config(plan.config.fields() | {"l1": plan.sparsity.fields()}, cache) | about
 
 
-def _announce_plans(cache: Cache, sites: tuple[Site, ...], plans: tuple[Plan, ...]) -> None:
+def _announce_plans(cache: Cache, targets: tuple[Target, ...], plans: tuple[Plan, ...]) -> None:
     """Say in one line what will be trained, so that a default that does not suit is seen before the hours are spent."""
     config = plans[0].config
     settings = ", ".join(plan.sparsity.name + ("" if plan.recipe == PUBLISHED else f" ({plan.recipe})") for plan in plans)
     say(
-        f"layers {format_sites(sites)}: {config.expansion * cache.spec.d_model:,} features of {cache.spec.d_model}, "
+        f"layers {named(targets)}: {config.expansion * cache.spec.d_model:,} features of "
+        f"{len(targets[0].inputs) * cache.spec.d_model}, "
         f"{config.steps:,} steps of {config.batch:,} tokens, lr {config.lr:g}; {settings}",
         err=True,
     )
@@ -148,10 +157,10 @@ def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:
             say(f"note: begun elsewhere ({', '.join(different)}): the same training, but not bit for bit", err=True)
 
 
-def _require_space(cache: Cache, runs: list[Run], sites: tuple[Site, ...], config: TrainConfig, where: Path) -> None:
+def _require_space(cache: Cache, runs: list[Run], targets: tuple[Target, ...], config: TrainConfig, where: Path) -> None:
     """Snapshots of all layers, the resume states of one, and the state that is written before it replaces another."""
-    d = cache.spec.d_model
-    weights = 2 * config.expansion * d * d * 4
+    d, sites = cache.spec.d_model, [target.place for target in targets]
+    weights = (2 * config.expansion * len(targets[0].inputs) + config.skip) * d * d * 4
     snapshots = [run.snapshot_path(site, label) for run in runs for site in sites for label in snapshot_tokens(config.tokens)]
     due = sum(not path.exists() for path in snapshots)
     states = [run.state_path(site) for run in runs for site in sites]

@@ -14,10 +14,10 @@ import torch
 
 from residual_saes.eval.measure.features import features_path, save_features
 from residual_saes.eval.measure.heldout import Activations, heldout_blocks, heldout_tokens
-from residual_saes.eval.measure.metrics import Measurement, losses, measure
+from residual_saes.eval.measure.metrics import Measurement, losses, measure_each
 from residual_saes.eval.measure.result import Basis, Losses, Result
 from residual_saes.eval.measure.runs import Skipped
-from residual_saes.eval.measure.splice import SplicedModel, constant, only, through
+from residual_saes.eval.measure.splice import SplicedModel, constant, only, through, zeros
 from residual_saes.eval.measure.store import Results
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import option
@@ -28,6 +28,7 @@ from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.rows import ALL, Rows
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.runs.target import Target
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.synthetic.world import world_of
@@ -65,10 +66,10 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
         for s in results.missing(config, skipped)
         if config.snapshots in ("all", s.label)
     ]
-    gone = {s.site for _, s in missing} - set(cache.sites)
+    gone = {site for results, s in missing for site in results.target(s).sites} - set(cache.sites)
     if gone:  # as planned where layers are harvested, trained and deleted in turn
         say(f"layers {format_sites(gone)} are not in {cache.path}: what was measured of them before is kept", err=True)
-    missing = [(results, s) for results, s in missing if s.site not in gone]
+    missing = [(results, s) for results, s in missing if gone.isdisjoint(results.target(s).sites)]
     if missing:
         _Evaluation(cache, config, skipped, missing).run()
     for results in stores.values():
@@ -85,6 +86,15 @@ class _Opened:
     sae: Sae
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Measured:
+    """An SAE's sums over tokens at one site that it writes, and its losses there in the language model, where there is one."""
+
+    activations: Activations  # of the site
+    measurement: Measurement
+    losses: Losses
+
+
 class _Evaluation:
     """Measures snapshots, a layer after the other: what is held out is read once for all SAEs that fit into memory together."""
 
@@ -95,40 +105,42 @@ class _Evaluation:
     def run(self) -> None:
         announce(self._config.device)
         with Progress("evaluating", len(self._missing), "SAEs") as progress:
-            for site in sorted({s.site for _, s in self._missing}):
+            targets = {results.target(s) for results, s in self._missing}
+            for target in sorted(targets, key=lambda target: (target.place, target.sites)):
                 with self._skipped.leaving_out():
-                    self._evaluate(site, progress)
+                    self._evaluate(target, progress)
 
-    def _evaluate(self, site: Site, progress: Progress) -> None:
-        pairs, device = [pair for pair in self._missing if pair[1].site == site], self._config.device
+    def _evaluate(self, target: Target, progress: Progress) -> None:
+        pairs, device = [(r, s) for r, s in self._missing if r.target(s) == target], self._config.device
         for group in fitting(pairs, lambda pair: pair[1].path.stat().st_size, device):
             opened = []
             for results, snapshot in group:
                 with self._skipped.leaving_out():
-                    belongs = results.run.belongs(site, snapshot.label)
+                    belongs = results.run.belongs(snapshot.site, snapshot.label)
                     sae = Sae.load(snapshot.path, self._cache.spec.d_model, belongs=belongs).to(device)
                     opened.append(_Opened(results=results, snapshot=snapshot, sae=sae))
             progress.advance(len(group) - len(opened))
             for rows in dict.fromkeys(one.sae.rows for one in opened):
-                self._measure(site, rows, [one for one in opened if one.sae.rows == rows], progress)
+                self._measure(target, rows, [one for one in opened if one.sae.rows == rows], progress)
 
-    def _measure(self, site: Site, rows: Rows, opened: list[_Opened], progress: Progress) -> None:
+    def _measure(self, target: Target, rows: Rows, opened: list[_Opened], progress: Progress) -> None:
         config, saes = self._config, [one.sae for one in opened]
         steps = -(-config.eval_tokens // self._cache.spec.block_rows) + 1  # blocks, and what comes after them
-        activations, measured = heldout(
-            self._cache, site, saes, self._lm, config.eval_tokens, rows, config.ablation,
+        measured = heldout(
+            self._cache, target, saes, self._lm, config.eval_tokens, rows, config.ablation,
             lambda: progress.advance(len(saes) / steps),
         )  # fmt: skip
-        for one, (measurement, of_lm) in zip(opened, measured, strict=True):
-            one.results.add(self._result(one, measurement, activations, of_lm))
-            progress.advance(1 / steps, f"layer {site} {one.snapshot.label}")
+        for one, of_outputs in zip(opened, measured, strict=True):
+            for site, of_site in zip(target.outputs, of_outputs, strict=True):
+                one.results.add(self._result(one, site, of_site))
+            progress.advance(1 / steps, f"layer {target} {one.snapshot.label}")
 
-    def _result(self, one: _Opened, measurement: Measurement, activations: Activations, of_lm: Losses) -> Result:
+    def _result(self, one: _Opened, site: Site, measured: Measured) -> Result:
         """The result, when the statistics of each feature are written."""
-        run, site, label, stats = one.results.run, one.snapshot.site, one.snapshot.label, one.sae.stats
-        metrics, features = measurement.finish(activations, self._config.dead_at, self._config.alive_above)
+        run, label, stats, measurement = one.results.run, one.snapshot.label, one.sae.stats, measured.measurement
+        metrics, features = measurement.finish(measured.activations, self._config.dead_at, self._config.alive_above)
         save_features(features_path(run, site, label), features, tokens=measurement.tokens, file=stats[SEAL])
-        numbers = {"l1_weight": stats["lambda"]} | vars(metrics) | vars(of_lm)
+        numbers = {"l1_weight": stats["lambda"]} | vars(metrics) | vars(measured.losses)
         known: dict[str, Any] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
         basis = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(Basis)}
         return Result(
@@ -145,24 +157,27 @@ def _spliced(cache: Cache, config: EvalConfig) -> SplicedModel:
 
 def heldout(
     cache: Cache,
-    site: Site,
+    target: Target,
     saes: list[Sae],
     lm: SplicedModel | None,
     tokens: int,
     rows: Rows = ALL,
     ablation: str = "zero",
     after: Callable[[], object] = lambda: None,
-) -> tuple[Activations, list[tuple[Measurement, Losses]]]:
-    """One reading of a layer's held-out activations for all of these SAEs: each one's sums over tokens, and its losses in the
-    language model, where there is one. `after` is called after every block."""
-    world = world_of(cache.spec, site) if cache.spec.world else None
-    blocks = heldout_blocks(cache, site, tokens, rows, world)
-    activations, measurements = measure(blocks, saes, cache.spec.context, after, world)
-    if lm is None:
-        return activations, [(measurement, Losses()) for measurement in measurements]
-    ablations = [torch.zeros_like, constant(activations.all.mean)]
-    clean, (zero, mean, *spliced) = lm.losses(site, [only(rows, replace) for replace in (*ablations, *map(through, saes))])
-    return activations, [
-        (measurement, losses(clean, zero, mean, loss, ablation))
-        for measurement, loss in zip(measurements, spliced, strict=True)
-    ]
+) -> list[list[Measured]]:
+    """One reading of a target's held-out activations for all of these SAEs: what was measured of each at every site that it
+    writes, the others left as they are. Truth is of SAEs of one site. `after` is called after every block."""
+    of_one = target == Target.itself(target.place)
+    world = world_of(cache.spec, target.place) if cache.spec.world and of_one else None
+    blocks = heldout_blocks(cache, target, tokens, rows, world)
+    activations, tallies = measure_each(blocks, saes, cache.spec.context, after, world)
+    measured: list[list[Measured]] = [[] for _ in saes]
+    for site, of_site, at_site in zip(target.outputs, activations, zip(*tallies, strict=True), strict=True):
+        found = [Losses()] * len(saes)
+        if lm is not None:
+            replacements = [zeros, constant(of_site.all.mean), *(through(tally.sae) for tally in at_site)]
+            clean, (zero, mean, *spliced) = lm.losses(site, [only(rows, each) for each in replacements], target.inputs)
+            found = [losses(clean, zero, mean, loss, ablation) for loss in spliced]
+        for of_sae, tally, loss in zip(measured, at_site, found, strict=True):
+            of_sae.append(Measured(activations=of_site, measurement=tally, losses=loss))
+    return measured

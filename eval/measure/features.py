@@ -23,6 +23,10 @@ class Features:
     max_decoder_cosine_sim: Tensor
     encoder_decoder_cosine_sim: Tensor
     l0_by_position: Tensor
+    decoder_share: Tensor | None = None  # of the squared decoder norm, this layer's of a crosscoder's
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value.contiguous() for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
 def features_path(run: Run, site: Site, label: str) -> Path:
@@ -36,7 +40,7 @@ def save_features(path: Path, features: Features, *, tokens: int, file: str) -> 
     _, old = _read(path)
     if old.get("file") == file and int(old.get("tokens", 0)) > tokens:
         return
-    tensors = {name: getattr(features, name).contiguous() for name in Features.__slots__}
+    tensors = features.tensors()
     facts = seal({"tokens": str(tokens), "file": file}, tensors)
     make_dir(path.parent)
     publish_file(path, save(tensors, metadata=facts))
@@ -46,7 +50,7 @@ def load_features(path: Path) -> tuple[Features, dict[str, str]]:
     """Features, and what they rest on: `tokens` and `file`. Raises UserError if the file is missing or damaged."""
     tensors, facts = _read(path)
     tensors = {name: tensors[name] for name in Features.__slots__ if name in tensors}
-    if len(tensors) < len(Features.__slots__) or not sealed(facts, tensors):
+    if not tensors.keys() >= {*Features.__slots__} - {"decoder_share"} or not sealed(facts, tensors):
         raise UserError(f"{path} is missing or damaged: delete what is there, and run `rsae eval` again")
     return Features(**tensors), facts
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from residual_saes.eval.measure.truth import Fires
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.rows import ALL, Rows
+from residual_saes.shared.runs.target import Target
 from residual_saes.shared.sites import Site
 from residual_saes.shared.synthetic.world import World
 
@@ -20,26 +21,32 @@ _TOP = 3  # principal directions
 class Block(NamedTuple):
     """Some activations of a block, on the CPU."""
 
-    x: Tensor  # float16 [n, d]
+    x: Tensor  # what is read, float16 [n, d]; of several sites beside each other
     positions: Tensor  # of each in its context, int64 [n]
     fires: Fires | None = None  # the true features, where they are wanted
+    outputs: tuple[Tensor, ...] = ()  # what is written, float16 [n, d] of each site, where that is not what is read
 
 
-def heldout_blocks(cache: Cache, site: Site, tokens: int, rows: Rows = ALL, world: World | None = None) -> Iterator[Block]:
-    """The held-out activations of a site, a block at a time: of the first `tokens` those among `rows`, and what fires in
-    them in a `world`. A block's rows are permuted, so its first are a fair sample. Raises UserError for blocks that are missing
-    or damaged."""
-    spec = cache.spec
+def heldout_blocks(
+    cache: Cache, of: Site | Target, tokens: int, rows: Rows = ALL, world: World | None = None
+) -> Iterator[Block]:
+    """The held-out activations of a site or target, a block at a time: of the first `tokens` those among `rows`, and what fires
+    in them in a `world`. A block's rows are permuted, so its first are a fair sample. Raises UserError for blocks that are
+    missing or damaged."""
+    spec, target = cache.spec, of if isinstance(of, Target) else Target.itself(of)
     for block in range(spec.train_blocks, spec.n_blocks):
         n = min(spec.block_rows, tokens - (block - spec.train_blocks) * spec.block_rows)
         if n <= 0:
             return
-        x = torch.from_numpy(cache.whole_block(site, block))[:n]
+        read = {site: torch.from_numpy(cache.whole_block(site, block))[:n] for site in target.sites}
+        inputs = [read[site] for site in target.inputs]
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
         order = torch.from_numpy(cache.block_order(block))[:n]
         kept = slice(None) if rows.all else rows.kept(x, order % spec.context)
+        outputs = () if target.outputs == target.inputs[:1] else tuple(read[site][kept] for site in target.outputs)
         x, order, first = x[kept], order[kept], block * spec.block_sequences
         fires = None if world is None else Fires.of(world, first, spec.block_sequences, spec.context, order)
-        yield Block(x, order % spec.context, fires)
+        yield Block(x, order % spec.context, fires, outputs)
 
 
 def heldout_tokens(cache: Cache, tokens: int) -> Tensor:

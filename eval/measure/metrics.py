@@ -12,6 +12,7 @@ from residual_saes.eval.measure.heldout import Activations, Block
 from residual_saes.eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
 from residual_saes.eval.measure.result import (
     DEAD_AT,
+    Layers,
     Losses,
     Metrics,
     Predicted,
@@ -44,39 +45,62 @@ def finite(value: float) -> float | None:
 class _Batch:
     """Some activations, and what every SAE's tally needs of them."""
 
-    x: Tensor  # float32 [n, d]
-    exact: Tensor  # x as float64
-    norm: Tensor  # ‖x‖, float64 [n]
+    x: Tensor  # what is read, float32 [n, d]
+    exact: Tensor  # what is to be reconstructed, float64 [n, d]
+    norm: Tensor  # its ‖x‖, float64 [n]
     spread: Tensor  # ‖x − mean of the block‖², float64 [n]
     positions: Tensor  # int64 [n]
     fires: Tensor | None  # bool [n, true features]
 
     @classmethod
-    def of(cls, x: Tensor, positions: Tensor, mean: Tensor, fires: Tensor | None) -> "_Batch":
-        exact = x.double()
-        return cls(x.float(), exact, exact.norm(dim=1), (exact - mean).square().sum(1), positions, fires)
+    def of(cls, x: Tensor, output: Tensor, positions: Tensor, mean: Tensor, fires: Tensor | None) -> "_Batch":
+        exact = output.double()
+        return cls(x, exact, exact.norm(dim=1), (exact - mean).square().sum(1), positions, fires)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A site among those that a crosscoder writes."""
+
+    shares: Tensor  # of each feature's squared decoder norm those of the sites, [F, sites]
+    number: int
+
+    @property
+    def share(self) -> Tensor:
+        return self.shares[:, self.number]
+
+    def among(self, fires: Tensor) -> Layers:
+        """What is said of the features that fire, bool [F]."""
+        shares = self.shares[fires.to(self.shares.device)].double()
+        here = shares.argmax(1) == self.number if len(shares) else shares.new_zeros(0, dtype=torch.bool)
+        return Layers(
+            decoder_share=_mean(shares[:, self.number]),
+            largest_here=_mean(here),
+            layers_spanned=_mean(1 / shares[here].square().sum(1)),
+        )
 
 
 class Measurement:
-    """Sums over tokens of one SAE, float64, on its device."""
+    """Sums over tokens of one SAE, or of one of the sites that it writes, float64, on its device."""
 
     _TOKEN_SUMS = ("error", "error_later", "cosine", "legacy", "norm_in", "norm_out", "l2_ratio", "square_out", "dot")
 
-    def __init__(self, sae: Sae, context: int, world: World | None = None) -> None:
+    def __init__(self, sae: Sae, context: int, world: World | None = None, place: Place | None = None) -> None:
+        """`place` is that of the site among those that are written, where there are several."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=sae.b_enc.device)
 
-        features, d_model = sae.w_enc.shape
-        self.sae, self.tokens = sae, 0
+        features, d_model = sae.w_dec.shape
+        self.sae, self.tokens, self._place = sae, 0, place
         self._fired, self._sum, self._square = zeros(features), zeros(features), zeros(features)
         self._active_at, self._seen_at = zeros(context), zeros(context)
         self._residual = zeros(d_model, d_model)  # Σ r rᵀ
         self._sums = zeros(len(self._TOKEN_SUMS))
         self._classified = None if world is None else Classified(sae, world)
 
-    def add(self, batch: _Batch) -> None:
-        z = self.sae.encode(batch.x)
-        xhat = self.sae.decode(z).double()
+    def add(self, batch: _Batch, z: Tensor) -> None:
+        xhat = self.sae.reconstruct(batch.x, z).double()
         self._add_features(z, batch)
         r = xhat - batch.exact
         error, norm_out, dot = r.square().sum(1), xhat.norm(dim=1), (xhat * batch.exact).sum(1)
@@ -168,23 +192,25 @@ class Measurement:
 
     def weights(self) -> tuple[Weights, Tensor, Tensor]:
         """Cosines between the SAE's rows; of each feature [F] the largest to another decoder row, NaN where it was not looked
-        for, and encoder to decoder."""
+        for, and encoder to decoder, NaN where these are of different sites."""
         encoder, decoder = unit(self.sae.w_enc), unit(self.sae.w_dec)
         rows = _looked_at(len(decoder), decoder.device)
-        nearest, own = largest_cosine(decoder, decoder, rows=rows, others=True), (encoder * decoder).sum(1)
+        nearest, transcodes = largest_cosine(decoder, decoder, rows=rows, others=True), self.sae.transcodes
+        own = torch.full_like(self.sae.b_enc, math.nan) if transcodes else (encoder * decoder).sum(1)
         weights = Weights(
             max_decoder_cosine_sim=finite(float(nearest.max())),
             average_max_decoder_cosine_sim=_mean(nearest),
             average_max_encoder_cosine_sim=_mean(largest_cosine(encoder, encoder, rows=rows, others=True)),
             average_encoder_decoder_cosine_sim=_mean(own),
-            average_max_encoder_decoder_cosine_sim=_mean(largest_cosine(encoder, decoder, rows=rows)),
+            average_max_encoder_decoder_cosine_sim=None if transcodes else _mean(largest_cosine(encoder, decoder, rows=rows)),
         )
         return weights, torch.full_like(own, math.nan).index_copy_(0, rows, nearest), own
 
     def finish(self, activations: Activations, dead_at: float, alive_above: float) -> tuple[Metrics, Features]:
         weights, nearest, own = self.weights()
         truth = Truth() if self._classified is None else self._classified.finish(self._fired.cpu(), self.tokens)
-        parts = (self.sparsity(dead_at), self.reconstruction(activations), weights, self.predicted(alive_above), truth)
+        layers = Layers() if self._place is None else self._place.among(self.density() > 0)
+        parts = (self.sparsity(dead_at), self.reconstruction(activations), weights, self.predicted(alive_above), truth, layers)
         features = Features(
             density=self.density().float(),
             mean=(self._sum / self.tokens).float().cpu(),
@@ -192,11 +218,11 @@ class Measurement:
             max_decoder_cosine_sim=nearest.cpu(),
             encoder_decoder_cosine_sim=own.cpu(),
             l0_by_position=(self._active_at / self._seen_at).float().cpu(),
+            decoder_share=None if self._place is None else self._place.share.float().cpu(),
         )
         return Metrics(**{name: value for part in parts for name, value in vars(part).items()}), features
 
 
-@torch.inference_mode()
 def measure(
     blocks: Iterable[Block | tuple[Tensor, Tensor]],
     saes: Sequence[Sae],
@@ -204,22 +230,53 @@ def measure(
     after: Callable[[], object] = lambda: None,
     world: World | None = None,
 ) -> tuple[Activations, list[Measurement]]:
-    """One pass over held-out activations for all SAEs, which are over the same layer and on one device; that of a `world` has
-    the truth of its blocks. `after` is called after every block."""
-    device, d_model = saes[0].b_enc.device, len(saes[0].b_pre)
-    activations, tallies = Activations(d_model, device), [Measurement(sae, context, world) for sae in saes]
+    """`measure_each` of SAEs that write one site: its activations, and of each SAE its sums."""
+    (activations,), tallies = measure_each(blocks, saes, context, after, world)
+    return activations, [tally for (tally,) in tallies]
+
+
+@torch.inference_mode()
+def measure_each(
+    blocks: Iterable[Block | tuple[Tensor, Tensor]],
+    saes: Sequence[Sae],
+    context: int,
+    after: Callable[[], object] = lambda: None,
+    world: World | None = None,
+) -> tuple[list[Activations], list[list[Measurement]]]:
+    """One pass over held-out activations for all SAEs, which have the same target and are on one device; that of a `world` has
+    the truth of its blocks. Returns the activations of each site that is written, and for each SAE its sums at each of them.
+    `after` is called after every block."""
+    device = saes[0].b_enc.device
+    tallies = [_of_outputs(sae, context, world) for sae in saes]
+    activations = [Activations(len(tally.sae.b_dec), device) for tally in tallies[0]]
     rows = max(_CHUNK_ROWS, _CHUNK_VALUES[device.type] // max(len(sae.b_enc) for sae in saes))
-    for stored, at, fires in (Block(*block) for block in blocks):
+    for stored, at, fires, written in (Block(*block) for block in blocks):
         x, positions = stored.to(device), at.to(device)
-        mean = activations.add(x, positions).mean
+        outputs = [output.to(device) for output in written] or [x]
+        means = [one.add(output, positions).mean for one, output in zip(activations, outputs, strict=True)]
         for begin in range(0, len(x), rows):
             end = min(begin + rows, len(x))
             true = None if fires is None else fires.dense(begin, end, device)
-            batch = _Batch.of(x[begin:end], positions[begin:end], mean, true)
-            for tally in tallies:
-                tally.add(batch)
+            wide = x[begin:end].float()
+            batches = [
+                _Batch.of(wide, output[begin:end], positions[begin:end], mean, true)
+                for output, mean in zip(outputs, means, strict=True)
+            ]
+            for sae, of_outputs in zip(saes, tallies, strict=True):
+                z = sae.encode(wide)
+                for tally, batch in zip(of_outputs, batches, strict=True):
+                    tally.add(batch, z)
         after()
     return activations, tallies
+
+
+def _of_outputs(sae: Sae, context: int, world: World | None) -> list[Measurement]:
+    """A measurement of each site that it writes."""
+    parts = sae.parts()
+    if len(parts) == 1:
+        return [Measurement(sae, context, world)]
+    shares = sae.shares()
+    return [Measurement(part, context, place=Place(shares, number)) for number, part in enumerate(parts)]
 
 
 def losses(clean: float, zero: Loss, mean: Loss, spliced: Loss, ablation: str) -> Losses:

@@ -1,10 +1,10 @@
 """What is measured of one SAE, every number beside its definition.
 
-x [d] is a held-out activation, x̂ its reconstruction, r = x̂ − x, z [F] the features, ⟨·⟩ the mean over tokens, and
-f_i = ⟨z_i > 0⟩ the density of a feature. "SAEBench" is its core evaluation (Karvonen et al., arXiv:2503.09532; code at version
-0.6.0), whose names are used where it has one; it leaves out special tokens, and here every held-out token counts. z, x̂ and the
-language model are float32 or the precision of the harvest; sums over tokens are float64. What is no number (0/0, or not
-finite) is None.
+x [d] is a held-out activation (of what a transcoder writes), x̂ its reconstruction, r = x̂ − x, z [F] the features, ⟨·⟩ the mean
+over tokens, and f_i = ⟨z_i > 0⟩ the density of a feature. "SAEBench" is its core evaluation (Karvonen et al., arXiv:2503.09532;
+code at version 0.6.0), whose names are used where it has one; it leaves out special tokens, and here every held-out token
+counts. z, x̂ and the language model are float32 or the precision of the harvest; sums over tokens are float64. What is no number
+(0/0, or not finite) is None. A crosscoder has a result for each layer that it writes.
 """
 
 import dataclasses
@@ -108,7 +108,19 @@ class Truth:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Metrics(Truth, Predicted, Weights, Reconstruction, Sparsity):
+class Layers:
+    """Of one of the layers that a crosscoder writes, over the features that fired: p is a layer's share of a feature's squared
+    decoder norm, where the rows of each layer are divided by its scale (Lindsey et al., 2024, take norms)."""
+
+    decoder_share: Value = None  # mean p of this layer
+    largest_here: Value = None  # share of features whose largest p is this layer's
+    layers_spanned: Value = (
+        None  # mean of 1 / Σ p² over these features: 1 for one layer alone, and as many as there are for all
+    )
+
+
+@dataclass(kw_only=True, frozen=True)
+class Metrics(Layers, Truth, Predicted, Weights, Reconstruction, Sparsity):
     """All but the losses. Dataclasses take the fields of their bases from the last base to the first."""
 
 
@@ -157,7 +169,8 @@ class Result(Basis, Losses, Metrics, Subject, Record):
 
     def values(self) -> dict[str, Any]:
         floors = {f"floor_{width}": floor for width, floor in self.floors.items()}
-        unknown = {f.name for f in dataclasses.fields(Truth)} if self.f1 is None else set()
+        known = {Truth: self.f1, Layers: self.decoder_share}
+        unknown = {f.name for of, value in known.items() if value is None for f in dataclasses.fields(of)}
         values: dict[str, Any] = {}
         for key, value in super().values().items():
             values |= floors if key == "floors" else {key: value} if key not in unknown else {}

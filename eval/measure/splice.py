@@ -5,7 +5,7 @@ the layer on once for each replacement: half of the blocks, averaged over layers
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,7 +18,7 @@ from residual_saes.shared.runs.rows import Rows
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import ATTN_OUT, RESID_MID, Site
 
-Replacement = Callable[[Tensor], Tensor]
+Replacement = Callable[[Tensor, Tensor], Tensor]  # what is read, and the site's own, [n, context, d] → what takes its place
 
 _SEQUENCES = 16  # in one forward pass at most; logits are [sequences, context, vocabulary], and there are
 _LOGITS = 1 << 27  # values of them at most (half a gigabyte, and four such matrices), or one sequence
@@ -44,24 +44,26 @@ class SplicedModel:
         self._blocks = find_blocks(self._base)[1]
 
     @torch.inference_mode()
-    def losses(self, site: Site, replacements: Sequence[Replacement]) -> tuple[float, list[Loss]]:
-        """The model's own cross-entropy, and for each replacement its loss after the activations [n, context, d] of the site
-        went through it."""
+    def losses(self, site: Site, replacements: Sequence[Replacement], inputs: Sequence[Site] = ()) -> tuple[float, list[Loss]]:
+        """The model's own cross-entropy, and for each replacement its loss with that in place of the site's activations. Those
+        are read, or those of `inputs` beside each other, as they are before anything is replaced."""
         sequences, context = self._tokens.shape
         vocabulary = int(cast(Any, self._lm).config.vocab_size)
         earlier, hooks = self._blocks[: site.layer], self._hooks(site)
+        sources = [hook_of(self._base, of) for of in inputs] or hooks[:1]
         before = Hook(earlier[-1], "output") if len(earlier) else None
         clean, ce, kl = 0.0, [0.0] * len(replacements), [0.0] * len(replacements)
         for tokens in torch.split(self._tokens, max(1, min(_SEQUENCES, _LOGITS // (context * vocabulary)))):
-            with _reading([*hooks, before] if before else hooks) as seen:
+            with _reading({*hooks, *sources, *([before] if before else [])}) as seen:
                 log_p = self._log_probabilities(tokens)
-            x, given = first(seen[hooks[0]]), {}
+            read, given = [first(seen[source]) for source in sources], {}
+            x = read[0] if len(read) == 1 else torch.cat(read, dim=-1)
             if before:
                 given = {Hook(block, "output"): seen[before] for block in earlier}
             clean += _nats(log_p, tokens)
             p = log_p.exp()
             for i, replace in enumerate(replacements):
-                with _giving(given | _spliced(hooks, seen, replace(x))):
+                with _giving(given | _spliced(hooks, seen, replace(x, first(seen[hooks[0]])))):
                     log_q = self._log_probabilities(tokens)
                 ce[i] += _nats(log_q, tokens)
                 kl[i] += float(torch.linalg.vecdot(p, torch.sub(log_p, log_q, out=log_q)).sum(dtype=torch.float64))
@@ -88,19 +90,30 @@ class SplicedModel:
 
 def through(sae: Sae) -> Replacement:
     """x → x̂ in float32."""
-    return lambda x: sae.decode(sae.encode(x.float())).to(x.dtype)
+
+    def reconstructed(x: Tensor, output: Tensor) -> Tensor:
+        wide = x.float()
+        return sae.reconstruct(wide, sae.encode(wide)).to(output.dtype)
+
+    return reconstructed
+
+
+def zeros(_: Tensor, output: Tensor) -> Tensor:
+    """Zero ablation."""
+    return torch.zeros_like(output)
 
 
 def constant(value: Tensor) -> Replacement:
-    """x → value [d] at every position: mean ablation, where it is the mean."""
-    return lambda x: value.to(x).expand_as(x)
+    """Value [d] at every position: mean ablation, where it is the mean."""
+    return lambda _, output: value.to(output).expand_as(output)
 
 
 def only(rows: Rows, replace: Replacement) -> Replacement:
     """At these rows alone; the others stay as the model has them."""
 
-    def where(x: Tensor) -> Tensor:
-        return torch.where(rows.kept(x, torch.arange(x.shape[1], device=x.device))[..., None], replace(x), x)
+    def where(x: Tensor, output: Tensor) -> Tensor:
+        kept = rows.kept(x, torch.arange(x.shape[1], device=x.device))
+        return torch.where(kept[..., None], replace(x, output), output)
 
     return replace if rows.all else where
 
@@ -119,7 +132,7 @@ def _spliced(hooks: Sequence[Hook], seen: dict[Hook, Values], x: Tensor) -> dict
 
 
 @contextlib.contextmanager
-def _reading(hooks: Sequence[Hook]) -> Iterator[dict[Hook, Values]]:
+def _reading(hooks: Iterable[Hook]) -> Iterator[dict[Hook, Values]]:
     """What a pass comes to at these hooks."""
     seen: dict[Hook, Values] = {}
     handles = [hook.take(partial(seen.__setitem__, hook)) for hook in hooks]

@@ -19,6 +19,7 @@ from residual_saes.shared.files import locked, publish_file, sync_dir
 from residual_saes.shared.records import JsonRecords
 from residual_saes.shared.runs.run import Run, Snapshot
 from residual_saes.shared.runs.sae import Damaged, Sae
+from residual_saes.shared.runs.target import Target
 from residual_saes.shared.sites import Site
 
 _NO_COLUMNS = ("run", "file")  # of the .csv
@@ -44,13 +45,22 @@ class Results:
         """The checkpoints that have no result on this basis."""
         known, missing = {_identity(r) for r in self._results}, []
         for snapshot in self.run.snapshots():
-            key = snapshot.site, snapshot.label
             with skipped.leaving_out():
-                self.files[key] = ""  # if it cannot be read
-                self.files[key] = Sae.checksum(snapshot.path)
-                if (*key, self.files[key], *basis.basis) not in known or not features_path(self.run, *key).exists():
+                keys = self._look(snapshot)
+                if not all((*k, self.files[k], *basis.basis) in known and features_path(self.run, *k).exists() for k in keys):
                     missing.append(snapshot)
         return missing
+
+    def target(self, snapshot: Snapshot) -> Target:
+        """What it reads and writes."""
+        return self.run.config.target_at(snapshot.site)
+
+    def _look(self, snapshot: Snapshot) -> list[tuple[Site, str]]:
+        """Notes the checksum of a checkpoint for each site that it writes. Raises UserError if it cannot be read."""
+        keys = [(site, snapshot.label) for site in self.target(snapshot).outputs]
+        self.files |= dict.fromkeys(keys, "")  # if it cannot be
+        self.files |= dict.fromkeys(keys, Sae.checksum(snapshot.path))
+        return keys
 
     def add(self, result: Result) -> None:
         """Add it to those on disk by now: another evaluation may have added its own."""
@@ -95,7 +105,7 @@ class Results:
         """As `view`, of checkpoints that lie there alone. Raises UserError for one that cannot be opened, unless `ignored`."""
         for snapshot in self.run.snapshots():
             with contextlib.suppress(*ignored):
-                self.files[snapshot.site, snapshot.label] = Sae.checksum(snapshot.path)
+                self._look(snapshot)
         return [r for r in self.view(None) if self.files.get((r.site, r.snapshot)) == r.file]
 
 

@@ -49,14 +49,15 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
     first, *tokens = encode_text(tokenizer, spec, asked.text)
     if not 0 < len(tokens) < spec.context:
         raise UserError(f"the text has {len(tokens)} tokens: give it from 1 to {spec.context - 1}")
-    sites = {s.site for _, s in chosen}
+    targets = [run.config.target_at(s.site) for run, s in chosen]
+    sites = {site for target in targets for site in target.inputs}
     activations = _activations(str(model.folder), spec, sites, torch.tensor([[first, *tokens]]), asked.device)
     words = spell(tokenizer, len(tokenizer))
     shown = []
-    for run, snapshot in chosen:
+    for (run, snapshot), target in zip(chosen, targets, strict=True):
         with skipped.leaving_out():
             sae = Sae.load(snapshot.path, spec.d_model, belongs=run.belongs(snapshot.site, snapshot.label)).to(asked.device)
-            z = sae.encode(activations[snapshot.site])
+            z = sae.encode(torch.cat([activations[site] for site in target.inputs], dim=1))
             shown.append(_section(run, snapshot, z, tokens, words, asked.out))
     page = files.templates().get_template("ask.html").render(text=asked.text, saes=shown, style=files.style())
     files.sweep(make_dir(asked.out))

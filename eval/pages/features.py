@@ -24,10 +24,9 @@ are kept. That is what costs memory: F × (TOP + SAMPLES) × (BEFORE + 1 + AFTER
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -59,19 +58,20 @@ def kept_bytes() -> int:
 Block = tuple[int, Tensor]  # the first row's number, and activations float16 [n, d] in the order of the text
 
 
-def heldout_text(cache: Cache, site: Site, sequences: int) -> Iterator[Block]:
-    """The held-out activations of a layer in the order of the text, a block at a time, on the CPU: the first `sequences`
-    contexts. Raises UserError for blocks that are not there or damaged."""
+def heldout_text(cache: Cache, sites: Sequence[Site], sequences: int) -> Iterator[Block]:
+    """The held-out activations of a layer, or of several beside each other, in the order of the text, a block at a time, on the
+    CPU: the first `sequences` contexts. Raises UserError for blocks that are not there or damaged."""
     spec = cache.spec
     for block in range(spec.train_blocks, spec.n_blocks):
         before = (block - spec.train_blocks) * spec.block_sequences
         n = min(spec.block_sequences, sequences - before)
         if n <= 0:
             return
-        data = cache.whole_block(site, block)
-        ordered = np.empty_like(data)
-        ordered[cache.block_order(block)] = data
-        yield before * spec.context, torch.from_numpy(ordered[: n * spec.context])
+        data = [torch.from_numpy(cache.whole_block(site, block)) for site in sites]
+        rows = data[0] if len(data) == 1 else torch.cat(data, dim=1)
+        ordered = torch.empty_like(rows)
+        ordered[torch.from_numpy(cache.block_order(block))] = rows
+        yield before * spec.context, ordered[: n * spec.context]
 
 
 def scatter(feature: Tensor, row: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ class Tally:
         *together, together_tokens = self.together.nearest(len(count))
         columns |= zip(("together", "together_jaccard", "together_count"), together, strict=True)
         names = ("promoted", "promoted_logit", "suppressed", "suppressed_logit", "logit_bins")
-        columns |= zip(names, words(self.sae.w_dec, unembedding, vocabulary), strict=True)
+        columns |= zip(names, words(self.sae.parts()[-1].w_dec, unembedding, vocabulary), strict=True)
         narrow = {name for name, column in columns.items() if column.dtype == torch.int64 and name != "row"}
         return {name: (c.int() if name in narrow else c).contiguous().cpu() for name, c in columns.items()}, together_tokens
 

@@ -24,6 +24,7 @@ from residual_saes.shared.lm import Unembedding, load_model, load_tokenizer
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.runs.target import Target
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.units import parse_count
 
@@ -53,6 +54,10 @@ class _Job:
     run: Run
     snapshot: Snapshot
     identity: files.Facts  # what its pages are of
+
+    @property
+    def target(self) -> Target:
+        return self.run.config.target_at(self.snapshot.site)
 
     def folder(self, out: Path) -> Path:
         name = f"layer{self.snapshot.site.key}_{self.snapshot.label}.{files.digest(self.identity)}"
@@ -99,7 +104,7 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
     if todo:
         to_logits = Unembedding(load_model(str(model.folder), None, "fp32", head=True)).to(config.device)
         announce(config.device)
-        layers = itertools.groupby(todo, lambda job: job.snapshot.site)
+        layers = itertools.groupby(todo, lambda job: job.target)
         groups = (fitting(jobs, lambda job: _size(job, spec.d_model), config.device) for _, jobs in layers)
         for group in itertools.chain.from_iterable(groups):
             with skipped.leaving_out():
@@ -132,17 +137,18 @@ def _jobs(cache: Cache, runs: Sequence[Run], tokens: int, config: PagesConfig, s
             refuse_links(config.out / run.name)
             of_run = {"format": files.FORMAT, "cache": cache.digest, "run": run.config.digest}
             wanted = [s for s in run.snapshots() if s.label == config.snapshot and s.site in (config.layers or [s.site])]
-            gone |= {s.site for s in wanted} - set(cache.sites)
             for s in wanted:
                 with skipped.leaving_out():
-                    if s.site in cache.sites:
+                    absent = set(run.config.target_at(s.site).inputs) - set(cache.sites)
+                    gone |= absent
+                    if not absent:
                         facts = {"layer": s.site.json, "snapshot": s.label, "tokens": tokens, "file": Sae.checksum(s.path)}
                         jobs.append(_Job(run=run, snapshot=s, identity=of_run | facts))
     if gone:
         say(f"layers {format_sites(gone)} are not in {cache.path}: pages made of them before are kept", err=True)
     if not jobs and not gone:
         raise UserError(f"there is no {config.snapshot!r} snapshot of these layers to look at; name others")
-    return sorted(jobs, key=lambda job: job.snapshot.site)
+    return sorted(jobs, key=lambda job: (job.snapshot.site, job.target.inputs))
 
 
 def _size(job: _Job, d_model: int) -> int:
@@ -160,10 +166,10 @@ def _look(
             opened.append((job, job.open(cache, device)))
     if not opened:
         return []
-    spec, layer = cache.spec, group[0].snapshot.site
+    spec, target = cache.spec, group[0].target
     tokens = sequences * spec.context
-    with Progress(f"layer {layer}", tokens, "tokens") as progress:
-        blocks = _shown(features.heldout_text(cache, layer, sequences), progress)
+    with Progress(f"layer {target}", tokens, "tokens") as progress:
+        blocks = _shown(features.heldout_text(cache, target.inputs, sequences), progress)
         tallies = features.look(blocks, [sae for _, sae in opened], spec.context, tokens)
     return [(job, tally) for (job, _), tally in zip(opened, tallies, strict=True)]
 

@@ -139,8 +139,7 @@ class PublishedForm:
         """Only two values of the header change, in their places: safetensors itself would write it in any order."""
         features, facts = load_features(path)
         file = self._checksums.get(facts["file"], facts["file"])
-        tensors = {name: getattr(features, name) for name in features.__slots__}
         content = path.read_bytes()
-        for key, value in seal(facts | {"file": file}, tensors).items():
+        for key, value in seal(facts | {"file": file}, features.tensors()).items():
             content = content.replace(f'"{key}":"{facts[key]}"'.encode(), f'"{key}":"{value}"'.encode(), 1)
         publish_file(target, content)

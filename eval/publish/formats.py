@@ -185,6 +185,9 @@ def _dictionary(sae: Sae, origin: Origin) -> str:
 def _kind(tool: str, sae: Sae, origin: Origin) -> str:
     """What a tool calls an SAE of this rule. Raises UserError where it has none."""
     rule = sae.rule
+    if sae.target.fields():
+        what = "a transcoder" if len(sae.target.inputs) == 1 else "a crosscoder"
+        raise UserError(f"{origin.source.run}/{origin.source.file} is {what}, and {tool} loads no such dictionaries from here")
     if rule not in KINDS[tool]:
         others = " or ".join(name for name, kinds in KINDS.items() if rule in kinds)
         name = f"{origin.source.run}/{origin.source.file}"

@@ -52,8 +52,8 @@ class Column:
 
 
 _SPARSITY, _FIDELITY, _FLOORS, _BASIS = "sparsity", "reconstruction", "floors", "measured on"
-_MODEL, _TRUTH = "language model", "truth"
-_OF_SOME = (_MODEL, _TRUTH)  # groups that some caches have nothing of
+_MODEL, _TRUTH, _LAYERS = "language model", "truth", "crosscoder"
+_OF_SOME = (_MODEL, _TRUTH, _LAYERS)  # groups that some caches or runs have nothing of
 _COLUMNS = (
     Column("site", "layer", "{}", "terminal truth page card floors"),
     Column("l0", "L0", "{:.1f}", "terminal truth page card means map snapshots", _SPARSITY, cell="{:.0f}",
@@ -80,6 +80,9 @@ _COLUMNS = (
     Column("cosine", "cosine", "{:.4f}", "terminal page more map", _FIDELITY, 1, "{:.3f}"),
     Column("explained_variance", "explained", "{:.4f}", "truth"),
     Column("mse", "MSE", "{:.3g}", "terminal page more", _FIDELITY),
+    Column("decoder_share", "decoder here", "{:.1%}", "page card", _LAYERS),
+    Column("largest_here", "features largest here", "{:.1%}", "terminal page card", _LAYERS),
+    Column("layers_spanned", "layers these span", "{:.2f}", "terminal page card", _LAYERS),
     Column("ce_recovered", "CE recovered", "{:.4f}", "terminal page card means map snapshots fidelity", _MODEL, 1, "{:.3f}",
            "CE recovered, share", "rises"),
     Column("kl_div_score", "KL score", "{:.4f}", "page card means map", _MODEL, 1, "{:.3f}"),

@@ -67,10 +67,11 @@ def command(train: Record, sites: Iterable[Site]) -> str:
             flags.append(f"--{name.replace('_', '-')} {value}")
     if train.get("refit_kind") == "topk" and train.get("refit"):
         flags.append(f"--hold-l0 {train['refit']:g}")
-    if train.get("revive"):
-        flags.append("--revive")
-    l1 = shlex.quote(_flag(train["l1"]))
-    return f"rsae train --cache CACHE --l1 {l1} --layers {format_sites(sites)} {' '.join(flags)}"
+    flags += [f"--{flag}" for flag in ("revive", "skip") if train.get(flag)]
+    l1, form = shlex.quote(_flag(train["l1"])), train.get("target", "")
+    target = f" --target {shlex.quote(form)}" if form else ""
+    layers = f" --layers {format_sites(sites)}" if not form or ">" in form else ""  # a crosscoder's form names them
+    return f"rsae train --cache CACHE --l1 {l1}{target}{layers} {' '.join(flags)}"
 
 
 def _flag(l1: Record) -> str:

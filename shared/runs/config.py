@@ -8,6 +8,8 @@ from residual_saes.shared.cache import CacheSpec
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.sparsity import Reading, hold_from
+from residual_saes.shared.runs.target import Target
+from residual_saes.shared.sites import Site
 from residual_saes.shared.typed import Bounds, Count, read
 from residual_saes.shared.units import format_count
 
@@ -44,6 +46,8 @@ class Training:
     refit_kind: str = "decoder"
     skip_positions: int = 0
     max_norm: float | None = None
+    target: str = ""  # the form of its targets
+    skip: bool = False
 
     @property
     def holds_l0(self) -> bool:
@@ -116,6 +120,10 @@ class RunConfig(Record):
     def portable(self) -> dict[str, Any]:
         """As a checkpoint repeats it, which may go anywhere: without the cache's place."""
         return self.stored | {"cache": {k: v for k, v in self.stored["cache"].items() if k != "place"}}
+
+    def target_at(self, place: Site) -> Target:
+        """What its dictionary of this place reads and writes."""
+        return Target.at(self.train.target, place)
 
     @property
     def reading(self) -> Reading:

@@ -1,6 +1,6 @@
 """A run folder, format 2: one L1 setting over any number of layers.
 
-runs/<model>-saes-x<expansion>-l1-<setting>/
+runs/<model>-saes-x<expansion>-l1-<setting>/     …-transcoders-<read>-<written>-x…, …-crosscoder-<layers>-x… (target.py)
     config.json                              everything needed to repeat the run, the cache's identity included
     sae_layer00_50M.pt … sae_layer00_final.pt    snapshots
     metrics/layer00.jsonl                    the training curve
@@ -49,6 +49,7 @@ _SNAPSHOT = re.compile(r"sae_layer(\d+(?:\.[a-z_]+)?)_([0-9A-Za-z]+)\.pt")
 # Fields that runs had not at first, and what these did: left out where they say no more, so that the digests of such runs stay.
 _ADDED: dict[str, Any] = {
     "lr_decay": 0.0, "refit": 0.0, "refit_kind": "decoder", "skip_positions": 0, "max_norm": None, "revive": False,
+    "target": "", "skip": False,
     "step": {"decoder_norm": "unit"}, "controller": {"above": 4.0},
 }  # fmt: skip
 

@@ -2,13 +2,17 @@
 
 z = relu(W_enc (x − b_pre) + b_enc)        x̂ = W_dec z + b_dec + b_pre
 
+A transcoder, whose config says other outputs than inputs, gives W_dec z + b_dec, with a skip connection + W_skip (x − b_pre).
+
 With thresholds θ [F] (settings that choose among a batch's activations have them), z_i is 0 unless it is above θ_i. Where the
 config says k, a token's z is 0 but for its k largest entries.
 """
 
 import contextlib
+import dataclasses
 import errno
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +23,7 @@ from torch import Tensor
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import replacing
 from residual_saes.shared.runs.rows import Rows
+from residual_saes.shared.runs.target import Target
 from residual_saes.shared.seal import SEAL, seal, sealed
 
 _SHAPES = {
@@ -29,6 +34,8 @@ _SHAPES = {
     "decoder.bias": ("d",),
 }
 _THRESHOLD = "threshold"  # [F], in the files of some
+_SKIP = "skip.weight"  # [d, d]: y from x − b_pre
+_SOME = {_THRESHOLD: ("F",), _SKIP: ("d", "d")}  # that some files have
 Rule = Literal["relu", "threshold", "topk"]  # how z follows from relu's values
 
 
@@ -48,6 +55,7 @@ class Sae:
     config: dict[str, Any]
     stats: dict[str, Any]
     threshold: Tensor | None = None  # [F]
+    skip: Tensor | None = None  # [d, d]
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d] → z [..., F] ≥ 0."""
@@ -57,8 +65,48 @@ class Sae:
         return z if self.k is None else keep_top_k_(z, self.k)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [..., F] → x̂ [..., d]."""
-        return z @ self.w_dec + (self.b_dec + self.b_pre)
+        """z [..., F] → x̂ [..., d], but for what a skip connection adds."""
+        return z @ self.w_dec + (self.b_dec if self.transcodes else self.b_dec + self.b_pre)
+
+    def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
+        """x̂ [..., d] of x [..., d] with these activations."""
+        given = self.decode(z)
+        return given if self.skip is None else given + (x - self.b_pre) @ self.skip.t()
+
+    @property
+    def target(self) -> Target:
+        """What it reads and writes."""
+        return Target.of(self.config)
+
+    @property
+    def transcodes(self) -> bool:
+        return bool(self.config.get("inputs") != self.config.get("outputs"))
+
+    def parts(self) -> list["Sae"]:
+        """One for each site that it writes, with the same encoder, as transcoders; itself where it writes one."""
+        outputs = self.target.outputs
+        if len(outputs) == 1:
+            return [self]
+        bias = self.b_dec + self.b_pre
+        rows = zip(outputs, self.w_dec.chunk(len(outputs), 1), bias.chunk(len(outputs)), strict=True)
+        return [
+            dataclasses.replace(self, w_dec=w_dec, b_dec=b_dec, config=self.config | {"outputs": [site.json]})
+            for site, w_dec, b_dec in rows
+        ]
+
+    def shares(self) -> Tensor:
+        """Of each feature's squared decoder norm those of the sites that it writes, [F, sites], with rows over their scales."""
+        n = len(self.target.outputs)
+        scales = self.w_dec.new_tensor(self.stats.get("scales", [1.0] * n))
+        squares = self.w_dec.view(len(self.w_dec), n, -1).square().sum(2) / scales.square()
+        return squares / squares.sum(1, keepdim=True).clamp(min=1e-30)
+
+    def of_scaled(self, scales: Sequence[float]) -> "Sae":
+        """One of rows whose equal parts were each divided by one of `scales`, as the same function of the rows as they were."""
+        by = self.b_pre.new_tensor(scales).repeat_interleave(len(self.b_pre) // len(scales))
+        return dataclasses.replace(
+            self, w_enc=self.w_enc / by, w_dec=self.w_dec * by, b_pre=self.b_pre * by, b_dec=self.b_dec * by
+        )
 
     @property
     def k(self) -> int | None:
@@ -81,7 +129,7 @@ class Sae:
         return Rows.of(self.config.get("train", {}), self.stats.get("activations", {}))
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", _THRESHOLD)
+        names = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", "threshold", "skip")
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "Sae":
@@ -95,7 +143,7 @@ class Sae:
             "encoder.bias": self.b_enc,
             "decoder.weight": self.w_dec.t(),
             "decoder.bias": self.b_dec,
-        } | ({} if self.threshold is None else {_THRESHOLD: self.threshold})
+        } | {name: tensor for name, tensor in ((_THRESHOLD, self.threshold), (_SKIP, self.skip)) if tensor is not None}
         # A clone holds its own numbers only; saving a view would write the whole storage behind it.
         state = {k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for k, v in state.items()}
         stats = self.stats | {SEAL: seal(_facts(self.config, self.stats), state)[SEAL]}
@@ -110,12 +158,14 @@ class Sae:
         that is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
         state, config, stats = _read(path, belongs)
         sizes = {"d": state["b_pre"].numel(), "F": state["encoder.bias"].numel()}
-        for name, shape in (_SHAPES | ({_THRESHOLD: ("F",)} if _THRESHOLD in state else {})).items():
+        for name, shape in (_SHAPES | {name: axes for name, axes in _SOME.items() if name in state}).items():
             if tuple(state[name].shape) != tuple(sizes[axis] for axis in shape):
                 raise Damaged(f"{path}: {name} is {tuple(state[name].shape)}, which does not fit the other weights")
-        if d_model is not None and sizes["d"] != d_model:
+        sites = len(config.get("inputs", ("itself",)))
+        if d_model is not None and sizes["d"] != sites * d_model:
             raise UserError(
-                f"{path} is an SAE over {sizes['d']} dimensions, the cache has {d_model}; use the cache it was trained on"
+                f"{path} is an SAE over {sizes['d'] // sites} dimensions, the cache has {d_model}; use the cache it was "
+                "trained on"
             )
         return cls(
             w_enc=state["encoder.weight"].float(),
@@ -125,7 +175,7 @@ class Sae:
             b_dec=state["decoder.bias"].float(),
             config=config,
             stats=stats,
-            threshold=state[_THRESHOLD].float() if _THRESHOLD in state else None,
+            **{name: state[key].float() for name, key in (("threshold", _THRESHOLD), ("skip", _SKIP)) if key in state},
         )
 
     @staticmethod
@@ -171,8 +221,7 @@ def _open(path: Path, *, tensors: bool = True) -> _Content:
             # not mapped: a bad block, or a file that is cut meanwhile, would end the process
             content = torch.load(io.BytesIO(file.read()) if tensors else file, map_location="cpu", weights_only=True)
         state, config, stats = content["model_state"], dict(content["config"]), dict(content["stats"])
-        names = [*_SHAPES, _THRESHOLD] if _THRESHOLD in state else _SHAPES
-        state = {name: state[name] for name in names}
+        state = {name: state[name] for name in (*_SHAPES, *(name for name in _SOME if name in state))}
         if any(tensor.layout != torch.strided for tensor in state.values()):
             raise ValueError("a sparse tensor")
         return state, config, stats | {SEAL: stats[SEAL]}

@@ -7,7 +7,7 @@ import torch
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.shuffle import epoch_slices
 from residual_saes.shared.sites import Site
-from residual_saes.train.look import Look
+from residual_saes.train.look import Look, read_rows
 
 
 def of(x: np.ndarray, positions: np.ndarray, **without: int) -> Look:  # type: ignore[type-arg]
@@ -68,4 +68,4 @@ def test_a_layer_is_looked_at_where_training_begins(cache: Cache) -> None:
         order = cache.block_order(block)[index * size : (index + 1) * size]
         rows.append(np.asarray(whole)[order])
         positions.append(order % spec.context)
-    assert Look.at(cache, Site(1), seed=3) == of(np.concatenate(rows), np.concatenate(positions))
+    assert Look.of(*read_rows(cache, Site(1), 3)) == of(np.concatenate(rows), np.concatenate(positions))

@@ -44,6 +44,7 @@ def problem(
     size: tuple[int, int, int] = ODD,
     norm: str = "unit",
     kind: str = "relu",
+    **target: bool,
 ) -> tuple[TrainingSae, Tensor]:
     """An SAE with nothing at a special value, about 5 % active, and a batch."""
     d, f, b = size
@@ -53,12 +54,14 @@ def problem(
     config = StepConfig(
         precision=precision, sparse_below=sparse_below, l1_reduction=reduction, clip_norm=1e9, decoder_norm=norm
     )
-    sae = TrainingSae(d, f, config, kernels, CPU, seed, (LOG,) if kind == "jumprelu" else ())
+    sae = TrainingSae(d, f, config, kernels, CPU, seed, (LOG,) if kind == "jumprelu" else (), **target)
     for thresholds in sae.own.values():
         thresholds.copy_(0.3 * torch.randn(f) - 0.7)
     sae.w_enc.add_(0.2 * torch.randn(f, d))
     sae.bias.copy_(0.3 * torch.randn(f + 2 * d))
     sae.b_enc.sub_(1.6)
+    if sae.w_skip is not None:
+        sae.w_skip.copy_(0.1 * torch.randn(d, d))
     if norm == "free":
         sae.w_dec.mul_(0.5 + torch.rand(f, 1))
     sae.load_state(sae.state(), 0)  # the products' copies follow the masters
@@ -80,9 +83,12 @@ class Jumps(torch.autograd.Function):
         return grads[0] * (h > threshold), -(kernel * (threshold * grads[0] + grads[1])).sum(0), None
 
 
-def autograd(sae: TrainingSae, x: Tensor, l1: float, reduction: str, kind: str = "relu") -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients in float64, from the formula and nothing else."""
-    leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in WEIGHTS}
+def autograd(
+    sae: TrainingSae, x: Tensor, l1: float, reduction: str, kind: str = "relu", y: Tensor | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients in float64, from the formula and nothing else; of a transcoder with y to make of x."""
+    names = WEIGHTS if sae.w_skip is None else (*WEIGHTS, "w_skip")
+    leaves = {name: getattr(sae, name).double().clone().requires_grad_() for name in names}
     x = x.double()
     z = torch.relu((x - leaves["b_pre"]) @ leaves["w_enc"].t() + leaves["b_enc"])
     sizes = z * leaves["w_dec"].norm(dim=1) if sae.config.decoder_norm == "free" else z
@@ -98,9 +104,14 @@ def autograd(sae: TrainingSae, x: Tensor, l1: float, reduction: str, kind: str =
         rows = sizes if kind == "topk" else sizes.flatten()[None]
         chosen = torch.zeros_like(rows).scatter(1, rows.topk(K * len(x) // len(rows)).indices, 1.0).view_as(z)
         z, sizes = z * chosen, sizes * chosen
-    parts = (z[:, None] * nested(sae.n_features, kind)) @ leaves["w_dec"] + leaves["b_dec"] + leaves["b_pre"]
+    parts = (z[:, None] * nested(sae.n_features, kind)) @ leaves["w_dec"] + leaves["b_dec"]
+    if y is None:
+        parts = parts + leaves["b_pre"]
+    if sae.w_skip is not None:
+        parts = parts + ((x - leaves["b_pre"]) @ leaves["w_skip"].t())[:, None]
+    wanted = x if y is None else y.double()
     sparsity = sizes.sum(1).mean() / (sae.n_features if reduction == "mean" else 1)
-    loss = loss + (parts - x[:, None]).square().mean() + l1 * sparsity
+    loss = loss + (parts - wanted[:, None]).square().mean() + l1 * sparsity
     loss.backward()
     return float(loss.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -113,10 +124,12 @@ def nested(n_features: int, kind: str) -> Tensor:
     return torch.stack([(torch.arange(n_features) < end).double() for end in ends])
 
 
-def gradients(sae: TrainingSae, x: Tensor, l1: float, kind: str = "relu") -> tuple[float, bool, dict[str, Tensor]]:
+def gradients(
+    sae: TrainingSae, x: Tensor, l1: float, kind: str = "relu", y: Tensor | None = None
+) -> tuple[float, bool, dict[str, Tensor]]:
     """What the step hands to Adam: from the first moment after one step, which is (1 − β₁) times the gradient."""
     workspace = Workspace(len(x), sae.d, sae.n_features, sae.config.precision, CPU)
-    result = sae.step(x, lr=0.0, l1=l1, workspace=workspace, hidden=HIDDEN[kind])
+    result = sae.step(x, lr=0.0, l1=l1, workspace=workspace, hidden=HIDDEN[kind], y=y)
     m = {name.removeprefix("m."): 10 * tensor.double() for name, tensor in sae.moments.items() if name.startswith("m.")}
     parts = torch.split(m.pop("bias"), [sae.n_features, sae.d, sae.d])
     return result.loss, result.sparse, m | dict(zip(("b_enc", "b_pre", "b_dec"), parts, strict=True))

@@ -93,12 +93,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     """Have the process asked to stop when so many steps are begun."""
     begin, seen = TrainingSae.begin, 0
 
-    def watched(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden) -> Begun:
+    def watched(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden, y: Any) -> Begun:
         nonlocal seen
         seen += 1
         if seen == calls:
             os.kill(os.getpid(), signal.SIGTERM)
-        return begin(self, x, workspace, hidden)
+        return begin(self, x, workspace, hidden, y)
 
     monkeypatch.setattr(TrainingSae, "begin", watched)
 
@@ -457,9 +457,9 @@ def test_a_setting_that_diverges_stops_alone(
     )
     begin, first = TrainingSae.begin, list[TrainingSae]()
 
-    def poisoned(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden) -> Begun:
+    def poisoned(self: TrainingSae, x: torch.Tensor, workspace: Workspace, hidden: Hidden, y: Any) -> Begun:
         first.append(self)
-        return begin(self, x * math.nan if self.step_count == 30 and self is first[0] else x, workspace, hidden)
+        return begin(self, x * math.nan if self.step_count == 30 and self is first[0] else x, workspace, hidden, y)
 
     monkeypatch.setattr(TrainingSae, "begin", poisoned)
     args = ("--cache", cache_path, "--runs", tmp_path, "--l1", "3e-3,8e-4", "--layers", 1)

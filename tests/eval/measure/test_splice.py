@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import residual_saes.shared.lm
 from residual_saes.eval.measure.heldout import heldout_blocks, heldout_tokens
 from residual_saes.eval.measure.metrics import losses, measure
-from residual_saes.eval.measure.splice import Loss, Replacement, SplicedModel, constant, through
+from residual_saes.eval.measure.splice import Loss, Replacement, SplicedModel, constant, through, zeros
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.sae import Sae
@@ -40,7 +40,7 @@ def hooked(model: Any, block: nn.Module, tokens: Tensor, replace: Replacement) -
     """The other way: the whole model under a hook; (cross-entropy, KL from the model as it is), by SAEBench's formulas."""
 
     def hook(_module: nn.Module, _args: object, output: Any) -> Any:
-        return replace(output) if isinstance(output, Tensor) else (replace(output[0]), *output[1:])
+        return replace(output, output) if isinstance(output, Tensor) else (replace(output[0], output[0]), *output[1:])
 
     with torch.no_grad():
         clean = model(input_ids=tokens).logits
@@ -54,7 +54,7 @@ def hooked(model: Any, block: nn.Module, tokens: Tensor, replace: Replacement) -
 def random_replacements() -> Sequence[Replacement]:
     torch.manual_seed(0)
     shift = torch.randn(32)
-    return [lambda x: x + shift, torch.zeros_like, lambda x: x.clone(), constant(shift)]
+    return [lambda _, y: y + shift, zeros, lambda x, _: x.clone(), constant(shift)]
 
 
 def test_clean_loss_is_transformers_own(spliced: SplicedModel, reference: Any, tokens: torch.Tensor) -> None:
@@ -106,8 +106,8 @@ def test_other_families(model: Any, tokens: Tensor, tmp_path: Path) -> None:
     spliced = SplicedModel(str(tmp_path), None, "fp32", CPU, tokens)
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
     for layer in range(3):
-        (shift, zeros, *_) = spliced.losses(Site(layer), random_replacements())[1]
-        for got, replace in ((shift, random_replacements()[0]), (zeros, torch.zeros_like)):
+        (shift, zero, *_) = spliced.losses(Site(layer), random_replacements())[1]
+        for got, replace in ((shift, random_replacements()[0]), (zero, zeros)):
             ce, kl = hooked(model, blocks[layer], tokens, replace)
             assert got.ce == pytest.approx(ce, rel=1e-5)
             assert got.kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
@@ -118,13 +118,13 @@ def test_zeros_after_the_last_block_leave_the_head_alone(spliced: SplicedModel, 
     with torch.no_grad():
         logits = reference.get_output_embeddings()(reference.base_model.final_layer_norm(torch.zeros(32)))
         wanted = float(nn.functional.cross_entropy(logits.expand(tokens[:, 1:].numel(), -1), tokens[:, 1:].flatten()))
-    assert spliced.losses(Site(2), [torch.zeros_like])[1][0].ce == pytest.approx(wanted, rel=1e-5)
+    assert spliced.losses(Site(2), [zeros])[1][0].ce == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was(spliced: SplicedModel) -> None:
     before = spliced.losses(Site(1), [])
     with pytest.raises(ZeroDivisionError):
-        spliced.losses(Site(1), [torch.zeros_like, lambda x: x / (1 // 0)])
+        spliced.losses(Site(1), [zeros, lambda x, _: x / (1 // 0)])
     assert spliced.losses(Site(1), []) == before
     assert not any("forward" in vars(block) or block._forward_hooks for block in spliced._blocks)
 
@@ -136,9 +136,9 @@ def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs
     model = SplicedModel(str(lm), None, cache.spec.precision, CPU, heldout_tokens(cache, 10**9))
     errors, replace = [], through(sae)
 
-    def watch(x: torch.Tensor) -> torch.Tensor:
+    def watch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         errors.append((sae.decode(sae.encode(x.float())) - x.float()).square().flatten())
-        return replace(x)
+        return replace(x, y)
 
     model.losses(Site(1), [watch])
     live = float(torch.cat(errors).mean())
@@ -165,7 +165,7 @@ def test_products_in_float32_are_no_further_from_float64(lm: Path, tokens: Tenso
     exact._lm.double()
     torch.manual_seed(0)
     shift = torch.randn(32)
-    replacements: list[Replacement] = [lambda x: x + shift.to(x), torch.zeros_like]
+    replacements: list[Replacement] = [lambda _, y: y + shift.to(y), zeros]
     found = []
     for slow in (False, True):
         monkeypatch.setattr(residual_saes.shared.lm, "bfloat16_is_slow", lambda slow=slow: slow)

@@ -196,7 +196,7 @@ def test_a_trained_sae_on_held_out_text_is_that_of_float64(cache: Cache, runs_pa
     sae = Sae.load(sorted(runs_path.glob("*-fixed"))[0] / "sae_layer01_final.pt")
     sequences = spec.holdout_blocks * spec.block_sequences
     tokens = sequences * spec.context
-    (tally,) = look(heldout_text(cache, Site(layer), sequences), [sae], spec.context, tokens)
+    (tally,) = look(heldout_text(cache, (Site(layer),), sequences), [sae], spec.context, tokens)
     columns, _ = tally.columns(torch.nn.Linear(spec.d_model, 400), 400)
     x = torch.from_numpy(cache.layer(layer)[spec.train_tokens :])
     pre = (x.double() - sae.b_pre.double()) @ sae.w_enc.double().t() + sae.b_enc.double()
@@ -219,7 +219,7 @@ def test_a_trained_sae_on_held_out_text_is_that_of_float64(cache: Cache, runs_pa
 def test_only_the_first_contexts_are_read_if_so_asked(cache: Cache) -> None:
     spec = cache.spec
     for sequences in (1, spec.block_sequences, spec.block_sequences + 3):
-        blocks = list(heldout_text(cache, Site(2), sequences))
+        blocks = list(heldout_text(cache, (Site(2),), sequences))
         assert [first for first, _ in blocks] == list(range(0, sequences * spec.context, spec.block_rows))
         x = torch.cat([block for _, block in blocks]).numpy()
         np.testing.assert_array_equal(x, cache.layer(2)[spec.train_tokens : spec.train_tokens + sequences * spec.context])

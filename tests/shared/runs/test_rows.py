@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from residual_saes.eval.measure.heldout import heldout_blocks
-from residual_saes.eval.measure.splice import only
+from residual_saes.eval.measure.splice import only, zeros
 from residual_saes.eval.pages.features import look
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
@@ -119,11 +119,11 @@ def test_a_run_trains_and_is_measured_without_them(cli: Cli, cache_path: Path, c
 def test_a_splice_leaves_them_as_the_model_has_them() -> None:
     x = torch.ones(2, 5, 4)
     x[1, 3] = 100
-    spliced = only(Rows(skip_positions=2, longest=9.0), torch.zeros_like)(x)
+    spliced = only(Rows(skip_positions=2, longest=9.0), zeros)(x, x)
     assert spliced[:, :2].eq(1).all() and spliced[1, 3].eq(100).all()
     assert spliced.sum() == 2 * 2 * 4 + 400
-    assert only(Rows(skip_positions=2), torch.zeros_like)(x)[:, 2:].eq(0).all()
-    assert only(ALL, torch.zeros_like) is torch.zeros_like
+    assert only(Rows(skip_positions=2), zeros)(x, x)[:, 2:].eq(0).all()
+    assert only(ALL, zeros) is zeros
 
 
 def test_pages_do_not_show_them() -> None:

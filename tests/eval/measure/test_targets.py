@@ -1,0 +1,132 @@
+"""What is measured of transcoders and crosscoders, computed the other way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from residual_saes.eval.measure.features import features_path, load_features
+from residual_saes.shared.cache import Cache
+from residual_saes.shared.lm import load_model, widen
+from residual_saes.shared.runs.run import FINAL, Run
+from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.sites import Site
+from tests.conftest import TRAIN_ARGS, Cli, invoke
+
+TARGETS = (("--target", "resid_post@l-1>resid_post@l", "--layers", 2, "--skip"), ("--target", "all"))
+CE_TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, cache_path: Path) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    for options in TARGETS:
+        args = ("--cache", cache_path, "--runs", path, "--l1", "topk:8", "--skip-positions", 1)
+        assert invoke("train", *TRAIN_ARGS, *args, *options) == 0
+    assert invoke("eval", "--cache", cache_path, "--runs", path, "--ce-tokens", CE_TOKENS, "--snapshots", "final") == 0
+    return path
+
+
+def run_of(runs: Path, kind: str) -> Run:
+    (path,) = runs.glob(f"*-{kind}*")
+    return Run(path)
+
+
+def records(run: Run) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads((run.path / "results" / "metrics.json").read_bytes())
+    return found
+
+
+def heldout(cache: Cache, layer: int) -> Tensor:
+    """Rows that are not of first positions."""
+    blocks = range(cache.spec.train_blocks, cache.spec.n_blocks)
+    rows = [torch.from_numpy(cache.values(Site(layer), cache.whole_block(Site(layer), block))) for block in blocks]
+    places = [torch.from_numpy(cache.block_order(block)) % cache.spec.context for block in blocks]
+    return torch.cat(rows)[torch.cat(places) > 0].float()
+
+
+def spliced(cache: Cache, lm: Path, sae: Sae, reads: list[int], layer: int, part: slice) -> tuple[float, float]:
+    """(CE as it is, CE with this part of the reconstruction in place of a layer's output), but for first positions."""
+    model: Any = load_model(str(lm), None, cache.spec.precision, head=True)
+    widen(model)
+    first = cache.spec.train_blocks * cache.spec.block_sequences
+    tokens = torch.from_numpy(cache.read_tokens(first, first + CE_TOKENS // cache.spec.context))
+    with torch.no_grad():
+        clean = model(input_ids=tokens, labels=tokens, output_hidden_states=True)
+        taken: dict[int, Tensor] = {}
+        handles = [
+            model.gpt_neox.layers[n].register_forward_hook(lambda _m, _a, out, n=n: taken.update({n: first_of(out)}))
+            for n in reads
+        ]
+        model(input_ids=tokens)
+        for handle in handles:
+            handle.remove()
+        x = torch.cat([taken[n] for n in reads], -1)
+        new = sae.reconstruct(x.float(), sae.encode(x.float()))[..., part].to(x)
+        block: nn.Module = model.gpt_neox.layers[layer]
+
+        def hook(_module: nn.Module, _args: object, out: Any) -> Any:
+            given = torch.cat([first_of(out)[:, :1], new[:, 1:]], 1)
+            return given if isinstance(out, Tensor) else (given, *out[1:])
+
+        block.register_forward_hook(hook)
+        return float(clean.loss), float(model(input_ids=tokens, labels=tokens).loss)
+
+
+def first_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def test_a_transcoder_is_measured_at_what_it_writes(runs: Path, cache: Cache, lm: Path) -> None:
+    run = run_of(runs, "transcoders")
+    sae = Sae.load(run.snapshot_path(Site(2), FINAL))
+    record = records(run)["layer02_final"]
+    x, y = heldout(cache, 1), heldout(cache, 2)
+    z = sae.encode(x)
+    error = sae.reconstruct(x, z) - y
+    assert record["layer"] == 2 and record["tokens"] == len(x)
+    assert record["fvu"] == pytest.approx(float(error.square().sum() / (y - y.mean(0)).square().sum()), rel=1e-4)
+    assert record["fvu"] < 0.8
+    assert record["l0"] == pytest.approx(float((z > 0).sum(1).double().mean()), rel=1e-6)
+    assert record["average_encoder_decoder_cosine_sim"] is None
+    assert "decoder_share" not in record and "f1" not in record
+    ce, of_spliced = spliced(cache, lm, sae, [1], 2, slice(None))
+    assert record["ce"] == pytest.approx(ce, rel=1e-5)
+    assert record["ce_spliced"] == pytest.approx(of_spliced, rel=1e-4)
+    assert record["ce_recovered"] == pytest.approx((record["ce_zero"] - of_spliced) / (record["ce_zero"] - ce), rel=1e-3)
+
+
+def test_a_crosscoder_is_measured_at_every_layer(cli: Cli, runs: Path, cache: Cache, cache_path: Path, lm: Path) -> None:
+    run = run_of(runs, "crosscoder")
+    sae = Sae.load(run.snapshot_path(Site(0), FINAL))
+    found = records(run)
+    assert list(found) == [f"layer{layer:02d}_final" for layer in range(3)]
+    rows = [heldout(cache, layer) for layer in range(3)]
+    x = torch.cat(rows, 1)
+    z = sae.encode(x)
+    xhat, alive, shares = sae.reconstruct(x, z), (z > 0).any(0), sae.shares()
+    for layer, record in enumerate(found.values()):
+        part = slice(32 * layer, 32 * layer + 32)
+        error, spread = xhat[:, part] - x[:, part], x[:, part] - x[:, part].mean(0)
+        assert record["fvu"] == pytest.approx(float(error.square().sum() / spread.square().sum()), rel=1e-4)
+        assert record["decoder_share"] == pytest.approx(float(shares[alive, layer].mean()), rel=1e-5)
+        here = alive & (shares.argmax(1) == layer)
+        assert record["largest_here"] == pytest.approx(int(here.sum()) / int(alive.sum()))
+        assert record["layers_spanned"] == pytest.approx(float((1 / shares[here].square().sum(1)).mean()), rel=1e-5)
+        ce, of_spliced = spliced(cache, lm, sae, [0, 1, 2], layer, part)
+        assert record["ce"] == pytest.approx(ce, rel=1e-5)
+        assert record["ce_spliced"] == pytest.approx(of_spliced, rel=1e-4)
+        features, facts = load_features(features_path(run, Site(layer), FINAL))
+        assert features.decoder_share is not None and facts["file"] == record["file"]
+        torch.testing.assert_close(features.decoder_share, shares[:, layer])
+    assert sum(record["largest_here"] for record in found.values()) == pytest.approx(1)
+    before = (run.path / "results" / "metrics.json").read_bytes()
+    again = cli("eval", "--cache", cache_path, "--runs", runs, "--ce-tokens", CE_TOKENS, "--snapshots", "final")
+    assert again.code == 0 and "evaluating" not in again.err
+    assert (run.path / "results" / "metrics.json").read_bytes() == before
+    features_path(run, Site(1), FINAL).unlink()
+    again = cli("eval", "--cache", cache_path, "--runs", runs, "--ce-tokens", CE_TOKENS, "--snapshots", "final")
+    assert again.code == 0 and "1/1 SAEs" in again.err and features_path(run, Site(1), FINAL).exists()
