@@ -89,7 +89,7 @@ harvest repair: --preset= --cache= --threads=4 --device= --blocks= --model= --re
 harvest free: --preset= --cache= --threads=4 --layers=! --yes
 train: --preset= --cache= --scratch= --runs=runs --l1= --layers= --expansion= --tokens= --epochs=1
   --l1-reduction=sum[sum|mean] --batch= --lr= --lr-warmup= --recipe=published[published|decay|best] --decoder-norm=[unit|free]
-  --lr-decay= --hold-l0= --revive --window-blocks= --skip-positions=0 --max-norm=
+  --lr-decay= --hold-l0= --revive --target= --skip --window-blocks= --skip-positions=0 --max-norm=
   --precision=bf16[bf16|fp32] --sparse-below= --decoder=trained[trained|random] --seed=0 --device= --threads=16
   --save-minutes=5.0 --shard=0/1 --follow --list --tensorboard --verbose
 eval run: --preset= --cache= --runs=runs --eval-tokens= --ce-tokens= --model= --dead-at=1e-05 --alive-above=1e-05

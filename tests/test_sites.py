@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def shift(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def spliced(model: Any, name: str, site: Site, change: Replacement) -> Tensor:
+def spliced(model: Any, name: str, site: Site, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits of a model that goes on with other activations at a site, by another way for the stream inside a block: its
     attention adds what is missing."""
     block, streams, added = blocks_of(model.base_model)[site.layer], list[Tensor](), FAMILIES[name][2]

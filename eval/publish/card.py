@@ -15,7 +15,7 @@ from residual_saes.eval.floors.measured import Experiment
 from residual_saes.eval.measure.result import Result, finished, latest
 from residual_saes.eval.pages.example import example
 from residual_saes.eval.report.columns import Column, columns, floor_columns, written
-from residual_saes.eval.report.page import CAPTIONS, FIT_HEADS, fit_rows, measured_words, templates
+from residual_saes.eval.report.page import CAPTIONS, FIT_HEADS, OF_SOME, fit_rows, measured_words, templates
 from residual_saes.eval.report.settings import place, provenance, settings
 from residual_saes.eval.report.warnings import trained_on, warnings
 from residual_saes.shared.errors import UserError
@@ -132,7 +132,9 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         ce_on=_counts(r.ce_tokens for r in latest(results)),
         metrics=Table(heads=heads, rows=[_row(r, shown) for r in done]),
         unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r, shown), trained_on(r, whole)] for r in others]),
-        pictures=[(Safe(f"plots/{name}.png"), caption) for name, caption in CAPTIONS.items() if _has_picture(run, name)],
+        pictures=[
+            (Safe(f"plots/{name}.png"), caption) for name, caption in (CAPTIONS | OF_SOME).items() if _has_picture(run, name)
+        ],
         floors=Table(heads=[c.title for c in floors], rows=[[c.text(r) for c in floors] for r in done]),
         measured=measured and _measured(measured, run),
         settings=settings(config),

@@ -171,7 +171,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         # what lies in a folder is known by its hash, and nobody else has that folder
         model=config.model or (spec.model if spec and spec.model_commit else None),
         family=family_of(lm),
-        module=module_name(lm, checkpoint.site),
+        module=module_name(lm, sae.target.inputs[0] if sae.transcodes else checkpoint.site),
         dataset=spec.dataset if spec and unpin(spec.dataset_revision) else None,
         context=spec.context if spec else None,
         bos=spec.bos if spec else False,

@@ -5,7 +5,8 @@ SAELens (standard), sparsify and dictionary_learning (AutoEncoder) have one bias
                               z = relu(W_enc (x − b) + b')             x̂ = W_dec z + b
 The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), see `fold`. sparsify keeps the k largest of z: with
 k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and, as their kinds are, dictionary_learning's
-BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder.
+BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder. Transcoders of SAELens and sparsify take nothing from x, so that
+b' = b_enc − W_enc b_pre, and b = b_dec − W_skip b_pre where there is a skip connection.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ KINDS = {
     "sparsify": {"relu": "topk", "topk": "topk"},
     "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE", "topk": "AutoEncoderTopK"},
 }
+TRANSCODERS = {"saelens": {"relu": "transcoder", "threshold": "jumprelu_transcoder"}, "sparsify": KINDS["sparsify"]}
 _WORDS = {"threshold": "thresholds, as BatchTopK, JumpReLU and --hold-l0 leave"}
 Files = dict[str, bytes]
 
@@ -61,10 +63,15 @@ class Origin:
 
 
 def fold(sae: Sae) -> tuple[Tensor, Tensor]:
-    """(b', b), float32: the biases of the same function with b taken from the input and added to the output.
+    """(b', b), float32: the biases of the same function with b taken from the input and added to the output; of a transcoder
+    with nothing taken from it.
 
     b' makes up for b_dec and for the rounding of b; it is summed in float64 and rounded once.
     """
+    before = sae.b_pre.double()
+    if sae.transcodes:
+        skipped = 0 if sae.skip is None else sae.skip.double() @ before
+        return (sae.b_enc.double() - sae.w_enc.double() @ before).float(), (sae.b_dec.double() - skipped).float()
     b = sae.b_pre + sae.b_dec
     return (sae.b_enc.double() + sae.w_enc.double() @ (b.double() - sae.b_pre.double())).float(), b
 
@@ -72,13 +79,15 @@ def fold(sae: Sae) -> tuple[Tensor, Tensor]:
 def saelens(sae: Sae, origin: Origin) -> Files:
     """SAELens ≥ 6: `SAE.load_from_disk(folder)`, and `SAE.from_pretrained(repository, folder)` where it is on the hub."""
     b_enc, b_dec = fold(sae)
+    read, written = (sae.target.inputs[0], sae.target.place) if sae.transcodes else (origin.site, None)
     metadata = {
         "sae_lens_version": SAELENS_FORM,
         "model_name": origin.model,
         "model_class_name": "HookedTransformer",
         # TransformerLens centres what is written to the residual stream unless told not to, and x would not be our x
         "model_from_pretrained_kwargs": {"center_writing_weights": False},
-        "hook_name": lens_name(origin.site, origin.family),
+        "hook_name": lens_name(read, origin.family),
+        "hook_name_out": written and lens_name(written, origin.family),
         "hf_hook_name": origin.module,
         "prepend_bos": origin.bos,
         "context_size": origin.context,
@@ -88,10 +97,11 @@ def saelens(sae: Sae, origin: Origin) -> Files:
     config = {
         "architecture": _kind("saelens", sae, origin),
         "d_in": sae.w_enc.shape[1],
+        **({"d_out": sae.w_dec.shape[1]} if sae.transcodes else {}),
         "d_sae": sae.w_enc.shape[0],
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not sae.transcodes,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": _known(metadata),
@@ -99,6 +109,8 @@ def saelens(sae: Sae, origin: Origin) -> Files:
     weights = {"W_enc": sae.w_enc.t(), "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
     if sae.threshold is not None:
         weights["threshold"] = sae.threshold
+    if sae.skip is not None:
+        weights["W_skip"] = sae.skip
     files = {"cfg.json": _json(config), "sae_weights.safetensors": _safetensors(weights)}
     if origin.log10_density is not None:
         files["sparsity.safetensors"] = _safetensors({"sparsity": origin.log10_density})
@@ -115,8 +127,8 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
         "num_latents": n_features,
         "k": n_features if sae.k is None else sae.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sae.skip is not None,
+        "transcode": sae.transcodes,
         "d_in": d,
         "layer": origin.site.layer,
         "hook": None if origin.site.hook == RESID_POST else origin.site.hook,
@@ -125,6 +137,8 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
     }
     b_enc, b_dec = fold(sae)
     weights = {"encoder.weight": sae.w_enc, "encoder.bias": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
+    if sae.skip is not None:
+        weights["W_skip"] = sae.skip
     return {"cfg.json": _json(_known(config)), "sae.safetensors": _safetensors(weights)}
 
 
@@ -177,22 +191,24 @@ FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
 def _dictionary(sae: Sae, origin: Origin) -> str:
     """dictionary_learning's class for it: by its rule, by its thresholds and by its prefixes. Where thresholds are all the same
     it wants a k, which SAEs of other tools may not have."""
+    kind = _kind("dictionary_learning", sae, origin)
     if sae.threshold is not None and ("l0" not in sae.stats or bool((sae.threshold != sae.threshold[0]).any())):
         return "JumpReluAutoEncoder"
-    return "MatryoshkaBatchTopKSAE" if sae.prefixes else _kind("dictionary_learning", sae, origin)
+    return "MatryoshkaBatchTopKSAE" if sae.prefixes else kind
 
 
 def _kind(tool: str, sae: Sae, origin: Origin) -> str:
     """What a tool calls an SAE of this rule. Raises UserError where it has none."""
-    rule = sae.rule
-    if sae.target.fields():
-        what = "a transcoder" if len(sae.target.inputs) == 1 else "a crosscoder"
-        raise UserError(f"{origin.source.run}/{origin.source.file} is {what}, and {tool} loads no such dictionaries from here")
-    if rule not in KINDS[tool]:
-        others = " or ".join(name for name, kinds in KINDS.items() if rule in kinds)
-        name = f"{origin.source.run}/{origin.source.file}"
-        raise UserError(f"{name} has {_WORDS[rule]}, and {tool} has no such SAEs: export it to {others}")
-    return KINDS[tool][rule]
+    rule, name = sae.rule, f"{origin.source.run}/{origin.source.file}"
+    if len(sae.target.inputs) > 1:
+        raise UserError(f"{name} is a crosscoder, and no tool that is known here loads one: it stays as it is")
+    tools, what = (TRANSCODERS, "transcoders") if sae.transcodes else (KINDS, "SAEs")
+    if rule not in tools.get(tool, {}):
+        others = " or ".join(name for name, kinds in tools.items() if rule in kinds)
+        has = f"is a transcoder with {rule}" if sae.transcodes else f"has {_WORDS[rule]}"
+        raise UserError(f"{name} {has}, and {tool} has no such {what}: export it to {others}")
+    kind = tools[tool][rule]
+    return kind if sae.skip is None else kind.replace("transcoder", "skip_transcoder")
 
 
 def _source(origin: Origin) -> dict[str, Any]:

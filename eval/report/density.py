@@ -1,9 +1,10 @@
-"""Pictures of features: how often they fire, and how unequal they are."""
+"""Pictures of features: how often they fire, how unequal they are, and at which layers a crosscoder's are."""
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor
 
 from residual_saes.eval.measure.features import Features
 from residual_saes.eval.report.figures import INK, LINE, SOFT, LayerColours, RunData, finished, grid, logarithmic
@@ -78,3 +79,31 @@ def importance(data: RunData, features: dict[Site, Features]) -> Figure:
     left.set_xlim(left=0.35)
     colours.name(left, by_rank, at=0)
     return finished(figure, f"{data.run.name}: how unequal features are")
+
+
+def layers(data: RunData, features: dict[Site, Features], shares: dict[Site, Tensor]) -> Figure:
+    """Of the features that fire, by the layer with the largest share: left the mean share of every layer, right over how many
+    layers they spread, 1 / Σ share²."""
+    sites = sorted(shares)
+    n, fires = len(sites), features[sites[0]].density.numpy() > 0
+    share = np.stack([shares[site].double().numpy() for site in sites], 1)[fires]
+    largest, spread = share.argmax(1), 1 / np.square(share).sum(1)
+    figure, (profile, reach) = grid(1, 2, (5.4, 0.24 * n + 1.1), sharey=True)
+    of_layer = [largest == number for number in range(n)]
+    means = np.array([share[which].mean(0) if which.any() else np.zeros(n) for which in of_layer])
+    profile.imshow(means, cmap=_FADE, vmin=0, vmax=means.max() or 1.0, aspect="auto", interpolation="nearest")
+    profile.set_title(f"mean share of each layer (darkest: {means.max():.0%})")
+    profile.set_xticks(range(n), list(map(str, sites)))
+    profile.set_xlabel("layer")
+    names = [f"{site}: {which.mean() if len(which) else 0:.1%}" for site, which in zip(sites, of_layer, strict=True)]
+    profile.set_yticks(range(n), names)
+    profile.set_ylabel("largest at layer: share of features")
+    edges = np.linspace(1, n, 33)
+    counts = np.array([np.histogram(spread[which].clip(1, n), edges)[0] / max(1, len(spread)) for which in of_layer])
+    ends = (1.0, float(n), n - 0.5, -0.5)
+    reach.imshow(counts, cmap=_FADE, vmin=0, vmax=counts.max() or 1.0, aspect="auto", extent=ends, interpolation="nearest")
+    reach.set_title(f"spread (darkest: {counts.max():.1%} of features)")
+    reach.set_xlabel("layers that a feature spans, 1 / Σ share²")
+    for axis in (profile, reach):
+        axis.grid(False)
+    return finished(figure, f"{data.run.name}: where features live")

@@ -54,8 +54,12 @@ CAPTIONS = {
     "7_capacity": "g(α) and d*, which predicted floors rest on, by layer.",
     "8_loss_floor_predictions": "Predicted floors beside measured ones.",
 }
+OF_SOME = {
+    "9_feature_layers": "Where features live: by the layer with the largest share of their squared decoder norm, every layer's "
+    "mean share, and over how many layers they spread.",
+}
 _OF_ALL, _OF_FLOORS = ("3_sparsity_fidelity",), ("7_capacity", "8_loss_floor_predictions")
-_SEEN, _FOLDED = ("5_feature_density",), ("1_training_curves", "4_snapshots", "6_feature_importance")
+_SEEN, _FOLDED = ("9_feature_layers", "5_feature_density"), ("1_training_curves", "4_snapshots", "6_feature_importance")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -227,10 +231,10 @@ def _differences(datas: list[RunData]) -> Table | None:
 
 
 def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, Any]]:
-    paths = [(run.path / "plots" / f"{name}.svg", name) for name in names]
+    paths, captions = [(run.path / "plots" / f"{name}.svg", name) for name in names], CAPTIONS | OF_SOME
     return [
-        {"svg": inline(path, f"p{name[0]}{hashlib.sha256(run.name.encode()).hexdigest()[:6]}", CAPTIONS[name]),
-         "caption": CAPTIONS[name]}
+        {"svg": inline(path, f"p{name[0]}{hashlib.sha256(run.name.encode()).hexdigest()[:6]}", captions[name]),
+         "caption": captions[name]}
         for path, name in paths
         if path.exists()
     ]  # fmt: skip

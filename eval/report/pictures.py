@@ -6,6 +6,7 @@ Of one run, in its plots/ folder:            Of all runs together, a copy in eac
     4_snapshots                                  8_loss_floor_predictions
     5_feature_density
     6_feature_importance
+    9_feature_layers, of a crosscoder
 
 A layer that is not finished is shown by its latest snapshot and marked: an open marker, or the snapshot's name. Drawing takes
 longer than the rest of an evaluation that finds nothing new, so a picture of the same numbers that is whole is kept.
@@ -97,6 +98,10 @@ def of_one_run(data: RunData, skipped: Skipped) -> Pictures:
         sums = {str(site): [crc32c(of.density.numpy()), crc32c(of.mean_square.numpy())] for site, of in features.items()}
         pictures["5_feature_density"] = _Picture([data.run.name, sums], lambda: density.density(data, features))
         pictures["6_feature_importance"] = _Picture([data.run.name, sums], lambda: density.importance(data, features))
+        shares = {site: of.decoder_share for site, of in features.items() if of.decoder_share is not None}
+        if shares:
+            inputs = [data.run.name, sums, {str(site): crc32c(share.numpy()) for site, share in shares.items()}]
+            pictures["9_feature_layers"] = _Picture(inputs, lambda: density.layers(data, features, shares))
     return pictures
 
 

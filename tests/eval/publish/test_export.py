@@ -1,5 +1,6 @@
 """Exports, held against each tool's own forward pass as documented; and by the tools themselves where they are installed."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bench.peers import ENVIRONMENTS
 from residual_saes.eval.publish import export
-from residual_saes.eval.publish.formats import FORMS, KINDS, Origin, Source, fold
+from residual_saes.eval.publish.formats import FORMS, KINDS, TRANSCODERS, Origin, Source, fold
 from residual_saes.shared import temporaries
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
@@ -29,7 +30,9 @@ SAELENS_KEYS = {"W_enc": (64, 256), "b_enc": (256,), "W_dec": (256, 64), "b_dec"
 
 
 def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, rule: str = "relu") -> Sae:
-    """One in which every bias matters: far from the origin, and with a decoder bias of its own."""
+    """One in which every bias matters: far from the origin, and with a decoder bias of its own. Rules of transcoders have a
+    word in front: "transcoder-topk", "skip-topk"."""
+    kind, _, rule = rule.rpartition("-")
     rng = torch.Generator().manual_seed(0)
     w_dec = torch.nn.functional.normalize(torch.randn(n_features, d, generator=rng), dim=1)
     return Sae(
@@ -38,11 +41,13 @@ def a_sae(*, d: int = 64, n_features: int = 256, scale: float = 1.0, rule: str =
         b_enc=torch.randn(n_features, generator=rng) - 1,
         b_pre=20 * scale * torch.randn(d, generator=rng),
         b_dec=scale * torch.randn(d, generator=rng),
-        config={"sparsity": {"topk": {"k": 20}, "nested": {"prefixes": [0.25, 0.5]}}.get(rule, {})},
+        config={"sparsity": {"topk": {"k": 20}, "nested": {"prefixes": [0.25, 0.5]}}.get(rule, {})}
+        | ({"inputs": [0], "outputs": [1]} if kind else {}),
         stats={"l0": 20.2},
         threshold=0.5 + (rule == "jump") * torch.rand(n_features, generator=rng) + torch.zeros(n_features)
         if rule in ("threshold", "nested", "jump")
         else None,
+        skip=0.1 * torch.randn(d, d, generator=rng) if "skip" in kind else None,
     )
 
 
@@ -54,7 +59,7 @@ def in_float64(sae: Sae, x: Tensor) -> tuple[Tensor, Tensor]:
     """(z, x̂) by the definition."""
     exact = Sae(**{k: v.double() for k, v in sae.tensors().items()}, config=sae.config, stats={})
     z = exact.encode(x.double())
-    return z, exact.decode(z)
+    return z, exact.reconstruct(x.double(), z)
 
 
 Forward = Callable[[Path, Tensor], tuple[Tensor, Tensor]]
@@ -71,7 +76,7 @@ def as_saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     assert (cfg["normalize_activations"], cfg["reshape_activations"]) == ("none", "none")
     z = torch.relu((x - w["b_dec"] * cfg["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"])
-    if cfg["architecture"] == "jumprelu":
+    if cfg["architecture"].startswith("jumprelu"):
         z = z * (z > w["threshold"])
     else:
         assert "threshold" not in w
@@ -79,18 +84,23 @@ def as_saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
         assert (cfg["k"], cfg["rescale_acts_by_decoder_norm"]) == (20, False)
         z = as_topk(z, cfg["k"])
     else:
-        assert cfg["architecture"] in ("standard", "jumprelu") and "k" not in cfg
-    return z, z @ w["W_dec"] + w["b_dec"]
+        kinds = {"standard": False, "jumprelu": False} | dict.fromkeys(("transcoder", "jumprelu_transcoder"), True)
+        assert kinds[cfg["architecture"].replace("skip_", "")] == ("d_out" in cfg) and "k" not in cfg
+        assert ("skip_" in cfg["architecture"]) == ("W_skip" in w)
+    return z, z @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if "W_skip" in w else 0)
 
 
 def as_sparsify(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """SparseCoder without skip: the k largest of relu(encoder(x − b_dec)), times their rows of W_dec, plus b_dec."""
+    """SparseCoder: the k largest of relu(encoder(x − b_dec)), times their rows of W_dec, plus b_dec; where it transcodes of
+    relu(encoder(x)), and with a skip connection W_skip x is added."""
     cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae.safetensors")
-    assert (cfg["activation"], cfg["skip_connection"], cfg["transcode"]) == ("topk", False, False)
+    assert (cfg["activation"], cfg["skip_connection"]) == ("topk", "W_skip" in w)
     assert w["encoder.weight"].shape == (cfg["num_latents"], cfg["d_in"])
-    pre = torch.relu(torch.nn.functional.linear(x - w["b_dec"], w["encoder.weight"], w["encoder.bias"]))
+    pre = torch.relu(
+        torch.nn.functional.linear(x - w["b_dec"] * (not cfg["transcode"]), w["encoder.weight"], w["encoder.bias"])
+    )
     z = as_topk(pre, cfg["k"])
-    return z, z @ w["W_dec"] + w["b_dec"]
+    return z, z @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if "W_skip" in w else 0)
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +142,7 @@ def written(form: str, sae: Sae, folder: Path, **known: Any) -> Path:
 
 RULES = [(form, rule) for form in FORMS for rule in KINDS[form]]
 RULES += [(form, rule) for form in ("saelens", "dictionary_learning") for rule in ("nested", "jump")]
+RULES += [(form, f"{kind}-{rule}") for form in TRANSCODERS for kind in ("transcoder", "skip") for rule in TRANSCODERS[form]]
 
 
 @pytest.mark.parametrize(("form", "rule"), RULES)
@@ -146,7 +157,7 @@ def require_ours(sae: Sae, x: Tensor, z: Tensor, xhat: Tensor, form: str) -> Non
     assert 0.05 < float((exact_z > 0).double().mean()) < 0.9
     # as far as ours in float32, where values reach 80; and further where x is not centred before its product
     jump = sae.threshold is not None and bool((sae.threshold != sae.threshold[0]).any())
-    far = 10 if form == "dictionary_learning" and jump else 1
+    far = 10 if sae.transcodes or (form == "dictionary_learning" and jump) else 1
     same = (z > 0) == (exact_z > 0)  # but for what is at its threshold
     assert float((~same).double().mean()) < 1e-4
     assert float((z - exact_z)[same].abs().max()) < 2e-5 * far
@@ -156,6 +167,15 @@ def require_ours(sae: Sae, x: Tensor, z: Tensor, xhat: Tensor, form: str) -> Non
 def test_thresholds_are_refused_where_a_tool_has_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^r/a.pt has thresholds, .* export it to saelens or dictionary_learning$"):
         written("sparsify", a_sae(rule="threshold"), tmp_path / "a")
+    with pytest.raises(
+        UserError, match=r"is a transcoder with topk, and saelens has no such transcoders: export it to sparsify$"
+    ):
+        written("saelens", a_sae(rule="skip-topk"), tmp_path / "b")
+    with pytest.raises(UserError, match=r"and dictionary_learning has no such transcoders: export it to saelens or sparsify$"):
+        written("dictionary_learning", a_sae(rule="transcoder-relu"), tmp_path / "c")
+    crosscoder = dataclasses.replace(a_sae(), config={"inputs": [0, 1], "outputs": [0, 1]})
+    with pytest.raises(UserError, match="is a crosscoder"):
+        written("saelens", crosscoder, tmp_path / "d")
 
 
 def test_the_fold_is_as_good_as_float32_allows() -> None:
@@ -448,7 +468,11 @@ def test_the_tool_itself_loads_it_and_computes_the_same(form: str, tmp_path: Pat
         for got in ways.values():
             require_ours(sae, some_x(sae), got["z"], got["xhat"], form)
         if form == "saelens":
-            said = {"hook_name": "blocks.1.hook_resid_post", "model_name": known["model"], "context_size": 1024}
+            said = {
+                "hook_name": f"blocks.{0 if sae.transcodes else 1}.hook_resid_post",
+                "model_name": known["model"],
+                "context_size": 1024,
+            }
             assert all(got["said"] == said | {"prepend_bos": False} for got in ways.values())
             assert torch.equal(ways["from_pretrained"]["sparsity"], known["log10_density"])
 
