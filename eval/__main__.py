@@ -12,14 +12,16 @@ from residual_saes.eval.foreign.adopt import AdoptConfig, adopt
 from residual_saes.eval.measure.evaluate import EvalConfig, evaluate
 from residual_saes.eval.measure.match import match_runs, match_table, match_to_final
 from residual_saes.eval.measure.predicted import ALIVE_ABOVE, PUBLISHED_WIDTHS, Statistics, describe, floors, student_widths
+from residual_saes.eval.measure.probed import compared
 from residual_saes.eval.measure.result import Basis, Result
 from residual_saes.eval.measure.runs import Skipped, cache_places, find_runs, runs_in
 from residual_saes.eval.pages.ask import Asked, ask
 from residual_saes.eval.pages.write import PagesConfig, write_pages
+from residual_saes.eval.probes.config import ProbeConfig
 from residual_saes.eval.publish.card import sister_runs, write_card
 from residual_saes.eval.publish.export import ExportConfig, export
 from residual_saes.eval.publish.upload import PublishConfig, publish
-from residual_saes.eval.report.page import text_table, write_report
+from residual_saes.eval.report.page import probes_table, text_table, write_report
 from residual_saes.eval.report.pictures import plot_runs
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import (
@@ -173,6 +175,25 @@ def ask_command(runs: Location, **options: Any) -> None:
     say(f"page: {ask(runs_in(fetched(runs)), asked, skipped)}")
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is on the page")
+
+
+@main.command("probes")
+@_place
+@options_of(ProbeConfig)
+@MODEL
+@DEVICE
+def probes_command(preset: str | None, cache: Location | None, runs: Location, **options: Any) -> None:
+    """Tell labelled texts apart by a few features of each final SAE; what is measured already is kept."""
+    from residual_saes.eval.probes.probe import probe  # and with it scikit-learn
+
+    opened = _open(cache, preset, runs)
+    options["device"] = pick_device(options["device"])
+    skipped, folder = Skipped(), fetched(runs)
+    found = find_runs(folder, opened, skipped)
+    probe(opened, found, filled(ProbeConfig, options), folder, skipped)
+    say(probes_table(compared(folder, found, opened.digest)))
+    if skipped.count:
+        raise UserError(f"{skipped.count} left out, as said above; all else is probed")
 
 
 @main.command("publish")

@@ -99,6 +99,7 @@ eval truth: --preset= --cache= --runs=runs --eval-tokens= --snapshots=all[all|fi
 eval export: --to=[saelens|sparsify|dictionary_learning]! --runs=runs* --layers= --snapshot=final --out=! --model=
 eval pages: --preset= --cache= --runs=runs --layers= --snapshot=final --tokens= --out= --model= --device=
 eval ask: --runs=runs --text=! --layers= --out= --model= --device=
+eval probes: --preset= --cache= --runs=runs --data=! --sets= --k=1,2,5,16,all --layers= --model= --device=
 eval publish: --runs=runs* --to=! --public --license=apache-2.0 --dry-run
 eval floor: --statistics=! --widths=128,256,384,512,768,1024
 eval distill: --preset= --cache= --runs=runs --widths= --seeds=3 --tokens= --batch=32 --lr=0.002 --eval-tokens=

@@ -120,6 +120,16 @@ class Layers:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Probing:
+    """Mean AUC of probes over sets of labelled texts; kept in records of its own (probed.py), not in these."""
+
+    probe_sets: int = 0
+    probe_1: Value = None  # of probes on one feature
+    probe_5: Value = None
+    probe_16: Value = None
+
+
+@dataclass(kw_only=True, frozen=True)
 class Metrics(Layers, Truth, Predicted, Weights, Reconstruction, Sparsity):
     """All but the losses. Dataclasses take the fields of their bases from the last base to the first."""
 
@@ -158,7 +168,7 @@ class Basis:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Result(Basis, Losses, Metrics, Subject, Record):
+class Result(Probing, Basis, Losses, Metrics, Subject, Record):
     """Everything that was measured of one SAE: a record of results/metrics.json, whose order of keys is that of the fields."""
 
     file: str  # checksum of the checkpoint
@@ -169,7 +179,7 @@ class Result(Basis, Losses, Metrics, Subject, Record):
 
     def values(self) -> dict[str, Any]:
         floors = {f"floor_{width}": floor for width, floor in self.floors.items()}
-        known = {Truth: self.f1, Layers: self.decoder_share}
+        known = {Truth: self.f1, Layers: self.decoder_share, Probing: None}
         unknown = {f.name for of, value in known.items() if value is None for f in dataclasses.fields(of)}
         values: dict[str, Any] = {}
         for key, value in super().values().items():

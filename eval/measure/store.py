@@ -7,11 +7,13 @@ the most text; a result of the same snapshot on other text, or of an earlier fil
 
 import contextlib
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable
 from typing import Any
 
 from residual_saes.eval.measure.features import features_path
+from residual_saes.eval.measure.probed import Known, mean_auc, run_probes
 from residual_saes.eval.measure.result import Basis, Result
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.shared.errors import UserError
@@ -99,7 +101,13 @@ class Results:
             first = chosen.setdefault((r.site, r.snapshot), r)
             if basis and r.file == first.file and r.basis == basis.basis:
                 chosen[r.site, r.snapshot] = r
-        return list(chosen.values())
+        probed = run_probes(self.run).read()
+        return [self._with_probes(r, probed) for r in chosen.values()]
+
+    def _with_probes(self, r: Result, known: Known) -> Result:
+        sets = next((sets for of, sets in known.items() if of[:4] == (r.run, r.site, r.snapshot, r.file)), {})
+        of = mean_auc(sets.values()).get
+        return dataclasses.replace(r, probe_sets=len(sets), probe_1=of("1"), probe_5=of("5"), probe_16=of("16"))
 
     def present(self, *ignored: type[Exception]) -> list[Result]:
         """As `view`, of checkpoints that lie there alone. Raises UserError for one that cannot be opened, unless `ignored`."""

@@ -1,6 +1,6 @@
 """One page of a text: its tokens, and of each the strongest features of some SAEs, with links to their pages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,16 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
+from residual_saes.eval.measure.activations import SiteReader
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.pages import files
 from residual_saes.eval.pages.example import pages_folder
 from residual_saes.eval.pages.spell import spell
-from residual_saes.shared.cache import CacheSpec
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file
 from residual_saes.shared.identity import model_of
-from residual_saes.shared.lm import Values, encode_text, first, hook_of, load_model, load_tokenizer, widen
+from residual_saes.shared.lm import encode_text, load_tokenizer
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site, parse_sites
@@ -51,13 +51,13 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
         raise UserError(f"the text has {len(tokens)} tokens: give it from 1 to {spec.context - 1}")
     targets = [run.config.target_at(s.site) for run, s in chosen]
     sites = {site for target in targets for site in target.inputs}
-    activations = _activations(str(model.folder), spec, sites, torch.tensor([[first, *tokens]]), asked.device)
+    activations = SiteReader(str(model.folder), spec, sites, asked.device).read(torch.tensor([[first, *tokens]]))
     words = spell(tokenizer, len(tokenizer))
     shown = []
     for (run, snapshot), target in zip(chosen, targets, strict=True):
         with skipped.leaving_out():
             sae = Sae.load(snapshot.path, spec.d_model, belongs=run.belongs(snapshot.site, snapshot.label)).to(asked.device)
-            z = sae.encode(torch.cat([activations[site] for site in target.inputs], dim=1))
+            z = sae.encode(torch.cat([activations[site][0, 1:].float() for site in target.inputs], dim=1))
             shown.append(_section(run, snapshot, z, tokens, words, asked.out))
     page = files.templates().get_template("ask.html").render(text=asked.text, saes=shown, style=files.style())
     files.sweep(make_dir(asked.out))
@@ -69,24 +69,6 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
 def _chosen(run: Run, layers: tuple[Site, ...] | None) -> list[Snapshot]:
     finals = [s for s in run.snapshots() if s.label == FINAL]
     return [s for s in finals if s.site in layers] if layers else finals[len(finals) // 2 :][:1]
-
-
-@torch.inference_mode()
-def _activations(folder: str, spec: CacheSpec, sites: set[Site], tokens: Tensor, device: torch.device) -> dict[Site, Tensor]:
-    """Of the tokens [1, n] but the first, float32 [n − 1, d]."""
-    model, taken = load_model(folder, None, spec.precision, head=False).to(device), dict[Site, Tensor]()
-    widen(model)
-
-    def taking(site: Site) -> Callable[[Values], None]:
-        def take(values: Values) -> None:
-            taken[site] = first(values)[0, 1:].float()
-
-        return take
-
-    for site in sites:
-        hook_of(model, site).take(taking(site))
-    model(input_ids=tokens.to(device), use_cache=False)
-    return taken
 
 
 def _section(run: Run, snapshot: Snapshot, z: Tensor, tokens: list[int], words: list[str], out: Path) -> dict[str, Any]:

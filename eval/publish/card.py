@@ -130,6 +130,7 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         snapshots=[Safe(label) for label in run.labels if label != FINAL],
         measured_on=_counts(r.tokens for r in latest(results)),
         ce_on=_counts(r.ce_tokens for r in latest(results)),
+        probed=_counts(r.probe_sets for r in done if r.probe_sets) if any(r.probe_sets for r in done) else None,
         metrics=Table(heads=heads, rows=[_row(r, shown) for r in done]),
         unfinished=Table(heads=[*heads, "trained on"], rows=[[*_row(r, shown), trained_on(r, whole)] for r in others]),
         pictures=[

@@ -21,7 +21,7 @@ from residual_saes.shared.files import publish_file, publish_json
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.shared.seal import SEAL, seal
+from residual_saes.shared.seal import SEAL, parse_sealed, seal, unsealed
 
 _PUBLISHED = (
     "sae_layer*.pt",
@@ -32,6 +32,7 @@ _PUBLISHED = (
     "plots/*.svg",
     "results/*.json",
     "results/*.csv",
+    "results/*.jsonl",
     "results/features/*.safetensors",
     REGISTRY,
     "config.json",
@@ -102,6 +103,7 @@ class PublishedForm:
             r"sae_layer.*\.pt": self._checkpoint,
             r"layer_[^/]*/cfg\.json": self._export,
             r"results/metrics\.json": self._records,
+            r"results/probes\.jsonl": self._probes,
             r"results/features/.*": self._features,
             r"config\.json": lambda _, target: publish_json(target, seal(self._config)),
         }
@@ -134,6 +136,12 @@ class PublishedForm:
             file = self._checksums.get(record["file"], record["file"])
             records[name.replace(f"#{record['file']}", f"#{file}")] = seal(record | {"file": file})
         publish_json(target, records)
+
+    def _probes(self, path: Path, target: Path) -> None:
+        records = [unsealed(record) for line in path.read_bytes().splitlines() if (record := parse_sealed(line))]
+        files = [self._checksums.get(record["file"], record["file"]) for record in records]
+        lines = [json.dumps(seal(record | {"file": file})) + "\n" for record, file in zip(records, files, strict=True)]
+        publish_file(target, "".join(lines).encode())
 
     def _features(self, path: Path, target: Path) -> None:
         """Only two values of the header change, in their places: safetensors itself would write it in any order."""

@@ -52,8 +52,8 @@ class Column:
 
 
 _SPARSITY, _FIDELITY, _FLOORS, _BASIS = "sparsity", "reconstruction", "floors", "measured on"
-_MODEL, _TRUTH, _LAYERS = "language model", "truth", "crosscoder"
-_OF_SOME = (_MODEL, _TRUTH, _LAYERS)  # groups that some caches or runs have nothing of
+_MODEL, _TRUTH, _LAYERS, _PROBES = "language model", "truth", "crosscoder", "probes"
+_OF_SOME = (_MODEL, _TRUTH, _LAYERS, _PROBES)  # groups that some caches or runs have nothing of
 _COLUMNS = (
     Column("site", "layer", "{}", "terminal truth page card floors"),
     Column("l0", "L0", "{:.1f}", "terminal truth page card means map snapshots", _SPARSITY, cell="{:.0f}",
@@ -91,6 +91,10 @@ _COLUMNS = (
     Column("ce_zero", "CE zero", "{:.3f}", "terminal page more", _MODEL),
     Column("kl_div_with_sae", "KL", "{:.4f}", "page more", _MODEL),
     Column("ce_tokens", "CE and KL on", "{:,}", "page more", _MODEL),
+    Column("probe_1", "probe AUC, k=1", "{:.3f}", "page card means", _PROBES, 1),
+    Column("probe_5", "k=5", "{:.3f}", "page card more", _PROBES, 1, card_title="probe AUC, k=5"),
+    Column("probe_16", "k=16", "{:.3f}", "page card more", _PROBES, 1, card_title="probe AUC, k=16"),
+    Column("probe_sets", "probed sets", "{:,}", "page more", _PROBES),
     Column("alive", "F", "{:,}", "page more floors", _FLOORS),
     Column("alpha", "α", "{:.5f}", "page more floors", _FLOORS),
     Column("capacity", "g", "{:.2f}", "page more floors capacity", _FLOORS, axis="g(α), features a dimension"),

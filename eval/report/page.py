@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from residual_saes.eval.floors.measured import Experiment
+from residual_saes.eval.measure.probed import Compared, compared
 from residual_saes.eval.measure.result import Result, finished, latest
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.report.columns import Column, columns, floor_columns, written
@@ -36,10 +37,19 @@ def text_table(runs: list[Run], results: dict[str, list[Result]], which: str = "
         whole = run.config.train.amount
         rows = [[c.title for c in shown] + ["trained on"]]
         rows += [[c.text(r) for c in shown] + [trained_on(r, whole)] for r in latest(results[run.name])]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines.append(f"\n{run.name}")
-        lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+        lines += [f"\n{run.name}", *_aligned(rows)]
     return "\n".join(lines)
+
+
+def probes_table(rows: Sequence[Compared]) -> str:
+    """For a terminal: what probes make of each dictionary, by layer."""
+    table = probes(rows)
+    return "\n".join(_aligned([[head.title for head in table.heads], *([cell.text for cell in row] for row in table.rows)]))
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
 
 
 # --- the page ---
@@ -101,7 +111,8 @@ def write_report(
     labels = short_labels([run.name for run in runs])
     datas = [run_data(run, label, results[run.name]) for run, label in zip(runs, labels, strict=True)]
     of_all = overview(datas)
-    report = {
+    report: dict[str, Any] = {
+        "probes": None,
         "runs": [_section(folder, data, number, skipped) for number, data in enumerate(datas)],
         "warnings": warnings(runs, results, skipped),
         "verdict": verdict(labels, of_all.means),
@@ -112,6 +123,9 @@ def write_report(
         "differences": _differences(datas),
         "pictures": _pictures(runs[0], _OF_ALL) if runs else [],
     }
+    with skipped.leaving_out():
+        if runs and (rows := compared(folder, runs, runs[0].config.cache.digest)):
+            report["probes"] = probes(rows)
     floors = {
         "pictures": _pictures(runs[0], _OF_FLOORS) if runs else [],
         "measured": measured and _measured(measured),
@@ -215,6 +229,19 @@ def _overview(datas: list[RunData], means: Sequence[dict[Any, Any]], skipped: Sk
     if all(row[-1].text == "–" for row in rows):  # curves of earlier versions do not tell
         heads, rows = heads[:-2], [row[:-2] for row in rows]
     return Table(heads=_heads(*heads), rows=rows)
+
+
+def probes(rows: Sequence[Compared]) -> Table:
+    """Mean AUC of each dictionary beside the others of its layer."""
+    ks = list(dict.fromkeys(k for row in rows for k in row.auc))
+    return Table(
+        heads=_heads("layer", "dictionary", "features", "sets", *(f"AUC, k = {k}" for k in ks)),
+        rows=[
+            [_cell(r.site, "{}"), _word(r.name), _cell(r.features, "{:,}"), _cell(r.sets, "{}")]
+            + [_cell(r.auc.get(k), "{:.3f}") for k in ks]
+            for r in rows
+        ],
+    )
 
 
 def _heads(*titles: str) -> list[Head]:
