@@ -1,4 +1,4 @@
-"""`rsae harvest [plan | synthetic | convert | verify | repair | free]`: fill an activation cache, or look after one."""
+"""`rsae harvest [plan | synthetic | import | convert | verify | repair | free]`: fill a cache, or look after one."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from residual_saes.harvest.care import Damage, free, notes_on_mixing, repair, ve
 from residual_saes.harvest.convert import convert_command
 from residual_saes.harvest.fill import fill_cache
 from residual_saes.harvest.hub import open_text, refuse_local_split
+from residual_saes.harvest.imported import import_command, imported_again
 from residual_saes.harvest.origin import Origin, ReadText, Synthetic
 from residual_saes.harvest.pieces import TextSource
 from residual_saes.harvest.plan import make_plan, prepare_place, whole_blocks
@@ -187,6 +188,7 @@ def fill(device: str | None, **options: Any) -> Cache:
 
 main.add_command(synthetic_command)
 main.add_command(convert_command)
+main.add_command(import_command)
 
 
 @main.command("plan")
@@ -227,7 +229,9 @@ def verify_command(preset: str | None, cache: Location | None, threads: int) -> 
 @click.option("--blocks", help="Blocks to harvest again, such as 3,7 [default: those that fail verification].")
 @click.option("--model", type=parse_name, metavar="TEXT", help="Where the model lies now, if not where it lay.")
 @click.option("--revision", help="The model's revision on the hub.")
-@click.option("--dataset", type=parse_name, metavar="TEXT", help="Where the text lies now, if not where it lay.")
+@click.option(
+    "--dataset", type=parse_name, metavar="TEXT", help="Where the text, or what was imported, lies now, if not where it lay."
+)
 def repair_command(
     preset: str | None,
     cache: Location | None,
@@ -259,6 +263,8 @@ def _origin(cache: Cache, model: str | None, revision: str | None, dataset: str 
     spec = cache.spec
     if spec.world is not None:
         return Synthetic()
+    if spec.imported is not None:
+        return imported_again(cache, dataset)
     text = open_text(
         dataset=dataset or spec.dataset, revision=unpin(spec.dataset_revision), split=spec.split, column=spec.text_column
     )

@@ -157,8 +157,9 @@ def harvested_model(cache: Cache, model: str | None = None, revision: str | None
 
 def model_of(spec: CacheSpec, whose: str, model: str | None = None, revision: str | None = None) -> Model:
     """As `harvested_model`, of a cache by its spec; `whose` is what an error calls it."""
-    if spec.world is not None:
-        raise UserError(f"{whose} is of the synthetic world {spec.model}: there is no language model or text to do this with")
+    if not spec.has_model:
+        of = f"the synthetic world {spec.model}" if spec.world else f"activations that were imported from {spec.dataset}"
+        raise UserError(f"{whose} is of {of}: there is no language model or text to do this with")
     opened = as_harvested(spec, open_model(model or spec.model, revision if model else spec.model_branch or None))
     if spec.differences(replace(spec, model_revision=opened.sha256)):
         commit = f" (that was commit {spec.model_commit})" if spec.model_commit else ""

@@ -93,6 +93,8 @@ def _require_trainable(cache: Cache, targets: tuple[Target, ...], plans: tuple[P
         )
     if config.steps < SNAPSHOTS:
         raise UserError(f"{config.tokens:,} tokens are fewer than {SNAPSHOTS} batches of {config.batch:,}; lower --batch")
+    if config.skip_positions and spec.imported and not spec.imported.positions:
+        raise UserError(f"{cache.path} does not know its rows' positions: leave --skip-positions out")
     if config.skip_positions >= spec.context:
         raise UserError(f"contexts have {spec.context} positions: lower --skip-positions, which leaves none of them")
     if config.skip and not targets[0].transcodes:

@@ -53,7 +53,7 @@ def evaluate(cache: Cache, runs: list[Run], config: EvalConfig, skipped: Skipped
     config = dataclasses.replace(
         config,
         eval_tokens=min(config.eval_tokens, spec.holdout_tokens),
-        ce_tokens=0 if spec.world else min(max(1, config.ce_tokens // spec.context) * spec.context, spec.holdout_tokens),
+        ce_tokens=min(max(1, config.ce_tokens // spec.context) * spec.context, spec.holdout_tokens) * spec.has_model,
     )
     stores = {}
     for run in runs:
@@ -100,7 +100,9 @@ class _Evaluation:
 
     def __init__(self, cache: Cache, config: EvalConfig, skipped: Skipped, missing: list[tuple[Results, Snapshot]]) -> None:
         self._cache, self._config, self._skipped, self._missing = cache, config, skipped, missing
-        self._lm = None if cache.spec.world else _spliced(cache, config)
+        self._lm = _spliced(cache, config) if cache.spec.has_model else None
+        if cache.spec.imported:
+            say(f"note: {cache.path} has no language model, so CE and KL are left out", err=True)
 
     def run(self) -> None:
         announce(self._config.device)

@@ -125,6 +125,9 @@ def provenance(config: RunConfig) -> list[tuple[str, str]]:
     if spec.world is not None:
         law = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in dataclasses.asdict(spec.world).items())
         return [("synthetic world", spec.model), ("law", law), ("seed", str(spec.seed)), *ends]
+    if (of := spec.imported) is not None:
+        known = f"positions {'known' if of.positions else 'unknown'}, tokens {'known' if of.tokens else 'unknown'}"
+        return [("activations", place(spec.dataset)), ("content", of.sha256), ("rows", f"{of.rows:,}, {known}"), *ends]
     return [
         ("language model", place(spec.model)),
         ("model commit", spec.model_commit or "–"),

@@ -40,7 +40,7 @@ def _of_run(run: Run, results: list[Result], usual: tuple[Any, ...], everywhere:
         lines.append(f"no SAE of layers {format_sites(absent)}, which other runs have, has been evaluated")
     if other := [r.site for r in shown if r.basis != usual]:
         lines.append(f"layers {format_sites(other)} are measured on other text or by other definitions than the rest")
-    names = ("fvu",) if config.cache.spec.world else ("fvu", "ce_recovered", "kl_div_score")
+    names = ("fvu",) if not config.cache.spec.has_model else ("fvu", "ce_recovered", "kl_div_score")
     missing = {name for r in shown for name in names if getattr(r, name) is None}
     if missing:
         lines.append(f"{', '.join(sorted(missing))} of some layers is no number")

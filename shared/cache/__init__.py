@@ -21,10 +21,10 @@ the array's bytes, so chunks are written and read as they are, at the disk's spe
 
 from residual_saes.shared.cache.cache import Cache
 from residual_saes.shared.cache.ledger import LEDGER_BYTES_PER_LAYER, BlockStats, LayerTotals, slice_checksums
-from residual_saes.shared.cache.spec import ADVICE, CacheSpec, Precision, Stored
+from residual_saes.shared.cache.spec import ADVICE, CacheSpec, Imported, Precision, Stored
 from residual_saes.shared.cache.tokens import TokenChunk
 
 __all__ = [
-    "ADVICE", "LEDGER_BYTES_PER_LAYER", "BlockStats", "Cache", "CacheSpec", "LayerTotals", "Precision", "Stored", "TokenChunk",
-    "slice_checksums",
+    "ADVICE", "LEDGER_BYTES_PER_LAYER", "BlockStats", "Cache", "CacheSpec", "Imported", "LayerTotals", "Precision", "Stored",
+    "TokenChunk", "slice_checksums",
 ]  # fmt: skip

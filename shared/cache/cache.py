@@ -115,9 +115,10 @@ class Cache:
         different, own = self.spec.differences(spec), self.spec
         if different:
             model = f"{own.model} at commit {own.model_commit}" if own.model_commit else own.model
+            of = f"model {model}, text {own.dataset}" if own.has_model else own.dataset or model
             raise UserError(
                 f"{self.path} was harvested with other settings ({'; '.join(different)}): repeat those settings "
-                f"({f'model {model}, text {own.dataset}' if own.world is None else own.model}) or choose another --cache folder"
+                f"({of}) or choose another --cache folder"
             )
 
     def remove_leftovers(self) -> None:

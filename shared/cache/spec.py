@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import canonical
+from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location
 from residual_saes.shared.synthetic.config import WorldConfig
 from residual_saes.shared.typed import Bounds, checked
@@ -34,11 +35,26 @@ _OF_TEXT = (*_MUST_OF_TEXT, "bos", "model_branch", "model_commit")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class CacheSpec:
-    """What fixes every value in a cache: of a language model reading a text, or with `world` of a synthetic world. Two harvests
-    may share a cache only if these are equal."""
+class Imported:
+    """Activations that another tool left in files."""
 
-    model: str  # hub id or folder; what a world is called
+    sites: tuple[Site, ...]  # there, whichever of them are in the cache
+    rows: Annotated[int, Bounds(1, 10**15)]  # there; the last may fill no block
+    positions: bool  # whether sequences are; else a row's position means nothing
+    tokens: bool  # whether a row's token is known; else it is 0
+    sha256: str  # of the files, site by site, as `hash_files` has it
+    tensor: str = ""  # which of a file's, where there are several
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"sites": [site.json for site in self.sites]}
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CacheSpec:
+    """What fixes every value in a cache: of a language model reading a text, with `world` of a synthetic world, or with
+    `imported` of another tool's files. Two harvests may share a cache only if these are equal."""
+
+    model: str  # hub id or folder; what a world or imported activations are called
     model_revision: str = ""  # hash of configuration and weights
     dataset: str = ""
     dataset_revision: str = ""  # the hub's commit, or a hash of local files
@@ -59,13 +75,14 @@ class CacheSpec:
     model_branch: str = ""  # the revision of a hub model as it was asked for
     model_commit: str = ""  # and the commit that this was when the harvest began
     world: WorldConfig | None = None
+    imported: Imported | None = None
     store: Stored = "float16"  # as which values lie in blocks
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], name: str = "") -> Self:
         """As JSON has it. Raises ValueError for what cannot be a cache's."""
         spec, of = cls(**checked(cls, stored, name)), f" in {name}" if name else ""
-        if spec.world is None and (absent := [each for each in _MUST_OF_TEXT if each not in stored]):
+        if spec.has_model and (absent := [each for each in _MUST_OF_TEXT if each not in stored]):
             raise ValueError(f"{name}{'.' * bool(name)}{absent[0]} is missing")
         if spec.holdout_blocks > spec.n_blocks:
             raise ValueError(f"holdout_blocks{of} is {spec.holdout_blocks}, and must be at most n_blocks, {spec.n_blocks}")
@@ -75,8 +92,15 @@ class CacheSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: the fields that a cache of its kind has."""
-        others = (*(("world",) if self.world is None else _OF_TEXT), *(("store",) if self.store == "float16" else ()))
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
+        kept = _OF_TEXT if self.has_model else ("world",) if self.imported is None else ("imported", "dataset", "vocab_size")
+        others = {*_OF_TEXT, "world", "imported", "store"}.difference(kept, () if self.store == "float16" else ("store",))
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
+        return values if self.imported is None else values | {"imported": self.imported.to_dict()}
+
+    @property
+    def has_model(self) -> bool:
+        """Whether it is of a language model and a text, which can be opened again."""
+        return self.world is None and self.imported is None
 
     @property
     def identity(self) -> dict[str, Any]:
