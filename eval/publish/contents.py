@@ -69,7 +69,7 @@ def check(run: Run, files: dict[str, Path]) -> None:
                 raise UserError(f"{path} is damaged: run `rsae eval` to have it drawn again")
             progress.advance(path.stat().st_size)
     for site in sorted({s.site for s in snapshots.values()}):
-        if not run.metrics(site) and run.snapshot_path(site, FINAL) in snapshots:
+        if run.config.train.source is None and not run.metrics(site) and run.snapshot_path(site, FINAL) in snapshots:
             say(f"note: the training curve of layer {site} is gone from {run.path}, and is not published", err=True)
 
 

@@ -46,6 +46,7 @@ SCENARIOS = (
     "distill",
     "distill-on",
     "export",
+    "adopt",
 )
 _BLOCK = 256  # rows
 _ENV = {
@@ -274,7 +275,7 @@ class Sweep:
                 "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "free": self._freeing,
                 "convert": self._convert, "train": self._train, "resume": self._resume, "eval": self._eval,
                 "pictures": self._pictures, "pages": self._pages, "distill": self._distill, "distill-on": self._distill_on,
-                "export": self._export,
+                "export": self._export, "adopt": self._adopt,
             }  # fmt: skip
             worker, start = self._workers[0], self.folder / name
             shutil.rmtree(worker.folder, ignore_errors=True)
@@ -374,6 +375,14 @@ class Sweep:
     def _export(self, worker: Worker) -> tuple[str, ...]:
         self._evaluated(worker)
         return ("eval", "export", "--to", "saelens", "--runs", "runs", "--out", "exports", "--model", "a-model")
+
+    def _adopt(self, worker: Worker) -> tuple[str, ...]:
+        """Runs of what another tool would read."""
+        self._do(worker, self._export(worker))
+        shutil.move(worker.folder / "exports", worker.folder / "theirs")
+        evaluation = self.scenario("eval").argv
+        shutil.rmtree(worker.folder / "runs")
+        return (*evaluation, "--saes", "theirs", "--from", "saelens")
 
     _PLACES = ("--preset", "demo", "--cache", "cache", "--runs", "runs")
 
