@@ -3,8 +3,8 @@
 
     python -m bench.workers.truth BATCHES OUT KIND LR…       KIND: batchtopk, matryoshka, or jumprelu:COEFFICIENT
 
-BATCHES is float16 [steps, batch, d] (`dump` of bench/quality.py). Writes <out>/<kind>-<lr>/. All is as SAELens has it by default but
-k or target L0 (8), prefixes (ours: a 32nd, an eighth and a half), rate, warm-up, and decay over the last fifth, which are ours.
+BATCHES is float16 [steps, batch, d] (`dump` of bench/quality.py). Writes <out>/<kind>-<lr>/. All is as SAELens has it by
+default but k or target L0 (8), prefixes (a 32nd, an eighth and a half), rate, warm-up, and decay over the last fifth, which are ours.
 """
 
 import sys
@@ -24,9 +24,10 @@ def main(batches: str, out: str, kind: str, *rates: str) -> None:
     steps, batch, d = np.load(batches, mmap_mode="r").shape
     base, name = import_module("sae_lens.saes.sae"), kind.partition(":")[0]
     metadata = base.SAEMetadata(hook_name="blocks.0.hook_resid_post")
+    widths = [16, 64, 256, FEATURES]
     module, title, own = {
         "batchtopk": ("batchtopk_sae", "BatchTopK", {"k": K}),
-        "matryoshka": ("matryoshka_batchtopk_sae", "MatryoshkaBatchTopK", {"k": K, "matryoshka_widths": [16, 64, 256, FEATURES]}),
+        "matryoshka": ("matryoshka_batchtopk_sae", "MatryoshkaBatchTopK", {"k": K, "matryoshka_widths": widths}),
         "jumprelu": ("jumprelu_sae", "JumpReLU", {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": K}),
     }[name]  # fmt: skip
     if name == "jumprelu":
