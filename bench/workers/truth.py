@@ -4,7 +4,7 @@
     python -m bench.workers.truth BATCHES OUT KIND LR…       KIND: batchtopk, matryoshka, or jumprelu:COEFFICIENT
 
 BATCHES is float16 [steps, batch, d] (`dump` of bench/quality.py). Writes <out>/<kind>-<lr>/. All is as SAELens has it by
-default but k or target L0 (8), prefixes (a 32nd, an eighth and a half), rate, warm-up, and decay over the last fifth, which are ours.
+default but k or target L0 (8), prefixes (a 32nd, an eighth, a half), rate, warm-up, and decay over the last fifth, all ours.
 """
 
 import sys
