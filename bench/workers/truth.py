@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,12 @@ def main(batches: str, out: str, kind: str, *rates: str) -> None:
     base, name = import_module("sae_lens.saes.sae"), kind.partition(":")[0]
     metadata = base.SAEMetadata(hook_name="blocks.0.hook_resid_post")
     widths = [16, 64, 256, FEATURES]
-    module, title, own = {
+    kinds: dict[str, tuple[str, str, dict[str, Any]]] = {
         "batchtopk": ("batchtopk_sae", "BatchTopK", {"k": K}),
         "matryoshka": ("matryoshka_batchtopk_sae", "MatryoshkaBatchTopK", {"k": K, "matryoshka_widths": widths}),
         "jumprelu": ("jumprelu_sae", "JumpReLU", {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": K}),
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    module, title, own = kinds[name]
     if name == "jumprelu":
         own["l0_coefficient"] = float(kind.partition(":")[2])
     of = import_module(f"sae_lens.saes.{module}")
