@@ -352,6 +352,8 @@ class Tally:
             **_near(torch.cat([top_window, sample_window], 1)),
         }
         columns |= zip(("similar", "similar_cosine"), similar(self.sae.w_dec), strict=True)
+        if len(self.sae.target.outputs) > 1:
+            columns["layer_share"] = self.sae.shares()
         *together, together_tokens = self.together.nearest(len(count))
         columns |= zip(("together", "together_jaccard", "together_count"), together, strict=True)
         names = ("promoted", "promoted_logit", "suppressed", "suppressed_logit", "logit_bins")

@@ -31,7 +31,7 @@ from residual_saes.shared.units import parse_count
 _TEXT_CHUNK = 1 << 16  # tokens in a file, or one context
 _IN_CHUNKS = (
     "bins", "bin_width", "row", "similar", "similar_cosine", "together", "together_jaccard", "together_count",
-    "promoted_logit", "suppressed_logit", "logit_bins",
+    "promoted_logit", "suppressed_logit", "logit_bins", "layer_share",
 )  # fmt: skip
 
 
@@ -194,6 +194,7 @@ def _write_sae(cache: Cache, job: _Job, tally: features.Tally, columns: files.Co
         "context": cache.spec.context,
         "trained_tokens": stats["tokens"],
         "lambda": stats["lambda"],
+        **job.target.fields(),
         **facts,
     }
     absolute = columns["row"] + first * (columns["row"] >= 0)
@@ -225,7 +226,7 @@ def _index(cache: Cache, columns: files.Columns) -> files.Columns:
 def _chunks(columns: files.Columns) -> Iterator[files.Columns]:
     """All else that the page shows of a feature, CHUNK features at a time."""
     for first in range(0, len(columns["count"]), files.CHUNK):
-        chunk = {name: columns[name][first : first + files.CHUNK] for name in _IN_CHUNKS}
+        chunk = {name: columns[name][first : first + files.CHUNK] for name in _IN_CHUNKS if name in columns}
         start = columns["near_start"][first * files.CONTEXTS : (first + len(chunk["row"])) * files.CONTEXTS + 1]
         near = slice(int(start[0]), int(start[-1]))
         yield chunk | {

@@ -1,5 +1,6 @@
 """What is measured of transcoders and crosscoders, computed the other way."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from residual_saes import load
 from residual_saes.eval.measure.features import features_path, load_features
+from residual_saes.eval.pages.files import Pages
 from residual_saes.shared.cache import Cache
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.lm import load_model, widen
 from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.runs.sae import Sae
@@ -130,3 +134,50 @@ def test_a_crosscoder_is_measured_at_every_layer(cli: Cli, runs: Path, cache: Ca
     features_path(run, Site(1), FINAL).unlink()
     again = cli("eval", "--cache", cache_path, "--runs", runs, "--ce-tokens", CE_TOKENS, "--snapshots", "final")
     assert again.code == 0 and "1/1 SAEs" in again.err and features_path(run, Site(1), FINAL).exists()
+
+
+def test_pages_are_of_what_is_read_and_show_layers(
+    cli: Cli, runs: Path, cache: Cache, cache_path: Path, tmp_path: Path
+) -> None:
+    result = cli("eval", "pages", "--cache", cache_path, "--runs", runs, "--out", tmp_path)
+    assert result.code == 0, result.err
+    for kind, layers, reads in (("transcoders", 2, [1]), ("crosscoder", 0, [0, 1, 2])):
+        run = run_of(runs, kind)
+        sae = Sae.load(run.snapshot_path(Site(layers), FINAL))
+        (folder,) = (tmp_path / run.name).iterdir()
+        pages = Pages.open(folder)
+        z = sae.encode(torch.cat([heldout(cache, layer) for layer in reads], 1))
+        assert torch.equal(pages.columns["count"].long(), (z > 0).sum(0))
+        assert pages.facts["inputs"] == reads
+        if kind == "crosscoder":
+            torch.testing.assert_close(pages.columns["layer_share"], sae.shares())
+    asked = cli("eval", "ask", "--runs", runs, "--text", "The court", "--layers", "0,2", "--out", tmp_path)
+    assert asked.code == 0, asked.err
+    assert (tmp_path / "ask.html").read_text().count("<h2") >= 2
+
+
+def test_the_report_has_a_picture_of_layers_and_the_commands(runs: Path) -> None:
+    assert (run_of(runs, "crosscoder").path / "plots" / "9_feature_layers.svg").exists()
+    assert not (run_of(runs, "transcoders").path / "plots" / "9_feature_layers.svg").exists()
+    report = html.unescape((runs / "report.html").read_text())
+    assert "--target 0-2 --" in report and "--target 'resid_post@l-1>resid_post' --layers 2 " in report and "--skip" in report
+    assert "Where features live" in report and "features largest here" in report
+
+
+def test_exports_say_what_is_read_and_written(cli: Cli, runs: Path, tmp_path: Path) -> None:
+    run = run_of(runs, "transcoders")
+    assert cli("eval", "export", "--to", "sparsify", "--runs", run.path, "--out", tmp_path).code == 0
+    config = json.loads((tmp_path / run.name / "layer_2" / "cfg.json").read_bytes())
+    assert (config["transcode"], config["skip_connection"], config["layer"]) == (True, True, 2)
+    refused = cli("eval", "export", "--to", "saelens", "--runs", run_of(runs, "crosscoder").path, "--out", tmp_path)
+    assert refused.code == 2 and "is a crosscoder, and no tool" in refused.err
+
+
+def test_in_python(runs: Path, cache: Cache) -> None:
+    sae = load(run_of(runs, "transcoders").path)
+    x = heldout(cache, 1)[:8]
+    torch.testing.assert_close(sae(x), sae.sae.reconstruct(x, sae.encode(x)))
+    assert not torch.allclose(sae(x), sae.decode(sae.encode(x)))  # without the skip connection
+    assert load(run_of(runs, "crosscoder").path).features("The court").z.shape[1] == 128
+    with pytest.raises(UserError, match="of SAEs of one site"), sae.patched(sae.language_model()):
+        pass
