@@ -12,6 +12,7 @@ import click
 import pytest
 
 from residual_saes.fleet.commands import Commands, JobConfig, Stage
+from residual_saes.shared.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -34,6 +35,11 @@ def root(monkeypatch: pytest.MonkeyPatch) -> None:
 def until(path: Path, text: str) -> None:
     while not path.exists() or path.read_text() != text:
         time.sleep(0.01)
+
+
+def test_windows_of_layers_are_of_saes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train what has a --target with `rsae train`"):
+        JobConfig(disk=0, cache=tmp_path, runs=tmp_path, preset="", l1="", expansion=1, train=("--target", "all"))
 
 
 def test_exit_codes_and_what_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

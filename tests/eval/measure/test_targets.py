@@ -136,10 +136,8 @@ def test_a_crosscoder_is_measured_at_every_layer(cli: Cli, runs: Path, cache: Ca
     assert again.code == 0 and "1/1 SAEs" in again.err and features_path(run, Site(1), FINAL).exists()
 
 
-def test_pages_are_of_what_is_read_and_show_layers(
-    cli: Cli, runs: Path, cache: Cache, cache_path: Path, tmp_path: Path
-) -> None:
-    result = cli("eval", "pages", "--cache", cache_path, "--runs", runs, "--out", tmp_path)
+def test_pages_are_of_what_is_read_and_show_layers(cli: Cli, runs: Path, cache: Cache, tmp_path: Path) -> None:
+    result = cli("eval", "pages", "--runs", runs, "--out", tmp_path)
     assert result.code == 0, result.err
     for kind, layers, reads in (("transcoders", 2, [1]), ("crosscoder", 0, [0, 1, 2])):
         run = run_of(runs, kind)
@@ -147,7 +145,7 @@ def test_pages_are_of_what_is_read_and_show_layers(
         (folder,) = (tmp_path / run.name).iterdir()
         pages = Pages.open(folder)
         z = sae.encode(torch.cat([heldout(cache, layer) for layer in reads], 1))
-        assert torch.equal(pages.columns["count"].long(), (z > 0).sum(0))
+        assert int((pages.columns["count"] - (z > 0).sum(0)).abs().sum()) <= 4  # but for sums in another order
         assert pages.facts["inputs"] == reads
         if kind == "crosscoder":
             torch.testing.assert_close(pages.columns["layer_share"], sae.shares())
