@@ -1,7 +1,7 @@
 """What to know of runs before their numbers are believed."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from residual_saes.eval.measure.result import Result, latest
@@ -21,10 +21,12 @@ def warnings(runs: list[Run], results: dict[str, list[Result]], skipped: Skipped
     """One line each, for people."""
     lines = [f"Left out of this evaluation: {message}" for message in skipped.reasons] if skipped else []
     commonest = Counter(r.basis for run in runs for r in results[run.name]).most_common(1)
-    everywhere = {r.site for run in runs for r in results[run.name]}
+    everywhere = defaultdict[str, set[Site]](set)  # by what is read and written
+    for run in runs:
+        everywhere[run.config.train.target].update(r.site for r in results[run.name])
     for run in runs:
         usual = commonest[0][0] if commonest else ()
-        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], usual, everywhere)]
+        lines += [f"{run.name}: {line}" for line in _of_run(run, results[run.name], usual, everywhere[run.config.train.target])]
     return lines
 
 

@@ -159,6 +159,7 @@ def test_the_report_has_a_picture_of_layers_and_the_commands(runs: Path) -> None
     assert not (run_of(runs, "transcoders").path / "plots" / "9_feature_layers.svg").exists()
     report = html.unescape((runs / "report.html").read_text())
     assert "--target 0-2 --" in report and "--target 'resid_post@l-1>resid_post' --layers 2 " in report and "--skip" in report
+    assert "which other runs have" not in report  # layers that a run of another form has
     assert "Where features live" in report and "features largest here" in report
 
 
