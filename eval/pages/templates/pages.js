@@ -232,7 +232,7 @@ async function show(turn) {
   by("feature").replaceChildren(
     el("a", {className: "back", href: address(facts)}, "← all features"),
     el("h2", {}, `Feature ${i}`), noteFields(i),
-    el("p", {className: "facts"}, `${place(facts)} · ${facts.name} · ` + (sae.count[i]
+    el("p", {className: "facts"}, `layer ${facts.inputs ? `${facts.inputs} → ${facts.outputs}` : facts.layer} · ${facts.name} · ` + (sae.count[i]
       ? `fires on ${whole(sae.count[i])} of ${whole(facts.tokens)} tokens (density ${format(sae.count[i] / facts.tokens)}), ` +
         `mean ${format(sae.mean[i])} where it does, at most ${format(sae.maximum[i])}`
       : `never fires on the ${whole(facts.tokens)} held-out tokens`)),
@@ -240,8 +240,7 @@ async function show(turn) {
       el("section", {}, el("h3", {}, "Promoted tokens"), words(i, k, "promoted", chunk), el("h3", {}, "Suppressed tokens"), words(i, k, "suppressed", chunk)),
       sae.count[i] ? el("section", {}, el("h3", {}, "Activations"), histogram(chunk.bins.subarray(k * shape.bins, (k + 1) * shape.bins), 0, chunk.bin_width[k], "activation"),
         ...logits(chunk, k)) : null),
-    ...layers(chunk, k, facts),
-    el("div", {className: "columns"},
+    ...layers(chunk, k, facts), el("div", {className: "columns"},
       el("section", {}, el("h3", {}, "Nearest by decoder cosine"), neighbours(chunk, k, "similar", (n) => format(chunk.similar_cosine[n]))),
       el("section", {}, el("h3", {}, "Firing together"), neighbours(chunk, k, "together",
         (n) => `${format(chunk.together_jaccard[n])} (${whole(chunk.together_count[n])})`),
@@ -303,18 +302,9 @@ function histogram(bins, from, width, what) {
     svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, format(from + used * width)));
 }
 
-// What a transcoder reads and writes, or the layers of a crosscoder.
-function place({layer, inputs, outputs}) {
-  if (!inputs) return `layer ${layer}`;
-  return outputs.length > 1 ? `layers ${outputs.join(", ")}` : `layer ${inputs} → ${outputs}`;
-}
-
-// Of a crosscoder's decoder.
-function layers(chunk, k, {outputs}) {
-  if (!chunk.layer_share) return [];
-  const items = Array.from(outputs, (layer, j) => el("li", {}, `layer ${layer} `,
-    el("small", {}, `${(100 * chunk.layer_share[k * outputs.length + j]).toFixed(1)} %`)));
-  return [el("h3", {}, "Share of its squared decoder norm"), el("ul", {className: "chips"}, ...items)];
+function layers({layer_share: all}, k, {outputs}) {  // of a crosscoder
+  const share = (layer, j) => el("li", {}, `layer ${layer} `, el("small", {}, `${(100 * all[k * outputs.length + j]).toFixed(1)} %`));
+  return all ? [el("h3", {}, "Share of its squared decoder norm"), el("ul", {className: "chips"}, ...outputs.map(share))] : [];
 }
 
 // Of all tokens. Pages of earlier versions have none.
