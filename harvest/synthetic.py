@@ -13,6 +13,7 @@ from residual_saes.harvest.plan import prepare_place, whole_blocks
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cache.spec import Stored
 from residual_saes.shared.cli import CACHE, PRESET, SEED, THREADS, Number, filled, options, options_of
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import DATA, WorldPreset, world_preset
@@ -50,6 +51,9 @@ def _world_options() -> tuple[Callable[..., Any], ...]:
     *_world_options(),
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of worlds, rows and their order.")
+@click.option(
+    "--store", type=click.Choice(get_args(Stored)), default="float16", show_default=True, help="As what rows are stored."
+)
 @click.option("--threads", type=THREADS, default=4, show_default=True, help="Threads for the disk.")
 @click.option("--shard", type=parse_shard, default=ALONE, help="This process is i of n at work on the same cache, such as 0/8.")
 def synthetic_command(**options: Any) -> None:
@@ -63,6 +67,7 @@ def fill_synthetic(
     worlds: int,
     layers: str | None,
     seed: int,
+    store: Stored,
     threads: int,
     shard: Shard,
     **options: Any,
@@ -72,7 +77,7 @@ def fill_synthetic(
     world = filled(WorldConfig, options, **{f.name: getattr(base.world, f.name) for f in fields(WorldConfig)})
     chosen = filled(WorldPreset, options, **{f.name: getattr(base, f.name) for f in fields(WorldPreset)} | {"world": world})
     name = base.name if (world, chosen.d_model) == (base.world, base.d_model) else f"synthetic-{world.features}"
-    spec = _spec(replace(chosen, name=name), worlds, seed)
+    spec = _spec(replace(chosen, name=name), worlds, seed, store)
     place, again = DATA / name if cache is None else cache, layers is not None  # whoever names a layer wants all of it
     sites = tuple(map(Site, parse_layers(f"0-{worlds - 1}" if layers is None else layers, worlds)))
     prepare_place(place, spec, sites)
@@ -80,13 +85,14 @@ def fill_synthetic(
     return fill_cache(place, spec, sites, Synthetic(), config, again=again)
 
 
-def _spec(chosen: WorldPreset, worlds: int, seed: int) -> CacheSpec:
+def _spec(chosen: WorldPreset, worlds: int, seed: int, store: Stored) -> CacheSpec:
     """Raises UserError for what cannot be a world or a cache."""
     rows = chosen.context * chosen.block_sequences
     n_blocks, holdout_blocks = whole_blocks(chosen.tokens, chosen.holdout_tokens, rows)
     spec = CacheSpec(
         model=chosen.name, context=chosen.context, d_model=chosen.d_model, n_layers=worlds, world=chosen.world, seed=seed,
         block_sequences=chosen.block_sequences, n_blocks=n_blocks, holdout_blocks=holdout_blocks,
+        store=store,
     )  # fmt: skip
     try:
         return read(CacheSpec, spec.to_dict())

@@ -82,7 +82,8 @@ harvest plan: --preset= --cache= --threads=4 --model= --revision= --dataset= --d
   --sites= --precision=bf16[bf16|fp32] --store=float16[float16|int8] --seed=0 --json
 harvest synthetic: --preset= --cache= --d-model= --tokens= --holdout-tokens= --context= --block-sequences= --worlds=1 --layers=
   --features= --zipf= --most-frequent= --least-frequent= --roots= --branching= --depth= --exclusive= --rank= --correlation=
-  --magnitude= --last-magnitude= --spread= --spread-spread= --bias= --seed=0 --threads=4 --shard=0/1
+  --magnitude= --last-magnitude= --spread= --spread-spread= --bias= --seed=0
+  --store=float16[float16|int8] --threads=4 --shard=0/1
 harvest import: --from=! --cache= --layers= --as= --tensor= --context= --holdout-tokens= --block-sequences=
   --store=float16[float16|int8] --seed=0 --threads=4 --shard=0/1
 harvest convert: --preset= --cache= --out=! --store=int8[float16|int8] --layers= --move --threads=4

@@ -49,6 +49,15 @@ def test_blocks_hold_the_rows_of_their_sequences(made: Cache) -> None:
     assert not np.array_equal(made.whole_block(Site(0), 0), made.whole_block(Site(1), 0))
 
 
+def test_rows_are_stored_in_half_the_bytes(made: Cache, tmp_path: Path, cli: Cli) -> None:
+    assert cli("harvest", *ARGS, "--cache", tmp_path / "c", "--store", "int8").code == 0
+    half = Cache.open(tmp_path / "c")
+    assert half.spec.store == "int8" and half.spec.world == made.spec.world
+    for site in made.sites:
+        near, exact = (cache.whole_block(site, 9).astype(np.float64) for cache in (half, made))
+        assert 0 < np.square(near - exact).sum() < 1e-3 * np.square(exact).sum()
+
+
 def test_the_spec_has_the_world_and_nothing_of_a_text(made: Cache) -> None:
     stored = json.loads((made.path / "cache.json").read_bytes())
     assert set(stored["spec"]) == {
