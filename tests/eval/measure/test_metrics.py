@@ -18,7 +18,7 @@ from residual_saes.eval.measure.heldout import Activations, Moments, heldout_blo
 from residual_saes.eval.measure.match import match
 from residual_saes.eval.measure.metrics import Measurement, largest_cosine, measure
 from residual_saes.eval.measure.predicted import Statistics
-from residual_saes.eval.measure.result import Metrics, Number, Truth
+from residual_saes.eval.measure.result import Layers, Metrics, Number, Truth
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.run import Run
@@ -58,8 +58,9 @@ def metrics(sae: Sae, blocks: Blocks, dead_at: float = 1e-5, alive_above: float 
 
 
 def by_name(metrics: Metrics) -> dict[str, Number]:
-    """All but what only a synthetic world knows."""
-    values = {name: value for name, value in vars(metrics).items() if name not in {f.name for f in dataclasses.fields(Truth)}}
+    """All but what only a synthetic world or a crosscoder has."""
+    others = {f.name for of in (Truth, Layers) for f in dataclasses.fields(of)}
+    values = {name: value for name, value in vars(metrics).items() if name not in others}
     return values | {f"floor_{width}": floor for width, floor in values.pop("floors").items()}
 
 
@@ -158,7 +159,7 @@ def test_statistics_of_features_and_positions() -> None:
     by_position = [(want.z[want.position == p] > 0).sum(1).mean() for p in range(CONTEXT)]
     assert features.l0_by_position.numpy() == pytest.approx(by_position, rel=1e-6)
     assert by_position[0] > 2 * by_position[1]
-    assert {len(getattr(features, name)) for name in Features.__slots__ if name != "l0_by_position"} == {F}
+    assert {len(tensor) for name, tensor in features.tensors().items() if name != "l0_by_position"} == {F}
 
 
 def test_predicted_floors_are_those_of_the_statistics() -> None:
@@ -264,7 +265,7 @@ def test_only_held_out_rows_are_read_each_with_its_position(cache: Cache) -> Non
     tokens = heldout_tokens(cache, 10**9)
     assert torch.equal(tokens[: spec.block_sequences], torch.from_numpy(cache.block_tokens(spec.train_blocks)))
     assert len(tokens) == spec.holdout_blocks * spec.block_sequences
-    for i, (rows, positions, _) in enumerate(blocks):
+    for i, (rows, positions, *_) in enumerate(blocks):
         stored = np.empty((spec.block_rows, spec.d_model), dtype=np.float16)
         cache.read_block(Site(1), spec.train_blocks + i, stored)
         assert torch.equal(rows, torch.from_numpy(stored))
