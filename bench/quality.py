@@ -1,11 +1,14 @@
-"""How good our SAEs are beside other libraries': trained on the very same batches, compared at equal L0 on held-out tokens.
+"""How good our SAEs are beside other libraries' of the same kind: trained on the very same batches, at each of a few learning
+rates, compared at equal L0 on held-out tokens by the best of the rates of each.
 
-    python -m bench quality --cache data/demo     # after `make demo`, or a harvest of these layers alone
+    rsae harvest --preset demo --layers 2,5 --tokens 960K --holdout-tokens 64K --cache data/demo-long
+    python -m bench quality --cache data/demo-long
 
 Ours are trained by `rsae train`, theirs by their own trainers in their own environments, from a file with the batches
-that our loader gives (100 MB). Everything is float32, so that no processor's bf16 is part of the comparison. What was measured
-before is kept: more --seeds or --layers add to it. With --publish that is bench/results/quality.json, the table in
-docs/findings/quality.md and docs/images/quality.png; else results and picture are in build/bench/results.
+that our loader gives (100 MB), and read back from their own files as `rsae eval --saes` reads them. Everything is float32, so
+that no processor's bf16 is part of the comparison. What was measured before is kept: more --kinds, --seeds, --layers or --rates
+add to it. With --publish that is bench/results/quality.json, the table in docs/findings/quality.md and docs/images/quality.png;
+else results and picture are in build/bench/results.
 """
 
 import json
@@ -14,9 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ import click
 import numpy as np
 import torch
 
-from bench.peers import ROOT, STEPS, Peer, PeerFailed, environment, variables
+from bench.peers import ROOT, STEPS, PeerFailed, environment, variables
 from bench.report import RESULTS, UNPUBLISHED, machine, today
+from residual_saes.eval.foreign.forms import read_sae
 from residual_saes.eval.measure.evaluate import heldout
 from residual_saes.eval.measure.heldout import heldout_tokens
 from residual_saes.eval.measure.splice import SplicedModel
@@ -37,33 +40,41 @@ from residual_saes.shared.runs.target import Target
 from residual_saes.shared.sites import Site
 from residual_saes.shared.units import parse_count
 from residual_saes.train.loader import ActivationLoader, LoaderConfig
+from residual_saes.train.sparsity.settings import parse_setting
 
 NAME, PICTURE = "quality.json", ROOT / "docs" / "images" / "quality.png"
 SCRATCH = ROOT / "build" / "bench" / "quality"
 CPU = torch.device("cpu")
-# The demo's model and text, at the batch and rate that all take part at.
-DEMO = replace(PRESETS["demo"], tokens=960_000, holdout_tokens=64_000, batch=1024, lr=3e-3, lr_warmup=100)
+# The demo's model and text, at the batch that all take part at.
+DEMO = replace(PRESETS["demo"], tokens=960_000, holdout_tokens=64_000, batch=1024, lr_warmup=100)
 Point = dict[str, Any]
+OURS = "ours"
 
-# Who takes part. Ours with options of `rsae train`, among which --l1 may take the place of the λs; theirs with their names
-# in bench/workers/quality.py and in bench/peers.py.
-OUR_LEVELS = (4, 10, 27, 75, 210)  # no further apart than APART
-OURS = {
-    "ours, published recipe": (),
-    "ours, best recipe": ("--recipe", "best", "--l1", ",".join(f"adaptive:5e-2@{l0}" for l0 in OUR_LEVELS)),
-    "ours, BatchTopK": ("--l1", ",".join(f"batchtopk:{l0}" for l0 in OUR_LEVELS)),
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a setting of ours is written, with a place for its level; the levels; and who has the same kind."""
+
+    form: str
+    levels: tuple[str, ...]
+    peers: tuple[str, ...]
+
+
+SPARSE = ("8", "20", "50", "110")  # activations a token: no further apart than APART
+LAMBDAS = ("0.004", "0.01", "0.025", "0.06", "0.1", "0.15", "0.25")  # the same scale for all
+BOTH = ("SAELens", "dictionary_learning")
+KINDS = {
+    "L1": Kind("{}", LAMBDAS, (*BOTH, "dictionary_learning April")),
+    "adaptive, best": Kind("adaptive:5e-2@{}/best", SPARSE, ()),
+    "BatchTopK": Kind("batchtopk:{}/decay", SPARSE, BOTH),
+    "TopK": Kind("topk:{}/decay", SPARSE, BOTH),
+    "JumpReLU": Kind("jumprelu:{}/decay", SPARSE, BOTH),
+    "Matryoshka": Kind("matryoshka:{}/decay", SPARSE, BOTH),
 }
-THEIRS = {
-    "SAELens standard": ("sae_lens", "sae_lens"),
-    "dictionary_learning Standard": ("standard", "dictionary_learning"),
-    "dictionary_learning AprilUpdate": ("april", "dictionary_learning"),
-}
-# The published recipe written a second time, in our environment: what ours is to give at every L0.
-AUTOGRAD = {"published recipe in plain autograd": ("autograd", None)}
+RATES = ("3e-3", "1e-2", "2e-2")
 APART = 3  # as a factor of L0
-LEVELS = (5, 10, 20, 50, 100, 200)  # of L0 in the table
-MARKERS = "osDX^vP"
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")  # Okabe & Ito's, for the colour-blind
+LEVELS = (10, 32, 100)  # of L0 in the table
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")  # Okabe & Ito's, for the colour-blind
 
 
 def fvu_at(points: Iterable[Point], l0: float) -> float | None:
@@ -79,25 +90,57 @@ def fvu_at(points: Iterable[Point], l0: float) -> float | None:
     return math.exp(np.polyfit(near[:, 0], near[:, 1], len(near) - 1)[-1])
 
 
-def best_peer(points: Sequence[Point], layer: int, l0: float) -> dict[int, float]:
-    """{seed: FVU of the best of the other libraries at this L0}, where one of them has points around it."""
-    best: dict[int, float] = {}
-    for name in THEIRS:
-        for seed, fvu in by_seed(points, name, layer, l0).items():
-            best[seed] = min(fvu, best.get(seed, math.inf))
-    return best
+def best(points: Iterable[Point], l0: float) -> float | None:
+    """The least FVU at an L0 of all whose curves reach there: of everybody, at every rate."""
+    curves: dict[tuple[Any, ...], list[Point]] = {}
+    for p in points:
+        curves.setdefault((p["who"], p["kind"], p["lr"]), []).append(p)
+    return min((fvu for curve in curves.values() if (fvu := fvu_at(curve, l0)) is not None), default=None)
 
 
-def by_seed(points: Sequence[Point], who: str, layer: int, l0: float) -> dict[int, float]:
-    own = [p for p in points if (p["who"], p["layer"]) == (who, layer)]
-    fvus = {seed: fvu_at([p for p in own if p["seed"] == seed], l0) for seed in sorted({p["seed"] for p in own})}
-    return {seed: fvu for seed, fvu in fvus.items() if fvu is not None}
+def pairs(points: Sequence[Point], kind: str, layer: int, l0: float) -> list[tuple[float, float]]:
+    """(our best FVU, the best of the others', NaN where there is none) of one kind, for each seed that we have."""
+    found = []
+    for seed in sorted({p["seed"] for p in points}):
+        these = [p for p in points if (p["layer"], p["seed"]) == (layer, seed) and p["kind"] == kind]
+        ours, theirs = (best((p for p in these if (p["who"] == OURS) is own), l0) for own in (True, False))
+        if ours is not None:
+            found.append((ours, math.nan if theirs is None else theirs))
+    return found
 
 
-def over_best_peer(points: Sequence[Point], who: str, layer: int, l0: float) -> list[float]:
-    """For each seed, FVU over that of the best peer at this L0, where both are known."""
-    best = best_peer(points, layer, l0)
-    return [fvu / best[seed] for seed, fvu in by_seed(points, who, layer, l0).items() if seed in best]
+def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of the table: our FVU of each kind, and in brackets over the best other library's of that kind."""
+    kinds = [kind for kind in KINDS if any(p["kind"] == kind for p in points)]
+    places = [(layer, l0) for layer in sorted({p["layer"] for p in points}) for l0 in LEVELS]
+    cells = ((layer, l0, [_cell(points, kind, layer, l0) for kind in kinds]) for layer, l0 in places)
+    return ("layer", "L0", *kinds), [(str(layer), str(l0), *row) for layer, l0, row in cells]
+
+
+def _cell(points: Sequence[Point], kind: str, layer: int, l0: float) -> str:
+    found = pairs(points, kind, layer, l0)
+    over = _over(found)
+    return f"{np.mean([ours for ours, _ in found]):.4f}{f' ({over})' if over else ''}" if found else "–"
+
+
+def _over(found: list[tuple[float, float]]) -> str:
+    ratios = [ours / theirs for ours, theirs in found if math.isfinite(theirs)]
+    return f"{np.mean(ratios):.2f}" if ratios else ""
+
+
+def about(raw: dict[str, Any]) -> str:
+    points = longest(raw["points"])
+    tried = {kind: sorted({p["lr"] for p in points if p["kind"] == kind}, key=float) for kind in KINDS}
+    rates = "; ".join(f"{kind} {', '.join(of)}" for kind, of in tried.items() if of)
+    tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
+    return (
+        f"FVU of SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
+        f"({tokens // batch:,} steps), up to {len({p['seed'] for p in points})} seeds, float32, {raw['date']}, on {heldout:,} "
+        "held-out tokens; in brackets over that of the best other library's SAE of the same kind, both at the best of the "
+        f"rates that were tried ({rates}). Between measured points by parabolas of ln FVU in ln L0. Made by `python -m bench "
+        "quality`; points, with cosine, dead features and CE recovered, are in "
+        "[bench/results/quality.json](../../bench/results/quality.json)."
+    )
 
 
 def longest(points: Sequence[Point]) -> list[Point]:
@@ -106,63 +149,27 @@ def longest(points: Sequence[Point]) -> list[Point]:
     return [p for p in points if p["tokens"] == most]
 
 
-def names(points: Sequence[Point]) -> list[str]:
-    known = dict.fromkeys(p["who"] for p in points)
-    return sorted(known, key=[*THEIRS, *AUTOGRAD, *OURS, *known].index)
-
-
-def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines of the table: the best peer's FVU, and each one's over it, with the seeds' least and most."""
-    who, lines = names(points), []
-    for layer in sorted({p["layer"] for p in points}):
-        for l0 in LEVELS:
-            if best := best_peer(points, layer, l0):
-                ratios = [over_best_peer(points, name, layer, l0) for name in who]
-                lines.append((str(layer), str(l0), f"{np.mean(list(best.values())):.4f}", *map(_spread, ratios)))
-    return ("layer", "L0", "best peer's FVU", *who), lines
-
-
-def _spread(values: list[float]) -> str:
-    span = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{span}" if values else "–"
-
-
-def about(raw: dict[str, Any]) -> str:
-    points = longest(raw["points"])
-    seeds = len({p["seed"] for p in points})
-    most = max(Counter((p["who"], p["layer"], p["seed"]) for p in points if p["who"] in THEIRS).values())
-    tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
-    return (
-        f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
-        f"({tokens // batch:,} steps), lr 3e-3, up to {most} λs for the others, {seeds} seed{'s' * (seeds > 1)}, float32, "
-        f"{raw['date']}: FVU on {heldout:,} held-out tokens over that of the best of the other libraries at the same L0 (in "
-        "brackets the seeds' least and most), between measured points by parabolas of ln FVU in ln L0. Made by "
-        "`python -m bench quality`; points, with cosine, dead features and CE recovered, are in "
-        "[bench/results/quality.json](../../bench/results/quality.json)."
-    )
-
-
 def draw(points: Sequence[Point], path: Path) -> None:
+    """Our best FVU of each kind (lines) and the best other library's (dashes), by L0."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = sorted({p["layer"] for p in points})
-    figure, grid = pyplot.subplots(2, len(layers), figsize=(5 * len(layers), 6.4), sharex=True, squeeze=False)
-    for column, layer in enumerate(layers):
-        above, below = grid[:, column]
-        for number, name in enumerate(names(points)):
-            own = sorted((p for p in points if (p["who"], p["layer"]) == (name, layer)), key=lambda p: p["l0"])
-            style = {"color": COLOURS[number], "marker": MARKERS[number], "ms": 4, "ls": "--" if name in THEIRS else "-"}
-            above.plot([p["l0"] for p in own], [p["fvu"] for p in own], **style | {"ls": ""}, label=name)
-            levels = np.geomspace(4, 250, 40)
-            ratios = [over_best_peer(points, name, layer, float(level)) for level in levels]
-            below.plot(levels, [np.mean(r) if r else math.nan for r in ratios], **style | {"marker": ""})
-        above.set(title=f"layer {layer}: held-out FVU", xscale="log", yscale="log")
-        below.set(title="over the best other library's at the same L0", xlabel="L0")
-        above.grid(alpha=0.3), below.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize=8)
+    layers, levels = sorted({p["layer"] for p in points}), np.geomspace(4, 250, 60)
+    figure, grid = pyplot.subplots(1, len(layers), figsize=(5 * len(layers), 4), sharex=True, squeeze=False)
+    for axes, layer in zip(grid[0], layers, strict=True):
+        for colour, kind in zip(COLOURS, KINDS, strict=True):
+            for own, dashes in ((True, "-"), (False, "--")):
+                these = [p for p in points if (p["layer"], p["kind"], p["who"] == OURS) == (layer, kind, own)]
+                seeds = [[p for p in these if p["seed"] == seed] for seed in {p["seed"] for p in these}]
+                curves = [[value or math.nan for value in (best(seed, float(l0)) for l0 in levels)] for seed in seeds]
+                if curves:
+                    label = kind if own else f"{kind}, best other"
+                    axes.plot(levels, np.mean(curves, axis=0), color=colour, ls=dashes, label=label)
+        axes.set(title=f"layer {layer}", xscale="log", yscale="log", xlabel="L0", ylabel="held-out FVU")
+        axes.grid(alpha=0.3)
+    grid[0, 0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -179,70 +186,85 @@ def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
     out.flush()
 
 
-def train_ours(cache: Cache, layer: int, seed: int, tokens: int, lambdas: str, options: tuple[str, ...]) -> list[Sae]:
+def train_ours(cache: Cache, layer: int, seed: int, tokens: int, rate: str, settings: Sequence[str]) -> list[Sae]:
+    """SAEs of these settings, all from one read."""
     folder = SCRATCH / "runs"
     command = [sys.executable, "-m", "train", "--preset", "demo", "--cache", str(cache.path), "--runs", str(folder)]
-    command += ["--batch", str(DEMO.batch), "--lr", str(DEMO.lr), "--lr-warmup", str(DEMO.lr_warmup)]
-    command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32", "--device", "cpu"]
-    subprocess.run([*command, "--l1", lambdas, *options], cwd=ROOT, check=True)
-    saes = [Sae.load(path) for path in sorted(folder.glob(f"*/sae_layer{layer:02d}_final.pt"))]
+    command += ["--batch", str(DEMO.batch), "--lr", rate, "--lr-warmup", str(DEMO.lr_warmup)]
+    command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32"]
+    subprocess.run([*command, "--device", "cpu", "--l1", ",".join(settings)], cwd=ROOT, check=True)
+    saes = [Sae.load(path) for path in folder.glob(f"*/sae_layer{layer:02d}_final.pt")]
     shutil.rmtree(folder)
-    return saes
+    kinds = [parse_setting(written.partition("/")[0]).fields() for written in settings]
+    return [next(sae for sae in saes if sae.config["train"]["l1"] == kind) for kind in kinds]
 
 
-def train_theirs(worker: str, peer: Peer, batches: Path, seed: int, features: int, lambdas: str) -> list[Sae]:
-    p, out = DEMO, SCRATCH / worker
-    out.mkdir()
-    job = {"batches": str(batches), "out": str(out), "features": features, "lr": p.lr, "warmup": p.lr_warmup, "seed": seed}
-    command = [str(environment(peer)), "-m", "bench.workers.quality", worker, json.dumps(job), *lambdas.split(",")]
+def train_theirs(who: str, kind: str, batches: Path, seed: int, features: int, rate: str, levels: Sequence[str]) -> list[Sae]:
+    """SAEs of these levels by another library, by its own trainer and from its own files."""
+    tool, out = who.partition(" ")[0], SCRATCH / "theirs"
+    package = {"SAELens": "sae_lens"}.get(tool, tool)
+    peer = next(peer for peer in STEPS if peer.environment == package)
+    job = {"batches": str(batches), "out": str(out), "features": features, "lr": float(rate), "seed": seed}
+    job["warmup"] = DEMO.lr_warmup
+    command = [str(environment(peer)), "-m", "bench.workers.quality", who, kind, json.dumps(job), *levels]
     subprocess.run(command, cwd=ROOT, env=os.environ | variables(), check=True)
     saes = []
-    for path in sorted(out.glob("*.npz")):
-        weights = {name: torch.from_numpy(value).contiguous() for name, value in np.load(path).items()}
-        b_dec = torch.zeros_like(weights["b_pre"])
-        saes.append(Sae(**weights, b_dec=b_dec, config={}, stats={"lambda": float(path.stem)}))
+    for level in levels:
+        f, scale = read_sae(tool.lower(), out / level).function, float((out / level / "scale").read_text())
+        config = {} if f.k is None else {"sparsity": {"k": f.k}}
+        saes.append(
+            Sae(
+                w_enc=f.w_enc * scale, b_enc=f.b_enc, w_dec=f.w_dec / scale, b_pre=f.b_pre / scale, b_dec=f.b_dec / scale,
+                threshold=f.threshold, config=config, stats={},
+            )
+        )  # fmt: skip
+    shutil.rmtree(out)
     return saes
 
 
 def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> list[Point]:
     tokens = cache.spec.holdout_tokens
     points = []
-    for sae, (found,) in zip(saes, heldout(cache, Target.itself(Site(layer)), saes, lm, tokens), strict=True):
+    for (found,) in heldout(cache, Target.itself(Site(layer)), saes, lm, tokens):
         tally = found.measurement
         metrics = vars(tally.sparsity()) | vars(tally.reconstruction(found.activations)) | vars(found.losses)
         kept = {name: metrics[name] for name in ("l0", "fvu", "cosine", "ce_recovered")}
-        points.append({"lambda": sae.stats["lambda"], **kept, "dead": metrics["dead_share"], "heldout": tokens})
+        points.append({**kept, "dead": metrics["dead_share"], "heldout": tokens})
     return points
 
 
 @click.command()
-@click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True)
+@click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo-long"), show_default=True)
+@click.option("--kinds", default=",".join(k for k in KINDS if "," not in k) + ",adaptive", show_default=True)
 @click.option("--layers", default="2,5", show_default=True)
 @click.option("--seeds", default=2, show_default=True)
-@click.option("--lambdas", default="4e-3,1e-2,2.5e-2,6e-2,0.1,0.15,0.25", show_default=True, help="The same scale for all.")
+@click.option("--rates", default=",".join(RATES), show_default=True, help="Adam's, of everybody.")
 @click.option("--tokens", default="400K", show_default=True, help="To train each SAE on.")
 @click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/images/quality.png.")
-def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str, publish: bool) -> None:
-    """FVU at equal L0 beside SAELens and dictionary_learning; adds to what was measured before."""
+def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens: str, publish: bool) -> None:
+    """FVU at equal L0 beside SAELens and dictionary_learning, kind by kind; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), DEMO
     trained, features = parse_count(tokens) // p.batch * p.batch, p.expansion * cache.spec.d_model
     results = (RESULTS if publish else UNPUBLISHED) / NAME
     results.parent.mkdir(parents=True, exist_ok=True)
     points = json.loads(results.read_text())["points"] if results.exists() else []
     lm = SplicedModel(str(harvested_model(cache, None).folder), None, "fp32", CPU, heldout_tokens(cache, p.ce_tokens))
+    wanted = [kind for kind in KINDS if kind.partition(",")[0] in kinds.split(",")]
     for seed, layer in [(seed, layer) for seed in range(seeds) for layer in map(int, layers.split(","))]:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
-        for who in (*THEIRS, *AUTOGRAD, *OURS):
-            these = {"who": who, "layer": layer, "seed": seed, "tokens": trained}
-            if any(these.items() <= q.items() for q in points):
+        place = {"layer": layer, "seed": seed, "tokens": trained, "batch": p.batch}
+        known = [{k: q[k] for k in ("who", "kind", "lr", "level", *place)} for q in points]
+        for rate, who, kind in [(r, w, k) for r in rates.split(",") for k in wanted for w in (OURS, *KINDS[k].peers)]:
+            these = [place | {"who": who, "kind": kind, "lr": rate, "level": level} for level in KINDS[kind].levels]
+            if not (these := [one for one in these if one not in known]):
                 continue
             try:
-                saes = _train(who, cache, layer, seed, trained, features, lambdas)
+                saes = _train(cache, these, features)
             except (PeerFailed, subprocess.CalledProcessError) as failure:
                 click.echo(f"{who} is left out: {failure}", err=True)
                 continue
-            points += [these | {"batch": p.batch} | point for point in measured(cache, layer, saes, lm)]
+            points += [one | point for one, point in zip(these, measured(cache, layer, saes, lm), strict=True)]
             content = {"kind": "quality", "date": today(), "machine": asdict(machine()), "features": features, "points": points}
             results.write_text(json.dumps(content, indent=1) + "\n")
             click.echo("\n".join(map(json.dumps, points[-len(saes) :])))
@@ -252,13 +274,14 @@ def command(path: Path, layers: str, seeds: int, lambdas: str, tokens: str, publ
     click.echo(f"{picture}\n{results}" + "\nnow: python -m bench tables" * publish)
 
 
-def _train(who: str, cache: Cache, layer: int, seed: int, tokens: int, features: int, lambdas: str) -> list[Sae]:
-    if who in OURS:
-        return train_ours(cache, layer, seed, tokens, lambdas, OURS[who])
+def _train(cache: Cache, wanted: Sequence[Point], features: int) -> list[Sae]:
+    """SAEs that differ in their level alone."""
+    one, levels = wanted[0], [each["level"] for each in wanted]
+    if one["who"] == OURS:
+        form = KINDS[one["kind"]].form
+        settings = [form.format(level) for level in levels]
+        return train_ours(cache, one["layer"], one["seed"], one["tokens"], one["lr"], settings)
     batches = SCRATCH / "batches.npy"
     if not batches.exists():
-        dump(cache, layer, seed, tokens // DEMO.batch, batches)
-    worker, folder = (THEIRS | AUTOGRAD)[who]
-    peer = next(peer for peer in STEPS if peer.environment == folder)
-    start = seed * 1000 + layer if who in AUTOGRAD else seed  # as ours is drawn
-    return train_theirs(worker, peer, batches, start, features, lambdas)
+        dump(cache, one["layer"], one["seed"], one["tokens"] // DEMO.batch, batches)
+    return train_theirs(one["who"], one["kind"], batches, one["seed"], features, one["lr"], levels)

@@ -6,17 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import THEIRS, dump, fvu_at, longest, over_best_peer, rows
+from bench.quality import KINDS, OURS, dump, fvu_at, longest, pairs, rows
 from residual_saes.shared.cache import Cache
 from residual_saes.train.step import Begun, TrainingSae
 from tests.conftest import Cli
 
-FIRST, SECOND, THIRD = THEIRS
-OURS = "ours"
+FIRST, SECOND = KINDS["BatchTopK"].peers
 
 
-def points(who: str, fvu: dict[float, float], *, layer: int = 2, seed: int = 0, tokens: int = 9) -> list[dict[str, Any]]:
-    more = {"who": who, "layer": layer, "seed": seed, "tokens": tokens}
+def points(
+    who: str,
+    fvu: dict[float, float],
+    *,
+    kind: str = "BatchTopK",
+    lr: str = "1e-2",
+    layer: int = 2,
+    seed: int = 0,
+    tokens: int = 9,
+) -> list[dict[str, Any]]:
+    more = {"who": who, "kind": kind, "lr": lr, "layer": layer, "seed": seed, "tokens": tokens}
     return [more | {"l0": l0, "fvu": value} for l0, value in fvu.items()]
 
 
@@ -40,20 +48,23 @@ def test_a_curve_that_bends_is_followed() -> None:
         assert fvu_at(bent, l0) == pytest.approx(law(l0), rel=1e-9)
 
 
-def test_what_counts_is_the_best_peer_at_that_l0_of_the_same_layer_and_seed() -> None:
-    known = points(FIRST, {5.0: 0.5, 10.0: 0.2}) + points(SECOND, {5.0: 0.4, 10.0: 0.3}) + points(THIRD, {10.0: 0.1, 12.0: 0.1})
-    known += points(OURS, {5.0: 0.2, 10.0: 0.15})
-    known += points(FIRST, {5.0: 0.01, 10.0: 0.01}, layer=5) + points(OURS, {5.0: 0.02, 10.0: 0.02}, layer=5)
-    assert over_best_peer(known, OURS, 2, 5) == pytest.approx([0.5])
-    assert over_best_peer(known, OURS, 2, 10) == pytest.approx([1.5])
-    assert over_best_peer(known, SECOND, 2, 5) == [1]
-    assert over_best_peer(known, THIRD, 2, 5) == over_best_peer(known, OURS, 2, 20) == []
-    both = known + points(FIRST, {5.0: 0.5, 10.0: 0.5}, seed=1) + points(OURS, {5.0: 0.55, 10.0: 0.55}, seed=1)
-    assert over_best_peer(both, OURS, 2, 5) == pytest.approx([0.5, 1.1])
+def test_what_counts_is_the_best_of_all_rates_at_that_l0_of_the_same_kind_layer_and_seed() -> None:
+    known = (
+        points(FIRST, {10.0: 0.2, 20.0: 0.5}) + points(SECOND, {10.0: 0.3, 20.0: 0.4}) + points(OURS, {10.0: 0.15, 20.0: 0.3})
+    )
+    known += points(OURS, {10.0: 0.1, 12.0: 0.1}, lr="2e-2") + points(FIRST, {10.0: 0.01}, kind="TopK")
+    known += points(FIRST, {10.0: 0.01, 20.0: 0.01}, layer=5) + points(OURS, {10.0: 0.02, 20.0: 0.02}, layer=5)
+    assert pairs(known, "BatchTopK", 2, 10) == [pytest.approx((0.1, 0.2))]
+    assert pairs(known, "BatchTopK", 2, 20) == [pytest.approx((0.3, 0.4))]
+    assert pairs(known, "TopK", 2, 10) == [] and pairs(known, "BatchTopK", 2, 30) == []
+    (alone,) = pairs(known + points(OURS, {10.0: 0.4}, kind="Matryoshka"), "Matryoshka", 2, 10)
+    assert alone[0] == pytest.approx(0.4) and math.isnan(alone[1])
+    both = known + points(FIRST, {10.0: 0.5}, seed=1) + points(OURS, {10.0: 0.55}, seed=1)
+    assert pairs(both, "BatchTopK", 2, 10) == [pytest.approx((0.1, 0.2)), pytest.approx((0.55, 0.5))]
     head, lines = rows(both)
-    assert head == ("layer", "L0", "best peer's FVU", FIRST, SECOND, THIRD, OURS)
-    assert [line[:2] for line in lines] == [(layer, l0) for layer in "25" for l0 in ("5", "10")]
-    assert lines[0][-1] == "0.800 (0.500–1.100)" and lines[0][5] == "–" and lines[2][-1] == "2.000"
+    assert head == ("layer", "L0", "BatchTopK", "TopK")
+    assert [line[:2] for line in lines] == [(layer, l0) for layer in "25" for l0 in ("10", "32", "100")]
+    assert lines[0][2:] == ("0.3250 (0.80)", "–") and lines[1][2:] == ("–", "–")
 
 
 def test_points_of_shorter_trainings_are_not_mixed_in() -> None:
