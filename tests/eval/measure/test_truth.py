@@ -163,8 +163,9 @@ def test_saelens_measures_the_same(cli: Cli, world_path: Path, tmp_path: Path) -
         pytest.skip("SAELens is not installed: `python -m bench.peers`")
     x, truth, world = heldout(world_path)
     torch.save({"x": x, "truth": truth, "directions": world.directions}, tmp_path / "data.pt")
-    export = ("eval", "export", "--runs", world_path / "runs", "--to", "saelens", "--out", tmp_path / "out")
-    assert cli(*export).code == 0
+    runs = ("--runs", world_path / "runs")
+    assert cli("eval", "truth", "--cache", world_path / "c", *runs).code == 0
+    assert cli("eval", "export", *runs, "--to", "saelens", "--out", tmp_path / "out").code == 0
     script = Path(__file__).with_name("saelens_truth.py")
     done = subprocess.run([python, script, tmp_path / "data.pt", tmp_path / "out"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from residual_saes.shared.cache import BlockStats, Cache, CacheSpec, TokenChunk, slice_checksums
+from residual_saes.shared.cache.spec import Imported
 from residual_saes.shared.cache.zarr import block_key
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import _google_crc32c, crc32c, from_bytes, to_bytes
@@ -280,7 +281,10 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(CacheSpec)])
 def test_identity_is_every_field_but_where_things_lay(field: str) -> None:
-    other = dataclasses.replace(SPEC, **{field: 77 if isinstance(getattr(SPEC, field), int) else "other"})
+    value: object = 77 if isinstance(getattr(SPEC, field), int) else "other"
+    if field == "imported":
+        value = Imported(sites=(Site(0),), rows=8, positions=True, tokens=False, sha256="other")
+    other = dataclasses.replace(SPEC, **{field: value})  # type: ignore[arg-type]
     place = field in ("model", "model_branch", "model_commit", "dataset")
     assert (SPEC.digest == other.digest) == place
     assert (SPEC.differences(other) == []) == place
