@@ -38,6 +38,7 @@ def together(sweep: Sweep, layers: tuple[str, ...], at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [10, 100])
+@pytest.mark.slow
 def test_trainers_of_the_same_layers_and_an_evaluation_beside_them(sweep: Sweep, at: int) -> None:
     """One trainer has the layer, and is killed; the other is refused, or comes after it. What is measured meanwhile stays."""
     start, evaluation = sweep.scenario("resume").start, sweep.scenario("eval")

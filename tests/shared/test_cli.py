@@ -264,6 +264,7 @@ def test_a_full_disk_behind_what_is_printed(capfd: pytest.CaptureFixture[str], m
 
 
 @pytest.mark.parametrize("args", [("harvest", "plan", "--preset", "demo"), ("residual_saes", "presets"), ("harvest", "--help")])
+@pytest.mark.slow
 def test_a_table_on_a_full_disk_is_no_success(args: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", *args], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)

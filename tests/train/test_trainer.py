@@ -535,6 +535,7 @@ def others(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("kill_at", "ahead"), [(40, True), (77, False), (77, True)])
+@pytest.mark.slow
 def test_other_recipes_and_settings_resume_bit_for_bit(
     cli: Cli, others: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int, ahead: bool
 ) -> None:

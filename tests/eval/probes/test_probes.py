@@ -71,6 +71,7 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_saes_and_baselines_are_probed_and_shown(probes: Callable[..., str], tmp_path: Path, cli: Cli, lm: Path) -> None:
     table = probes("--k", "1,5,all")
     runs = tmp_path / "runs"
