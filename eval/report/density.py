@@ -97,7 +97,7 @@ def layers(data: RunData, features: dict[Site, Features], shares: dict[Site, Ten
     profile.set_xlabel("layer")
     names = [f"{site}: {which.mean() if len(which) else 0:.1%}" for site, which in zip(sites, of_layer, strict=True)]
     profile.set_yticks(range(n), names)
-    profile.set_ylabel("largest at layer: share of features")
+    profile.set_ylabel("largest at")
     edges = np.linspace(1, n, 33)
     counts = np.array([np.histogram(spread[which].clip(1, n), edges)[0] / max(1, len(spread)) for which in of_layer])
     ends = (1.0, float(n), n - 0.5, -0.5)
