@@ -79,6 +79,8 @@ CPU = (
     Ratio("loader, of raw read", "reading", "", "limit", None, "≥", 0.9, "%"),
     Ratio("writer, of raw write", "writing", "", "limit", None, "≥", 0.9, "%"),
     Ratio("writer, of SAELens' cache writer", "writing", "", "peer", "sae_lens_cache", "≥", 8, "×"),
+    Ratio("int8 loader, tokens of float16's", "reading", "int8", "ours", "", "≥", 1.8, "×"),
+    Ratio("int8 writer, tokens of float16's", "writing", "int8", "ours", "", "≥", 1.8, "×"),
     Ratio("forward, of plain transformers", "forward", "", "peer", None, ">", 1, "×"),
 )
 GPU = (
