@@ -65,17 +65,18 @@ class LayerJob:
     def _look(self) -> tuple[list[Look], list[float]]:
         """At what is read: that of each site, and where there are several how far each one's rows are from their mean, over the
         root mean square of all of them."""
-        looks, deviations, config = [], [], self._config
+        looks, deviations, config, several = [], [], self._config, len(self._target.inputs) > 1
         for site in self._target.inputs:
             rows = read_rows(self._cache, site, config.seed)
             looks.append(look := Look.of(*rows, config.skip_positions, config.max_norm))
-            deviations.append(deviation(*rows, config.skip_positions))
+            if several:
+                deviations.append(deviation(*rows, config.skip_positions))
             if self._options.verbose or look.left_out:
                 say(f"layer {site}: {look}", err=True)
             if look.warning:
                 say(f"layer {site}: warning: {look.warning}", err=True)
-        usual = math.sqrt(math.fsum(d * d for d in deviations) / len(deviations))
-        return looks, [d / usual or 1.0 for d in deviations] if usual and len(looks) > 1 else []
+        usual = math.sqrt(math.fsum(d * d for d in deviations) / len(looks))
+        return looks, [d / usual or 1.0 for d in deviations] if usual else []
 
     def _first_window(self) -> bool:
         """Wait for the blocks with which training begins; False if it was asked to stop meanwhile."""
