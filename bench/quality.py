@@ -65,7 +65,7 @@ LAMBDAS = ("0.004", "0.01", "0.025", "0.06", "0.1", "0.15", "0.25")  # the same 
 BOTH = ("SAELens", "dictionary_learning")
 KINDS = {
     "L1": Kind("{}", LAMBDAS, (*BOTH, "dictionary_learning April")),
-    "adaptive, best": Kind("adaptive:5e-2@{}/best", SPARSE, ()),
+    "adaptive/best": Kind("adaptive:5e-2@{}/best", SPARSE, ()),
     "BatchTopK": Kind("batchtopk:{}/decay", SPARSE, BOTH),
     "TopK": Kind("topk:{}/decay", SPARSE, BOTH),
     "JumpReLU": Kind("jumprelu:{}/decay", SPARSE, BOTH),
@@ -235,7 +235,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 
 @click.command()
 @click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo-long"), show_default=True)
-@click.option("--kinds", default=",".join(k for k in KINDS if "," not in k) + ",adaptive", show_default=True)
+@click.option("--kinds", default=",".join(KINDS), show_default=True)
 @click.option("--layers", default="2,5", show_default=True)
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--rates", default=",".join(RATES), show_default=True, help="Adam's, of everybody.")
@@ -249,7 +249,7 @@ def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens:
     results.parent.mkdir(parents=True, exist_ok=True)
     points = json.loads(results.read_text())["points"] if results.exists() else []
     lm = SplicedModel(str(harvested_model(cache, None).folder), None, "fp32", CPU, heldout_tokens(cache, p.ce_tokens))
-    wanted = [kind for kind in KINDS if kind.partition(",")[0] in kinds.split(",")]
+    wanted = [kind for kind in KINDS if kind in kinds.split(",")]
     for seed, layer in [(seed, layer) for seed in range(seeds) for layer in map(int, layers.split(","))]:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)

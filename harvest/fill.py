@@ -1,13 +1,30 @@
 """A cache filled from what it is made from: created or compared first, and looked at afterwards."""
 
+from typing import get_args
+
+import click
+
 from residual_saes.harvest.care import notes_on_mixing, warnings_of_overflow
 from residual_saes.harvest.origin import Origin
 from residual_saes.harvest.plan import remaining_bytes, require_space
 from residual_saes.harvest.run import HarvestConfig, harvest
-from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.cache import Cache, CacheSpec, Stored
+from residual_saes.shared.cli import THREADS, options
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.stores import Location
+from residual_saes.shared.units import ALONE, parse_shard
+
+# options of commands that fill a cache from something else than a text
+FILLING = options(
+    click.option(
+        "--store", type=click.Choice(get_args(Stored)), default="float16", show_default=True, help="As what values are stored."
+    ),
+    click.option("--threads", type=THREADS, default=4, show_default=True, help="Threads for the disk."),
+    click.option(
+        "--shard", type=parse_shard, default=ALONE, help="This process is i of n at work on the same cache, such as 0/8."
+    ),
+)
 
 
 def fill_cache(

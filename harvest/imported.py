@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from residual_saes.harvest.arrays import Piece, Pieces, open_folder, read_tokens, token_file
-from residual_saes.harvest.fill import fill_cache
+from residual_saes.harvest.fill import FILLING, fill_cache
 from residual_saes.harvest.plan import prepare_place
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.source import Sink
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec, Imported, Stored
-from residual_saes.shared.cli import CACHE, COUNT, SEED, THREADS, options
+from residual_saes.shared.cli import CACHE, COUNT, SEED, options
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.identity import hash_files
 from residual_saes.shared.presets import DATA, short_name
@@ -26,7 +26,7 @@ from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.stores import Location, parse_name
 from residual_saes.shared.typed import read
-from residual_saes.shared.units import ALONE, Shard, parse_count, parse_shard
+from residual_saes.shared.units import Shard, parse_count
 
 _CONTEXT = 64  # rows that are kept together where nothing says which belong together
 _BLOCK_ROWS, _BLOCKS = 32_768, 64  # a block is as large, or a share of the rows as small
@@ -206,11 +206,7 @@ def spec_of(rows: Rows, *, name: str, holdout: int | None, block_sequences: int 
     largest = max(1, _BLOCK_ROWS // context)
     per_block = block_sequences or min(largest, max(1, sequences // _BLOCKS))
     n_blocks = sequences // per_block
-    held = (
-        -(-min(2_000_000, rows.rows // 10) // (per_block * context))
-        if holdout is None
-        else -(-holdout // (per_block * context))
-    )
+    held = -(-(min(2_000_000, rows.rows // 10) if holdout is None else holdout) // (per_block * context))
     if n_blocks - held < 1:
         raise UserError(
             f"{rows.folder} has {rows.rows:,} rows, too few for blocks of {per_block * context:,}, {held} of them held out: "
@@ -251,12 +247,8 @@ def _one_site(text: str) -> Site:
 @click.option("--context", type=click.IntRange(1, 1 << 24), help="Rows of a sequence, where files have rows alone.")
 @click.option("--holdout-tokens", type=parse_count, help="Rows held out for evaluation [default: a tenth, at most 2M].")
 @click.option("--block-sequences", type=COUNT, help="Sequences in a block [default: 32,768 rows, fewer of few].")
-@click.option(
-    "--store", type=click.Choice(get_args(Stored)), default="float16", show_default=True, help="As what values are stored."
-)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order inside blocks.")
-@click.option("--threads", type=THREADS, default=4, show_default=True, help="Threads for the disk.")
-@click.option("--shard", type=parse_shard, default=ALONE, help="This process is i of n at work on the same cache, such as 0/8.")
+@FILLING
 def import_command(
     folder: str,
     cache: Location | None,

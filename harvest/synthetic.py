@@ -7,21 +7,21 @@ from typing import Any, get_args, get_type_hints
 import click
 import torch
 
-from residual_saes.harvest.fill import fill_cache
+from residual_saes.harvest.fill import FILLING, fill_cache
 from residual_saes.harvest.origin import Synthetic
 from residual_saes.harvest.plan import prepare_place, whole_blocks
 from residual_saes.harvest.run import HarvestConfig
 from residual_saes.harvest.writer import WriterConfig
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.cache.spec import Stored
-from residual_saes.shared.cli import CACHE, PRESET, SEED, THREADS, Number, filled, options, options_of
+from residual_saes.shared.cli import CACHE, PRESET, SEED, Number, filled, options, options_of
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.presets import DATA, WorldPreset, world_preset
 from residual_saes.shared.sites import Site
 from residual_saes.shared.stores import Location
 from residual_saes.shared.synthetic.config import WorldConfig
 from residual_saes.shared.typed import Bounds, read
-from residual_saes.shared.units import ALONE, Shard, parse_layers, parse_shard
+from residual_saes.shared.units import Shard, parse_layers
 
 
 def _world_options() -> tuple[Callable[..., Any], ...]:
@@ -51,11 +51,7 @@ def _world_options() -> tuple[Callable[..., Any], ...]:
     *_world_options(),
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of worlds, rows and their order.")
-@click.option(
-    "--store", type=click.Choice(get_args(Stored)), default="float16", show_default=True, help="As what rows are stored."
-)
-@click.option("--threads", type=THREADS, default=4, show_default=True, help="Threads for the disk.")
-@click.option("--shard", type=parse_shard, default=ALONE, help="This process is i of n at work on the same cache, such as 0/8.")
+@FILLING
 def synthetic_command(**options: Any) -> None:
     """Fill a cache from synthetic worlds; run it again to continue. `rsae eval truth` knows what is in it."""
     fill_synthetic(**options)

@@ -33,7 +33,7 @@ def rows(path: str, scale: float = 1.0) -> Iterator[Tensor]:
 
 
 def sae_lens(kind: str, args: SimpleNamespace, level: str, out: Path) -> float:
-    steps, batch, d = args.shape
+    steps, _, d = args.shape
     scale: float = math.sqrt(d) / args.length
     name, config, more = {
         "L1": ("standard", "Standard", {"l1_coefficient": float(level) * d}),
@@ -44,18 +44,24 @@ def sae_lens(kind: str, args: SimpleNamespace, level: str, out: Path) -> float:
     }[kind]
     if kind == "Matryoshka":
         more["matryoshka_widths"] = [round(args.features * sum(FRACTIONS[: n + 1])) for n in range(len(FRACTIONS))]
-    module = import_module(f"sae_lens.saes.{name}_sae")
-    settings = getattr(module, f"{config}TrainingSAEConfig")(d_in=d, d_sae=args.features, dtype="float32", **more)
+    args.decay = 0 if kind == "L1" else steps // 5
+    fit_sae_lens(name, config, more, args, rows(args.batches, scale)).save_inference_model(out)
+    return scale
+
+
+def fit_sae_lens(name: str, title: str, own: dict[str, Any], args: SimpleNamespace, data: Iterator[Tensor]) -> Any:
+    """SAELens' SAE of a kind, by the names of its module and classes and its own settings, trained by its trainer."""
+    module, (steps, batch, d) = import_module(f"sae_lens.saes.{name}_sae"), args.shape
+    config = getattr(module, f"{title}TrainingSAEConfig")(d_in=d, d_sae=args.features, dtype="float32", **own)
     trainer = import_module("sae_lens.training.sae_trainer").SAETrainer(
         cfg=import_module("sae_lens.config").SAETrainerConfig(
             total_training_samples=steps * batch, train_batch_size_samples=batch, lr=args.lr, lr_end=args.lr,
-            lr_warm_up_steps=args.warmup, lr_decay_steps=0 if kind == "L1" else steps // 5,
+            lr_warm_up_steps=args.warmup, lr_decay_steps=args.decay,
         ),
-        sae=getattr(module, f"{config}TrainingSAE")(settings),
-        data_provider=rows(args.batches, scale),
+        sae=getattr(module, f"{title}TrainingSAE")(config),
+        data_provider=data,
     )  # fmt: skip
-    trainer.fit().save_inference_model(out)
-    return scale
+    return trainer.fit()
 
 
 def dictionary_learning(kind: str, args: SimpleNamespace, level: str, out: Path, april: bool = False) -> float:

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from residual_saes.shared.files import make_dir
 from residual_saes.shared.records import JsonLines, Record
@@ -37,11 +37,20 @@ class Probed(Record):
     auc: dict[str, float]  # {k: AUC}; k is a number or "all"
 
     @property
-    def subject(self) -> tuple[Any, ...]:
-        return self.run, self.site, self.snapshot, self.file, self.features
+    def subject(self) -> "Subject":
+        return Subject(self.run, self.site, self.snapshot, self.file, self.features)
 
 
-Subject = tuple[Any, ...]  # what was probed: Probed.subject
+class Subject(NamedTuple):
+    """What was probed: fields of a record."""
+
+    run: str
+    site: Site
+    snapshot: str
+    file: str
+    features: int
+
+
 Known = dict[Subject, dict[str, dict[str, float]]]  # {subject: {checksum of a set: {k: AUC}}}
 
 
@@ -93,16 +102,16 @@ def compared(folder: Path, runs: Sequence[Run], cache: str) -> list[Compared]:
     """Final SAEs of these runs and the baselines of their cache, by site. Raises UserError where a record is damaged."""
     found: dict[Site, list[tuple[str, int, dict[str, dict[str, float]]]]] = {}
     for of, sets in Probes(folder).read().items():
-        if of[3] == cache:
-            found.setdefault(of[1], []).append((_NAMES[of[0]], of[4], sets))
+        if of.file == cache:
+            found.setdefault(of.site, []).append((_NAMES[of.run], of.features, sets))
     for run in runs:
         files = {}
         for snapshot in run.snapshots():
             with contextlib.suppress(Damaged):
                 files[snapshot.site, snapshot.label] = Sae.checksum(snapshot.path)
         for of, sets in run_probes(run).read().items():
-            if of[0] == run.config.digest and of[3] == files.get((of[1], of[2])):
-                found.setdefault(of[1], []).append((run.name, of[4], sets))
+            if of.run == run.config.digest and of.file == files.get((of.site, of.snapshot)):
+                found.setdefault(of.site, []).append((run.name, of.features, sets))
     rows = []
     for site, of_site in sorted(found.items()):
         common = set.intersection(*(set(sets) for *_, sets in of_site))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from residual_saes.eval.measure.activations import SiteReader
-from residual_saes.eval.measure.probed import ALL, RANDOM, RESIDUAL, Known, Probed, Probes, run_probes
+from residual_saes.eval.measure.probed import ALL, RANDOM, RESIDUAL, Known, Probed, Probes, Subject, run_probes
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.probes.classify import auc, by_difference, fitting_quietly
 from residual_saes.eval.probes.config import ProbeConfig
@@ -85,7 +85,7 @@ def _subjects(
     known, shapes = beside.read(), set[tuple[str, Site, int]]()
 
     def subject(known: Known, run: str, site: Site, file: str, features: int, **of: Any) -> _Subject:
-        have = known.get((run, site, FINAL, file, features), {})
+        have = known.get(Subject(run, site, FINAL, file, features), {})
         missing = {digest: left for digest in sets if (left := [k for k in config.k if k not in have.get(digest, {})])}
         return _Subject(run=run, site=site, file=file, features=features, missing=missing, **of)
 

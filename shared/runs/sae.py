@@ -80,7 +80,7 @@ class Sae:
 
     @property
     def transcodes(self) -> bool:
-        return bool(self.config.get("inputs") != self.config.get("outputs"))
+        return self.target.transcodes
 
     def parts(self) -> list["Sae"]:
         """One for each site that it writes, with the same encoder, as transcoders; itself where it writes one."""

@@ -43,6 +43,12 @@ class RowActivation(Activation):
     row_count: Tensor  # int64 [B]: active features of each token
 
 
+def _activation(token_counts: Tensor, feature_count: Tensor, feature_total: Tensor) -> RowActivation:
+    """Of what the C functions count: active features [threads, B], and active tokens and sum of each feature, [F]."""
+    total = feature_total.sum(dtype=torch.float64)
+    return RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
+
+
 class NativeKernels(TorchKernels):
     """Matrices are contiguous bfloat16, the hidden layer feature-major; see `kernels.TorchKernels` for the rest."""
 
@@ -63,8 +69,7 @@ class NativeKernels(TorchKernels):
         feature_count = torch.empty(features, dtype=torch.int32)
         feature_total = torch.empty_like(bias)
         self._c.activate(*arguments(_hidden(h), bias, token_counts, feature_count, feature_total, tokens, features))
-        total = feature_total.sum(dtype=torch.float64)
-        return RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
+        return _activation(token_counts, feature_count, feature_total)
 
     def keep_largest_(self, z: Tensor, count: int) -> tuple[Activation, Tensor]:
         tokens, features = z.shape
@@ -73,12 +78,9 @@ class NativeKernels(TorchKernels):
         self._choose.equal(*arguments(hidden, least, equal, tokens, features))
         room = count - above - (equal.cumsum(0) - equal)
         token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
-        feature_count, feature_total = torch.empty(features, dtype=torch.int32), torch.empty(features)
-        counts = (token_counts, feature_count, feature_total)
+        counts = (token_counts, torch.empty(features, dtype=torch.int32), torch.empty(features))
         self._choose.keep(*arguments(hidden, least, room, *counts, tokens, features))
-        total = feature_total.sum(dtype=torch.float64)
-        activation = RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
-        return activation, torch.tensor(least, dtype=torch.int16).view(torch.bfloat16)
+        return _activation(*counts), torch.tensor(least, dtype=torch.int16).view(torch.bfloat16)
 
     def _least(self, hidden: Tensor, count: int) -> tuple[int, int]:
         """The bit pattern of the count-th largest number, 0 if so many are not above 0, and how many are larger.
@@ -105,12 +107,9 @@ class NativeKernels(TorchKernels):
         start = starts(near)
         token, feature = torch.empty(int(start[-1]), dtype=torch.int64), torch.arange(features)
         token_counts = torch.zeros(self._threads, tokens, dtype=torch.int32)
-        feature_count, feature_total = torch.empty(features, dtype=torch.int32), torch.empty(features)
-        lists = (start, token, token_counts, feature_count, feature_total)
-        self._choose.jump(*arguments(hidden, low, threshold, high, *lists, tokens, features))
-        total = feature_total.sum(dtype=torch.float64)
-        activation = RowActivation(row_count=token_counts.sum(0), feature_count=feature_count, total=total)
-        return activation, Near(token=token, feature=feature.repeat_interleave(near))
+        counts = (token_counts, torch.empty(features, dtype=torch.int32), torch.empty(features))
+        self._choose.jump(*arguments(hidden, low, threshold, high, start, token, *counts, tokens, features))
+        return _activation(*counts), Near(token=token, feature=feature.repeat_interleave(near))
 
     def mask_(self, gz: Tensor, z: Tensor, activation: Activation, l1_grad: float) -> Tensor:
         tokens, features = z.shape
