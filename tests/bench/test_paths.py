@@ -136,8 +136,9 @@ def test_l0_is_as_asked() -> None:
     setup = replace(SMALL, features=1024, tokens=256, l0=51)
     dense, sparse = (Steps(saes=steps.new_saes(setup, way), workspace=steps.workspace(setup), tokens=256) for way in steps.WAYS)
     dense.run(), sparse.run()
-    assert dense.note().startswith("dense backward at L0 51")
-    assert 40 < float(sparse.note().removeprefix("sparse backward at L0 ").partition(",")[0]) < 64
+    assert all(one.note().startswith(f"{way} backward at L0 ") for way, one in zip(steps.WAYS, (dense, sparse), strict=True))
+    assert dense.result is not None and 480 < dense.result.l0 < 544  # half of 1,024: the mean of 256 random rows
+    assert sparse.result is not None and 40 < sparse.result.l0 < 64
 
 
 def test_each_setting_steps_as_often_together_as_alone() -> None:
