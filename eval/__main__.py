@@ -74,11 +74,11 @@ def run_command(preset: str | None, cache: Location | None, runs: Location, numb
     config = filled(EvalConfig, options, eval_tokens=spec.holdout_tokens, ce_tokens=defaults.ce_tokens)
     skipped, folder = Skipped(), fetched(runs)
     adopt(opened, folder, taken, skipped)
-    found = find_runs(folder, opened, skipped)
-    results = evaluate(opened, found, config, skipped)
-    found = [each for each in found if each.name in results]
-    report = None if numbers_only else _write_pages(folder, found, results, opened.digest, skipped)
-    say(text_table(found, results))
+    runs_of_cache = find_runs(folder, opened, skipped)
+    results = evaluate(opened, runs_of_cache, config, skipped)
+    runs_of_cache = [each for each in runs_of_cache if each.name in results]
+    report = None if numbers_only else _write_pages(folder, runs_of_cache, results, opened.digest, skipped)
+    say(text_table(runs_of_cache, results))
     if report is not None:
         say(f"\nreport: {report}")
     if skipped.count:
@@ -97,9 +97,9 @@ def truth_command(preset: str | None, cache: Location | None, runs: Location, **
         raise UserError(f"{opened.path} is of a language model, whose true features nobody knows: `rsae harvest synthetic`")
     config = filled(EvalConfig, options, eval_tokens=opened.spec.holdout_tokens, ce_tokens=0)
     skipped = Skipped()
-    found = find_runs(fetched(runs), opened, skipped)
-    results = evaluate(opened, found, config, skipped)
-    say(text_table([each for each in found if each.name in results], results, "truth"))
+    runs_of_cache = find_runs(fetched(runs), opened, skipped)
+    results = evaluate(opened, runs_of_cache, config, skipped)
+    say(text_table([each for each in runs_of_cache if each.name in results], results, "truth"))
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is measured")
 
@@ -115,16 +115,16 @@ def _open(cache: Location | None, preset: str | None, runs: Location, *, new: bo
     return Cache.open(cache_place(cache, preset))
 
 
-def _write_pages(runs: Path, found: list[Run], results: dict[str, list[Result]], cache: str, skipped: Skipped) -> Path:
+def _write_pages(runs: Path, opened: list[Run], results: dict[str, list[Result]], cache: str, skipped: Skipped) -> Path:
     """Pictures, model cards, and the report, whose path is returned."""
     measured = None
     with skipped.leaving_out():
         measured = measured_floors(runs, cache)
-    plot_runs(found, results, measured, skipped)
-    for each in found:
+    plot_runs(opened, results, measured, skipped)
+    for each in opened:
         with skipped.leaving_out():
             write_card(each, results[each.name], measured, sister_runs(each))
-    return write_report(runs, found, results, measured, skipped)
+    return write_report(runs, opened, results, measured, skipped)
 
 
 @main.command("export")
@@ -189,9 +189,9 @@ def probes_command(preset: str | None, cache: Location | None, runs: Location, *
     opened = _open(cache, preset, runs)
     options["device"] = pick_device(options["device"])
     skipped, folder = Skipped(), fetched(runs)
-    found = find_runs(folder, opened, skipped)
-    probe(opened, found, filled(ProbeConfig, options), folder, skipped)
-    say(probes_table(compared(folder, found, opened.digest)))
+    runs_of_cache = find_runs(folder, opened, skipped)
+    probe(opened, runs_of_cache, filled(ProbeConfig, options), folder, skipped)
+    say(probes_table(compared(folder, runs_of_cache, opened.digest)))
     if skipped.count:
         raise UserError(f"{skipped.count} left out, as said above; all else is probed")
 
@@ -253,9 +253,9 @@ def distill_command(
 @DEVICE
 def match_command(run_folder: Path, other: Path | None, alive_above: float, device: str | None) -> None:
     """How many of a run's features another run has, such as one of another seed; alone, how many the final SAEs have."""
-    mine, picked = Run.open(run_folder), pick_device(device)
-    found = match_runs(mine, Run.open(other), alive_above, picked) if other else match_to_final(mine, alive_above, picked)
-    say(match_table(found))
+    run, picked = Run.open(run_folder), pick_device(device)
+    matches = match_runs(run, Run.open(other), alive_above, picked) if other else match_to_final(run, alive_above, picked)
+    say(match_table(matches))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ class Job:
             cache.remove_leftovers()
         for run in runs:
             run.remove_leftovers()
-        there = [measured(run) if run.config_path.exists() else {} for run in runs]
+        evaluated = [measured(run) if run.config_path.exists() else {} for run in runs]
         states = {}
         for layer in self._layers:
             missing = spec.n_blocks if cache is None else sum(map(len, cache.missing((layer,), freed=True).values()))
@@ -150,7 +150,7 @@ class Job:
                 freed=cache is not None and layer in cache.freed(),
                 saes=SNAPSHOTS * len(runs),
                 made=sum(made(run.path, (layer,)) for run in runs),
-                measured=sum(len(labels.get(layer, ())) for labels in there),
+                measured=sum(len(labels.get(layer, ())) for labels in evaluated),
             )
         return states
 
@@ -161,17 +161,17 @@ class Job:
     def _windows(self, states: dict[Site, LayerState]) -> list[Window]:
         """How layers that are not done are parted, as if those that are had been freed."""
         need = self._need(_left(states))
-        used = used_bytes(self._cache_path, self._runs_path) - sum(self._need(tuple(states)).there.values())
+        used = used_bytes(self._cache_path, self._runs_path) - sum(self._need(tuple(states)).present.values())
         return windows(used, need, self._config.disk)
 
     def plan(self) -> Plan:
         """What is still to be done. Raises UserError where a layer does not fit."""
         states, features = self._look(), self._config.expansion * self._spec.d_model
-        found = self._windows(states)
+        windows = self._windows(states)
         need = self._need(_left(states))
-        written = need.tokens + sum(need.stays[n] + need.passes[n] - need.there[n] for n in need.stays)
+        written = need.tokens + sum(need.stays[n] + need.passes[n] - need.present[n] for n in need.stays)
         return Plan(
-            windows=tuple(found), written=written, spec=self._spec, settings=len(self._runs()), features=features,
+            windows=tuple(windows), written=written, spec=self._spec, settings=len(self._runs()), features=features,
             so_far=self._outlook(states),
         )  # fmt: skip
 

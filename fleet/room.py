@@ -30,7 +30,7 @@ class Room:
     states: int  # while a layer is trained
     stays: dict[Site, int]  # {layer: held-out blocks, entries of the ledger, checkpoints, results}
     passes: dict[Site, int]  # {layer: training blocks}
-    there: dict[Site, int]  # {layer: those of them that are there already}
+    present: dict[Site, int]  # {layer: those of them that are present already}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -44,7 +44,7 @@ def room(spec: CacheSpec, cache: Cache | None, runs: Sequence[Path], layers: Seq
     weights = 4 * (2 * features * spec.d_model + features + 2 * spec.d_model)
     sae = _pages(weights + _HEADER)
     results = _pages(4 * (5 * features + spec.context) + _HEADER) + _RECORD
-    stays, there, block = {}, {}, _pages(spec.block_bytes)
+    stays, present, block = {}, {}, _pages(spec.block_bytes)
     for layer in layers:
         groups = [range(spec.n_blocks)] if cache is None else cache.missing((layer,), freed=True).values()
         missing = [n for blocks in groups for n in blocks]
@@ -52,14 +52,14 @@ def room(spec: CacheSpec, cache: Cache | None, runs: Sequence[Path], layers: Seq
         saes = sum(max(0, SNAPSHOTS - made(folder, (layer,))) for folder in runs)
         trained = saes * sae + len(runs) * (SNAPSHOTS * results + _CURVE)
         stays[layer] = held * block + trained + len(missing) * (PAGE + LEDGER_BYTES_PER_LAYER)
-        there[layer] = 0 if cache is None else len(cache.freeable(layer)) * block
+        present[layer] = 0 if cache is None else len(cache.freeable(layer)) * block
     chunks = spec.token_chunks if cache is None else len(cache.tokens.missing())
     return Room(
         tokens=chunks * (_pages(spec.token_bytes // spec.token_chunks) + PAGE) + _OTHER,
         states=(len(runs) + 1) * _pages(3 * weights + 8 * features + _HEADER),
         stays=stays,
         passes=dict.fromkeys(layers, spec.train_blocks * block),
-        there=there,
+        present=present,
     )
 
 
@@ -69,8 +69,8 @@ def windows(used: int, need: Room, disk: int) -> list[Window]:
     found, rest = [], list(need.stays)
     used += need.tokens
     while rest:
-        peak, taken = used + need.states + sum(need.there[layer] for layer in rest), list[Site]()
-        while rest and (more := peak + need.stays[rest[0]] + need.passes[rest[0]] - need.there[rest[0]]) <= disk:
+        peak, taken = used + need.states + sum(need.present[layer] for layer in rest), list[Site]()
+        while rest and (more := peak + need.stays[rest[0]] + need.passes[rest[0]] - need.present[rest[0]]) <= disk:
             peak = more
             taken.append(rest.pop(0))
         if not taken:

@@ -73,16 +73,16 @@ def open_folder(folder: Path, tensor: str | None = None) -> Pieces:
     if not folder.exists():
         raise UserError(f"there is nothing at {folder}: name the file or folder of activations with --from")
     entries = [folder] if folder.is_file() or _form(folder) else sorted(p for p in folder.iterdir() if _readable(p))
-    found: Pieces = {}
+    pieces_of: Pieces = {}
     for entry in entries:
         for site, pieces in _entry(entry, tensor).items():
-            found.setdefault(site, []).extend(pieces)
-    if not found:
+            pieces_of.setdefault(site, []).extend(pieces)
+    if not pieces_of:
         raise UserError(
             f"{folder} has no activations: they are .npy or .safetensors files, Zarr arrays, a data set that SAELens cached, "
             "or saev's shards"
         )
-    return found
+    return pieces_of
 
 
 def token_file(folder: Path) -> Path | None:
@@ -198,11 +198,11 @@ def _dataset(folder: Path) -> Pieces:
         return lambda a, b: np.asarray(part[a:b][column])
 
     tokens = reading(_TOKEN_COLUMN) if _TOKEN_COLUMN in data.features else None
-    found: Pieces = {}
+    pieces_of: Pieces = {}
     for name, f in columns.items():
         piece = _piece(folder, (len(data), *f.shape), f.dtype, reading(name), files, tokens)
-        found.setdefault(_site(name), []).append(piece)
-    return found
+        pieces_of.setdefault(_site(name), []).append(piece)
+    return pieces_of
 
 
 def _saev(folder: Path) -> Pieces:
@@ -213,7 +213,7 @@ def _saev(folder: Path) -> Pieces:
         layers, width = [int(n) for n in about["layers"]], int(about["d_model"])
         tokens = int(about.get("content_tokens_per_example", about.get("patches_per_ex"))) + bool(about["cls_token"])
         listed = [(str(shard["name"]), int(shard.get("n_examples", shard.get("n_ex")))) for shard in shards]
-        kind, found = str(about["dtype"]), {Site(n): list[Piece]() for n in layers}
+        kind, pieces_of = str(about["dtype"]), {Site(n): list[Piece]() for n in layers}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {' and '.join(_SAEV)} of {folder}: {_line(error)}") from None
     if kind != "float32":
@@ -227,8 +227,8 @@ def _saev(folder: Path) -> Pieces:
         for i, layer in enumerate(layers):
             if data is not None:
                 get = _layer_of(data, i)
-                found[Site(layer)].append(_piece(path, (examples, tokens, width), "float32", get, (path,)))
-    return {site: pieces for site, pieces in found.items() if pieces}
+                pieces_of[Site(layer)].append(_piece(path, (examples, tokens, width), "float32", get, (path,)))
+    return {site: pieces for site, pieces in pieces_of.items() if pieces}
 
 
 def _layer_of(data: NDArray[Any], i: int) -> Get:

@@ -170,10 +170,10 @@ def _parts(pieces: list[Piece], first: int, last: int) -> list[tuple[Piece, int,
     return parts
 
 
-def _named(folder: Path, found: Pieces, named: Site | None) -> dict[Site, list[Piece]]:
+def _named(folder: Path, pieces_of: Pieces, named: Site | None) -> dict[Site, list[Piece]]:
     """By site. Raises UserError where names say it of some files and of others not."""
-    sites = {site: pieces for site, pieces in found.items() if site is not None}
-    unnamed = found.get(None)
+    sites = {site: pieces for site, pieces in pieces_of.items() if site is not None}
+    unnamed = pieces_of.get(None)
     if sites and (unnamed or named is not None):
         what = f"{unnamed[0].name} has no site in its name" if unnamed else "--as names one more"
         raise UserError(

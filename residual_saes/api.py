@@ -219,8 +219,8 @@ def load(place: str | Path, layer: int | str | None = None, *, snapshot: str = F
     if path.is_file():
         return LoadedSae(Sae.load(path), path.parent.name, model)
     if path.is_dir():
-        found = {site: name for name in (p.name for p in path.iterdir()) if (site := _site_of(name, snapshot))}
-        return LoadedSae(Sae.load(path / found[_chosen(found, layer, place)]), path.resolve().name, model)
+        of_site = {site: name for name in (p.name for p in path.iterdir()) if (site := _site_of(name, snapshot))}
+        return LoadedSae(Sae.load(path / of_site[_chosen(of_site, layer, place)]), path.resolve().name, model)
     if path.is_absolute() or str(place).count("/") != 1:
         raise UserError(f"there is no SAE at {place}: name a .pt file, a run folder, or a repository on the hub as owner/name")
     from huggingface_hub import hf_hub_download, list_repo_files
@@ -228,8 +228,8 @@ def load(place: str | Path, layer: int | str | None = None, *, snapshot: str = F
     repository = str(place)
     try:
         names = retried(f"the SAEs of {repository}", lambda: list_repo_files(repository))
-        found = {site: name for name in names if (site := _site_of(name, snapshot))}
-        name = found[_chosen(found, layer, place)]
+        of_site = {site: name for name in names if (site := _site_of(name, snapshot))}
+        name = of_site[_chosen(of_site, layer, place)]
         file = retried(f"{name} of {repository}", lambda: hf_hub_download(repository, name))
     except UserError:
         raise
@@ -243,8 +243,8 @@ def _site_of(name: str, snapshot: str) -> Site | None:
     return named[0] if named and named[1] == snapshot else None
 
 
-def _chosen(found: Iterable[Site], layer: int | str | None, place: str | Path) -> Site:
-    sites = sorted(found)
+def _chosen(of: Iterable[Site], layer: int | str | None, place: str | Path) -> Site:
+    sites = sorted(of)
     if layer is None and len(sites) == 1:
         return sites[0]
     if not sites or layer is None or Site.of(layer) not in sites:

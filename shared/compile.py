@@ -56,7 +56,7 @@ def _compiler() -> list[str] | None:
     with contextlib.suppress(ValueError):  # a quotation without an end
         if (words := shlex.split(os.environ.get("CC", ""))) and shutil.which(words[0]):
             return words
-    return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    return next(([compiler] for name in ("cc", "gcc", "clang") if (compiler := shutil.which(name))), None)
 
 
 def _kept(folder: Path, name: str) -> Path | None:
@@ -112,8 +112,8 @@ def _folders() -> Iterator[Path]:
     for folder in places:
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = folder.lstat()
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022:
                 yield folder
 
 

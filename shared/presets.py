@@ -252,12 +252,12 @@ def cache_place(cache: Location | None, preset: str | None) -> Location:
     caches = sorted(file.parent for file in DATA.glob("*/cache.json"))
     if len(caches) == 1:
         return caches[0]
-    there = (
+    cure = (
         f"{DATA} holds several: {', '.join(map(str, caches))}"
         if caches
         else f"there is none in {DATA}: `rsae harvest` makes one"
     )
-    raise UserError(f"name the activation cache with --cache; {there}")
+    raise UserError(f"name the activation cache with --cache; {cure}")
 
 
 def table() -> str:

@@ -89,5 +89,5 @@ def _of(name: str, key: str) -> str:
 
 
 def _wrong(name: str, value: Any, words: str) -> ValueError:
-    said = f"{value!r:.40}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
-    return ValueError(f"{name or 'it'} is {said}, and must be {words}")
+    shown = f"{value!r:.40}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+    return ValueError(f"{name or 'it'} is {shown}, and must be {words}")

@@ -138,11 +138,11 @@ def prepare(
 
 def _await_harvest(path: Location, layers: str | None) -> None:
     """Returns when a harvest has written the tokens and begun these layers, or any. Raises UserError for one that cannot be."""
-    said = ""
+    shown = ""
     while missing := _not_begun(path, layers):
-        if missing != said:
+        if missing != shown:
             say(f"waiting until a harvest has {missing} of {path}", err=True)
-        said = missing
+        shown = missing
         time.sleep(FOLLOW_POLL)
 
 

@@ -70,9 +70,9 @@ class SaeJob:
         self._board = self._tensorboard() if options.tensorboard else None
 
     def _resume(self) -> None:
-        found, why = self._find_state()
-        if found is not None:
-            tensors, facts = found
+        state, why = self._find_state()
+        if state is not None:
+            tensors, facts = state
             self.sae.load_state(tensors, facts["step"])
             self._control.state = type(self._control.state)(**facts["l1"])
         elif why:
@@ -83,14 +83,14 @@ class SaeJob:
         """A state to go on from, or why there is none where that is worth saying. All that is due must come after it."""
         first, labels = min(self._snapshots), ", ".join(self._snapshots.values())
         try:
-            found = self._run.load_state(self._site)
+            state = self._run.load_state(self._site)
         except Damaged as error:
             return None, str(error)
-        if found is not None and first <= found[1]["step"]:
+        if state is not None and first <= state[1]["step"]:
             return None, f"{labels} must be made again, and the state is of a later step"
-        if found is None and len(self._snapshots) < SNAPSHOTS:
+        if state is None and len(self._snapshots) < SNAPSHOTS:
             return None, f"{labels} must be made, and there is no state"
-        return found, ""
+        return state, ""
 
     @property
     def l0(self) -> float:

@@ -209,15 +209,15 @@ class ActivationLoader:
 
     def _arrived(self, load: _Load) -> bool:
         """Wait for a window to be whole; False if it was asked to stop meanwhile, which only who follows a harvest heeds."""
-        left, began, said = set(load.work), time.perf_counter(), False
+        left, began, waiting = set(load.work), time.perf_counter(), False
         while left:
             done, left = wait(left, None if self._asked is None else FOLLOW_POLL, FIRST_EXCEPTION)
             for future in done:
                 future.result()
             if left and self._asked is not None and self._asked():
                 return False
-            if left and not said and time.perf_counter() - began > _LATE:
-                said = True
+            if left and not waiting and time.perf_counter() - began > _LATE:
+                waiting = True
                 say(f"layer {self._site}: waiting for blocks that are not harvested yet", err=True)
         return True
 

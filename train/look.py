@@ -88,13 +88,13 @@ class Look:
             "lies in first positions": (self.first_positions, "--skip-positions 1"),
             f"lies in rows longer than {LONG} medians": (self.long_rows_variance, f"--max-norm {LONG}"),
         }
-        found = {where: share for where, (share, _) in shares.items() if share > FLATTERS}
-        if not found:
+        flattering = {where: share for where, (share, _) in shares.items() if share > FLATTERS}
+        if not flattering:
             return ""
-        options = " or ".join(option for where, (_, option) in shares.items() if where in found and option)
+        options = " or ".join(option for where, (_, option) in shares.items() if where in flattering and option)
         advice = f", or train without those rows ({options})" if options else ""
         return (
-            f"{', '.join(f'{share:.0%} of the variance {where}' for where, share in found.items())}, so FVU will flatter: "
+            f"{', '.join(f'{share:.0%} of the variance {where}' for where, share in flattering.items())}, so FVU will flatter: "
             f"judge these SAEs by fvu_without_first, fvu_without_top3 and CE recovered{advice}"
         )
 

@@ -17,10 +17,10 @@ def parse_targets(text: str, layers: str | None, cache: Cache) -> tuple[str, tup
         if layers and places[0].layer < form.back:
             raise UserError(f"there is no layer {form.back} before {places[0].layer}: begin --layers at {form.back}")
         targets = [Target.at(str(form), place) for place in places if place.layer >= form.back]
-        there = [target for target in targets if layers or set(target.sites) <= set(cache.sites)]
-        if not there:
+        trainable = [target for target in targets if layers or set(target.sites) <= set(cache.sites)]
+        if not trainable:
             raise UserError(f"{cache.path} has no layer with what {text!r} reads and writes: harvest those hooks")
-        return str(form), tuple(there)
+        return str(form), tuple(trainable)
     if text != "all" and layers:
         raise UserError("--target names the layers of a crosscoder already: leave out --layers, or write --target all")
     sites = parse_sites(text) if text != "all" else _chosen(layers, cache)

@@ -166,8 +166,8 @@ def _require_space(cache: Cache, runs: list[Run], targets: tuple[Target, ...], c
     snapshots = [run.snapshot_path(site, label) for run in runs for site in sites for label in snapshot_tokens(config.tokens)]
     due = sum(not path.exists() for path in snapshots)
     states = [run.state_path(site) for run in runs for site in sites]
-    there = min(sum(path.stat().st_size for path in states if path.exists()), len(runs) * 3 * weights)
-    needed = due * weights + ((len(runs) + 1) * 3 * weights - there if due else 0)
+    present = min(sum(path.stat().st_size for path in states if path.exists()), len(runs) * 3 * weights)
+    needed = due * weights + ((len(runs) + 1) * 3 * weights - present if due else 0)
     free = free_bytes(where)
     if needed > free:
         raise UserError(

@@ -170,8 +170,8 @@ class Teacher:
     def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """A student's, [n, context, vocabulary]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._narrow):
-            found: Tensor = model(input_ids=tokens, use_cache=False).logits
-        return found
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
 
     @torch.no_grad()
     def own_logits(self, tokens: Tensor) -> Tensor:
@@ -213,8 +213,8 @@ class Teacher:
                 total[1] += float(kl)
                 total[2] += _nats(log_q, part)
         positions, predicted = tokens.numel(), tokens[:, 1:].numel()
-        found = [Measured(floor=floor / positions, kl=kl / positions, ce=ce / predicted) for floor, kl, ce in sums]
-        return own / predicted, found
+        losses = [Measured(floor=floor / positions, kl=kl / positions, ce=ce / predicted) for floor, kl, ce in sums]
+        return own / predicted, losses
 
 
 def _nats(log_q: Tensor, tokens: Tensor) -> float:
@@ -276,13 +276,13 @@ class Student:
         if not self.path.exists():
             return
         try:
-            tensors, said = load_sealed(self.path)
+            tensors, facts = load_sealed(self.path)
         except ValueError as error:
             say(f"{self.path} is damaged ({error}); that student is trained again from its start", err=True)
             return
-        if {k: v for k, v in said.items() if k != "at"} != self._belongs():
+        if {k: v for k, v in facts.items() if k != "at"} != self._belongs():
             raise UserError(f"{self.path} is of another student or experiment: put it back where it belongs, or delete it")
-        self.step = said["at"]
+        self.step = facts["at"]
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(tensors[f"weight.{name}"])

@@ -67,10 +67,10 @@ class Probes:
 
     def read(self) -> Known:
         """Raises UserError where a record is damaged."""
-        found: Known = {}
+        known: Known = {}
         for r in self._file.read():
-            found.setdefault(r.subject, {}).setdefault(r.texts, {}).update(r.auc)
-        return found
+            known.setdefault(r.subject, {}).setdefault(r.texts, {}).update(r.auc)
+        return known
 
 
 def run_probes(run: Run) -> Probes:
@@ -100,10 +100,10 @@ _NAMES = {RESIDUAL: "dimensions of the activations", RANDOM: "random directions"
 
 def compared(folder: Path, runs: Sequence[Run], cache: str) -> list[Compared]:
     """Final SAEs of these runs and the baselines of their cache, by site. Raises UserError where a record is damaged."""
-    found: dict[Site, list[tuple[str, int, dict[str, dict[str, float]]]]] = {}
+    by_site: dict[Site, list[tuple[str, int, dict[str, dict[str, float]]]]] = {}
     for of, sets in Probes(folder).read().items():
         if of.file == cache:
-            found.setdefault(of.site, []).append((_NAMES[of.run], of.features, sets))
+            by_site.setdefault(of.site, []).append((_NAMES[of.run], of.features, sets))
     for run in runs:
         files = {}
         for snapshot in run.snapshots():
@@ -111,9 +111,9 @@ def compared(folder: Path, runs: Sequence[Run], cache: str) -> list[Compared]:
                 files[snapshot.site, snapshot.label] = Sae.checksum(snapshot.path)
         for of, sets in run_probes(run).read().items():
             if of.run == run.config.digest and of.file == files.get((of.site, of.snapshot)):
-                found.setdefault(of.site, []).append((run.name, of.features, sets))
+                by_site.setdefault(of.site, []).append((run.name, of.features, sets))
     rows = []
-    for site, of_site in sorted(found.items()):
+    for site, of_site in sorted(by_site.items()):
         common = set.intersection(*(set(sets) for *_, sets in of_site))
         rows += [
             Compared(site=site, name=name, features=n, sets=len(common), auc=mean_auc(sets[t] for t in sorted(common)))

@@ -50,9 +50,9 @@ def write_nearest(shown: Sequence[Shown], device: torch.device) -> None:
         for pair in missing:
             opened = {one.folder: opened.get(one.folder) or one.directions(device) for one in pair}  # no more than two at once
             for one, other in (pair, pair[::-1]):
-                found = nearest(opened[one.folder], opened[other.folder])
+                neighbours = nearest(opened[one.folder], opened[other.folder])
                 key = f"{one.run}/{one.folder.name}/{_path(one, other).stem}"
-                publish_file(_path(one, other), files.columns_script(key, found))
+                publish_file(_path(one, other), files.columns_script(key, neighbours))
             progress.advance(1, f"layer {pair[0].site}")
 
 
@@ -82,9 +82,9 @@ def _digest(folder: Path) -> str:
 def nearest(one: _Directions, other: _Directions) -> files.Columns:
     """`feature` int32 [F], −1 where there is none, and its `cosine` float32 [F]."""
     (rows, fires), (others, others_fire) = one, other
-    here, there = (which.nonzero()[:, 0] for which in (fires, others_fire))
+    own_feature, others_feature = (which.nonzero()[:, 0] for which in (fires, others_fire))
     feature, nearness = torch.full_like(fires, -1, dtype=torch.int32), torch.zeros_like(fires, dtype=torch.float32)
-    if len(there):
-        cosine, place = nearest_rows(rows, others[there], rows=here)
-        feature[here], nearness[here] = there[place].int(), cosine
+    if len(others_feature):
+        cosine, place = nearest_rows(rows, others[others_feature], rows=own_feature)
+        feature[own_feature], nearness[own_feature] = others_feature[place].int(), cosine
     return {"feature": feature.cpu(), "cosine": nearness.cpu()}

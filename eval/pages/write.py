@@ -96,9 +96,9 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
         raise UserError(f"{cache.path} holds out no context of {spec.context} tokens to look at: harvest with --holdout-tokens")
     files.sweep(make_dir(config.out))
     jobs = _jobs(cache, runs, sequences * spec.context, config, skipped)
-    there = {job.folder(config.out): job.made(config.out) for job in jobs}
-    current = {folder for folder in there.values() if folder}
-    todo = [job for job in jobs if there[job.folder(config.out)] is None]
+    made = {job.folder(config.out): job.made(config.out) for job in jobs}
+    current = {folder for folder in made.values() if folder}
+    todo = [job for job in jobs if made[job.folder(config.out)] is None]
     model = harvested_model(cache, config.model)
     text, vocabulary = _write_text(cache, load_tokenizer(str(model.folder), None), config.out)
     if todo:
@@ -116,7 +116,7 @@ def write_pages(cache: Cache, runs: Sequence[Run], config: PagesConfig, skipped:
                         current.add(job.folder(config.out))
                         files.write_index(config.out, current)
                         progress.advance(1, job.run.name)
-    of_jobs = ((job, there[job.folder(config.out)] or job.folder(config.out)) for job in jobs)
+    of_jobs = ((job, made[job.folder(config.out)] or job.folder(config.out)) for job in jobs)
     shown = [job.shown(folder) for job, folder in of_jobs if folder in current]
     with skipped.leaving_out():
         elsewhere.write_nearest(shown, config.device)

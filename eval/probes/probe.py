@@ -158,11 +158,11 @@ class TextReader:
 
     def read(self, sets: list[TextSet]) -> dict[tuple[str, Site], Tensor]:
         """{(name of a set, site): activations [texts, d] in the model's precision}."""
-        found: dict[tuple[str, Site], Tensor] = {}
+        activations: dict[tuple[str, Site], Tensor] = {}
         with Progress("running the language model", sum(len(each.texts) for each in sets), "texts") as progress:
             for each in sets:
-                found |= {(each.name, site): x for site, x in self._read(each.texts, progress).items()}
-        return found
+                activations |= {(each.name, site): x for site, x in self._read(each.texts, progress).items()}
+        return activations
 
     def _read(self, texts: list[str], progress: Progress) -> dict[Site, Tensor]:
         tokens = [encode_text(self._tokenizer, self._spec, text) for text in texts]

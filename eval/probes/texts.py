@@ -50,10 +50,10 @@ def read_sets(place: Path, names: Collection[str] | None) -> list[TextSet]:
     if unknown := sorted(set(names or ()) - files.keys()):
         raise UserError(f"{place} has no set {unknown[0]}: name some of {', '.join(sorted(files)[:3])}, …")
     sets = [_read(name, files[name], place) for name in sorted(names or files)]
-    found = [each for each in sets if each is not None]
-    if not found or (names and len(found) < len(set(names))):
+    readable = [each for each in sets if each is not None]
+    if not readable or (names and len(readable) < len(set(names))):
         raise UserError(f"{place} has no such sets of two labels: give the wheel of sae-probes, or a folder of {_ENDING}")
-    return found
+    return readable
 
 
 def _files(place: Path) -> Iterator[tuple[str, bytes]]:

@@ -162,8 +162,8 @@ def _feature(run: Run, done: list[Result]) -> dict[str, Any] | None:
     """A feature of the first finished layer whose feature pages lie beside the runs."""
     finals = {s.site: s for s in run.snapshots() if s.label == FINAL}
     for site in [r.site for r in done if r.site in finals]:
-        if (found := example(run, finals[site], run.path.parent / "pages")) is not None:
-            return {"site": site, "percent": f"{100 * found.density:.2g}", "of": found}
+        if (feature := example(run, finals[site], run.path.parent / "pages")) is not None:
+            return {"site": site, "percent": f"{100 * feature.density:.2g}", "of": feature}
     return None
 
 
@@ -233,8 +233,8 @@ def registry_entry(run: Run, results: list[Result], publication: Publication) ->
 
 def sister_runs(run: Run) -> list[Run]:
     """The other runs beside it that were trained on the same cache."""
-    digest, mine = run.config.cache.digest, run.path.resolve()
-    beside = [path for path in sorted(mine.parent.glob("*/config.json")) if path.parent != mine]
+    digest, folder = run.config.cache.digest, run.path.resolve()
+    beside = [path for path in sorted(folder.parent.glob("*/config.json")) if path.parent != folder]
     return [other for path in beside if _cache_digest(other := Run(path.parent)) == digest]
 
 

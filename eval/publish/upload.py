@@ -132,10 +132,10 @@ def _upload(run: Run, repository: str, files: dict[str, Path], config: PublishCo
     try:
         require_valid(files["README.md"].read_text(encoding="utf-8"))
         url = api.create_repo(repository, private=not config.public, exist_ok=True)
-        there = {f.path: f for f in api.list_repo_tree(repository, recursive=True) if isinstance(f, RepoFile)}
+        uploaded = {f.path: f for f in api.list_repo_tree(repository, recursive=True) if isinstance(f, RepoFile)}
         total, sent = sum(path.stat().st_size for path in files.values()), 0
         with Progress(f"uploading to {repository}", total, "bytes") as progress:
-            for part in _parts(run, files, there, progress):
+            for part in _parts(run, files, uploaded, progress):
                 operations = [CommitOperationAdd(name, str(path)) for name, path in part.items()]
                 api.create_commit(repository, operations, commit_message=_message(list(part)))
                 sent += len(part)
@@ -146,7 +146,7 @@ def _upload(run: Run, repository: str, files: dict[str, Path], config: PublishCo
     say(f"{url}: {sent} of {len(files)} files sent{others}")
 
 
-def _parts(run: Run, files: dict[str, Path], there: dict[str, RepoFile], progress: Progress) -> Iterator[dict[str, Path]]:
+def _parts(run: Run, files: dict[str, Path], uploaded: dict[str, RepoFile], progress: Progress) -> Iterator[dict[str, Path]]:
     """{name: file to send} for each commit, of what the hub has not."""
     with writing(run.path):
         folder = temporary(run.path / "published", folder=True)
@@ -154,7 +154,7 @@ def _parts(run: Run, files: dict[str, Path], there: dict[str, RepoFile], progres
         form, part = PublishedForm(run, folder), dict[str, Path]()
         for name, path in files.items():
             file = form.file(name, path)
-            if _same(there.get(name), file):
+            if _same(uploaded.get(name), file):
                 progress.advance(path.stat().st_size)
                 continue
             if part and (len(part) == _COMMIT_FILES or sum(f.stat().st_size for f in [*part.values(), file]) > _COMMIT_BYTES):
@@ -169,15 +169,15 @@ def _parts(run: Run, files: dict[str, Path], there: dict[str, RepoFile], progres
         discard(folder)
 
 
-def _same(there: RepoFile | None, path: Path) -> bool:
+def _same(remote: RepoFile | None, path: Path) -> bool:
     """Whether the hub has this content under this name: a large file by its SHA-256, a small one by git's hash."""
-    if there is None or there.size != path.stat().st_size:
+    if remote is None or remote.size != path.stat().st_size:
         return False
     with path.open("rb") as file:
-        if there.lfs is not None:
-            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+        if remote.lfs is not None:
+            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
         content = file.read()
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest() == there.blob_id
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest() == remote.blob_id
 
 
 def _message(names: list[str]) -> str:

@@ -66,8 +66,8 @@ class References:
     def _record(self, site: Site) -> Record | None:
         """From the ledger or else from the array; None where neither has a right one."""
         if site not in self._known:
-            found = (get_or_none(self._store, _key(site)), get_or_none(self._store, metadata_key(site)))
-            records = map(_parse, filter(None, found))
+            stored = (get_or_none(self._store, _key(site)), get_or_none(self._store, metadata_key(site)))
+            records = map(_parse, filter(None, stored))
             wanted = (self._digest, site.json)
             right = (r for r in records if sealed(r) and (r.get("cache"), r.get("site")) == wanted)
             if (record := next(right, None)) is None:

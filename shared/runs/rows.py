@@ -49,11 +49,11 @@ def norms(x: Tensor) -> Tensor:
 def fill(order: NDArray[np.int64], kept: NDArray[np.bool_]) -> None:
     """In an order [n] of the rows of a window, put rows that are kept [n] in the places of those that are not, the earliest
     first: as many rows come out as went in, so that batches, resuming and the count of tokens are what they were."""
-    there = kept[order]
-    good = order[there]
+    is_kept = kept[order]
+    good = order[is_kept]
     if not len(good):
         raise nothing_left()
-    order[~there] = np.resize(good, len(order) - len(good))
+    order[~is_kept] = np.resize(good, len(order) - len(good))
 
 
 def nothing_left() -> UserError:

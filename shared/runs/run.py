@@ -172,8 +172,8 @@ class Run:
         """Raises UserError if the folder holds a run with another configuration (`run_config`), naming what differs."""
         if not self.config_path.exists():
             return
-        there = self.config.stored
-        if there["digest"] == wanted["digest"]:
+        stored = self.config.stored
+        if stored["digest"] == wanted["digest"]:
             return
         if gone := self.config.train.removed:
             raise UserError(
@@ -181,8 +181,8 @@ class Run:
                 "only the version that began it can train it further; choose another --runs folder"
             )
         pairs = [
-            ("", _ADDED | there["train"], _ADDED | wanted["train"]),
-            ("the cache's ", there["cache"]["spec"], wanted["cache"]["spec"]),
+            ("", _ADDED | stored["train"], _ADDED | wanted["train"]),
+            ("the cache's ", stored["cache"]["spec"], wanted["cache"]["spec"]),
         ]
         different = [
             f"{whose}{key} is {a.get(key)!r} there, {b.get(key)!r} here"
@@ -221,8 +221,8 @@ class Run:
     def pull(self, sites: Iterable[Site]) -> None:
         """All that belongs to these layers, which must be claimed."""
         if self._mirror is not None:
-            mine = "|".join(re.escape(site.key) for site in sites)
-            of_mine = re.compile(rf"[^/]+/(sae_layer({mine})_\w+\.pt|metrics/layer({mine})\.jsonl|state/layer({mine})/[^/]+)")
+            keys = "|".join(re.escape(site.key) for site in sites)
+            of_mine = re.compile(rf"[^/]+/(sae_layer({keys})_\w+\.pt|metrics/layer({keys})\.jsonl|state/layer({keys})/[^/]+)")
             self._mirror.pull(self.name, lambda key: of_mine.fullmatch(key) is not None)
 
     def push(self, path: Path) -> None:
@@ -290,8 +290,8 @@ class Run:
         """All checkpoints that are there, by layer and then by age."""
         labels = self.labels
         named = [(path, snapshot_name(path.name)) for path in self.path.glob("sae_layer*.pt")]
-        found = [Snapshot(path=path, site=n[0], label=n[1]) for path, n in named if n and n[1] in labels]
-        return sorted(found, key=lambda s: (s.site, labels.index(s.label)))
+        snapshots = [Snapshot(path=path, site=n[0], label=n[1]) for path, n in named if n and n[1] in labels]
+        return sorted(snapshots, key=lambda s: (s.site, labels.index(s.label)))
 
     def belongs(self, site: Site, label: str) -> dict[str, Any]:
         """What the config of a checkpoint says in its place, and in no other."""
@@ -372,17 +372,17 @@ class Run:
         if not path.exists():
             return None
         try:
-            tensors, said = load_sealed(path)
+            tensors, facts = load_sealed(path)
         except ValueError as error:
             raise Damaged(f"{path} is damaged ({error})") from None
-        mine = self._state_belongs(site)
-        if any(said.get(k) != v for k, v in mine.items()):
-            whose = "this" if said.get("run") == mine["run"] else "another"
+        belongs = self._state_belongs(site)
+        if any(facts.get(k) != v for k, v in belongs.items()):
+            whose = "this" if facts.get("run") == belongs["run"] else "another"
             raise UserError(
-                f"{path} is the state of layer {said.get('layer')} of {whose} run, not of layer {site} of this one: "
+                f"{path} is the state of layer {facts.get('layer')} of {whose} run, not of layer {site} of this one: "
                 "put it back where it belongs, or delete it to train this layer from the start"
             )
-        return tensors, {k: v for k, v in said.items() if k not in mine}
+        return tensors, {k: v for k, v in facts.items() if k not in belongs}
 
     def _state_belongs(self, site: Site) -> dict[str, Any]:
         return {"layer": site.json, "run": self.config.digest}

@@ -146,19 +146,19 @@ class World:
         shared = (common[row] * self.factors[feature]).sum(1)
         chances = _ndtr((shared - self._thresholds[feature]) / self._own[feature])
         fires = random.uniform(len(row)) < chances
-        found = self._with_magnitudes(random, row[fires], feature[fires])
-        group = found.row * self.config.features + self.parents[found.feature]
+        firing = self._with_magnitudes(random, row[fires], feature[fires])
+        group = firing.row * self.config.features + self.parents[firing.feature]
         order = np.lexsort((random.raw(len(group)), group))
         last = np.append(group[order][1:] != group[order][:-1], True)[: len(order)]
-        stays = ~self.excluding[self.parents[found.feature]]
+        stays = ~self.excluding[self.parents[firing.feature]]
         stays[order[last]] = True
-        return Firing(found.row[stays], found.feature[stays], found.magnitude[stays])
+        return Firing(firing.row[stays], firing.feature[stays], firing.magnitude[stays])
 
     def _with_magnitudes(self, random: "_Random", row: _Ints, feature: _Ints) -> Firing:
         """A feature whose magnitude would be negative does not fire."""
         magnitude = (self.means[feature] + self.spreads[feature] * random.normal(len(row))).astype(np.float32)
-        there = magnitude > 0
-        return Firing(row[there], feature[there], magnitude[there])
+        positive = magnitude > 0
+        return Firing(row[positive], feature[positive], magnitude[positive])
 
     def rows(self, sequence: int, rows: int) -> Tensor:
         """The activations of a sequence, float32 [rows, d_model]."""

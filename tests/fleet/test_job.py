@@ -225,8 +225,8 @@ def test_windows_fit_beside_all_that_stays() -> None:
     with pytest.raises(UserError, match="layer 5 needs 59 B"):
         windows(0, need, 58)
     # after a kill: what is there of layers 0 and 1 has its place in them, and in the way of none that come later
-    begun = dataclasses.replace(need, there=need.there | {Site(0): 15, Site(1): 3})
+    begun = dataclasses.replace(need, present=need.present | {Site(0): 15, Site(1): 3})
     assert windows(0, begun, 70) == found
-    assert windows(0, dataclasses.replace(begun, there=begun.there | {Site(5): 8}), 70)[0] == Window(
+    assert windows(0, dataclasses.replace(begun, present=begun.present | {Site(5): 8}), 70)[0] == Window(
         layers=parse_sites("0"), peak=10 + 5 + 24 + 3 + 8
     )

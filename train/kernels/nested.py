@@ -73,8 +73,8 @@ class Nested:
         out.gz(len(z), max(group.stop - group.start for group in self._groups), feature_major=True)
         db_enc = []
         for index, group in enumerate(self._groups):
-            mine = copy.copy(out)
-            mine.dw_enc, mine.dw_dec = out.dw_enc[group], out.dw_dec[group]
+            part = copy.copy(out)
+            part.dw_enc, part.dw_dec = out.dw_enc[group], out.dw_dec[group]
             gg = self._g[:, index].contiguous()
-            db_enc.append(kernels.dense_weight_grads(z[:, group], activation, w_dec[group], gg, xc, l1_grad, mine)[2])
+            db_enc.append(kernels.dense_weight_grads(z[:, group], activation, w_dec[group], gg, xc, l1_grad, part)[2])
         return out.dw_enc, out.dw_dec, torch.cat(db_enc)
