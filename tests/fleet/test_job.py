@@ -217,7 +217,7 @@ def test_windows_fit_beside_all_that_stays() -> None:
         states=5,
         stays=dict.fromkeys(layers, 4),
         passes=dict.fromkeys(layers, 20),
-        there=dict.fromkeys(layers, 0),
+        present=dict.fromkeys(layers, 0),
     )
     found = windows(0, need, 70)
     # 10 + 5 + 2 · 24 = 63; then 18 stays: 18 + 5 + 24 = 47 beside which a second has no room; and so on
