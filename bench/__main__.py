@@ -14,6 +14,7 @@ what is to be reached; whether the kernels are right on a GPU is for `pytest -m 
 without a package index.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -92,12 +93,11 @@ def gpu_command(
             "python -m bench gpu needs an NVIDIA GPU, and there is none here; --dry runs it at small sizes on a CPU"
         )
     setup = replace(small(GPU), name="cpu") if dry else GPU
-    return _measure(replace(setup, threads=threads), only, publish and not dry, out, scratch, time.monotonic() + 60 * minutes)
+    until = math.inf if dry else time.monotonic() + 60 * minutes  # a dry run is to reach its end, however long it takes
+    return _measure(replace(setup, threads=threads), only, publish and not dry, out, scratch, until)
 
 
-def _measure(
-    setup: Setup, only: Sequence[str], publish: bool, out: Path | None, scratch: Path, until: float = float("inf")
-) -> int:
+def _measure(setup: Setup, only: Sequence[str], publish: bool, out: Path | None, scratch: Path, until: float = math.inf) -> int:
     """The comparisons, one after the other; whatever becomes of the next, what there is has been written."""
     if setup.name == "cpu":
         torch.set_num_threads(setup.threads)
