@@ -2,26 +2,25 @@
 
     python -m bench project        # after `python -m bench`, and `python -m bench gpu` where there was a GPU
 
-Nothing is measured here. The parts come from results/<machine>.json and from the GPU results of the latest date. A training
-run begins dense and turns sparse as L0 falls, so its hours are given between two bounds: no step sparse, every step sparse.
+Nothing is measured here. The parts come from results/<machine>.json and, of machines without results there, from
+fleet/rates.json. A training run begins dense and turns sparse as L0 falls, so its hours are given between two bounds: no step
+sparse, every step sparse.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from bench import report
-from residual_saes.fleet.hours import Rates, Times, Work, for_this_machine
+from residual_saes.fleet.hours import RATES, Rates, Times, Work, for_this_machine, stored
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.units import parse_count
 
 PUBLISHED_MINUTES, PUBLISHED_TOKENS = 35.0, 300_000_000  # per layer and setting on an H100, the published practice
 D, FEATURES, SETTINGS = 1024, 32_768, 3
-OLD_FIGURES = ("forward tokens/s", "write bytes/s", "read bytes/s", "dense SAE tokens/s", "sparse SAE tokens/s")
 COMMON = {"forward": "harvest forward", "write": "harvest write", "read": "read"}  # parts of `Times`, and what they are called
 TRAINING = {"dense": "training, every step dense (upper bound)", "sparse": "training, every step sparse (lower bound)"}
 
@@ -40,12 +39,14 @@ class Job:
         return Work(forward=self.tokens, bytes=size, training=self.tokens * self.layers * self.settings)
 
 
-def all_rates(folder: Path) -> list[Rates]:
-    """Of every processor with results in the folder, and of the latest GPU. Raises UserError as `from_results` does."""
-    machines, old = report.read(folder)
-    rates = [from_results(one) for one in machines if one.machine.gpu is None]
+def all_rates(folder: Path, known: Path = RATES) -> list[Rates]:
+    """Of every processor with results in the folder and of its latest GPU, and what `known` has of machines without results
+    there. Raises UserError as `from_results` does."""
+    machines = report.read(folder)
     gpus = [one for one in machines if one.machine.gpu is not None]
-    return rates + [from_results(one) for one in gpus[-1:]] + [from_old(raw) for raw in old[-1:]]
+    rates = [from_results(one) for one in (*(one for one in machines if one.machine.gpu is None), *gpus[-1:])]
+    measured = {one.machine for one in rates}
+    return rates + [one for one in stored(known) if one.machine not in measured and not (gpus and one.cores is None)]
 
 
 def from_results(results: report.Results) -> Rates:
@@ -64,13 +65,6 @@ def from_results(results: report.Results) -> Rates:
         rates[part] = entry.rate
     machine, gpu = results.machine, results.machine.gpu
     return _rates(gpu or machine.cpu, None if gpu else machine.cores, results.date, rates)
-
-
-def from_old(raw: Mapping[str, Any]) -> Rates:
-    """Of a GPU's results in the form of before, see bench/legacy.py. Raises UserError naming the figures that are missing."""
-    if missing := [name for name in OLD_FIGURES if name not in raw["figures"]]:
-        raise UserError(f"the GPU results lack {', '.join(missing)}: run `python -m bench gpu` again")
-    return _rates(raw["machine"]["gpu"], None, raw["date"], {name.split()[0]: raw["figures"][name] for name in OLD_FIGURES})
 
 
 def _rates(machine: str, cores: int | None, date: str, rates: Mapping[str, float]) -> Rates:
@@ -135,17 +129,13 @@ def command(results: Path, tokens: str, layers: int, settings: int) -> None:
     """What the measured parts come to for the whole job, on this machine and on a GPU."""
     job = Job(tokens=parse_count(tokens), layers=layers, settings=settings)
     rates = for_this_machine(all_rates(results))
-    if not rates:
-        raise UserError(f"nothing is measured in {results}: run `python -m bench` first, or `python -m bench gpu`")
     if all(one.cores is None for one in rates):
         click.echo("this machine is not measured: run `python -m bench`\n")
     click.echo("\n\n".join(shown(one, job) for one in rates))
-    if all(one.cores is not None for one in rates):
-        click.echo("no GPU is measured: run `python -m bench gpu` on one")
 
 
 def write_rates(results: Path, path: Path) -> None:
     """The file from which an installed package knows hours."""
-    rates = [{k: round(v) if isinstance(v, float) else v for k, v in asdict(one).items()} for one in all_rates(results)]
+    rates = [{k: round(v) if isinstance(v, float) else v for k, v in asdict(one).items()} for one in all_rates(results, path)]
     about = "written by `python -m bench tables` from bench/results: rates of `python -m bench` and `python -m bench gpu`"
     path.write_text(json.dumps({"about": about, "rates": rates}, indent=1) + "\n")

@@ -81,13 +81,10 @@ def write(results: Results, folder: Path, *, whole: bool = True) -> Path:
     return path
 
 
-def read(folder: Path) -> tuple[list[Results], list[dict[str, Any]]]:
-    """All results, the latest last, and those of GPUs in the form they had before, see bench/legacy.py: no more where a GPU is
-    measured in today's."""
+def read(folder: Path) -> list[Results]:
+    """All results, the latest last."""
     raws = sorted((json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))), key=lambda raw: str(raw["date"]))
-    machines = [parse(raw) for raw in raws if "comparisons" in raw]
-    old = [raw for raw in raws if raw.get("kind") == "gpu" and not raw["dry"]]
-    return machines, [] if any(one.machine.gpu for one in machines) else old
+    return [parse(raw) for raw in raws if "comparisons" in raw]
 
 
 def parse(raw: Mapping[str, Any]) -> Results:

@@ -8,7 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
-from bench import legacy, project, quality
+from bench import project, quality
 from bench.goals import goals
 from bench.harness import Comparison, Entry
 from bench.report import RESULTS, Results, format_rate, markdown, read
@@ -49,10 +49,9 @@ def publish(
     rates_file: Path = RATES,
 ) -> None:
     """Write all of it again from every result there is. The first two pages need the marker comments."""
-    machines, old = read(results)
+    machines = read(results)
     gpus, cpus = ([one for one in machines if (one.machine.gpu is not None) == gpu] for gpu in (True, False))
-    short = [summary(one) for one in gpus[-1:]] or [legacy.summary(one) for one in old[-1:]]
-    short += [summary(one) for one in cpus[-1:]]
+    short = [summary(one) for one in (*gpus[-1:], *cpus[-1:])]
     speed.write_text(_between(speed.read_text(), "bench", short))
     if (path := results / quality.NAME).exists():
         raw = json.loads(path.read_text())
@@ -61,7 +60,7 @@ def publish(
         parts = [quality.about(raw), table, "![FVU against L0](../images/quality.png)"]
         compared.write_text(_between(compared.read_text(), "quality", parts))
     title, source = "# Findings: speed, line by line", "Written by `python -m bench tables` from `bench/results/`."
-    long = [title, source, *(details(one) for one in reversed(machines)), *(legacy.details(one) for one in reversed(old))]
+    long = [title, source, *(details(one) for one in reversed(machines))]
     details_file.write_text("\n\n".join(long) + "\n")
     project.write_rates(results, rates_file)
 

@@ -84,8 +84,11 @@ class Rates:
 
 def measured_rates(d_model: int, features: int) -> list[Rates]:
     """Of SAEs of this shape: the rates of this machine, if it was measured, and of a GPU."""
-    rates = read(list[Rates], json.loads(RATES.read_bytes())["rates"])
-    return for_this_machine([one for one in rates if (one.d_model, one.features) == (d_model, features)])
+    return for_this_machine([one for one in stored(RATES) if (one.d_model, one.features) == (d_model, features)])
+
+
+def stored(file: Path) -> list[Rates]:
+    return read(list[Rates], json.loads(file.read_bytes())["rates"])
 
 
 def for_this_machine(rates: Iterable[Rates]) -> list[Rates]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ from residual_saes.shared.errors import UserError
 MACHINE = Machine(
     slug="box-2c", cpu="Box", cores=2, memory_gib=8.0, flags=("amx_bf16",), gpu=None, system="Linux", python="3", torch="2",
     threads=2,
+)  # fmt: skip
+GPU_RATES = hours.Rates(
+    machine="H1", cores=None, date="2026-02-01", d_model=1024, features=32768, forward=1e6, write=1e9, read=1e9, dense=3e6,
+    sparse=5e6, overlap=True,
 )  # fmt: skip
 SMALL = small(Setup())
 JOB = Job(d=16, features=32, tokens=64, threads=1, device="cpu", directory="")
@@ -148,37 +152,27 @@ def test_a_goal_reached_exactly(sign: Any, met: bool) -> None:
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
     report.write(WHOLE, tmp_path)
-    assert report.read(tmp_path) == ([WHOLE], [])
+    assert report.read(tmp_path) == [WHOLE]
 
 
 def test_publish_puts_what_decides_on_one_page_and_all_into_the_details(tmp_path: Path) -> None:
     page, compared, details, folder = (tmp_path / name for name in ("speed.md", "quality.md", "details.md", "results"))
     report.write(WHOLE, folder)
-    goal = {"name": "dense step", "value": 0.8, "unit": "", "verdict": "met", "note": "goal ≥ 0.75"}
-    gpu = {"kind": "gpu", "dry": False, "date": "2026-02-01", "seconds": 300.0, "machine": {"gpu": "H1", "cores": 16}}
-    gpu |= {"versions": {"torch": "2", "triton": "3"}, "sizes": {"d": 1024, "features": 32768, "tokens": 32768}}
-    figures = {"bf16 FLOP/s": 8e14, "dense step, tokens/s": 3e6, "dense step, seconds": 0.01, "peer sae_lens, tokens/s": 1e6}
-    figures |= dict.fromkeys(project.OLD_FIGURES, 1.0)
-    gpu |= {
-        "figures": figures | {"dense step, share of the matrix rate": 0.8, "sparse step, tokens/s": 5e6},
-        "goals": [goal],
-        "parts": [{"title": "dense", "status": "done", "seconds": 4.0, "rows": [goal | {"name": "a row"}]}],
-    }
-    (folder / "h1.json").write_text(json.dumps(gpu))
+    rates = tmp_path / "rates.json"
+    rates.write_text(json.dumps({"rates": [asdict(GPU_RATES), asdict(replace(GPU_RATES, machine="Box", cores=2))]}))
     begin, end = (marker.format("bench") for marker in table.MARKERS)
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    table.publish(folder, page, compared, details, tmp_path / "rates.json")
+    table.publish(folder, page, compared, details, rates)
     text = page.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert rows(text)["step: ours, dense"] == ["step: ours, dense", "80 tokens/s", ""]
-    assert "step: peer" not in rows(text) and "a row" not in rows(text)
-    assert rows(text)["dense step"] == ["dense step", "≥ 0.75", "0.8", "met"]
-    assert rows(text)["SAE step, dense"][1:] == ["3,000,000 tokens/s", "10.0 ms, 80% of 800 TFLOP/s"]
-    assert rows(text)["SAELens, standard SAE"][1:] == ["1,000,000 tokens/s", "ours dense 3.00 ×, sparse 5.00 ×"]
-    assert {"peer", "gone", "loader, of raw read ≥ 90%", "a row"} <= set(rows(details.read_text()))
+    assert "step: peer" not in rows(text)
+    assert {"peer", "gone", "loader, of raw read ≥ 90%"} <= set(rows(details.read_text()))
+    written = hours.stored(rates)
+    assert [(one.machine, one.dense) for one in written] == [("Box", 78), ("H1", 3e6)], "measured again, and kept"
     page.write_text("no marks")
     with pytest.raises(ValueError, match="needs one"):
-        table.publish(folder, page, compared, details, tmp_path / "rates.json")
+        table.publish(folder, page, compared, details, rates)
 
 
 def test_what_is_published_is_what_the_results_say(tmp_path: Path) -> None:
@@ -253,31 +247,24 @@ def test_projection_names_what_is_missing() -> None:
         project.from_results(results(*(failed if one is SETTINGS else one for one in WHOLE.comparisons)))
     with pytest.raises(UserError, match="another shape"):
         project.from_results(results(*WHOLE.comparisons, d=512))
-    with pytest.raises(UserError, match="read bytes/s, dense SAE tokens/s"):
-        project.from_old({"figures": dict.fromkeys(("forward tokens/s", "write bytes/s", "sparse SAE tokens/s"), 1.0)})
 
 
 def test_project_shows_this_machine_and_the_latest_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hours, "this_machine", lambda: ("Box", 2))
     report.write(WHOLE, tmp_path)
-    for name, date, dry in (("old", "2026-01-01", False), ("new", "2026-02-01", False), ("dry", "2026-03-01", True)):
-        raw = {"kind": "gpu", "dry": dry, "date": date, "machine": {"gpu": name}}
-        figures = dict.fromkeys(project.OLD_FIGURES, 1e6)
-        (tmp_path / f"{name}.json").write_text(json.dumps(raw | {"figures": figures}))
     done = CliRunner().invoke(main, ["project", "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "Box (2026-01-01): 300M tokens x 24 layers x 3 settings" in done.output
-    assert "new (2026-02-01)" in done.output and "old" not in done.output and "dry" not in done.output
+    assert "NVIDIA H200 (2026-11-26" in done.output and "Xeon" not in done.output
     assert "published practice, H100, 35 min x 72" in done.output and "42.0 h" in done.output
     assert "training, every step sparse (lower bound)" in done.output
+    for month, name in ((2, "old"), (3, "new")):
+        report.write(replace(WHOLE, machine=replace(MACHINE, slug=name, gpu=name), date=f"2026-0{month}-01"), tmp_path)
+    gpus = [one.machine for one in project.all_rates(tmp_path) if one.cores is None]
+    assert gpus == ["new"], "no GPU that was known before"
 
 
-def test_project_says_that_no_gpu_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hours, "this_machine", lambda: ("Box", 2))
-    report.write(WHOLE, tmp_path)
-    assert "no GPU is measured" in CliRunner().invoke(main, ["project", "--results", str(tmp_path)]).output
-
-
-def test_project_without_results_says_what_to_run(tmp_path: Path) -> None:
+def test_project_says_that_this_machine_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hours, "this_machine", lambda: ("Another", 2))
     done = CliRunner().invoke(main, ["project", "--results", str(tmp_path)])
-    assert isinstance(done.exception, UserError)
+    assert "this machine is not measured" in done.output and "NVIDIA H200" in done.output
