@@ -41,6 +41,7 @@ COMPARISONS: dict[str, Measure] = {
     "training": steps.training,
     "settings": steps.settings,
     "kinds": steps.kinds,
+    "crosscoder": steps.crosscoder,
     "stream": caches.stream,
     "harvest": lm.harvest,
     "writing": caches.writing,

@@ -69,6 +69,10 @@ KINDS = tuple(
     for kind, bound in (("matryoshka", 1.15), ("jumprelu", 1.25))
     for way in ("dense", "sparse")
 )
+CROSSCODER = tuple(
+    Ratio(f"crosscoder's {way} step, cost over SAEs' of its layers", "crosscoder", way, "base", way, "≤", 1.1, "×")
+    for way in ("dense", "sparse")
+)
 CPU = (
     Ratio("dense step, of five products", "training", "dense", "limit", "", "≥", 0.8, "%"),
     Ratio("dense step, of the best peer", "training", "dense", "peer", None, "≥", 1.9, "×"),
@@ -76,6 +80,7 @@ CPU = (
     Ratio("sparse step, of five products", "training", "sparse", "limit", "", "≥", 1, "%"),
     *THREE,
     *KINDS,
+    *CROSSCODER,
     Ratio("loader, of raw read", "reading", "", "limit", None, "≥", 0.9, "%"),
     Ratio("writer, of raw write", "writing", "", "limit", None, "≥", 0.9, "%"),
     Ratio("writer, of SAELens' cache writer", "writing", "", "peer", "sae_lens_cache", "≥", 8, "×"),
@@ -87,6 +92,7 @@ GPU = (
     Ratio("dense step, of the rate of a square product", "training", "dense", "limit", "square", "≥", 0.75, "%"),
     *THREE,
     *KINDS,
+    *CROSSCODER,
     *(
         Ratio(f"three SAEs, {key}, cost over batches that are there", "stream", key, "base", key, "<", 1.01, "×")
         for key in ("dense", "sparse", "dense from memory", "sparse from memory")

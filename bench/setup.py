@@ -49,6 +49,7 @@ class Setup:
     l0s: tuple[int, ...] = (20, 50, 300, 400)  # others, which tell where a dense step is the faster one
     open_l0: int = 1000  # of a trained SAE whose steps are dense: the other dense steps are as active as an SAE at its start
     side: int = 4096  # of the square product
+    cross: int = 2  # layers of a crosscoder; its weights take as many times the memory of an SAE's
 
     @property
     def device(self) -> torch.device:

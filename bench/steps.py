@@ -213,6 +213,21 @@ def kinds(setup: Setup) -> Comparison:
     return setup.compare("kinds", f"A step of each kind at L0 {l0}, {setup.tokens} tokens", "tokens", contenders)
 
 
+def crosscoder(setup: Setup) -> Comparison:
+    """A crosscoder's step beside a step of each of as many SAEs of its width as it has layers: the same arithmetic in products."""
+    wide, work, contenders = replace(setup, d=setup.cross * setup.d), setup.cross * setup.tokens, []
+    for way in WAYS:
+        ours = Steps(saes=new_saes(wide, way), workspace=workspace(wide), tokens=setup.tokens)
+        base = Steps(saes=new_saes(setup, way), workspace=workspace(setup), tokens=setup.tokens, batches=setup.cross)
+        name = f"one {way} SAE, a batch of each layer"
+        contenders += [
+            Contender(name=f"crosscoder, {way}", role="ours", key=way, work=work, run=ours.run, note=ours.note),
+            Contender(name=name, role="base", key=way, work=work, run=base.run, against=(way,)),
+        ]
+    name = f"A crosscoder's step, {setup.cross} layers, {setup.tokens} tokens"
+    return setup.compare("crosscoder", name, "rows of a layer", contenders)
+
+
 def _thresholds(l0: int, h: Tensor) -> Own:
     """One for all features, which leaves so many a token."""
     return {LOG: h.flatten().topk(l0 * len(h)).values[-1].log().expand(h.shape[1])}

@@ -193,7 +193,7 @@ class SaeFile:
     path: Path
 
     def load(self, model: str | None = None) -> LoadedSae:
-        return LoadedSae(Sae.load(self.path), self.run, model)
+        return LoadedSae(Sae.load(self.path).at(Site.of(self.layer)), self.run, model)
 
     def __repr__(self) -> str:
         return f"<{self.run}, layer {self.layer}, {self.snapshot}>"
@@ -217,10 +217,10 @@ def load(place: str | Path, layer: int | str | None = None, *, snapshot: str = F
     """
     path = Path(place)
     if path.is_file():
-        return LoadedSae(Sae.load(path), path.parent.name, model)
+        return LoadedSae(_at(Sae.load(path), layer, place), path.parent.name, model)
     if path.is_dir():
         of_site = {site: name for name in (p.name for p in path.iterdir()) if (site := _site_of(name, snapshot))}
-        return LoadedSae(Sae.load(path / of_site[_chosen(of_site, layer, place)]), path.resolve().name, model)
+        return LoadedSae(_at(Sae.load(path / _chosen(of_site, layer, place)), layer, place), path.resolve().name, model)
     if path.is_absolute() or str(place).count("/") != 1:
         raise UserError(f"there is no SAE at {place}: name a .pt file, a run folder, or a repository on the hub as owner/name")
     from huggingface_hub import hf_hub_download, list_repo_files
@@ -229,13 +229,13 @@ def load(place: str | Path, layer: int | str | None = None, *, snapshot: str = F
     try:
         names = retried(f"the SAEs of {repository}", lambda: list_repo_files(repository))
         of_site = {site: name for name in names if (site := _site_of(name, snapshot))}
-        name = of_site[_chosen(of_site, layer, place)]
+        name = _chosen(of_site, layer, place)
         file = retried(f"{name} of {repository}", lambda: hf_hub_download(repository, name))
     except UserError:
         raise
     except Exception as error:  # the hub's client has a dozen kinds
         raise unreachable(f"the SAEs of {repository}", error) from None
-    return LoadedSae(Sae.load(Path(file)), repository.split("/")[1], model)
+    return LoadedSae(_at(Sae.load(Path(file)), layer, place), repository.split("/")[1], model)
 
 
 def _site_of(name: str, snapshot: str) -> Site | None:
@@ -243,11 +243,20 @@ def _site_of(name: str, snapshot: str) -> Site | None:
     return named[0] if named and named[1] == snapshot else None
 
 
-def _chosen(of: Iterable[Site], layer: int | str | None, place: str | Path) -> Site:
-    sites = sorted(of)
-    if layer is None and len(sites) == 1:
-        return sites[0]
-    if not sites or layer is None or Site.of(layer) not in sites:
+def _chosen(of_site: dict[Site, str], layer: int | str | None, place: str | Path) -> str:
+    """The name of a file. Where there is one, what it holds says of which layers it is."""
+    return next(iter(of_site.values())) if len(of_site) == 1 else of_site[_named(of_site, layer, place)]
+
+
+def _at(sae: Sae, layer: int | str | None, place: str | Path) -> Sae:
+    """The SAE of a layer in a checkpoint, which may be of several that share it."""
+    target = sae.target
+    sites = target.inputs if target.shared else (target.place,)
+    return sae.at(sites[0] if layer is None and len(sites) == 1 else _named(sites, layer, place))
+
+
+def _named(sites: Iterable[Site], layer: int | str | None, place: str | Path) -> Site:
+    if layer is None or Site.of(layer) not in sites:
         raise UserError(f"{place} has SAEs of layers {format_sites(sites) or '(none)'}: choose one with layer=")
     return Site.of(layer)
 

@@ -56,8 +56,8 @@ class TrainConfig:
         "Rows longer than this many medians are not trained on [default: all are].", None, type=Number(1, 1e9)
     )
     target: str = option(
-        "What is read and written: mlp_in>mlp_out, resid_post@l-1>resid_post@l, or layers of a crosscoder (all, 0,6,12) "
-        "[default: SAEs of one layer].",
+        "What is read and written: mlp_in>mlp_out, resid_post@l-1>resid_post@l, layers of a crosscoder (all, 0,6,12), or "
+        "layers that share one dictionary (shared:all) [default: SAEs of one layer].",
         "",
     )
     skip: bool = option("A transcoder has an affine map from input to output beside its features.", False, is_flag=True)

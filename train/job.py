@@ -45,12 +45,12 @@ class SaeJob:
         saver: Saver,
     ) -> None:
         """`due` are the labels of the snapshots to be made; others are there already. Rows of each input come divided by its
-        one of `scales`, where there are any; checkpoints are of rows as they are."""
+        one of `scales`, where there are any; checkpoints are of rows as they are, but those that several sites share."""
         config = plan.config
         self._run, self._site, self._config, self._options, self._saver = run, target.place, config, options, saver
         self._look, self._target, self._scales = look, target, scales
         self.setting = plan.sparsity.name.removeprefix("l1-").removesuffix("-fixed")  # for the progress line
-        d, wide = cache.spec.d_model, len(target.inputs) * cache.spec.d_model
+        d, wide = cache.spec.d_model, target.row_sites * cache.spec.d_model
         seed = config.seed * 1000 + target.place.layer
         self._sparsity = plan.sparsity
         self.sae = TrainingSae(
@@ -179,7 +179,7 @@ class SaeJob:
         config = self._run.config.portable | about
         path = self._run.snapshot_path(self._site, label)
         sae = self.sae.snapshot(config, stats, self._control.thresholds(self.sae.own))
-        tensors = (sae.of_scaled(self._scales) if self._scales else sae).tensors()
+        tensors = (sae.of_scaled(self._scales) if self._scales and not self._target.shared else sae).tensors()
 
         def write(host: dict[str, torch.Tensor]) -> None:
             self._run.sync_metrics(self._site)  # before `final`, with which the layer counts as finished

@@ -117,8 +117,8 @@ class LayerJob:
         # has the other SAEs' steps to do, which hides whatever holds the host up.
         ahead = queues(device)
         slots = len(self._jobs) if ahead else 1
-        wide = len(self._target.inputs) * self._cache.spec.d_model
-        workspace = Workspace(config.batch, wide, features, config.step.precision, device, slots=slots)
+        wide, rows = self._target.row_sites * self._cache.spec.d_model, self._target.token_rows * config.batch
+        workspace = Workspace(rows, wide, features, config.step.precision, device, slots=slots)
         clock = Clock(loader)
         title = f"training layer {self._target}"
         with (
@@ -152,7 +152,7 @@ class LayerJob:
         target = self._target
         if self._scales:
             parts = zip(target.inputs, self._scales, strict=True)
-            return torch.cat([batch[site].float() / scale for site, scale in parts], dim=1), None
+            return torch.cat([batch[site].float() / scale for site, scale in parts], dim=int(not target.shared)), None
         cpu = self._options.device.type == "cpu"  # a GPU widens as it reads
         x, y = (batch[site].float() if cpu else batch[site] for site in (target.inputs[0], target.outputs[0]))
         return x, y if target.transcodes else None

@@ -3,7 +3,7 @@
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.progress import say
-from residual_saes.shared.runs.target import Target, Transcoder
+from residual_saes.shared.runs.target import SHARED, Target, Transcoder
 from residual_saes.shared.sites import RESID_POST, Site, format_sites, parse_sites
 
 
@@ -21,14 +21,15 @@ def parse_targets(text: str, layers: str | None, cache: Cache) -> tuple[str, tup
         if not trainable:
             raise UserError(f"{cache.path} has no layer with what {text!r} reads and writes: harvest those hooks")
         return str(form), tuple(trainable)
+    shared, text = text.startswith(SHARED), text.removeprefix(SHARED)
     if text != "all" and layers:
-        raise UserError("--target names the layers of a crosscoder already: leave out --layers, or write --target all")
+        raise UserError("--target names the layers already: leave out --layers, or write all in place of them")
     sites = parse_sites(text) if text != "all" else _chosen(layers, cache)
     if text == "all" and not layers:
         sites = tuple(site for site in sites if site.hook == RESID_POST) or sites
     if len(sites) < 2:
-        raise UserError(f"a crosscoder is of several layers, and {format_sites(sites)} is one: name more")
-    return format_sites(sites), (Target(sites, sites),)
+        raise UserError(f"one dictionary is to be of several layers, and {format_sites(sites)} is one: name more")
+    return SHARED * shared + format_sites(sites), (Target(sites, sites, shared),)
 
 
 def _chosen(layers: str | None, cache: Cache) -> tuple[Site, ...]:

@@ -100,7 +100,7 @@ def _require_trainable(cache: Cache, targets: tuple[Target, ...], plans: tuple[P
     if config.skip and not targets[0].transcodes:
         raise UserError("--skip is of transcoders: name what they read and write with --target")
     if config.max_norm is not None and len(targets[0].inputs) > 1:
-        raise UserError("--max-norm would leave out other rows at each layer of a crosscoder: use --skip-positions")
+        raise UserError("--max-norm would leave out other rows at each of several layers: use --skip-positions")
     for plan in plans:
         _require_features(plan.sparsity, config.expansion * spec.d_model)
     if options.tensorboard:
@@ -145,7 +145,7 @@ def _announce_plans(cache: Cache, targets: tuple[Target, ...], plans: tuple[Plan
     settings = ", ".join(plan.sparsity.name + ("" if plan.recipe == PUBLISHED else f" ({plan.recipe})") for plan in plans)
     say(
         f"layers {named(targets)}: {config.expansion * cache.spec.d_model:,} features of "
-        f"{len(targets[0].inputs) * cache.spec.d_model}, "
+        f"{targets[0].row_sites * cache.spec.d_model}, "
         f"{config.steps:,} steps of {config.batch:,} tokens, lr {config.lr:g}; {settings}",
         err=True,
     )
@@ -162,7 +162,7 @@ def _note_other_machine(runs: list[Run], machine: dict[str, Any]) -> None:
 def _require_space(cache: Cache, runs: list[Run], targets: tuple[Target, ...], config: TrainConfig, where: Path) -> None:
     """Snapshots of all layers, the resume states of one, and the state that is written before it replaces another."""
     d, sites = cache.spec.d_model, [target.place for target in targets]
-    weights = (2 * config.expansion * len(targets[0].inputs) + config.skip) * d * d * 4
+    weights = (2 * config.expansion * targets[0].row_sites + config.skip) * d * d * 4
     snapshots = [run.snapshot_path(site, label) for run in runs for site in sites for label in snapshot_tokens(config.tokens)]
     due = sum(not path.exists() for path in snapshots)
     states = [run.state_path(site) for run in runs for site in sites]

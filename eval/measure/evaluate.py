@@ -118,8 +118,7 @@ class _Evaluation:
             opened = []
             for results, snapshot in group:
                 with self._skipped.leaving_out():
-                    belongs = results.run.belongs(snapshot.site, snapshot.label)
-                    sae = Sae.load(snapshot.path, self._cache.spec.d_model, belongs=belongs).to(device)
+                    sae = results.run.load(snapshot, self._cache.spec.d_model).to(device)
                     opened.append(_Opened(results=results, snapshot=snapshot, sae=sae))
             progress.advance(len(group) - len(opened))
             for rows in dict.fromkeys(one.sae.rows for one in opened):

@@ -17,7 +17,6 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_json
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
-from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL
 from residual_saes.shared.sites import Site
 
@@ -83,7 +82,7 @@ def match(rows: Tensor, others: Tensor) -> tuple[float | None, float | None]:
 
 def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Decoder rows [F, d], and which of them are alive [F] if that was measured."""
-    sae = Sae.load(snapshot.path, belongs=run.belongs(snapshot.site, snapshot.label))
+    sae = run.load(snapshot)
     measured = measured_features(run, snapshot.site, snapshot.label, sae.stats[SEAL])
     return sae.w_dec.to(device), None if measured is None else (measured[0].density > alive_above).to(device)
 

@@ -20,7 +20,6 @@ from residual_saes.shared.files import make_dir, publish_file
 from residual_saes.shared.identity import model_of
 from residual_saes.shared.lm import encode_text, load_tokenizer
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
-from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site, parse_sites
 
 TOP = 5  # features of a token
@@ -56,7 +55,7 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
     shown = []
     for (run, snapshot), target in zip(chosen, targets, strict=True):
         with skipped.leaving_out():
-            sae = Sae.load(snapshot.path, spec.d_model, belongs=run.belongs(snapshot.site, snapshot.label)).to(asked.device)
+            sae = run.load(snapshot, spec.d_model).to(asked.device)
             z = sae.encode(torch.cat([activations[site][0, 1:].float() for site in target.inputs], dim=1))
             shown.append(_section(run, snapshot, z, tokens, words, asked.out))
     page = files.templates().get_template("ask.html").render(text=asked.text, saes=shown, style=files.style())

@@ -34,7 +34,7 @@ class Shown:
     def directions(self, device: torch.device) -> "_Directions":
         """Raises UserError for a checkpoint that cannot be read."""
         fires = read_tensors(self.folder / "columns.safetensors")[0]["count"] > 0
-        return unit(Sae.load(self.checkpoint).parts()[0].w_dec).to(device), fires.to(device)
+        return unit(Sae.load(self.checkpoint).at(self.site).parts()[0].w_dec).to(device), fires.to(device)
 
 
 _Directions = tuple[Tensor, Tensor]  # decoder rows of unit norm, float32 [F, d], and which features fire, bool [F]

@@ -78,10 +78,9 @@ class _Job:
 
     def open(self, cache: Cache, device: torch.device) -> Sae:
         """Raises UserError."""
-        path, belongs = self.snapshot.path, self.run.belongs(self.snapshot.site, self.snapshot.label)
-        sae = Sae.load(path, cache.spec.d_model, belongs=belongs)
+        sae = self.run.load(self.snapshot, cache.spec.d_model)
         if not all(bool(tensor.isfinite().all()) for tensor in sae.tensors().values()):
-            raise UserError(f"{path} holds values that are not finite; name an earlier --snapshot")
+            raise UserError(f"{self.snapshot.path} holds values that are not finite; name an earlier --snapshot")
         return sae.to(device)
 
 

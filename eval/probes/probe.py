@@ -4,6 +4,7 @@ the labelled texts for all layers, as far as activations fit into memory. What i
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class _Subject:
     store: Probes
     missing: dict[str, list[str]]
     inputs: tuple[Site, ...]  # that it reads
-    path: Path | None = None  # of an SAE
-    belongs: dict[str, Any] | None = None
+    load: Callable[[int], Sae] | None = None  # of an SAE
 
 
 def probe(cache: Cache, runs: Sequence[Run], config: ProbeConfig, baselines: Path, skipped: Skipped) -> None:
@@ -97,8 +97,7 @@ def _subjects(
                 if snapshot.label == FINAL and (config.layers is None or snapshot.site in config.layers):
                     with skipped.leaving_out():
                         digest, file, site = run.config.digest, Sae.checksum(snapshot.path), snapshot.site
-                        belongs = run.belongs(site, FINAL)
-                        of = {"inputs": run.config.target_at(site).inputs, "path": snapshot.path, "belongs": belongs}
+                        of = {"inputs": run.config.target_at(site).inputs, "load": partial(run.load, snapshot)}
                         yield subject(of_run, digest, site, file, features, store=own, **of)
                         shapes |= {(RESIDUAL, site, cache.spec.d_model), (RANDOM, site, features)}
     for name, site, features in sorted(shapes, reverse=True):
@@ -114,7 +113,8 @@ def _encoder(subject: _Subject, d_model: int, device: torch.device) -> Encode:
         rows = torch.from_numpy(draw.standard_normal((subject.features, d_model), np.float32))
         rows = torch.nn.functional.normalize(rows).to(device)
         return lambda x, mean: torch.relu((x - mean).to(device) @ rows.t()).cpu()
-    sae = Sae.load(subject.path or Path(), d_model, belongs=subject.belongs).to(device)
+    assert subject.load is not None
+    sae = subject.load(d_model).to(device)
     return lambda x, _mean: sae.encode(x.to(device)).cpu()
 
 

@@ -187,7 +187,8 @@ def _load(checkpoint: Checkpoint) -> Sae:
     if content is not None and "format" not in _dictionary(content.get("config")):
         return _foreign(checkpoint.path, _dictionary(content.get("model_state", content)))
     run, site = checkpoint.run, checkpoint.site
-    return Sae.load(checkpoint.path, belongs={"layer": site.json} if run is None else run.belongs(site, checkpoint.label))
+    belongs = {"layer": site.json} if run is None else run.belongs(site, checkpoint.label)
+    return Sae.load(checkpoint.path, belongs=belongs).at(site)
 
 
 def _content(path: Path) -> dict[str, Any]:

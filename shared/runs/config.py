@@ -8,7 +8,7 @@ from residual_saes.shared.cache import CacheSpec
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.sparsity import Reading, hold_from
-from residual_saes.shared.runs.target import Target
+from residual_saes.shared.runs.target import Target, members
 from residual_saes.shared.sites import Site
 from residual_saes.shared.typed import Bounds, Count, read
 from residual_saes.shared.units import format_count
@@ -124,6 +124,10 @@ class RunConfig(Record):
     def target_at(self, place: Site) -> Target:
         """What its dictionary of this place reads and writes."""
         return Target.at(self.train.target, place)
+
+    def members(self, place: Site) -> tuple[Site, ...]:
+        """The sites of which its checkpoint of this place has an SAE of each."""
+        return members(self.train.target, place)
 
     @property
     def reading(self) -> Reading:

@@ -106,7 +106,7 @@ def made(run: Location, sites: Iterable[Site]) -> int:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Snapshot:
-    """A checkpoint file and what its name says."""
+    """A checkpoint file and what its name says; of layers that share a dictionary, one for each of them."""
 
     path: Path
     site: Site
@@ -290,12 +290,17 @@ class Run:
         """All checkpoints that are there, by layer and then by age."""
         labels = self.labels
         named = [(path, snapshot_name(path.name)) for path in self.path.glob("sae_layer*.pt")]
-        snapshots = [Snapshot(path=path, site=n[0], label=n[1]) for path, n in named if n and n[1] in labels]
+        of = self.config.members
+        snapshots = [Snapshot(path=p, site=site, label=n[1]) for p, n in named if n and n[1] in labels for site in of(n[0])]
         return sorted(snapshots, key=lambda s: (s.site, labels.index(s.label)))
 
     def belongs(self, site: Site, label: str) -> dict[str, Any]:
         """What the config of a checkpoint says in its place, and in no other."""
-        return {"layer": site.json, "snapshot": label, "digest": self.config.digest}
+        return {"layer": self.config.members(site)[0].json, "snapshot": label, "digest": self.config.digest}
+
+    def load(self, snapshot: Snapshot, d_model: int | None = None) -> Sae:
+        """The SAE of its site. Raises what `Sae.load` raises."""
+        return Sae.load(snapshot.path, d_model, belongs=self.belongs(snapshot.site, snapshot.label)).at(snapshot.site)
 
     def due(self, site: Site) -> list[str]:
         """The labels of a layer's snapshots that are missing or damaged. Reads all there are. Raises UserError for one that is

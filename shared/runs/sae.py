@@ -25,6 +25,7 @@ from residual_saes.shared.files import replacing
 from residual_saes.shared.runs.rows import Rows
 from residual_saes.shared.runs.target import Target
 from residual_saes.shared.seal import SEAL, seal, sealed
+from residual_saes.shared.sites import Site
 
 _SHAPES = {
     "b_pre": ("d",),
@@ -81,6 +82,16 @@ class Sae:
     @property
     def transcodes(self) -> bool:
         return self.target.transcodes
+
+    def at(self, site: Site) -> "Sae":
+        """Of a dictionary that sites share, whose rows are divided by a scale of each, the SAE of this one's rows as they are;
+        any other as it is."""
+        target = self.target
+        if not target.shared:
+            return self
+        scale = dict(zip(target.inputs, self.stats.get("scales") or [1.0] * len(target.inputs), strict=True))[site]
+        config = {name: value for name, value in self.config.items() if name not in target.fields()}
+        return dataclasses.replace(self.of_scaled([scale]), config=config | {"layer": site.json})
 
     def parts(self) -> list["Sae"]:
         """One for each site that it writes, with the same encoder, as transcoders; itself where it writes one."""
@@ -161,7 +172,7 @@ class Sae:
         for name, shape in (_SHAPES | {name: axes for name, axes in _SOME.items() if name in state}).items():
             if tuple(state[name].shape) != tuple(sizes[axis] for axis in shape):
                 raise Damaged(f"{path}: {name} is {tuple(state[name].shape)}, which does not fit the other weights")
-        sites = len(config.get("inputs", ("itself",)))
+        sites = Target.of(config).row_sites
         if d_model is not None and sizes["d"] != sites * d_model:
             raise UserError(
                 f"{path} is an SAE over {sizes['d'] // sites} dimensions, the cache has {d_model}; use the cache it was "

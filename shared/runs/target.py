@@ -1,8 +1,9 @@
 """Targets: which sites a dictionary reads and which it writes. An SAE reads and writes one, a transcoder writes another than it
-reads, a crosscoder reads and writes several.
+reads, a crosscoder reads and writes several. A shared dictionary is one SAE of the rows of several sites, each for itself.
 
 A run has targets of one form, which its config says: "" for SAEs; "mlp_in>mlp_out" or "resid_post@l-1>resid_post" for
-transcoders, with l the layer that is written; "0-5" for a crosscoder of these sites.
+transcoders, with l the layer that is written; "0-5" for a crosscoder of these sites, "shared:0-5" for a dictionary that they
+share (MLSAE, Lawson et al., arXiv:2409.04185).
 """
 
 import re
@@ -13,13 +14,17 @@ from typing import Any, Self
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.sites import HOOKS, Site, format_sites, parse_sites
 
+SHARED = "shared:"  # with which the form of a shared dictionary begins
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The sites that are encoded, and those that are reconstructed from it; rows of all of them are of the same tokens."""
+    """The sites that are encoded, and those that are reconstructed from it; rows of all of them are of the same tokens. Where
+    the sites share a dictionary, each is encoded and reconstructed by itself."""
 
     inputs: tuple[Site, ...]
     outputs: tuple[Site, ...]
+    shared: bool = False
 
     @classmethod
     def itself(cls, site: Site) -> Self:
@@ -27,8 +32,9 @@ class Target:
 
     @classmethod
     def at(cls, form: str, place: Site) -> Self:
-        """The target with this `place` in a run of this form. Raises UserError for what is no form."""
-        if not form:
+        """The target with this `place` in a run of this form, of a shared dictionary the site itself. Raises UserError for
+        what is no form."""
+        if not form or form.startswith(SHARED):
             return cls.itself(place)
         if ">" not in form:
             sites = parse_sites(form)
@@ -40,7 +46,7 @@ class Target:
     def of(cls, config: Mapping[str, Any]) -> Self:
         """That of a checkpoint, by its config."""
         sides = (config.get(side, [config.get("layer", 0)]) for side in ("inputs", "outputs"))
-        return cls(*(tuple(map(Site.of, side)) for side in sides))
+        return cls(*(tuple(map(Site.of, side)) for side in sides), shared=bool(config.get("shared")))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -53,6 +59,16 @@ class Target:
         return self.outputs[0]
 
     @property
+    def token_rows(self) -> int:
+        """Rows that a step has of a token."""
+        return len(self.inputs) if self.shared else 1
+
+    @property
+    def row_sites(self) -> int:
+        """Sites whose activations lie beside each other in a row."""
+        return len(self.inputs) // self.token_rows
+
+    @property
     def transcodes(self) -> bool:
         """Whether what is written is not what is read."""
         return self.inputs != self.outputs
@@ -61,10 +77,11 @@ class Target:
         """What a config says of it beside "layer": nothing for one site to itself, as it was before there were targets."""
         if self == Target.itself(self.place):
             return {}
-        return {"inputs": [site.json for site in self.inputs], "outputs": [site.json for site in self.outputs]}
+        sides = {"inputs": [site.json for site in self.inputs], "outputs": [site.json for site in self.outputs]}
+        return sides | ({"shared": True} if self.shared else {})
 
     def __str__(self) -> str:
-        return ">".join(dict.fromkeys(map(format_sites, (self.inputs, self.outputs))))
+        return SHARED * self.shared + ">".join(dict.fromkeys(map(format_sites, (self.inputs, self.outputs))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +100,7 @@ class Transcoder:
         if form is None or not {form.read, form.written} <= set(HOOKS):
             raise UserError(
                 f"{text!r} is no target: write HOOK>HOOK or HOOK@l-1>HOOK@l with hooks of {', '.join(HOOKS)}, where l is the "
-                "layer that is written, or several layers such as all or 0,6,12"
+                "layer that is written, or several layers such as all, 0,6,12 or {SHARED}all"
             )
         if (form.read, 0) == (form.written, form.back):
             raise UserError(f"{text!r} reads what it writes: leave out --target, and name --layers such as 3.{form.read}")
@@ -99,7 +116,13 @@ def dictionaries(form: str) -> str:
         return "saes"
     if ">" in form:
         return "transcoders-" + form.replace("@l-", "-").replace(">", "-")
-    return "crosscoder-" + form.replace(",", "_")
+    kind, sites = ("mlsae-", form.removeprefix(SHARED)) if form.startswith(SHARED) else ("crosscoder-", form)
+    return kind + sites.replace(",", "_")
+
+
+def members(form: str, place: Site) -> tuple[Site, ...]:
+    """The sites of which a checkpoint of this place has an SAE of each: several in a run of shared dictionaries."""
+    return parse_sites(form.removeprefix(SHARED)) if form.startswith(SHARED) else (place,)
 
 
 def named(targets: Iterable[Target]) -> str:

@@ -138,6 +138,38 @@ def test_a_crosscoder_goes_on_bit_for_bit_and_its_file_is_of_rows_as_they_are(
     torch.testing.assert_close(torch.cat([part.reconstruct(x, z) for part in parts], 1), sae.reconstruct(x, z))
 
 
+def test_a_dictionary_that_layers_share_goes_on_bit_for_bit_and_is_an_sae_of_each(
+    cli: Cli, cache: Cache, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row is of one layer, divided by its scale, and a step has those of all layers of its tokens."""
+    args = ("--cache", cache_path, "--target", "shared:0,2", "--l1", "3e-3,topk:8,batchtopk:8")
+    for folder in ("whole", "killed"):
+        if folder == "killed":
+            kill_in_step(monkeypatch, cli, 41, *args, "--runs", tmp_path / folder, "--save-minutes", 0)
+        result = cli("train", *TRAIN_ARGS, *args, "--runs", tmp_path / folder)
+        assert result.code == 0, result.err
+        assert f"trained layers shared:0,2 into {tmp_path / folder}/" in result.err
+    same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    run = next(Run(path) for path in (tmp_path / "whole").iterdir() if path.name.endswith("-mlsae-0_2-x4-batchtopk-8"))
+    finals = [snapshot for snapshot in run.snapshots() if snapshot.label == "final"]
+    assert [snapshot.site for snapshot in finals] == [Site(0), Site(2)] and len({s.path for s in finals}) == 1
+    file = torch.load(finals[0].path, weights_only=True)
+    state, scales = file["model_state"], file["stats"]["scales"]
+    assert state["encoder.weight"].shape == (128, 32) and file["config"]["shared"] and file["config"]["inputs"] == [0, 2]
+    squares = []
+    for snapshot, scale in zip(finals, scales, strict=True):
+        sae = run.load(snapshot, 32)
+        assert sae.target == run.config.target_at(snapshot.site) == Target.itself(snapshot.site)
+        x = torch.from_numpy(cache.values(snapshot.site, cache.whole_block(snapshot.site, 41))).float()
+        z = torch.relu((x / scale - state["b_pre"]) @ state["encoder.weight"].T + state["encoder.bias"])
+        z = z * (z > state["threshold"])
+        given = scale * (z @ state["decoder.weight"].T + state["decoder.bias"] + state["b_pre"])
+        torch.testing.assert_close(sae.reconstruct(x, sae.encode(x)), given, rtol=1e-3, atol=1e-4)
+        assert float((given - x).square().sum() / (x - x.mean(0)).square().sum()) < 0.9
+        squares.append(float(((given - x) / scale).square().mean()))
+    assert sum(squares) / 2 == pytest.approx(curve_of(run, Site(0))[-1]["mse"], rel=0.3)
+
+
 @pytest.mark.parametrize("window_blocks", [1, 4])
 def test_rows_that_are_left_out_are_those_of_what_is_read(cache: Cache, window_blocks: int) -> None:
     """By their norm at the first site, whatever it is at the second; also where a batch is of several windows."""
@@ -165,9 +197,12 @@ def test_targets_by_what_is_written(cache: Cache) -> None:
     assert parse("mlp_out>resid_post", "1,2") == ("mlp_out>resid_post", ["1.mlp_out>1", "2.mlp_out>2"])
     assert parse("all") == ("0-2", ["0-2"])
     assert parse("all", "0,2") == parse("0,2") == ("0,2", ["0,2"])
-    assert [dictionaries(form) for form in ("", "mlp_out>resid_post", "0,1.mlp_out", "0-2,5")] == [
-        "saes", "transcoders-mlp_out-resid_post", "crosscoder-0_1.mlp_out", "crosscoder-0-2_5",
+    assert [dictionaries(form) for form in ("", "mlp_out>resid_post", "0,1.mlp_out", "0-2,5", "shared:0-2,5")] == [
+        "saes", "transcoders-mlp_out-resid_post", "crosscoder-0_1.mlp_out", "crosscoder-0-2_5", "mlsae-0-2_5",
     ]  # fmt: skip
+    sites = (Site(0), Site(2))
+    assert parse_targets("shared:all", "0,2", cache) == ("shared:0,2", (Target(sites, sites, shared=True),))
+    assert Target.at("shared:0,2", Site(2)) == Target.itself(Site(2))  # as whoever reads it sees it
 
 
 @pytest.mark.parametrize(
@@ -180,6 +215,8 @@ def test_targets_by_what_is_written(cache: Cache) -> None:
         (("--target", "mlp_out>resid_post", "--layers", 1), "layers 1.mlp_out are not in"),
         (("--target", READS, "--layers", "0-2"), "there is no layer 1 before 0"),
         (("--target", "1"), "name more"),
+        (("--target", "shared:1"), "name more"),
+        (("--target", "shared:mlp_out>resid_post"), "is no target"),
         (("--target", "0,1", "--layers", "0,1"), "leave out --layers"),
         (("--target", "0,1", "--max-norm", 5), "use --skip-positions"),
         (("--target", "0,1", "--skip"), "--skip is of transcoders"),

@@ -20,7 +20,11 @@ from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli, invoke
 
-TARGETS = (("--target", "resid_post@l-1>resid_post@l", "--layers", 2, "--skip"), ("--target", "all"))
+TARGETS = (
+    ("--target", "resid_post@l-1>resid_post@l", "--layers", 2, "--skip"),
+    ("--target", "all"),
+    ("--target", "shared:0,2"),
+)
 CE_TOKENS = 256
 
 
@@ -136,17 +140,36 @@ def test_a_crosscoder_is_measured_at_every_layer(cli: Cli, runs: Path, cache: Ca
     assert again.code == 0 and "1/1 SAEs" in again.err and features_path(run, Site(1), FINAL).exists()
 
 
+def test_a_dictionary_that_layers_share_is_measured_as_an_sae_of_each(
+    cli: Cli, runs: Path, cache: Cache, lm: Path, tmp_path: Path
+) -> None:
+    run = run_of(runs, "mlsae")
+    found = records(run)
+    assert list(found) == ["layer00_final", "layer02_final"] and len({record["file"] for record in found.values()}) == 1
+    for layer in (0, 2):
+        sae, record = load(run.path, layer).sae, found[f"layer{layer:02d}_final"]
+        x = heldout(cache, layer)
+        error = sae.reconstruct(x, sae.encode(x)) - x
+        assert record["fvu"] == pytest.approx(float(error.square().sum() / (x - x.mean(0)).square().sum()), rel=1e-4)
+        assert record["ce_spliced"] == pytest.approx(spliced(cache, lm, sae, [layer], layer, slice(None))[1], rel=1e-4)
+        assert "decoder_share" not in record
+    exported = cli("eval", "export", "--to", "saelens", "--runs", run.path, "--out", tmp_path)
+    assert exported.code == 0 and {path.name for path in (tmp_path / run.name).iterdir()} == {"layer_0", "layer_2"}
+    with pytest.raises(UserError, match="has SAEs of layers 0,2: choose one"):
+        load(run.path)
+
+
 def test_pages_are_of_what_is_read_and_show_layers(cli: Cli, runs: Path, cache: Cache, tmp_path: Path) -> None:
     result = cli("eval", "pages", "--runs", runs, "--out", tmp_path)
     assert result.code == 0, result.err
-    for kind, layers, reads in (("transcoders", 2, [1]), ("crosscoder", 0, [0, 1, 2])):
+    for kind, layer, reads in (("transcoders", 2, [1]), ("crosscoder", 0, [0, 1, 2]), ("mlsae", 2, [2])):
         run = run_of(runs, kind)
-        sae = Sae.load(run.snapshot_path(Site(layers), FINAL))
-        (folder,) = (tmp_path / run.name).iterdir()
+        (sae,) = (run.load(s) for s in run.snapshots() if s.label == FINAL and s.site == Site(layer))
+        (folder,) = (tmp_path / run.name).glob(f"layer{layer:02d}*")
         pages = Pages.open(folder)
         z = sae.encode(torch.cat([heldout(cache, layer) for layer in reads], 1))
         assert int((pages.columns["count"] - (z > 0).sum(0)).abs().sum()) <= 4  # but for sums in another order
-        assert pages.facts["inputs"] == reads
+        assert pages.facts.get("inputs", [pages.facts["layer"]]) == reads
         if kind == "crosscoder":
             torch.testing.assert_close(pages.columns["layer_share"], sae.shares())
     asked = cli("eval", "ask", "--runs", runs, "--text", "The court", "--layers", "0,2", "--out", tmp_path)
