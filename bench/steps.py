@@ -214,7 +214,7 @@ def kinds(setup: Setup) -> Comparison:
 
 
 def crosscoder(setup: Setup) -> Comparison:
-    """A crosscoder's step beside a step of each of as many SAEs of its width as it has layers: the same arithmetic in products."""
+    """A crosscoder's step beside those of as many SAEs of its features as it has layers: the same arithmetic in products."""
     wide, work, contenders = replace(setup, d=setup.cross * setup.d), setup.cross * setup.tokens, []
     for way in WAYS:
         ours = Steps(saes=new_saes(wide, way), workspace=workspace(wide), tokens=setup.tokens)

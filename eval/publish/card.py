@@ -25,6 +25,7 @@ from residual_saes.shared.lm import family_of, known_model
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.run import FINAL, Run
+from residual_saes.shared.runs.target import SHARED
 from residual_saes.shared.sites import HOOKS, RESID_POST, Site, format_sites, lens_name
 
 REGISTRY = "pretrained_saes.yaml"
@@ -86,13 +87,20 @@ def write_card(
             say(f"note: {path} is your own and stays as it is; move it away to have one written", err=True)
         else:
             publish_file(path, card(run, results, measured, sisters, publication).encode())
-        publish_file(run.path / REGISTRY, registry_entry(run, results, publication).encode())
+        if exported(run.config):
+            publish_file(run.path / REGISTRY, registry_entry(run, results, publication).encode())
+
+
+def exported(config: RunConfig) -> bool:
+    """Whether there is a folder a layer in SAELens' form, which has no crosscoders."""
+    form = config.train.target
+    return not form or ">" in form or form.startswith(SHARED)
 
 
 def card(run: Run, results: list[Result], measured: Experiment | None, sisters: list[Run], publication: Publication) -> str:
     """The whole text. It says nothing that differs between two runs of the same training, such as times."""
     config = run.config
-    train, spec = config.train, config.cache.spec
+    train, spec, form = config.train, config.cache.spec, config.train.target
     whole, done = train.amount, finished(results)
     others = [r for r in latest(results) if not r.final]
     floors = (*columns("floors"), *floor_columns(results))
@@ -104,6 +112,8 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
     shown = columns("card", results)
     heads = [c.card_title or c.title for c in shown]
     glance = [c for c in shown if c.key in _GLANCE]
+    others_load = exported(config)
+    kind = f"Transcoders {form}" if ">" in form else "A crosscoder" if not others_load else "One SAE that all of them share,"
     return environment.get_template("card.md.j2").render(
         license=publication.license,
         marker=Safe(MARKER),
@@ -119,11 +129,20 @@ def card(run: Run, results: list[Result], measured: Experiment | None, sisters: 
         features=round(train.expansion * spec.d_model),
         world=not spec.has_model,
         imported=spec.imported is not None,
-        glance=Table(heads=["folder", "hook", *(c.title for c in glance)], rows=[_glance(r, family, glance) for r in done]),
+        form=form,
+        kind=kind,
+        exported=others_load,
+        transcodes=">" in form,
+        skip=train.skip,
+        one=len({s.site for s in run.snapshots()}) == 1,
+        glance=Table(
+            heads=[*["folder"] * others_load, "hook", *(c.title for c in glance)],
+            rows=[_glance(r, family, glance)[not others_load :] for r in done],
+        ),
         shown=_feature(run, done),
         tokens=train.tokens,
         source=train.source,
-        layers=format_sites({s.site for s in run.snapshots()}) or "none yet",
+        layers=format_sites({site for s in run.snapshots() for site in config.target_at(s.site).outputs}) or "none yet",
         sparsity=config.reading,
         bos=spec.bos,
         warnings=[line.removeprefix(f"{run.name}: ") for line in warnings([run], {run.name: results}, None)],

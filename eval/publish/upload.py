@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from residual_saes.eval.floors.measured import measured_floors
 from residual_saes.eval.measure.store import Results
-from residual_saes.eval.publish.card import Publication, sister_runs, write_card
+from residual_saes.eval.publish.card import Publication, exported, sister_runs, write_card
 from residual_saes.eval.publish.contents import PublishedForm, check, published_files
 from residual_saes.eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
 from residual_saes.eval.publish.formats import saelens
@@ -97,7 +97,7 @@ def prepare(run: Run, publication: Publication) -> None:
     measured = measured_floors(run.path.parent, run.config.cache.digest)
     config = ExportConfig(to="saelens", out=run.path)
     with Progress("preparing", len(finals), "layers") as progress:
-        for snapshot in finals:
+        for snapshot in finals if exported(run.config) else ():
             checkpoint = Checkpoint(path=snapshot.path, site=snapshot.site, label=snapshot.label, run=run)
             folder = run.path / checkpoint.folder.name
             publish_folder(folder, saelens(*open_checkpoint(checkpoint, config)), ours=_is_ours(run, folder / "cfg.json"))

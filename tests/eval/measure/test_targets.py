@@ -1,7 +1,10 @@
 """What is measured of transcoders and crosscoders, computed the other way."""
 
+import contextlib
 import html
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +206,22 @@ def test_in_python(runs: Path, cache: Cache) -> None:
     assert load(run_of(runs, "crosscoder").path).features("The court").z.shape[1] == 128
     with pytest.raises(UserError, match="of SAEs of one site"), sae.patched(sae.language_model()):
         pass
+
+
+def test_cards_say_what_it_is_and_how_it_is_loaded(cli: Cli, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, says in (("crosscoder", "A crosscoder with 128 features at layers 0-2 of"), ("mlsae", "One SAE that all of")):
+        run = run_of(runs, kind)
+        result = cli("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run")
+        assert result.code == 0, result.err
+        assert ("pretrained_saes.yaml" in result.out) == ("layer_0/cfg.json" in result.out) == (kind == "mlsae")
+        readme = (run.path / "README.md").read_text()
+        assert says in readme and ("SAELens" in readme) == (kind == "mlsae")
+        code, *others = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        assert len(others) == (kind == "mlsae")
+        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda _repo, run=run: [p.name for p in run.path.iterdir()])
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _repo, name, run=run: run.path / name)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, {})
+        assert "' c'" in printed.getvalue()
+    readme = (run_of(runs, "transcoders").path / "README.md").read_text()
+    assert "Transcoders resid\\_post@l-1" in readme and "ŷ = W_dec z + b_dec + W_skip (x − b_pre)" in readme
