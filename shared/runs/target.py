@@ -45,8 +45,8 @@ class Target:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """That of a checkpoint, by its config."""
-        sides = (config.get(side, [config.get("layer", 0)]) for side in ("inputs", "outputs"))
-        return cls(*(tuple(map(Site.of, side)) for side in sides), shared=bool(config.get("shared")))
+        read, written = (map(Site.of, config.get(side, [config.get("layer", 0)])) for side in ("inputs", "outputs"))
+        return cls(tuple(read), tuple(written), bool(config.get("shared")))
 
     @property
     def sites(self) -> tuple[Site, ...]:
