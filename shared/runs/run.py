@@ -288,9 +288,8 @@ class Run:
 
     def snapshots(self) -> list[Snapshot]:
         """All checkpoints that are there, by layer and then by age."""
-        labels = self.labels
+        labels, of = self.labels, self.config.members
         named = [(path, snapshot_name(path.name)) for path in self.path.glob("sae_layer*.pt")]
-        of = self.config.members
         snapshots = [Snapshot(path=p, site=site, label=n[1]) for p, n in named if n and n[1] in labels for site in of(n[0])]
         return sorted(snapshots, key=lambda s: (s.site, labels.index(s.label)))
 
