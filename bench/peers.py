@@ -59,6 +59,12 @@ STEPS = (
     ),
     SAE_LENS,
 )  # fmt: skip
+READERS = (  # of exports, which nobody times
+    Peer(
+        name="circuit_tracer", label="circuit-tracer", environment="circuit_tracer", package="circuit_tracer",
+        requirements=("circuit-tracer==0.5.0",),
+    ),
+)  # fmt: skip
 WRITERS = (replace(SAE_LENS, name="sae_lens_cache", label="SAELens cache writer"),)
 
 
@@ -168,7 +174,7 @@ def _run(command: Sequence[str], peer: Peer) -> None:
 def set_up() -> int:
     """Every peer's environment, a line each; the exit status."""
     failed = 0
-    for peer in STEPS:
+    for peer in (*STEPS, *READERS):
         try:
             print(f"{peer.label}: {environment(peer)}", flush=True)
         except PeerFailed as error:

@@ -99,7 +99,8 @@ eval run: --preset= --cache= --runs=runs --eval-tokens= --ce-tokens= --model= --
   --ablation=zero[zero|mean] --snapshots=all[all|final] --saes= --from=[saelens|sparsify|dictionary_learning] --layers=
   --numbers-only --device=
 eval truth: --preset= --cache= --runs=runs --eval-tokens= --snapshots=all[all|final] --device=
-eval export: --to=[saelens|sparsify|dictionary_learning]! --runs=runs* --layers= --snapshot=final --out=! --model=
+eval export: --to=[saelens|sparsify|dictionary_learning|circuit-tracer]! --runs=runs* --layers= --snapshot=final --out=!
+  --model=
 eval pages: --preset= --cache= --runs=runs --layers= --snapshot=final --tokens= --out= --model= --device=
 eval ask: --runs=runs --text=! --layers= --out= --model= --device=
 eval probes: --preset= --cache= --runs=runs --data=! --sets= --k=1,2,5,16,all --layers= --model= --device=

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from residual_saes.eval.foreign.forms import TOOLS, Foreign, find, read_sae, site_of
+from residual_saes.eval.foreign.forms import TOOLS, Foreign, find, read_sae
+from residual_saes.eval.foreign.places import read_before, site_of
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.publish.export import run_name
 from residual_saes.shared.cache import Cache
@@ -22,6 +23,7 @@ from residual_saes.shared.lm import family_of, known_model
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run, cache_identity, run_config
 from residual_saes.shared.runs.sae import Damaged, Sae
+from residual_saes.shared.runs.target import Target, Transcoder
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from residual_saes.shared.stores import parse_folder
 
@@ -56,11 +58,11 @@ def adopt(cache: Cache, runs: Path, config: AdoptConfig, skipped: Skipped) -> No
         for tool, folder in found:
             with skipped.leaving_out() if len(found) > 1 else contextlib.nullcontext():
                 foreign = read_sae(tool, folder)
-                site = only or _site(foreign, family)
-                if config.layers is None or site in config.layers:
-                    left.discard(site)
-                    _require_cached(foreign, site, cache)
-                    path = _take(foreign, site, cache, runs, taken)
+                target = _target(foreign, only, family)
+                if config.layers is None or target.place in config.layers:
+                    left.discard(target.place)
+                    _require_cached(foreign, target, cache)
+                    path = _take(foreign, target, cache, runs, taken)
                     progress.advance(0, str(path.relative_to(runs)))
             progress.advance(1)
     if not taken:
@@ -69,19 +71,27 @@ def adopt(cache: Cache, runs: Path, config: AdoptConfig, skipped: Skipped) -> No
         raise UserError(f"there is no SAE of layers {format_sites(left)} in {config.saes}: name others with --layers")
 
 
-def _site(foreign: Foreign, family: str | None) -> Site:
-    if (site := site_of(foreign.place or "", family)) is None:
+def _target(foreign: Foreign, site: Site | None, family: str | None) -> Target:
+    """The site that it reads and writes, or those; `site` is what it writes if that is said to be known better."""
+    if (site := site or site_of(foreign.place or "", family)) is None:
         where = f"is of {foreign.place}, which has no name here" if foreign.place else "does not say which layer it is of"
         raise UserError(f"{foreign.folder} {where}: give it alone, with its layer by --layers")
-    return site
+    if not foreign.transcodes:
+        return Target.itself(site)
+    read = site_of(foreign.reads, family) if foreign.reads else read_before(site, family)
+    if read is None or read.layer > site.layer:
+        raise UserError(
+            f"{foreign.folder} reads {foreign.reads or f'what gives {site}'}, which no transcoder here reads: leave it out"
+        )
+    return Target((read,), (site,))
 
 
-def _require_cached(foreign: Foreign, site: Site, cache: Cache) -> None:
+def _require_cached(foreign: Foreign, target: Target, cache: Cache) -> None:
     """Raises UserError for an SAE of other activations than the cache's; says so where it only seems to be."""
     spec, d = cache.spec, len(foreign.function.b_pre)
-    if site not in cache.sites:
+    if not set(target.sites) <= set(cache.sites):
         there = f"{cache.path} has {format_sites(cache.sites)}"
-        raise UserError(f"{foreign.folder} is of layer {site}, and {there}: harvest it, or name another by --layers")
+        raise UserError(f"{foreign.folder} is of layer {target}, and {there}: harvest it, or name another by --layers")
     if d != spec.d_model:
         raise UserError(f"{foreign.folder} is over {d} dimensions, and {cache.path} has {spec.d_model}: name its model's cache")
     names = [name.rpartition("/")[2].lower() for name in (foreign.model or "", spec.model)]
@@ -89,9 +99,9 @@ def _require_cached(foreign: Foreign, site: Site, cache: Cache) -> None:
         say(f"note: {foreign.folder} says that it is of {foreign.model}, and the cache is of {spec.model}", err=True)
 
 
-def _take(foreign: Foreign, site: Site, cache: Cache, runs: Path, taken: dict[Path, Path]) -> Path:
+def _take(foreign: Foreign, target: Target, cache: Cache, runs: Path, taken: dict[Path, Path]) -> Path:
     """Write an SAE into its run, unless it is there; its path. Raises UserError for another one in its place."""
-    function, form, tool = foreign.function, foreign.form, foreign.tool
+    function, form, tool, site = foreign.function, foreign.form, foreign.tool, target.place
     name = run_name(foreign.folder)
     if site_of(foreign.folder.name) is not None:  # a folder for each layer, and one above them
         name = run_name(foreign.folder.absolute().parent)
@@ -106,6 +116,8 @@ def _take(foreign: Foreign, site: Site, cache: Cache, runs: Path, taken: dict[Pa
         "expansion": len(function.w_enc) / len(function.b_pre),
         "l1": {"kind": f"{tool} {form}"} | numbers,
         "source": {"tool": tool, "form": form, "name": name},
+        "target": Transcoder.between(target.inputs[0], site) if target.transcodes else "",
+        "skip": function.skip is not None,
     }
     reading = function.reading(f"{form} of {_TITLES[tool]}" + "".join(f", {k} {v}" for k, v in numbers.items()))
     with run.claim([site]):
@@ -113,7 +125,8 @@ def _take(foreign: Foreign, site: Site, cache: Cache, runs: Path, taken: dict[Pa
         belongs, files = run.belongs(site, FINAL), {"files": foreign.sha256}
         sae = Sae(
             w_enc=function.w_enc, w_dec=function.w_dec, b_enc=function.b_enc, b_pre=function.b_pre, b_dec=function.b_dec,
-            threshold=function.threshold, config=run.config.portable | belongs | files,
+            threshold=function.threshold, skip=function.skip,
+            config=run.config.portable | belongs | target.fields() | files,
             stats={"tokens": None, "lambda": None} | ({} if function.l0 is None else {"l0": float(function.l0)}),
         )  # fmt: skip
         try:

@@ -1,6 +1,7 @@
 """SAEs as other tools leave them in folders, read as functions of ours: JSON and tensors, and no code.
 
 Ours is                       z = relu(W_enc (x − b_pre) + b_enc), of which a rule keeps some      x̂ = W_dec z + b_dec + b_pre
+A transcoder, which takes nothing from x, gives W_dec z + b_dec, and + W_skip x where it has a skip connection.
 What is written otherwise and is the same function is folded: activations that are multiplied by decoder norms, and gates. A
 gate is open where W x + b_gate > 0, and its feature is m = e^r W x + b_mag: open where m > b_mag − e^r b_gate, a threshold.
 What is another function is refused, and so is a folder with one weight more or less than its kind has.
@@ -22,12 +23,10 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sae import Rule
 from residual_saes.shared.runs.sparsity import Reading
 from residual_saes.shared.seal import parse_json
-from residual_saes.shared.sites import ANY, HOOKS, RESID_POST, Place, Site, lens_name
+from residual_saes.shared.sites import RESID_POST
 from residual_saes.shared.typed import Count, read
 
 Weights = dict[str, Tensor]
-# A site as a module or a hook: gpt_neox.layers.3, layers.3.mlp, blocks.3.hook_resid_post, layer_3.mlp_out
-_PLACE = re.compile(r"(?:\w+\.)*?(?:layers?|blocks?|h)[._](\d{1,9})(?:\.([\w.]+))?")
 _LINEAR = {"encoder.weight": "Fd", "encoder.bias": "F", "decoder.weight": "dF"}
 _PLAIN = {"W_enc": "dF", "b_enc": "F", "W_dec": "Fd", "b_dec": "d"}
 
@@ -41,6 +40,7 @@ class Function:
     w_dec: Tensor  # [F, d]
     b_pre: Tensor  # [d]
     b_dec: Tensor  # [d]
+    skip: Tensor | None = None  # [d, d]
     threshold: Tensor | None = None  # [F]
     k: int | None = None  # that a token keeps
     l0: int | None = None  # that it was trained to have, where its thresholds do not say
@@ -61,8 +61,10 @@ class Foreign:
     form: str  # what the tool calls such an SAE
     function: Function
     sha256: dict[str, str]  # {file: hash}
-    place: str | None  # its module or hook, as the tool writes it
+    place: str | None  # the module or hook that it writes, as the tool says it
     model: str | None
+    transcodes: bool = False
+    reads: str | None = None  # what a transcoder reads, where it is not what goes into the module that it writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +114,6 @@ class _Files:
                 shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise UserError(f"{path}: {key} is {shape}, where its configuration asks for {wanted}")
         return {key: tensor.float() for key, tensor in found.items()}
-
-
-def site_of(place: str, family: str | None = None) -> Site | None:
-    """What a module or hook of another tool is here, in a language model of this family: None where it has no name here. The
-    residual stream before a block is that after the one before."""
-    if (match := _PLACE.fullmatch(place)) is None:
-        return None
-    layer, rest = int(match[1]), match[2]
-    if rest is None or rest.endswith("resid_pre"):
-        return Site(layer) if rest is None else Site(layer - 1) if layer else None
-    for hook, rows in HOOKS.items():
-        modules = rows.values() if family is None else [rows.get(ANY, rows.get(family))]
-        if rest == hook or place == lens_name(Site(layer, hook), family) or Place(rest) in modules:
-            return Site(layer, hook)
-    return None
 
 
 def find(folder: Path, tools: tuple[str, ...]) -> list[tuple[str, Path]]:
@@ -192,6 +179,7 @@ def _gated(weights: Weights, gate: Tensor, magnitude: Tensor, b: Tensor, *, subt
 @dataclass(kw_only=True, frozen=True, slots=True)
 class _Metadata:
     hook_name: str | None = None
+    hook_name_out: str | None = None
     model_name: str | None = None
 
 
@@ -201,6 +189,7 @@ class _SaeLens(_Metadata):
 
     d_in: Count
     d_sae: Count
+    d_out: Count | None = None
     architecture: str = "standard"
     apply_b_dec_to_input: bool = True
     normalize_activations: str | bool | None = None
@@ -218,6 +207,10 @@ _SAELENS = {
     "topk": _PLAIN,
     "jumprelu": _PLAIN | {"threshold": "F"},
     "gated": {"W_enc": "dF", "r_mag": "F", "b_gate": "F", "b_mag": "F", "W_dec": "Fd", "b_dec": "d"},
+    "transcoder": _PLAIN,
+    "skip_transcoder": _PLAIN | {"W_skip": "dd"},
+    "jumprelu_transcoder": _PLAIN | {"threshold": "F"},
+    "jumprelu_skip_transcoder": _PLAIN | {"threshold": "F", "W_skip": "dd"},
 }
 
 
@@ -234,11 +227,14 @@ def _saelens(folder: Path, stored: dict[str, Any], files: _Files) -> Foreign:
     )  # fmt: skip
     if form not in _SAELENS:
         raise _unknown(folder, form, _SAELENS)
+    if config.d_out not in (None, config.d_in):
+        raise UserError(f"{folder} reads {config.d_in} dimensions and writes {config.d_out}: sites of a cache have one width")
+    transcodes = form.endswith("transcoder")
     shapes = _SAELENS[form] | {"scaling_factor": "F"}
     weights = files.weights("sae_weights.safetensors", shapes, config.d_in, config.d_sae, "scaling_factor")
     if bool((weights.pop("scaling_factor", torch.ones(1)) != 1).any()):  # which some versions wrote without a use for it
         raise UserError(f"{folder} has a scaling_factor that is not 1, which no SAE here computes")
-    b, subtract = weights["b_dec"], config.apply_b_dec_to_input
+    b, subtract = weights["b_dec"], config.apply_b_dec_to_input and not transcodes
     if form == "gated":
         function = _gated(weights, weights["b_gate"], weights["b_mag"], b, subtract=subtract)
     else:
@@ -247,11 +243,12 @@ def _saelens(folder: Path, stored: dict[str, Any], files: _Files) -> Foreign:
         rescaled = form == "topk" and config.rescale_acts_by_decoder_norm
         function = _function(
             weights, b, subtract=subtract, scale=weights["W_dec"].norm(dim=1).clamp(min=1e-8) if rescaled else None,
-            k=k if form == "topk" else None, threshold=weights.get("threshold"),
+            k=k if form == "topk" else None, threshold=weights.get("threshold"), skip=weights.get("W_skip"),
         )  # fmt: skip
     return Foreign(
-        folder=folder, tool="saelens", form=form, function=function, sha256=files.sha256, place=said.hook_name,
-        model=said.model_name,
+        folder=folder, tool="saelens", form=form, function=function, sha256=files.sha256, model=said.model_name,
+        place=said.hook_name_out if transcodes else said.hook_name, transcodes=transcodes,
+        reads=said.hook_name if transcodes else None,
     )  # fmt: skip
 
 
@@ -260,7 +257,8 @@ def _saelens(folder: Path, stored: dict[str, Any], files: _Files) -> Foreign:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class _Sparsify:
-    """cfg.json. `layer`, `hook` and `model` are of our exports: sparsify itself names its folders by modules."""
+    """cfg.json. `layer`, `hook`, `read` and `model` are of our exports: sparsify itself names its folders by modules, and what
+    transcodes reads what goes into one and writes what comes out."""
 
     d_in: Count
     k: Count
@@ -272,19 +270,23 @@ class _Sparsify:
     transcode: bool = False
     layer: int | None = None
     hook: str = RESID_POST
+    read: int | str | None = None
     model: str | None = None
 
 
 def _sparsify(folder: Path, stored: dict[str, Any], files: _Files) -> Foreign:
     config = read(_Sparsify, stored)
-    _only(config, folder, activation=("topk",), signed=(False,), skip_connection=(False,), transcode=(False,))
+    _only(config, folder, activation=("topk",), signed=(False,), skip_connection=(False, config.transcode))
     shapes = {"encoder.weight": "Fd", "encoder.bias": "F", "W_dec": "Fd", "b_dec": "d"}
+    shapes |= {"W_skip": "dd"} if config.skip_connection else {}
     n_features = config.num_latents or config.d_in * config.expansion_factor
     weights = files.weights("sae.safetensors", shapes, config.d_in, n_features)
+    function = _function(weights, weights["b_dec"], subtract=not config.transcode, k=config.k, skip=weights.get("W_skip"))
+    form = ("skip transcoder" if config.skip_connection else "transcoder") if config.transcode else "topk"
     return Foreign(
-        folder=folder, tool="sparsify", form="topk", function=_function(weights, weights["b_dec"], subtract=True, k=config.k),
-        sha256=files.sha256, model=config.model,
-        place=folder.name if config.layer is None else f"layer_{config.layer}.{config.hook}",
+        folder=folder, tool="sparsify", form=form, function=function, sha256=files.sha256, model=config.model,
+        place=folder.name if config.layer is None else f"layer_{config.layer}.{config.hook}", transcodes=config.transcode,
+        reads=None if config.read is None else f"layer_{config.read}",
     )  # fmt: skip
 
 

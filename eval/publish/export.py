@@ -1,9 +1,12 @@
-"""SAEs in the forms of other tools (formats.py), found in runs and files of others: one folder an SAE, whole or not there."""
+"""SAEs in the forms of other tools (formats.py), found in runs and files of others: one folder an SAE, or a set of transcoders,
+whole or not there."""
 
 import errno
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,16 @@ import torch
 from torch import Tensor
 
 from residual_saes.eval.measure.features import measured_features
-from residual_saes.eval.publish.formats import FORMS, Files, Origin, Source
+from residual_saes.eval.publish.formats import (
+    CIRCUIT_TRACER,
+    FORMS,
+    Files,
+    Origin,
+    Source,
+    circuit_tracer_config,
+    circuit_tracer_hooks,
+    circuit_tracer_layer,
+)
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
@@ -34,8 +46,10 @@ _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.b
 class ExportConfig:
     """What to export, and what the checkpoints do not say."""
 
-    to: str = option("The tool that is to load them.", type=click.Choice(list(FORMS)), required=True)
-    out: Path = option("Gets <run>/layer_<N> for each SAE.", type=parse_folder, metavar="PATH", required=True)
+    to: str = option("The tool that is to load them.", type=click.Choice([*FORMS, CIRCUIT_TRACER]), required=True)
+    out: Path = option(
+        "Gets <run>/layer_<N> for each SAE, or <run> for a set.", type=parse_folder, metavar="PATH", required=True
+    )
     layers: tuple[Site, ...] | None = option("Such as 0-5,12 [default: all there are].", None, type=parse_sites)
     snapshot: str = option("Which of each layer's snapshots.", FINAL)
     model: str | None = option("Name of the language model [default: the run's, if it is a name and not a folder].", None)
@@ -53,8 +67,16 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         """Where it goes, in the folder of exports: <run>/layer_12, or layer_12_50M for an earlier snapshot."""
-        name = f"layer_{self.site}" + ("" if self.label == FINAL else f"_{self.label}")
-        return Path(run_name(self.path.parent)) / name
+        return Path(run_name(self.path.parent)) / f"layer_{self.site}{self._earlier}"
+
+    @property
+    def set(self) -> Path:
+        """Where it goes with the other layers: <run>, or <run>_50M."""
+        return Path(run_name(self.path.parent) + self._earlier)
+
+    @property
+    def _earlier(self) -> str:
+        return "" if self.label == FINAL else f"_{self.label}"
 
 
 def run_name(folder: Path) -> str:
@@ -65,27 +87,34 @@ def run_name(folder: Path) -> str:
 
 
 def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
-    """Write every SAE found in `places` (runs, folders of runs, folders of files, files); the folders, in order.
+    """Write every SAE found in `places` (runs, folders of runs, folders of files, files); the folder of each, in order.
 
     What cannot be exported is said and left out; what is there already is kept. Raises UserError at the end if anything was
     left out, and before anything is written if there is nothing to export or two SAEs would go to one place.
     """
     found = find_checkpoints(places, config)
-    targets = [config.out / checkpoint.folder for checkpoint in found]
-    if twice := sorted({str(t) for t in targets if targets.count(t) > 1}):
-        raise UserError(f"two SAEs would be written to {twice[0]}; export their runs to different --out folders")
+    targets = [config.out / (checkpoint.set if config.to == CIRCUIT_TRACER else checkpoint.folder) for checkpoint in found]
+    groups: dict[Path, dict[Site, Checkpoint]] = {}
+    for checkpoint, target in zip(found, targets, strict=True):
+        if groups.setdefault(target, {}).setdefault(checkpoint.site, checkpoint) is not checkpoint:
+            raise UserError(f"two SAEs would be written to {target}; export their runs to different --out folders")
     failed, without_name, without_density = 0, False, False
     with Progress("exporting", len(found), "SAEs") as progress:
-        for checkpoint, target in zip(found, targets, strict=True):
+        for target, group in groups.items():
             try:
-                sae, origin = open_checkpoint(checkpoint, config)
+                if config.to == CIRCUIT_TRACER:
+                    files, origin = _set(group, config)
+                else:
+                    (checkpoint,) = group.values()
+                    sae, origin = open_checkpoint(checkpoint, config)
+                    files = FORMS[config.to](sae, origin)
                 without_name |= origin.model is None
                 without_density |= origin.log10_density is None
-                publish_folder(target, FORMS[config.to](sae, origin))
+                publish_folder(target, files)
             except UserError as error:
-                failed += 1
+                failed += len(group)
                 say(f"left out: {error}", err=True)
-            progress.advance(1, str(checkpoint.folder))
+            progress.advance(len(group), str(target.relative_to(config.out)))
     if without_name:
         say("the language model's name is left out where only its folder is known: give it with --model", err=True)
     if config.to == "saelens" and without_density:
@@ -93,6 +122,42 @@ def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
     if failed:
         raise UserError(f"{failed} of {len(found)} SAEs are left out, as said above; the others are in {config.out}")
     return targets
+
+
+class _MadeWhenAsked(Mapping[str, bytes]):
+    """Files by name, each made when its bytes are wanted: a set of full size is larger than memory."""
+
+    def __init__(self, makers: dict[str, Callable[[], bytes]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _set(layers: dict[Site, Checkpoint], config: ExportConfig) -> tuple[Files, Origin]:
+    """The files of one, and what its first layer is of. Raises UserError for what circuit-tracer cannot hold."""
+    origins, hooks, makers = dict[int, Origin](), dict[str, str](), dict[str, Callable[[], bytes]]()
+    for site, checkpoint in layers.items():
+        sae, origin = open_checkpoint(checkpoint, config)
+        origins[site.layer], hooks = origin, circuit_tracer_hooks(sae, origin)
+        makers[f"layer_{site.layer}.safetensors"] = partial(_layer, checkpoint, config)
+    wanted = set(range(origin.n_layers or max(origins) + 1))
+    if missing := wanted - set(origins):
+        raise UserError(
+            f"{checkpoint.set} lacks layers {format_sites(map(Site, missing))}, and circuit-tracer wants all of a model's: "
+            "train them, and leave out --layers"
+        )
+    return _MadeWhenAsked(makers | {"config.yaml": partial(circuit_tracer_config, hooks, origins)}), origins[0]
+
+
+def _layer(checkpoint: Checkpoint, config: ExportConfig) -> bytes:
+    return circuit_tracer_layer(open_checkpoint(checkpoint, config)[0])
 
 
 def find_checkpoints(places: tuple[Path, ...], config: ExportConfig) -> list[Checkpoint]:
@@ -171,6 +236,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         # what lies in a folder is known by its hash, and nobody else has that folder
         model=config.model or (spec.model if spec and spec.model_commit else None),
         family=family_of(lm),
+        n_layers=spec.n_layers if spec else None,
         module=module_name(lm, sae.target.inputs[0] if sae.transcodes else checkpoint.site),
         dataset=spec.dataset if spec and unpin(spec.dataset_revision) else None,
         context=spec.context if spec else None,
@@ -232,7 +298,7 @@ def _foreign(path: Path, state: dict[str, Any]) -> Sae:
 def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
     """Make the folder with all its files in one move. In one that is there already and says the same of itself, what is
     missing or damaged is made again; one that is `ours` may say something else, of which nothing stays."""
-    said = "cfg.json" if "cfg.json" in files else "config.json"
+    said = next(name for name in ("cfg.json", "config.json", "config.yaml") if name in files)
     if folder.exists():
         remove_leftovers(folder)
         same = (folder / said).is_file() and (folder / said).read_bytes() == files[said]
@@ -240,7 +306,8 @@ def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
             raise UserError(f"{folder} holds something else already; remove it or choose another --out")
         for path in () if same else set(folder.iterdir()) - {folder / name for name in files}:
             path.unlink()
-        for name, content in sorted(files.items(), key=lambda file: file[0] == said):  # by which the folder is ours, last
+        for name in sorted(files, key=lambda name: name == said):  # by which the folder is ours, last
+            content = files[name]
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
                 if same:
                     say(f"{folder / name} is missing or damaged: it is made again", err=True)

@@ -5,14 +5,15 @@ SAELens (standard), sparsify and dictionary_learning (AutoEncoder) have one bias
                               z = relu(W_enc (x − b) + b')             x̂ = W_dec z + b
 The same function has b = b_pre + b_dec and b' = b_enc + W_enc (b − b_pre), see `fold`. sparsify keeps the k largest of z: with
 k = F all of them, which is ReLU. Those with thresholds are SAELens' jumprelu and, as their kinds are, dictionary_learning's
-BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder. Transcoders of SAELens and sparsify take nothing from x, so that
-b' = b_enc − W_enc b_pre, and b = b_dec − W_skip b_pre where there is a skip connection.
+BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder. Transcoders of SAELens, sparsify and circuit-tracer take nothing
+from x, so that b' = b_enc − W_enc b_pre, and b = b_dec − W_skip b_pre where there is a skip connection. Those of circuit-tracer
+are a set of all layers of a model, whose MLPs it replaces by them.
 """
 
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.runs.sparsity import prefix_ends
-from residual_saes.shared.sites import RESID_POST, Site, lens_name
+from residual_saes.shared.sites import MLP_IN, MLP_OUT, RESID_MID, RESID_POST, Site, lens_name
 
 SAELENS_FORM = "6.0.0"  # of cfg.json: without it SAELens' loader drops what it does not know, hook_name too
 # {tool: {how z follows from relu's values: what the tool calls such an SAE}}
@@ -32,9 +33,14 @@ KINDS = {
     "sparsify": {"relu": "topk", "topk": "topk"},
     "dictionary_learning": {"relu": "AutoEncoder", "threshold": "BatchTopKSAE", "topk": "AutoEncoderTopK"},
 }
-TRANSCODERS = {"saelens": {"relu": "transcoder", "threshold": "jumprelu_transcoder"}, "sparsify": KINDS["sparsify"]}
+CIRCUIT_TRACER = "circuit-tracer"
+TRANSCODERS = {
+    "saelens": {"relu": "transcoder", "threshold": "jumprelu_transcoder"},
+    "sparsify": KINDS["sparsify"],
+    CIRCUIT_TRACER: {"relu": "relu", "threshold": "jumprelu"},
+}
 _WORDS = {"threshold": "thresholds, as BatchTopK, JumpReLU and --hold-l0 leave"}
-Files = dict[str, bytes]
+Files = Mapping[str, bytes]
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -55,6 +61,7 @@ class Origin:
     source: Source
     model: str | None = None
     family: str | None = None  # of the language model
+    n_layers: int | None = None  # that it has
     module: str | None = None  # of the causal language model, and which side of it: "gpt_neox.layers.3.output"
     context: int | None = None
     dataset: str | None = None
@@ -132,6 +139,7 @@ def sparsify(sae: Sae, origin: Origin) -> Files:
         "d_in": d,
         "layer": origin.site.layer,
         "hook": None if origin.site.hook == RESID_POST else origin.site.hook,
+        "read": sae.target.inputs[0].json if sae.transcodes else None,
         "model": origin.model,
         "source": _source(origin),
     }
@@ -181,6 +189,44 @@ def dictionary_learning(sae: Sae, origin: Origin) -> Files:
     return {"config.json": _json(config), "ae.pt": content.getvalue()}
 
 
+def circuit_tracer_hooks(sae: Sae, origin: Origin) -> dict[str, str]:
+    """Where a transcoder reads and writes, in circuit-tracer's words. Raises UserError for one that it cannot hold."""
+    _kind(CIRCUIT_TRACER, sae, origin)
+    (read,), written = sae.target.inputs, sae.target.place
+    if read.layer != written.layer or read.hook not in (MLP_IN, RESID_MID) or written.hook != MLP_OUT:
+        raise UserError(
+            f"{_name(origin)} is of {sae.target}, and circuit-tracer puts transcoders in the place of MLPs: train with "
+            f"--target '{MLP_IN}>{MLP_OUT}' or '{RESID_MID}>{MLP_OUT}'"
+        )
+    names = [lens_name(site, origin.family).split(".", 2)[2] for site in (read, written)]
+    if names[1] != "hook_mlp_out":
+        raise UserError(
+            f"{_name(origin)} writes behind a norm of {origin.family} models, where circuit-tracer has no hook: export it to "
+            "saelens"
+        )
+    if origin.family == "qwen3":
+        names[1] = "mlp.hook_out"  # the same, and the one that circuit-tracer's nnsight side knows it by
+    return dict(zip(("feature_input_hook", "feature_output_hook"), names, strict=True))
+
+
+def circuit_tracer_config(hooks: dict[str, str], origins: dict[int, Origin]) -> bytes:
+    """config.yaml of a set, as JSON, which YAML has within it."""
+    first = origins[0]
+    scan = {"scan": first.source.run, "sources": [_source(origins[layer]) for layer in sorted(origins)]}
+    return _json(_known({"model_kind": "transcoder_set", "model_name": first.model} | hooks | scan))
+
+
+def circuit_tracer_layer(sae: Sae) -> bytes:
+    """layer_<N>.safetensors of a set."""
+    b_enc, b_dec = fold(sae)
+    weights = {"W_enc": sae.w_enc, "b_enc": b_enc, "W_dec": sae.w_dec, "b_dec": b_dec}
+    if sae.threshold is not None:
+        weights["activation_function.threshold"] = sae.threshold.clamp(min=0)  # there is no relu before it
+    if sae.skip is not None:
+        weights["W_skip"] = sae.skip
+    return _safetensors(weights)
+
+
 FORMS: dict[str, Callable[[Sae, Origin], Files]] = {
     "saelens": saelens,
     "sparsify": sparsify,
@@ -199,9 +245,11 @@ def _dictionary(sae: Sae, origin: Origin) -> str:
 
 def _kind(tool: str, sae: Sae, origin: Origin) -> str:
     """What a tool calls an SAE of this rule. Raises UserError where it has none."""
-    rule, name = sae.rule, f"{origin.source.run}/{origin.source.file}"
+    rule, name = sae.rule, _name(origin)
     if len(sae.target.inputs) > 1:
         raise UserError(f"{name} is a crosscoder, and no tool that is known here loads one: it stays as it is")
+    if tool not in KINDS and not sae.transcodes:
+        raise UserError(f"{name} is an SAE, and {tool} loads transcoders: export it to {' or '.join(KINDS)}")
     tools, what = (TRANSCODERS, "transcoders") if sae.transcodes else (KINDS, "SAEs")
     if rule not in tools.get(tool, {}):
         others = " or ".join(name for name, kinds in tools.items() if rule in kinds)
@@ -209,6 +257,10 @@ def _kind(tool: str, sae: Sae, origin: Origin) -> str:
         raise UserError(f"{name} {has}, and {tool} has no such {what}: export it to {others}")
     kind = tools[tool][rule]
     return kind if sae.skip is None else kind.replace("transcoder", "skip_transcoder")
+
+
+def _name(origin: Origin) -> str:
+    return f"{origin.source.run}/{origin.source.file}"
 
 
 def _source(origin: Origin) -> dict[str, Any]:

@@ -106,6 +106,11 @@ class Transcoder:
             raise UserError(f"{text!r} reads what it writes: leave out --target, and name --layers such as 3.{form.read}")
         return form
 
+    @classmethod
+    def between(cls, read: Site, written: Site) -> str:
+        """The form of one that reads a site and writes another."""
+        return str(cls(read.hook, written.layer - read.layer, written.hook))
+
     def __str__(self) -> str:
         return f"{self.read}{f'@l-{self.back}' if self.back else ''}>{self.written}"
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from bench import __main__ as commands
 from bench import caches, limits, peers, report, steps
 from bench.harness import Comparison, Entry
-from bench.peers import STEPS, WRITERS, Peer, PeerFailed, Worker
+from bench.peers import READERS, STEPS, WRITERS, Peer, PeerFailed, Worker
 from bench.setup import GPU, Measure, Setup, small
 from bench.steps import Steps
 from bench.workers.worker import Job
@@ -241,7 +241,7 @@ def test_environments_are_set_up_one_by_one_whatever_becomes_of_the_others(
     said = capsys.readouterr()
     assert said.err == "error: sparsify: environment: ERROR: not today\n"
     assert [line.rpartition("/peers/")[2] or line for line in said.out.splitlines()][1:] == [
-        f"{peer.label}: {tmp_path / str(peer.environment) / 'bin' / 'python'}" for peer in STEPS[2:]
+        f"{peer.label}: {tmp_path / str(peer.environment) / 'bin' / 'python'}" for peer in (*STEPS[2:], *READERS)
     ]
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -38,6 +39,7 @@ SCENARIOS = (
     "repair",
     "free",
     "convert",
+    "import",
     "train",
     "resume",
     "eval",
@@ -273,9 +275,9 @@ class Sweep:
         if name not in self._scenarios:
             make: dict[str, Callable[[Worker], tuple[str, ...]]] = {
                 "harvest": self._harvest, "layers": self._layers, "repair": self._repair, "free": self._freeing,
-                "convert": self._convert, "train": self._train, "resume": self._resume, "eval": self._eval,
-                "pictures": self._pictures, "pages": self._pages, "distill": self._distill, "distill-on": self._distill_on,
-                "export": self._export, "adopt": self._adopt,
+                "convert": self._convert, "import": self._import, "train": self._train, "resume": self._resume,
+                "eval": self._eval, "pictures": self._pictures, "pages": self._pages, "distill": self._distill,
+                "distill-on": self._distill_on, "export": self._export, "adopt": self._adopt,
             }  # fmt: skip
             worker, start = self._workers[0], self.folder / name
             shutil.rmtree(worker.folder, ignore_errors=True)
@@ -321,6 +323,16 @@ class Sweep:
     def _convert(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0-1", 5))
         return ("harvest", "convert", "--cache", "cache", "--out", "narrow", "--move", "--threads", "2")
+
+    def _import(self, worker: Worker) -> tuple[str, ...]:
+        """Two sites of another tool's files, with two chunks of tokens."""
+        (folder := worker.folder / "theirs").mkdir()
+        rng = np.random.default_rng(0)
+        for name in ("3", "12.mlp_out"):
+            np.save(folder / f"{name}.npy", rng.standard_normal((17 * _BLOCK, 8), dtype=np.float32))
+        np.save(folder / "tokens.npy", rng.integers(0, 400, 17 * _BLOCK, dtype=np.int32))
+        sizes = ("--context", "32", "--block-sequences", "8", "--holdout-tokens", str(_BLOCK), "--threads", "2")
+        return ("harvest", "import", "--from", "theirs", "--cache", "cache", *sizes)
 
     def _train(self, worker: Worker) -> tuple[str, ...]:
         self._do(worker, self.harvest_args("0-1", 5))

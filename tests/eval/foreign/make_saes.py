@@ -19,6 +19,8 @@ def drawn(module):
         for name, tensor in module.named_parameters():
             if tensor.ndim == 1:
                 tensor.copy_(0.3 * torch.randn_like(tensor) + (0.2 if "threshold" in name else 0))
+            elif not tensor.any():  # a skip connection, or a transcoder's decoder
+                tensor.copy_(0.1 * torch.randn_like(tensor))
             else:  # [F, d] or [d, F]
                 norms = 0.5 + torch.rand(F)
                 tensor.mul_(norms[:, None] if len(tensor) == F else norms)
@@ -31,9 +33,12 @@ def saelens(folder, x):
         "topk": ("TopKSAE", {"k": K}), "rescaled": ("TopKSAE", {"k": K, "rescale_acts_by_decoder_norm": True}),
         "jumprelu": ("JumpReLUSAE", {}), "gated": ("GatedSAE", {"apply_b_dec_to_input": False}),
     }  # fmt: skip
+    for kind in ("Transcoder", "SkipTranscoder", "JumpReLUTranscoder", "JumpReLUSkipTranscoder"):
+        cases[kind] = (kind, {"d_out": D, "apply_b_dec_to_input": False})
     for name, (kind, options) in cases.items():
-        config = getattr(lens, f"{kind}Config")(d_in=D, d_sae=F, **options)
-        sae = getattr(lens, kind)(config)
+        module = import_module("sae_lens.saes.transcoder") if "Transcoder" in kind else lens
+        config = getattr(module, f"{kind}Config")(d_in=D, d_sae=F, **options)
+        sae = getattr(module, kind)(config)
         drawn(sae)
         sae.save_model(folder / name)
         loaded = lens.SAE.load_from_disk(folder / name)
@@ -55,7 +60,10 @@ def saelens(folder, x):
 
 def sparsify(folder, x):
     module = import_module("sparsify")
-    for name, options in (("topk", {"k": K}), ("all", {"k": F, "num_latents": F, "normalize_decoder": False})):
+    for name, options in {
+        "topk": {"k": K}, "all": {"k": F, "num_latents": F, "normalize_decoder": False},
+        "transcode": {"k": K, "transcode": True}, "skip": {"k": K, "transcode": True, "skip_connection": True},
+    }.items():  # fmt: skip
         coder = module.SparseCoder(D, module.SparseCoderConfig(expansion_factor=F // D, **options))
         drawn(coder)
         coder.save_to_disk(folder / name)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.peers import ENVIRONMENTS
-from residual_saes.eval.foreign.forms import read_sae, site_of
+from residual_saes.eval.foreign.forms import read_sae
+from residual_saes.eval.foreign.places import read_before, site_of
 from residual_saes.eval.publish.export import FORMS, ExportConfig, export
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
@@ -25,7 +26,6 @@ from residual_saes.shared.sites import HOOKS, Site, lens_name
 from tests.conftest import Cli
 from tests.eval.publish.test_export import RULES, TOOLS, a_sae, some_x, written
 
-OF_SAES = [(form, rule) for form, rule in RULES if not rule.startswith(("transcoder", "skip"))]  # transcoders are not read
 WHERE = ("--preset", "demo", "--ce-tokens", 64, "--device", "cpu", "--numbers-only")
 
 
@@ -36,9 +36,10 @@ def small(*, scale: float = 0.01, rule: str = "relu") -> Sae:
 
 def read_back(form: str, folder: Path) -> Sae:
     foreign = read_sae(form, folder)
-    function = {k: v for k in ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", "threshold")
+    function = {k: v for k in ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec", "threshold", "skip")
                 if (v := getattr(foreign.function, k)) is not None}  # fmt: skip
-    return Sae(**function, config={"sparsity": foreign.function.reading("").fields()}, stats={})
+    target = {"inputs": [0], "outputs": [1]} if foreign.transcodes else {}
+    return Sae(**function, config=target | {"sparsity": foreign.function.reading("").fields()}, stats={})
 
 
 def require_near(got: Tensor, wanted: Tensor, most: float) -> None:
@@ -47,7 +48,7 @@ def require_near(got: Tensor, wanted: Tensor, most: float) -> None:
     assert float(far.double().mean()) < 1e-4
 
 
-@pytest.mark.parametrize(("form", "rule"), OF_SAES)
+@pytest.mark.parametrize(("form", "rule"), RULES)
 def test_an_export_comes_back_the_same(form: str, rule: str, tmp_path: Path) -> None:
     sae = a_sae(rule=rule)
     got, x = read_back(form, written(form, sae, tmp_path / "a")), some_x(sae)
@@ -55,7 +56,7 @@ def test_an_export_comes_back_the_same(form: str, rule: str, tmp_path: Path) -> 
     wanted = [] if form == "saelens" or rule != "nested" else [64, 128]  # SAELens' form does not say them
     assert got.prefixes == wanted
     require_near(got.encode(x), sae.encode(x), 1e-5)
-    require_near(got.decode(got.encode(x)), sae.decode(sae.encode(x)), 1e-5)
+    require_near(got.reconstruct(x, got.encode(x)), sae.reconstruct(x, sae.encode(x)), 1e-5)
 
 
 # --- the command ---
@@ -67,9 +68,12 @@ def a_run(folder: Path, cache: Cache, rule: str) -> Run:
     sparsity = drawn.config["sparsity"]
     reading = Reading(words=rule, rule=drawn.rule, k=sparsity.get("k"), prefixes=sparsity.get("prefixes"))
     train = {"tokens": 20_480, "batch": 256, "expansion": 8, "l1": {"kind": rule}, "step": {}}
+    train |= {"target": "resid_post@l-1>resid_post", "skip": drawn.skip is not None} if drawn.transcodes else {}
     run.path.mkdir(parents=True)
     run.create(run_config(train, cache_identity(cache, run.path)) | {"sparsity": reading.fields()}, {})
-    config = json.loads(json.dumps(run.config.portable | run.belongs(Site(1), FINAL)))
+    config = json.loads(
+        json.dumps(run.config.portable | (drawn.target.fields() if drawn.transcodes else {}) | run.belongs(Site(1), FINAL))
+    )
     stats = drawn.stats | {"tokens": 20_480, "lambda": 0.0}
     dataclasses.replace(drawn, config=config, stats=stats).save(run.snapshot_path(Site(1), FINAL))
     return run
@@ -84,10 +88,10 @@ def metrics(run: Path) -> dict[str, Any]:
 def exported(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/ with a run of each rule, and out/ with their exports to every tool that has such SAEs."""
     folder = tmp_path_factory.mktemp("exported")
-    for rule in dict.fromkeys(rule for _, rule in OF_SAES):
+    for rule in dict.fromkeys(rule for _, rule in RULES):
         run = a_run(folder / "runs", cache, rule)
         for form in FORMS:
-            if (form, rule) in OF_SAES:
+            if (form, rule) in RULES:
                 export((run.path,), ExportConfig(to=form, out=folder / "out" / form))
     return folder
 
@@ -98,7 +102,7 @@ def test_the_same_metrics(cli: Cli, exported: Path, cache_path: Path, tmp_path: 
     args = ("eval", "--cache", cache_path, "--runs", runs, *WHERE, "--saes", exported / "out")
     first = cli(*args)
     assert first.code == 0, first.err
-    for form, rule in OF_SAES:
+    for form, rule in RULES:
         ours, theirs = metrics(runs / f"ours-{rule}"), metrics(runs / f"ours-{rule}-{form}")
         assert ours["l0"] > 1 and ours.keys() == theirs.keys()
         for key, value in ours.items():
@@ -185,7 +189,10 @@ def without(folder: Path, name: str, key: str) -> None:
 BAD: list[tuple[str, Any, str]] = [
     ("saelens", lambda f: changed(f, "cfg.json", normalize_activations="layer_norm"), "for normalize_activations 'layer_norm'"),
     ("saelens", lambda f: changed(f, "cfg.json", reshape_activations="hook_z"), "asks for reshape_activations 'hook_z'"),
-    ("saelens", lambda f: changed(f, "cfg.json", architecture="transcoder"), "is of kind 'transcoder', which is none of ours"),
+    ("saelens", lambda f: changed(f, "cfg.json", architecture="temporal"), "is of kind 'temporal', which is none of ours"),
+    ("saelens", lambda f: changed(f, "cfg.json", architecture="transcoder", d_out=16), "reads 32 dimensions and writes 16"),
+    ("saelens", lambda f: changed(f, "cfg.json", architecture="skip_transcoder"), "has no W_skip, which such an SAE has"),
+    ("saelens", lambda f: changed(f, "cfg.json", architecture="transcoder"), "does not say which layer it is of: give it"),
     ("saelens", lambda f: changed(f, "cfg.json", d_in=16), "W_enc is (32, 256), where its configuration asks for (16, 256)"),
     ("saelens", lambda f: changed(f, "cfg.json", d_in="32"), "d_in is '32', and must be a whole number"),
     ("saelens", lambda f: without(f, "sae_weights.safetensors", "b_enc"), "has no b_enc, which such an SAE has"),
@@ -196,7 +203,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("saelens", lambda f: (f / "cfg.json").write_text("[1]"), "is not of an SAE of saelens: it holds no object"),
     ("saelens", lambda f: (f / "cfg.json").unlink(), "has no cfg.json: get it again"),
     ("sparsify", lambda f: changed(f, "cfg.json", activation="groupmax"), "asks for activation 'groupmax'"),
-    ("sparsify", lambda f: changed(f, "cfg.json", transcode=True), "asks for transcode True"),
+    ("sparsify", lambda f: changed(f, "cfg.json", skip_connection=True), "asks for skip_connection True"),
+    ("sparsify", lambda f: changed(f, "cfg.json", transcode=True, layer=0), "reads what gives 0, which no"),
+    ("sparsify", lambda f: changed(f, "cfg.json", transcode=True, read=2), "reads layer_2, which no"),
+    ("sparsify", lambda f: changed(f, "cfg.json", transcode=True, read="0.mlp_in"), "is of layer 0.mlp_in>1, and"),
     ("sparsify", lambda f: (f / "sae.safetensors").write_bytes(b"cut"), "is not a file of tensors"),
     ("dictionary_learning", lambda f: changed(f, "config.json", dict_class="IdentityDict"), "is of kind 'IdentityDict'"),
     ("dictionary_learning", lambda f: torch.save(Dangerous(), f / "ae.pt"), "is not a file of tensors (UnpicklingError)"),
@@ -269,9 +279,16 @@ def test_a_module_is_what_it_is_in_the_caches_model() -> None:
             assert site_of(lens_name(Site(4, hook), family), family) == Site(4, hook)
 
 
+def test_what_goes_into_the_module_that_gives_a_site() -> None:
+    assert read_before(Site(3, "mlp_out"), None) == read_before(Site(3, "mlp_out"), "gpt2") == Site(3, "mlp_in")
+    assert (read_before(Site(3), "llama"), read_before(Site(0), None)) == (Site(2), None)
+    for site, family in ((Site(3, "attn_out"), "llama"), (Site(3, "mlp_out"), "gemma2"), (Site(3, "mlp_out"), "bloom")):
+        assert read_before(site, family) is None
+
+
 # --- the tools themselves ---
 
-MADE = {"saelens": 8, "sparsify": 2, "dictionary_learning": 7}
+MADE = {"saelens": 12, "sparsify": 4, "dictionary_learning": 7}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -293,7 +310,7 @@ def test_what_a_tool_itself_saves_is_read_as_it_computes(form: str, tmp_path: Pa
         z = sae.encode(out["x"])
         assert 0.01 < float((z > 0).double().mean()) < 0.9, folder.name
         require_near(z, out["z"], 1e-5)
-        require_near(sae.decode(z), out["xhat"], 1e-5)
+        require_near(sae.reconstruct(out["x"], z), out["xhat"], 1e-5)
 
 
 def test_a_gate_is_a_threshold(tmp_path: Path) -> None:
