@@ -232,12 +232,12 @@ async function show(turn) {
   by("feature").replaceChildren(
     el("a", {className: "back", href: address(facts)}, "← all features"),
     el("h2", {}, `Feature ${i}`), noteFields(i),
-    el("p", {className: "facts"}, `layer ${facts.inputs ? `${facts.inputs} → ${facts.outputs}` : facts.layer} · ${facts.name} · ` + (sae.count[i]
+    el("p", {className: "facts"}, `${sites(facts)} · ${facts.name} · ` + (sae.count[i]
       ? `fires on ${whole(sae.count[i])} of ${whole(facts.tokens)} tokens (density ${format(sae.count[i] / facts.tokens)}), ` +
         `mean ${format(sae.mean[i])} where it does, at most ${format(sae.maximum[i])}`
       : `never fires on the ${whole(facts.tokens)} held-out tokens`)),
     el("div", {className: "columns"},
-      el("section", {}, el("h3", {}, "Promoted tokens"), words(i, k, "promoted", chunk), el("h3", {}, "Suppressed tokens"), words(i, k, "suppressed", chunk)),
+      el("section", {}, el("h3", {}, `Promoted tokens${chunk.layer_share ? ` at layer ${facts.outputs.at(-1)}` : ""}`), words(i, k, "promoted", chunk), el("h3", {}, "Suppressed tokens"), words(i, k, "suppressed", chunk)),
       sae.count[i] ? el("section", {}, el("h3", {}, "Activations"), histogram(chunk.bins.subarray(k * shape.bins, (k + 1) * shape.bins), 0, chunk.bin_width[k], "activation"),
         ...logits(chunk, k)) : null),
     ...layers(chunk, k, facts), el("div", {className: "columns"},
@@ -302,9 +302,16 @@ function histogram(bins, from, width, what) {
     svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, format(from + used * width)));
 }
 
+function sites({inputs, outputs, layer}) {
+  if (!inputs) return `layer ${layer}`;
+  return `${inputs}` === `${outputs}` ? `layers ${inputs.join(", ")}` : `layer ${inputs.join(", ")} → ${outputs.join(", ")}`;
+}
+
 function layers({layer_share: all}, k, {outputs}) {  // of a crosscoder
-  const share = (layer, j) => el("li", {}, `layer ${layer} `, el("small", {}, `${(100 * all[k * outputs.length + j]).toFixed(1)} %`));
-  return all ? [el("h3", {}, "Share of its squared decoder norm"), el("ul", {className: "chips"}, ...outputs.map(share))] : [];
+  if (!all) return [];
+  const shares = [...all.subarray(k * outputs.length, (k + 1) * outputs.length)], most = Math.max(...shares);
+  const share = (layer, j) => el("li", {style: `--a: ${shares[j] / most}`}, `layer ${layer} `, el("small", {}, `${(100 * shares[j]).toFixed(1)} %`));
+  return [el("h3", {}, "Share of its squared decoder norm"), el("ul", {className: "chips layers"}, ...outputs.map(share))];
 }
 
 // Of all tokens. Pages of earlier versions have none.

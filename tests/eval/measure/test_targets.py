@@ -22,6 +22,7 @@ from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 from tests.conftest import TRAIN_ARGS, Cli, invoke
+from tests.eval.browser import DESKTOP, PHONE, Browser
 
 TARGETS = (
     ("--target", "resid_post@l-1>resid_post@l", "--layers", 2, "--skip"),
@@ -178,6 +179,19 @@ def test_pages_are_of_what_is_read_and_show_layers(cli: Cli, runs: Path, cache: 
     asked = cli("eval", "ask", "--runs", runs, "--text", "The court", "--layers", "0,2", "--out", tmp_path)
     assert asked.code == 0, asked.err
     assert (tmp_path / "ask.html").read_text().count("<h2") >= 2
+
+
+def test_a_crosscoders_page_shows_its_layers_at_any_width(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    run = run_of(runs, "crosscoder")
+    assert invoke("eval", "pages", "--runs", run.path, "--out", tmp_path) == 0
+    for size in (DESKTOP, PHONE):
+        browser.look(size)
+        browser.open(tmp_path / "index.html", f"{run.name}/final/0/3")
+        browser.until(lambda: browser.all(".layers"))
+        assert browser.text("#feature .facts").startswith(f"layers 0, 1, 2 · {run.name} · ")
+        shares = browser.text(".layers").split()
+        assert shares[::4] == ["layer"] * 3 and sum(map(float, shares[2::4])) == pytest.approx(100, abs=0.2)
+        assert browser.overflow() == 0 and browser.errors() == []
 
 
 def test_the_report_has_a_picture_of_layers_and_the_commands(runs: Path) -> None:
