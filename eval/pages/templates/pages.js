@@ -304,7 +304,8 @@ function histogram(bins, from, width, what) {
 
 function sites({inputs, outputs, layer}) {
   if (!inputs) return `layer ${layer}`;
-  return `${inputs}` === `${outputs}` ? `layers ${inputs.join(", ")}` : `layer ${inputs.join(", ")} → ${outputs.join(", ")}`;
+  if (`${inputs}` !== `${outputs}`) return `layer ${inputs} → ${outputs}`;
+  return `layers ${inputs.every((layer, j) => layer === inputs[0] + j) ? `${inputs[0]}–${inputs.at(-1)}` : inputs.join(", ")}`;
 }
 
 function layers({layer_share: all}, k, {outputs}) {  // of a crosscoder
