@@ -77,7 +77,7 @@ def trial(
             read = (x.view(BATCH, layers, -1) * mask[:, :, None]).view(BATCH, -1)
         error = kept(torch.relu(read @ enc.t() + b_enc)) @ dec + b_dec - x
         adam.zero_grad()
-        (error.square().sum() / (BATCH * len(scale))).backward()
+        torch.autograd.backward(error.square().sum() / (BATCH * len(scale)))
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         adam.step()
         for each in (dec, enc) if form == "feature" else ():
@@ -85,7 +85,7 @@ def trial(
         dec.data /= dec.data.norm(dim=1, keepdim=True)
     seconds, square = time.process_time() - began, torch.zeros(len(scale))
     with torch.no_grad():
-        for part in test.split(4096):
+        for part in torch.split(test, 4096):
             x = part / scale
             z = kept(torch.relu((x - mean) @ turn @ enc.t() + b_enc))
             square += (mean + (z @ dec + b_dec) @ turn.t() - x).square().sum(0)
