@@ -194,6 +194,7 @@ def _write_sae(cache: Cache, job: _Job, tally: features.Tally, columns: files.Co
         "trained_tokens": stats["tokens"],
         "lambda": stats["lambda"],
         **job.target.fields(),
+        "of": str(job.target),
         **facts,
     }
     absolute = columns["row"] + first * (columns["row"] >= 0)

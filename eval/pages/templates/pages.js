@@ -232,7 +232,7 @@ async function show(turn) {
   by("feature").replaceChildren(
     el("a", {className: "back", href: address(facts)}, "← all features"),
     el("h2", {}, `Feature ${i}`), noteFields(i),
-    el("p", {className: "facts"}, `${sites(facts)} · ${facts.name} · ` + (sae.count[i]
+    el("p", {className: "facts"}, `layer ${facts.of ?? facts.layer} · ${facts.name} · ` + (sae.count[i]
       ? `fires on ${whole(sae.count[i])} of ${whole(facts.tokens)} tokens (density ${format(sae.count[i] / facts.tokens)}), ` +
         `mean ${format(sae.mean[i])} where it does, at most ${format(sae.maximum[i])}`
       : `never fires on the ${whole(facts.tokens)} held-out tokens`)),
@@ -302,17 +302,9 @@ function histogram(bins, from, width, what) {
     svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, format(from + used * width)));
 }
 
-function sites({inputs, outputs, layer}) {
-  if (!inputs) return `layer ${layer}`;
-  if (`${inputs}` !== `${outputs}`) return `layer ${inputs} → ${outputs}`;
-  return `layers ${inputs.every((layer, j) => layer === inputs[0] + j) ? `${inputs[0]}–${inputs.at(-1)}` : inputs.join(", ")}`;
-}
-
-function layers({layer_share: all}, k, {outputs}) {  // of a crosscoder
-  if (!all) return [];
-  const shares = [...all.subarray(k * outputs.length, (k + 1) * outputs.length)], most = Math.max(...shares);
-  const share = (layer, j) => el("li", {style: `--a: ${shares[j] / most}`}, `layer ${layer} `, el("small", {}, `${(100 * shares[j]).toFixed(1)} %`));
-  return [el("h3", {}, "Share of its squared decoder norm"), el("ul", {className: "chips layers"}, ...outputs.map(share))];
+function layers({layer_share: all}, k, {outputs: of}) {  // of a crosscoder
+  const chip = (layer, j, _, a = all[k * of.length + j]) => el("li", {style: `--a: ${a}`}, `layer ${layer} `, el("small", {}, `${(100 * a).toFixed(1)} %`));
+  return all ? [el("h3", {}, "Share of its squared decoder norm"), el("ul", {className: "chips layers"}, ...of.map(chip))] : [];
 }
 
 // Of all tokens. Pages of earlier versions have none.

@@ -188,7 +188,7 @@ def test_a_crosscoders_page_shows_its_layers_at_any_width(runs: Path, browser: B
         browser.look(size)
         browser.open(tmp_path / "index.html", f"{run.name}/final/0/3")
         browser.until(lambda: browser.all(".layers"))
-        assert browser.text("#feature .facts").startswith(f"layers 0–2 · {run.name} · ")
+        assert browser.text("#feature .facts").startswith(f"layer 0-2 · {run.name} · ")
         shares = browser.text(".layers").split()
         assert shares[::4] == ["layer"] * 3 and sum(map(float, shares[2::4])) == pytest.approx(100, abs=0.2)
         assert browser.overflow() == 0 and browser.errors() == []
