@@ -296,7 +296,8 @@ def train(
         return []
     with _stoppable():
         job.train()
-    return [sae for run in job.runs for sae in saes(run.path) if Site.of(sae.layer) in job.sites]
+    written = {site for target in job.targets for site in target.outputs}
+    return [sae for run in job.runs for sae in saes(run.path) if Site.of(sae.layer) in written]
 
 
 def _values(command: click.Command, options: dict[str, Any]) -> dict[str, Any]:
