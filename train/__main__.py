@@ -14,7 +14,7 @@ from residual_saes.shared.presets import any_preset, cache_place, short_name, tr
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.target import Target, named
-from residual_saes.shared.sites import Site, format_sites, parse_sites
+from residual_saes.shared.sites import format_sites, parse_sites
 from residual_saes.shared.stores import Bucket, Location
 from residual_saes.shared.stores.mirror import Mirror, local
 from residual_saes.shared.stores.scratch import ScratchConfig
@@ -81,11 +81,6 @@ class Job:
     targets: tuple[Target, ...]
     plans: tuple[Plan, ...]
     options: RunOptions
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Those that the files are named by."""
-        return tuple(target.place for target in self.targets)
 
     @property
     def runs(self) -> list[Run]:
