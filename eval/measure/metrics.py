@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from residual_saes.eval.measure.active import Dense, Encoder, Listed
 from residual_saes.eval.measure.features import Features
 from residual_saes.eval.measure.heldout import Activations, Block
 from residual_saes.eval.measure.predicted import Statistics, capacity, critical_width, floors, student_widths
@@ -26,7 +27,7 @@ from residual_saes.eval.measure.truth import Classified
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.synthetic.world import World
 
-_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 26}  # values of z held at once; on a CPU they stay in its cache
+_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 27}  # values of z held at once; on a CPU they stay in its cache
 _CHUNK_ROWS = 256  # at least: below, the weights are read too often
 _COSINES = 1 << 26  # values of a matrix of cosines held at once
 _SAMPLED = 4096  # features whose rows are compared with all others on a CPU, where an SAE has more than twice as many
@@ -99,8 +100,8 @@ class Measurement:
         self._sums = zeros(len(self._TOKEN_SUMS))
         self._classified = None if world is None else Classified(sae, world)
 
-    def add(self, batch: _Batch, z: Tensor) -> None:
-        xhat = self.sae.reconstruct(batch.x, z).double()
+    def add(self, batch: _Batch, z: Dense | Listed) -> None:
+        xhat = self.sae.completed(batch.x, z.decoded(self.sae.w_dec)).double()
         self._add_features(z, batch)
         r = xhat - batch.exact
         error, norm_out, dot = r.square().sum(1), xhat.norm(dim=1), (xhat * batch.exact).sum(1)
@@ -119,16 +120,15 @@ class Measurement:
         self._residual.addmm_(r.t(), r)
         self.tokens += len(r)
 
-    def _add_features(self, z: Tensor, batch: _Batch) -> None:
-        """Counts are exact in float32; sums over the rows of one batch are rounded to it, and added up in float64."""
-        on, positions = (z > 0).float(), batch.positions
+    def _add_features(self, z: Dense | Listed, batch: _Batch) -> None:
+        counted, positions = z.counted(), batch.positions
         if self._classified is not None and batch.fires is not None:
-            self._classified.add(on, batch.fires)
-        self._fired += on.sum(0)
-        self._active_at.index_add_(0, positions, on.sum(1).double())
+            self._classified.add(*z.entries(), batch.fires)
+        self._fired += counted.fired
+        self._sum += counted.sum
+        self._square += counted.square
+        self._active_at.index_add_(0, positions, counted.active.double())
         self._seen_at.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
-        self._sum += z.sum(0)
-        self._square += torch.square(z, out=on).sum(0)
 
     def density(self) -> Tensor:
         """f_i, float64 [F] on the CPU."""
@@ -247,7 +247,7 @@ def measure_each(
     the truth of its blocks. Returns the activations of each site that is written, and for each SAE its sums at each of them.
     `after` is called after every block."""
     device = saes[0].b_enc.device
-    tallies = [_of_outputs(sae, context, world) for sae in saes]
+    encoders, tallies = [Encoder(sae) for sae in saes], [_of_outputs(sae, context, world) for sae in saes]
     activations = [Activations(len(tally.sae.b_dec), device) for tally in tallies[0]]
     rows = max(_CHUNK_ROWS, _CHUNK_VALUES[device.type] // max(len(sae.b_enc) for sae in saes))
     for stored, at, fires, written in (Block(*block) for block in blocks):
@@ -262,8 +262,8 @@ def measure_each(
                 _Batch.of(wide, output[begin:end], positions[begin:end], mean, true)
                 for output, mean in zip(outputs, means, strict=True)
             ]
-            for sae, of_outputs in zip(saes, tallies, strict=True):
-                z = sae.encode(wide)
+            for encoder, of_outputs in zip(encoders, tallies, strict=True):
+                z = encoder(wide)
                 for tally, batch in zip(of_outputs, batches, strict=True):
                     tally.add(batch, z)
         after()

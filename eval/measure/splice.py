@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from residual_saes.eval.measure.active import Encoder
 from residual_saes.shared.lm import Hook, Values, changed, find_blocks, first, hook_of, load_model, widen
 from residual_saes.shared.runs.rows import Rows
 from residual_saes.shared.runs.sae import Sae
@@ -90,12 +91,8 @@ class SplicedModel:
 
 def through(sae: Sae) -> Replacement:
     """x → x̂ in float32."""
-
-    def reconstructed(x: Tensor, output: Tensor) -> Tensor:
-        wide = x.float()
-        return sae.reconstruct(wide, sae.encode(wide)).to(output.dtype)
-
-    return reconstructed
+    encoder = Encoder(sae)
+    return lambda x, output: encoder.reconstruct(x.float()).to(output.dtype)
 
 
 def zeros(_: Tensor, output: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ class Classified:
         self._right, self._true = (torch.zeros(len(self._cosines), dtype=torch.float64) for _ in range(2))
         self._all = 0  # true firings
 
-    def add(self, on: Tensor, fires: Tensor) -> None:
-        """on float [n, F], 1 where a feature fires; fires bool [n, true features]."""
-        wanted = fires[:, self._stands_for].float()
-        self._true += wanted.sum(0).cpu()
-        self._right += (wanted * on).sum(0).cpu()
+    def add(self, row: Tensor, feature: Tensor, fires: Tensor) -> None:
+        """Row and feature of each active entry; fires bool [n, true features]."""
+        right = feature[fires[row, self._stands_for[feature]]]
+        self._right += torch.bincount(right, minlength=len(self._right)).cpu()
+        self._true += fires.sum(0)[self._stands_for].cpu()
         self._all += int(fires.sum())
 
     def finish(self, fired: Tensor, rows: int) -> Truth:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from residual_saes.eval.measure.active import Encoder
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
@@ -310,7 +311,7 @@ class Tally:
     def __init__(self, sae: Sae, tokens: int) -> None:
         """`tokens` is how many tokens will be read."""
         features, device = len(sae.b_enc), sae.b_enc.device
-        self.sae = sae
+        self.sae, self._encoder = sae, Encoder(sae)
         self.top, self.sample = Kept(features, TOP, device), Kept(features, SAMPLES, device)
         self.histograms, self.together = Histograms(features, device), Together(tokens, device)
         self.maximum = torch.zeros(features, device=device)
@@ -318,7 +319,7 @@ class Tally:
 
     def add(self, x: Tensor, first: int, context: int) -> None:
         """Take float32 activations [n, d] of whole contexts into account; `first` is the number of their first row."""
-        z = self.sae.encode(x)
+        z = self._encoder.matrix(x)
         if not self.sae.rows.all:  # what it was not trained on it fires on at random
             z *= self.sae.rows.kept(x, torch.arange(len(x), device=x.device) % context)[:, None]
         tile = _Tile(z, first, context)

@@ -60,19 +60,26 @@ class Sae:
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d] → z [..., F] ≥ 0."""
-        z = torch.relu((x - self.b_pre) @ self.w_enc.t() + self.b_enc)
-        if self.threshold is not None:
-            z = z * (z > self.threshold)
+        h = torch.nn.functional.linear(x - self.b_pre, self.w_enc, self.b_enc)
+        z = h.relu_() if self.threshold is None else h.masked_fill(h <= self.threshold.clamp(min=0), 0.0)
         return z if self.k is None else keep_top_k_(z, self.k)
 
     def decode(self, z: Tensor) -> Tensor:
         """z [..., F] → x̂ [..., d], but for what a skip connection adds."""
-        return z @ self.w_dec + (self.b_dec if self.transcodes else self.b_dec + self.b_pre)
+        return z @ self.w_dec + self._bias
 
     def reconstruct(self, x: Tensor, z: Tensor) -> Tensor:
         """x̂ [..., d] of x [..., d] with these activations."""
-        given = self.decode(z)
+        return self.completed(x, z @ self.w_dec)
+
+    def completed(self, x: Tensor, decoded: Tensor) -> Tensor:
+        """x̂ [..., d] of x [..., d] with activations that decode to z W_dec."""
+        given = decoded + self._bias
         return given if self.skip is None else given + (x - self.b_pre) @ self.skip.t()
+
+    @property
+    def _bias(self) -> Tensor:
+        return self.b_dec if self.transcodes else self.b_dec + self.b_pre
 
     @property
     def target(self) -> Target:
