@@ -21,6 +21,7 @@ from residual_saes.shared.stores.scratch import ScratchConfig
 from residual_saes.shared.units import Shard, parse_shard
 from residual_saes.train.config import PUBLISHED, RECIPES, Plan, RunOptions, TrainConfig, parse_plans
 from residual_saes.train.loader import FOLLOW_POLL
+from residual_saes.train.sparsity.base import Sparsity
 from residual_saes.train.sparsity.settings import FORMS
 from residual_saes.train.step import StepConfig
 from residual_saes.train.targets import parse_targets
@@ -112,9 +113,9 @@ def prepare(
     defaults = training_defaults(preset, spec.d_model, tokens, spec.holdout_tokens)
     given = {name: getattr(defaults, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}
 
-    def config(recipe: str) -> TrainConfig:
+    def config(recipe: str, kind: Sparsity) -> TrainConfig:
         values = dict(RECIPES[recipe])
-        step = filled(StepConfig, options, decoder_norm=values.pop("decoder_norm"))
+        step = filled(StepConfig, options, decoder_norm=values.pop("decoder_norm"), beta2=kind.BETA2)
         return filled(TrainConfig, options | {"target": form}, **given, **values, tokens=tokens, step=step)
 
     return Job(

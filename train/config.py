@@ -99,17 +99,18 @@ class Plan:
     recipe: str = PUBLISHED  # for the run's name
 
 
-def parse_plans(text: str, recipe: str, config: Callable[[str], TrainConfig]) -> tuple[Plan, ...]:
+def parse_plans(text: str, recipe: str, config: Callable[[str, Sparsity], TrainConfig]) -> tuple[Plan, ...]:
     """Read settings such as '3e-4,batchtopk:64/decay': with the recipe behind the slash, or else `recipe`. Raises UserError.
 
-    `config` makes a recipe's config.
+    `config` makes the config of a recipe and a setting.
     """
     plans = []
     for part in text.split(","):
         setting, slash, own = map(str.strip, part.partition("/"))
         if slash and own not in RECIPES:
             raise UserError(f"{part!r} is of no recipe: write one of {', '.join(RECIPES)} behind the slash")
-        plans.append(Plan(sparsity=parse_setting(setting), config=config(own or recipe), recipe=own or recipe))
+        kind, own = parse_setting(setting), own or recipe
+        plans.append(Plan(sparsity=kind, config=config(own, kind), recipe=own))
     if len({(plan.sparsity, plan.recipe) for plan in plans}) < len(plans):
         raise UserError(f"{text!r} names a setting twice; name each once")
     return tuple(plans)

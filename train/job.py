@@ -103,7 +103,7 @@ class SaeJob:
         if step == 0:
             self.sae.init_centre(x, y)
             if self._sparsity.OWN:
-                self._control.start(self.sae.start_own(x, self._sparsity.own, y))
+                self.sae.start_own(x, self._sparsity.own)
         hidden = self._control.hidden_at(step)
         self._begun = self.sae.begin(x, workspace, hidden.reviving() if self._config.revive else hidden, y)
 

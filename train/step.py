@@ -92,7 +92,7 @@ class StepResult:
     """
 
     step: int  # steps before this one
-    l1: float  # the L1 term of the loss, λ included, or what takes its place
+    l1: float  # the L1 term of the loss, λ included
     l0: float
     sparse: bool
     values: int  # of the batch
@@ -198,13 +198,11 @@ class TrainingSae:
             self.w_enc.mul_(size if math.isfinite(size) and size > 0 else 1.0)
             self._enc.copy_(self.w_enc)
 
-    def start_own(self, x: Tensor, start: Callable[[Tensor], Own], y: Tensor | None = None) -> float:
-        """Start a kind's own parameters where it says of relu's values for some rows of a batch x [B, d], after `init_centre`.
-        Returns the mean square, about the centre, of what is reconstructed."""
+    def start_own(self, x: Tensor, start: Callable[[Tensor], Own]) -> None:
+        """Start a kind's own parameters where it says of relu's values for rows of a batch x [B, d], after `init_centre`."""
         centred = x[:START_ROWS].to(self._master) - self.b_pre
         for name, values in start(torch.relu(centred @ self.w_enc.t() + self.b_enc)).items():
             self.own[name].copy_(values)
-        return float((centred if y is None else y[:START_ROWS].to(self._master) - self.b_dec).square().mean())
 
     def step(
         self, x: Tensor, *, lr: float, l1: float, workspace: Workspace, hidden: Hidden = RELU, y: Tensor | None = None
@@ -241,7 +239,7 @@ class TrainingSae:
         report = partial(
             StepResult,
             step=self.step_count,
-            l1=l1_scale * total + begun.hidden.penalty(l0),
+            l1=l1_scale * total,
             l0=l0,
             sparse=sparse,
             values=x.numel(),
@@ -270,7 +268,7 @@ class TrainingSae:
         if self.w_skip is not None:
             db_pre -= db_dec @ self.w_skip
         d_bias = torch.cat([db_enc, db_pre, db_dec])
-        d_own = begun.hidden.own_grads(self.kernels, begun.encoded, self.own, l0, g, self._dec)
+        d_own = begun.hidden.own_grads(self.kernels, begun.encoded, self.own, g, self._dec)
         d_skip = None if self._skip is None else mm(g.t(), centred)
         matrices = [dw_enc] + [dw_dec] * self._trains_decoder + ([] if d_skip is None else [d_skip])
         square_norm = sum(self.kernels.square_sum(grad) for grad in matrices)

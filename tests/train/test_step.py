@@ -24,7 +24,7 @@ HIDDEN: dict[str, Hidden] = {
     "relu": RELU,
     "batchtopk": LargestOfBatch(K),
     "topk": Unfused(TopK(k=K)),
-    "jumprelu": Jump(target=K, weight=0.7),
+    "jumprelu": Jump(factor=0.8),
     "matryoshka": LargestNested(K, (0.2, 0.5)),
 }
 WEIGHTS = ("w_enc", "w_dec", "b_enc", "b_pre", "b_dec")
@@ -95,11 +95,11 @@ def autograd(
     loss: Any = 0
     if kind == "jumprelu":
         leaves[LOG] = sae.own[LOG].double().clone().requires_grad_()
-        threshold = leaves[LOG].exp()
+        threshold = 0.8 * leaves[LOG].exp()
         jumps: Any = Jumps.apply(sizes, threshold, BANDWIDTH * threshold.detach())  # type: ignore[no-untyped-call]
         sizes, steps = jumps
         z = sizes / leaves["w_dec"].norm(dim=1) if sae.config.decoder_norm == "free" else sizes
-        loss = 0.7 * (steps.sum(1).mean() / K - 1) ** 2
+        (counts,) = torch.autograd.grad(steps.sum(), leaves[LOG], retain_graph=True)
     elif kind != "relu":
         rows = sizes if kind == "topk" else sizes.flatten()[None]
         chosen = torch.zeros_like(rows).scatter(1, rows.topk(K * len(x) // len(rows)).indices, 1.0).view_as(z)
@@ -113,7 +113,10 @@ def autograd(
     sparsity = sizes.sum(1).mean() / (sae.n_features if reduction == "mean" else 1)
     loss = loss + (parts - wanted[:, None]).square().mean() + l1 * sparsity
     loss.backward()
-    return float(loss.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    if kind == "jumprelu":  # what leaves L0 as it is
+        grads[LOG] = grads[LOG] - grads[LOG].sum() / counts.sum() * counts
+    return float(loss.detach()), grads
 
 
 def nested(n_features: int, kind: str) -> Tensor:
@@ -176,7 +179,8 @@ def test_free_rows_in_other_precisions_are_near_float64(
     wanted_loss, wanted = autograd(sae, x, l1, "sum", kind)
     loss, _, got = gradients(sae, x, l1, kind)
     assert loss == pytest.approx(wanted_loss, rel=bound / 5)
-    assert worst(got, wanted) < bound * (1 if kind == "relu" else 3)
+    # which entries are chosen, or near to a threshold, hangs on their rounding
+    assert worst(got, wanted) < bound * {"relu": 1, "jumprelu": 5}.get(kind, 3)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])

@@ -47,12 +47,8 @@ class Hidden:
         """The same, that keeps features from dying, if its kind knows how."""
         return self
 
-    def penalty(self, l0: float) -> float:
-        """What a batch's L0 adds to the loss."""
-        return 0.0
-
-    def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, l0: float, g: Tensor, w_dec: Tensor) -> Own:
-        """Gradients of the own parameters, by that of x̂, g [B, d], and by the penalty on L0."""
+    def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
+        """Gradients of the own parameters, by that of x̂, g [B, d]."""
         return {}
 
 
@@ -91,9 +87,6 @@ class Control:
         """`state` is a dataclass of numbers: what a resumed run needs to go on as if it had not stopped."""
         self._hidden = hidden
         self.state: Any = state or Stateless()
-
-    def start(self, variance: float) -> None:
-        """Take in the first batch's mean square about its mean, before the first step."""
 
     @property
     def value(self) -> float:
@@ -142,6 +135,7 @@ class Sparsity(ABC):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     FORMS: ClassVar[str]  # how people write it
     OWN: ClassVar[tuple[str, ...]] = ()  # names of parameters that it has beside the weights
+    BETA2: ClassVar[float] = 0.999  # Adam's
     KIND: ClassVar[str | None] = None  # its name in config.json; None for the two that came before names
 
     @property

@@ -1,17 +1,21 @@
 """JumpReLU (Rajamanoharan et al. 2024, arXiv:2407.14435): every feature learns the threshold below which it is silent.
 
-    h = relu(W_enc (x − b_pre) + b_enc)      z_i = h_i where h_i > θ_i, else 0      θ = exp(log_threshold)
-    loss = mean((x̂ − x)²) + λ (L0 / target − 1)²
+    h = relu(W_enc (x − b_pre) + b_enc)      z_i = h_i where h_i > θ_i, else 0      θ = c · exp(log_threshold)
 
-The second term is the paper's loss for a given L0, with which Gemma Scope 2 was trained, too. A step has no gradient by θ, so
-that one stands in for it, of a kernel K about the threshold as wide as ε (here a rectangle):
+The loss is the squared error alone. A step has no gradient by θ, so that one stands in for it, of a kernel K about the
+threshold as wide as ε (here a rectangle, and a share of each θ, so that no layer need be scaled):
 
     ∂z_i/∂θ_i = −θ_i/ε K((h_i − θ_i)/ε)      ∂[h_i > θ_i]/∂θ_i = −1/ε K((h_i − θ_i)/ε)
 
-The weights have the gradient of what is above its threshold, and none from L0. The paper takes one ε for activations of one
-scale; here ε is a share of each θ, and λ one of the variance of the first batch, so that no layer need be scaled.
+L0 is not paid for but held: c, one factor for all features, is steered from batch to batch, and of the gradient by log θ only
+that part is taken which leaves L0 as it is, with μ the price of an entry, so that the parts have the sum 0:
+
+    ∂/∂ log θ_i = −θ_i (Σ ∂loss/∂z_i + μ) K/ε      over the entries near to θ_i
+
+L0 falls to its target over the first half of a run from as much as there is: features that learn among few die or mix.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -22,30 +26,26 @@ from residual_saes.shared.runs.sparsity import Reading
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Sparsity, parse_k
 
-BANDWIDTH = 0.5  # ε over θ
-WEIGHT = 1.0  # λ over the variance
-START = 4.0  # times the target: what the first thresholds leave of L0
+BANDWIDTH = 0.1  # ε over θ
+ABOVE, UNTIL = 40.0, 0.5  # times the target: L0 at the start; share of the run after which it is at its target
+MOST = 0.9  # of what is above 0 in the first batch: what the first thresholds leave at most
+GAIN, LAST_GAIN = 0.2, 0.02  # of ln c by ln L0, falling over the run so that the last thresholds are a mean over batches
 LOG = "log_threshold"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Jump(Hidden):
-    target: float
-    weight: float  # λ
+    factor: float  # c
 
     def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, _ = kernels.encode(xc, w_enc, bias, out)
-        threshold = own[LOG].exp()
+        threshold = own[LOG].exp() * self.factor
         low, middle, high = ((threshold * (1 + side * BANDWIDTH / 2)).to(z.dtype) for side in (-1, 0, 1))
         activation, near = kernels.jump_(z, low, middle, high)
         return Encoded(z=z, activation=activation, near=near)
 
-    def penalty(self, l0: float) -> float:
-        return self.weight * (l0 / self.target - 1) ** 2
-
-    def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, l0: float, g: Tensor, w_dec: Tensor) -> Own:
+    def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
         near, n_features = encoded.near, len(w_dec)
-        by_l0 = 2 * self.weight * (l0 / self.target - 1) / self.target / len(g)  # of one entry more
         if kernels.feature_major:
             start = _starts(near.feature, n_features)
             pulls = kernels.dots(start, near.token, w_dec, g)
@@ -54,7 +54,8 @@ class Jump(Hidden):
             order = torch.sort(near.feature, stable=True)
             start, pulls = _starts(order.values, n_features), pulls[order.indices]
         pull: Tensor = torch.segment_reduce(pulls.to(own[LOG].dtype), "sum", offsets=start)
-        return {LOG: -(own[LOG].exp() * pull + by_l0 * start.diff().to(pull.dtype)) / BANDWIDTH}
+        pull, count = own[LOG].exp() * self.factor * pull, start.diff().to(pull.dtype)
+        return {LOG: (pull.sum() / count.sum().clamp(min=1) * count - pull) / BANDWIDTH}
 
 
 def _starts(groups: Tensor, n: int) -> Tensor:
@@ -67,6 +68,7 @@ class JumpRelu(Sparsity):
     FORMS: ClassVar[str] = "jumprelu:64"
     KIND: ClassVar[str | None] = "jumprelu"
     OWN: ClassVar[tuple[str, ...]] = (LOG,)
+    BETA2: ClassVar[float] = 0.98  # gradients grow as L0 falls, and are not to be held against what was before
 
     l0: int
 
@@ -87,28 +89,35 @@ class JumpRelu(Sparsity):
         return cls(l0=l0) if (l0 := parse_k("jumprelu", text)) else None
 
     def own(self, h: Tensor) -> Own:
-        count = min(round(START * self.l0 * len(h)), int((h > 0).sum()))
-        return {LOG: torch.full((h.shape[1],), float(TorchKernels().kth_largest(h, count).log()))}
+        count = min(round(ABOVE * self.l0 * len(h)), int(MOST * int((h > 0).sum())))
+        return {LOG: torch.full((h.shape[1],), float(TorchKernels().kth_largest(h, max(1, count)).log()))}
 
     def control(self, steps: int, config: ControllerConfig, hold: bool = False) -> "JumpReluControl":
-        return JumpReluControl(self.l0)
+        return JumpReluControl(self.l0, steps)
 
 
 @dataclass(slots=True)
 class JumpReluState:
-    variance: float = 0.0  # of the first batch, about b_pre
+    first: float = 0.0  # L0 of the first batch
+    level: float = 0.0  # ln c
 
 
 class JumpReluControl(Control):
-    def __init__(self, l0: float) -> None:
-        super().__init__(Jump(target=l0, weight=0.0), JumpReluState())
-        self._l0 = l0
+    """ln c ← ln c + gain · ln(L0 / aim), the aim falling from the first batch's L0 to the target by the same factor a step."""
 
-    def start(self, variance: float) -> None:
-        self.state.variance = variance
+    def __init__(self, target: float, steps: int) -> None:
+        super().__init__(Jump(factor=1.0), JumpReluState())
+        self._target, self._steps = target, max(1, steps)
 
     def hidden_at(self, step: int) -> Hidden:
-        return Jump(target=self._l0, weight=WEIGHT * self.state.variance)
+        return Jump(factor=math.exp(self.state.level))
+
+    def update(self, step: int, l0: float, least: float) -> None:
+        now, target, done = self.state, self._target, step / self._steps
+        now.first = now.first if step else max(l0, target)
+        aim = target * (now.first / target) ** max(0.0, 1 - done / UNTIL)
+        error = math.log(max(l0, 1e-3) / aim)
+        now.level += (GAIN + (LAST_GAIN - GAIN) * min(1.0, done)) * min(1.0, max(-1.0, error))
 
     def thresholds(self, own: Own) -> Tensor:
-        return own[LOG].exp()
+        return own[LOG].exp() * math.exp(self.state.level)

@@ -63,7 +63,7 @@ def test_what_is_no_setting_is_refused(text: str) -> None:
 
 
 def test_each_setting_has_its_recipe() -> None:
-    plans = parse_plans("3e-4, 3e-4/best,batchtopk:8/decay", PUBLISHED, lambda recipe: TrainConfig(tokens=len(recipe)))
+    plans = parse_plans("3e-4, 3e-4/best,batchtopk:8/decay", PUBLISHED, lambda recipe, kind: TrainConfig(tokens=len(recipe)))
     assert [(p.sparsity, p.recipe, p.config.tokens) for p in plans] == [
         (L1Setting(init=3e-4), "published", 9),
         (L1Setting(init=3e-4), "best", 4),
@@ -71,7 +71,7 @@ def test_each_setting_has_its_recipe() -> None:
     ]
     for text, said in (("3e-4,0.0003", "twice"), ("3e-4/best,3e-4/best", "twice"), ("3e-4/worst", "published, decay, best")):
         with pytest.raises(UserError, match=said):
-            parse_plans(text, PUBLISHED, lambda recipe: TrainConfig(tokens=1))
+            parse_plans(text, PUBLISHED, lambda recipe, kind: TrainConfig(tokens=1))
 
 
 @pytest.mark.parametrize("setting", [*map(parse_setting, ALL.split(","))], ids=lambda s: s.name)
