@@ -12,7 +12,7 @@ that part is taken which leaves L0 as it is, with μ the price of an entry, so t
 
     ∂/∂ log θ_i = −θ_i (Σ ∂loss/∂z_i + μ) K/ε      over the entries near to θ_i
 
-L0 falls to its target over the first half of a run from as much as there is: features that learn among few die or mix.
+L0 falls to its target over the first half of a run: features that have learnt among many are purer.
 """
 
 import math
@@ -27,7 +27,7 @@ from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Sparsity, parse_k
 
 BANDWIDTH = 0.1  # ε over θ
-ABOVE, UNTIL = 40.0, 0.5  # times the target: L0 at the start; share of the run after which it is at its target
+ABOVE, UNTIL = 8.0, 0.5  # times the target: L0 at the start; share of the run after which it is at its target
 MOST = 0.9  # of what is above 0 in the first batch: what the first thresholds leave at most
 GAIN, LAST_GAIN = 0.2, 0.02  # of ln c by ln L0, falling over the run so that the last thresholds are a mean over batches
 LOG = "log_threshold"

@@ -87,7 +87,7 @@ def test_a_prefix_that_is_no_part_of_the_dictionary_is_refused(cli: Cli, cache_p
     assert refused.code == 2 and "a prefix of 100000 is no part of the" in refused.err
 
 
-@pytest.mark.parametrize(("l0", "left"), [(1, 40), (3, 90)])
+@pytest.mark.parametrize(("l0", "left"), [(1, 8), (20, 90)])
 def test_first_thresholds_leave_many_times_the_target(l0: int, left: int) -> None:
     h = torch.rand(50, 100)
     (start,) = JumpRelu(l0=l0).own(h).values()
