@@ -9,6 +9,7 @@
 #include <string.h>
 
 static const uint16_t LEAST = 0x0400, MOST = 0x7bff; /* of the scales: the smallest normal float16 and the largest */
+enum { AHEAD = 4 }; /* rows that are asked for before their turn: they lie anywhere */
 
 /* y = (x - mean) * inverse of a row; returns the largest |y|. */
 static float centred(const uint16_t *x, const float *mean, const float *inverse, float *y, int64_t d) {
@@ -58,6 +59,8 @@ void widen(const int8_t *stored, const int64_t *order, uint16_t *out, const floa
     for (int64_t i = 0; i < n; i++) {
         const int8_t *from = stored + order[i] * (d + 2);
         uint16_t bits, *to = out + i * d;
+        if (i + AHEAD < n)
+            for (int64_t j = 0; j < d + 2; j += 64) __builtin_prefetch(stored + order[i + AHEAD] * (d + 2) + j);
         memcpy(&bits, from + d, 2);
         const float *m = mean + (bits >> 15) * d, *s = scale + (bits >> 15) * d, of_row = _cvtsh_ss(bits & 0x7fff);
         const __m256 factor = _mm256_set1_ps(of_row);
