@@ -190,12 +190,13 @@ class TrainingSae:
 
     def init_centre(self, x: Tensor, y: Tensor | None = None) -> None:
         """Start b_pre at the mean of some activations [tokens, d]; of a transcoder b_dec at the mean of what it reconstructs,
-        and the encoder so that the output is about as far from its mean as that is."""
+        and the encoder where the output is about the best linear map of what is read."""
         self.b_pre.copy_(x.double().mean(0))
         if y is not None:
             self.b_dec.copy_(y.double().mean(0))
-            size = _deviation(y, self.b_dec) / _deviation(x, self.b_pre)
-            self.w_enc.mul_(size if math.isfinite(size) and size > 0 else 1.0)
+            started = self.w_enc.double() @ _linear_map(x.double() - self.b_pre, y.double() - self.b_dec)
+            if bool(torch.isfinite(started).all()) and started.any():  # or x or y is the same in every row, or holds a NaN
+                self.w_enc.copy_(started)
             self._enc.copy_(self.w_enc)
 
     def start_own(self, x: Tensor, start: Callable[[Tensor], Own]) -> None:
@@ -344,6 +345,10 @@ class TrainingSae:
         return sae
 
 
-def _deviation(rows: Tensor, mean: Tensor) -> float:
-    """Root mean square of some rows about their mean."""
-    return float((rows[:START_ROWS].to(mean.dtype) - mean).square().mean().sqrt())
+def _linear_map(x: Tensor, y: Tensor) -> Tensor:
+    """M [d, d] by which M x is nearest to y, both [B, d] about their means; a ridge of the size of its own error keeps few rows
+    from deciding."""
+    square = x.t() @ x
+    ridge = square.trace() / len(x) * torch.eye(len(square), dtype=x.dtype, device=x.device)
+    across: Tensor = torch.linalg.solve_ex(square + ridge, x.t() @ y).result
+    return across.t()
