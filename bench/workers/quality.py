@@ -33,9 +33,9 @@ def rows(path: str, scale: float = 1.0) -> Iterator[Tensor]:
 
 
 def sae_lens(kind: str, args: SimpleNamespace, level: str, out: Path) -> float:
-    steps, _, d = args.shape
+    steps, batch, d = args.shape
     scale: float = math.sqrt(d) / args.length
-    name, config, more = {
+    name, title, more = {
         "L1": ("standard", "Standard", {"l1_coefficient": float(level) * d}),
         "TopK": ("topk", "TopK", {"k": int(float(level))}),
         "BatchTopK": ("batchtopk", "BatchTopK", {"k": float(level)}),
@@ -44,24 +44,18 @@ def sae_lens(kind: str, args: SimpleNamespace, level: str, out: Path) -> float:
     }[kind]
     if kind == "Matryoshka":
         more["matryoshka_widths"] = [round(args.features * sum(FRACTIONS[: n + 1])) for n in range(len(FRACTIONS))]
-    args.decay = 0 if kind == "L1" else steps // 5
-    fit_sae_lens(name, config, more, args, rows(args.batches, scale)).save_inference_model(out)
-    return scale
-
-
-def fit_sae_lens(name: str, title: str, own: dict[str, Any], args: SimpleNamespace, data: Iterator[Tensor]) -> Any:
-    """SAELens' SAE of a kind, by the names of its module and classes and its own settings, trained by its trainer."""
-    module, (steps, batch, d) = import_module(f"sae_lens.saes.{name}_sae"), args.shape
-    config = getattr(module, f"{title}TrainingSAEConfig")(d_in=d, d_sae=args.features, dtype="float32", **own)
+    module = import_module(f"sae_lens.saes.{name}_sae")
+    config = getattr(module, f"{title}TrainingSAEConfig")(d_in=d, d_sae=args.features, dtype="float32", **more)
     trainer = import_module("sae_lens.training.sae_trainer").SAETrainer(
         cfg=import_module("sae_lens.config").SAETrainerConfig(
             total_training_samples=steps * batch, train_batch_size_samples=batch, lr=args.lr, lr_end=args.lr,
-            lr_warm_up_steps=args.warmup, lr_decay_steps=args.decay,
+            lr_warm_up_steps=args.warmup, lr_decay_steps=0 if kind == "L1" else steps // 5,
         ),
         sae=getattr(module, f"{title}TrainingSAE")(config),
-        data_provider=data,
+        data_provider=rows(args.batches, scale),
     )  # fmt: skip
-    return trainer.fit()
+    trainer.fit().save_inference_model(out)
+    return scale
 
 
 def dictionary_learning(kind: str, args: SimpleNamespace, level: str, out: Path, april: bool = False) -> float:
