@@ -115,6 +115,25 @@ def test_training_and_evaluation_are_those_from_a_disk_and_say_no_secret(
         assert not any(secret.encode() in text for text in written)
 
 
+@pytest.mark.slow
+def test_a_cache_of_bytes_in_a_bucket_is_that_on_a_disk_and_trains_the_same(
+    cli: Cli, s3_server: Server, harvest_args: tuple[object, ...], tmp_path: Path
+) -> None:
+    place, disk, narrow = s3_server.place(), tmp_path / "disk", ("--store", "int8", "--tokens", 4096, "--holdout-tokens", 1024)
+    for cache in (disk, place):
+        assert cli("harvest", *harvest_args, *narrow, "--cache", cache).code == 0
+    assert keys(place) == files(disk)
+    for cache, scratch in ((disk, ()), (place, ("--scratch", f"{tmp_path}/nvme:1GB"))):
+        runs = tmp_path / ("wanted" if cache == disk else "runs")
+        assert cli("train", *TRAIN_ARGS, "--cache", cache, "--runs", runs, *scratch, *RUN).code == 0
+    same_saes(tmp_path / "runs", tmp_path / "wanted")
+    store = s3.S3(Bucket.parse(place))
+    store.write("activations.zarr/resid_post/01/c.1.0", store.get("activations.zarr/resid_post/01/c.0.0"))
+    assert "layer 1 block 1" in cli("harvest", "verify", "--cache", place).out
+    assert cli("harvest", "repair", "--cache", place, "--device", "cpu").code == 0
+    assert keys(place) == files(disk)
+
+
 @pytest.fixture
 def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """One that may be killed."""
