@@ -83,10 +83,10 @@ def run_command(
 @main.command("gpu")
 @_measuring
 @click.option("--threads", default=16, show_default=True, help="Reader and writer threads.")
-@click.option("--minutes", default=5.0, show_default=True, help="No comparison is begun after so many.")
+@click.option("--minutes", type=float, help="No comparison is begun after so many [default: 5, and with --dry any].")
 @click.option("--dry", is_flag=True, help="Small sizes on the CPU: does all of it run to its end?")
 def gpu_command(
-    only: tuple[str, ...], publish: bool, out: Path | None, scratch: Path, threads: int, minutes: float, dry: bool
+    only: tuple[str, ...], publish: bool, out: Path | None, scratch: Path, threads: int, minutes: float | None, dry: bool
 ) -> int:
     """Measure every hot path on one NVIDIA GPU, in one call."""
     if not dry and not torch.cuda.is_available():
@@ -94,8 +94,8 @@ def gpu_command(
             "python -m bench gpu needs an NVIDIA GPU, and there is none here; --dry runs it at small sizes on a CPU"
         )
     setup = replace(small(GPU), name="cpu") if dry else GPU
-    until = math.inf if dry else time.monotonic() + 60 * minutes  # a dry run is to reach its end, however long it takes
-    return _measure(replace(setup, threads=threads), only, publish and not dry, out, scratch, until)
+    minutes = (math.inf if dry else 5.0) if minutes is None else minutes  # a dry run is to reach its end on a busy machine, too
+    return _measure(replace(setup, threads=threads), only, publish and not dry, out, scratch, time.monotonic() + 60 * minutes)
 
 
 def _measure(setup: Setup, only: Sequence[str], publish: bool, out: Path | None, scratch: Path, until: float = math.inf) -> int:
