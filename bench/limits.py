@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Run, timed
+from residual_saes.shared.device import bfloat16_is_slow
 from residual_saes.shared.files import PAGE, page_aligned
 
 Layout = tuple[bool, bool, bool]  # of A, B and C in C = A·B: is its transpose what is contiguous?
@@ -37,9 +38,10 @@ class FiveProducts:
 
 
 def five_products(
-    *, tokens: int, d: int, features: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, rounds: int = 3
+    *, tokens: int, d: int, features: int, device: str = "cpu", dtype: torch.dtype | None = None, rounds: int = 3
 ) -> FiveProducts:
     """Find each product's best layouts. The five have three shapes (m, k, n), so three are searched."""
+    dtype = dtype or quick_type(device)
     shapes = {
         "encode": (tokens, d, features),  # pre = x · W_enc
         "decode": (tokens, features, d),  # x̂ = z · W_dec
@@ -59,6 +61,11 @@ def five_products(
 
     layouts = ", ".join(f"{name} {_shown(ranked[shape][0])}" for name, shape in shapes.items())
     return FiveProducts(flop=5 * 2 * tokens * d * features, layouts=layouts, run=run)
+
+
+def quick_type(device: str) -> torch.dtype:
+    """bfloat16, or float32 on a processor that has no instructions for it and would emulate it."""
+    return torch.float32 if device == "cpu" and bfloat16_is_slow() else torch.bfloat16
 
 
 def _shown(layout: Layout) -> str:
@@ -95,7 +102,7 @@ def _matrix(rows: int, columns: int, transposed: bool, device: str, dtype: torch
 
 
 def square_product(*, side: int, device: str = "cpu") -> Run:
-    return partial(timed, _prepared(side, side, side, (False, True, False), device, torch.bfloat16), device)
+    return partial(timed, _prepared(side, side, side, (False, True, False), device, quick_type(device)), device)
 
 
 # ------------------------------------------------------------------------------------------------------------- disk
