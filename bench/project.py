@@ -8,7 +8,6 @@ sparse, every step sparse.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,12 +63,10 @@ def from_results(results: report.Results) -> Rates:
             raise UserError(f"the results lack {f'{path} {key}'.strip()}: run `python -m bench` again, whole")
         rates[part] = entry.rate
     machine, gpu = results.machine, results.machine.gpu
-    return _rates(gpu or machine.cpu, None if gpu else machine.cores, results.date, rates)
-
-
-def _rates(machine: str, cores: int | None, date: str, rates: Mapping[str, float]) -> Rates:
-    """Of a processor where `cores` are given, else of a GPU, which computes while the processors move bytes."""
-    return Rates(machine=machine, cores=cores, date=date, d_model=D, features=FEATURES, overlap=cores is None, **rates)
+    return Rates(
+        machine=gpu or machine.cpu, cores=None if gpu else machine.cores, date=results.date, d_model=D, features=FEATURES,
+        overlap=gpu is not None, **rates,  # a GPU computes while the processors move bytes
+    )  # fmt: skip
 
 
 def shown(rates: Rates, job: Job) -> str:

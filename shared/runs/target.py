@@ -100,7 +100,7 @@ class Transcoder:
         if form is None or not {form.read, form.written} <= set(HOOKS):
             raise UserError(
                 f"{text!r} is no target: write HOOK>HOOK or HOOK@l-1>HOOK@l with hooks of {', '.join(HOOKS)}, where l is the "
-                "layer that is written, or several layers such as all, 0,6,12 or {SHARED}all"
+                f"layer that is written, or several layers such as all, 0,6,12 or {SHARED}all"
             )
         if (form.read, 0) == (form.written, form.back):
             raise UserError(f"{text!r} reads what it writes: leave out --target, and name --layers such as 3.{form.read}")
