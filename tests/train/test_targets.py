@@ -33,6 +33,17 @@ def weights(runs: Path) -> dict[str, dict[str, Tensor]]:
     return {f"{p.parent.name}/{p.name}": torch.load(p, weights_only=True)["model_state"] for p in runs.glob("*/*.pt")}
 
 
+def train_whole_and_killed(cli: Cli, monkeypatch: pytest.MonkeyPatch, folder: Path, layers: str, *args: object) -> None:
+    """Runs in folder / "whole" and, killed in a step and gone on with, in folder / "killed", which must be the same."""
+    for name in ("whole", "killed"):
+        if name == "killed":
+            kill_in_step(monkeypatch, cli, 41, *args, "--runs", folder / name, "--save-minutes", 0)
+        result = cli("train", *TRAIN_ARGS, *args, "--runs", folder / name)
+        assert result.code == 0, result.err
+        assert f"trained layers {layers} into {folder / name}/" in result.err
+    same(weights(folder / "whole"), weights(folder / "killed"))
+
+
 def written() -> Tensor:
     """A batch of what is written, about another mean."""
     return (2 * torch.randn(B, D, generator=torch.Generator().manual_seed(9)) + 1).half()
@@ -86,15 +97,9 @@ def test_a_transcoder_goes_on_bit_for_bit_and_its_file_computes_what_it_does(
     cli: Cli, cache: Cache, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("--cache", cache_path, "--target", READS, "--skip", "--layers", 2, "--l1", "3e-3,topk:8,batchtopk:8")
-    for folder in ("whole", "killed"):
-        if folder == "killed":
-            kill_in_step(monkeypatch, cli, 41, *args, "--runs", tmp_path / folder, "--save-minutes", 0)
-        result = cli("train", *TRAIN_ARGS, *args, "--runs", tmp_path / folder)
-        assert result.code == 0, result.err
-        assert f"trained layers 1>2 into {tmp_path / folder}/" in result.err
+    train_whole_and_killed(cli, monkeypatch, tmp_path, "1>2", *args)
     names = [f"{NAME}-x4-{setting}-skip" for setting in ("batchtopk-8", "l1-3e-3-fixed", "topk-8")]
     assert [path.name.split("-", 1)[1] for path in sorted((tmp_path / "whole").iterdir())] == names
-    same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     run = Run(sorted((tmp_path / "whole").iterdir())[0])
     sae = Sae.load(run.snapshot_path(Site(2), "final"), 32, belongs=run.belongs(Site(2), "final"))
     assert sae.target == Target((Site(1),), (Site(2),)) == run.config.target_at(Site(2))
@@ -117,12 +122,7 @@ def test_a_crosscoder_goes_on_bit_for_bit_and_its_file_is_of_rows_as_they_are(
     cli: Cli, cache: Cache, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("--cache", cache_path, "--target", "all", "--l1", "3e-3,topk:8,batchtopk:8")
-    for folder in ("whole", "killed"):
-        if folder == "killed":
-            kill_in_step(monkeypatch, cli, 41, *args, "--runs", tmp_path / folder, "--save-minutes", 0)
-        result = cli("train", *TRAIN_ARGS, *args, "--runs", tmp_path / folder)
-        assert result.code == 0, result.err
-    same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    train_whole_and_killed(cli, monkeypatch, tmp_path, "0-2", *args)
     run = next(Run(path) for path in (tmp_path / "whole").iterdir() if path.name.endswith("-crosscoder-0-2-x4-topk-8"))
     sae = Sae.load(run.snapshot_path(Site(0), "final"), 32, belongs=run.belongs(Site(0), "final"))
     sites = tuple(map(Site, range(3)))
@@ -151,13 +151,7 @@ def test_a_dictionary_that_layers_share_goes_on_bit_for_bit_and_is_an_sae_of_eac
 ) -> None:
     """Every row is of one layer, divided by its scale, and a step has those of all layers of its tokens."""
     args = ("--cache", cache_path, "--target", "shared:0,2", "--l1", "3e-3,topk:8,batchtopk:8")
-    for folder in ("whole", "killed"):
-        if folder == "killed":
-            kill_in_step(monkeypatch, cli, 41, *args, "--runs", tmp_path / folder, "--save-minutes", 0)
-        result = cli("train", *TRAIN_ARGS, *args, "--runs", tmp_path / folder)
-        assert result.code == 0, result.err
-        assert f"trained layers shared:0,2 into {tmp_path / folder}/" in result.err
-    same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    train_whole_and_killed(cli, monkeypatch, tmp_path, "shared:0,2", *args)
     run = next(Run(path) for path in (tmp_path / "whole").iterdir() if path.name.endswith("-mlsae-0_2-x4-batchtopk-8"))
     finals = [snapshot for snapshot in run.snapshots() if snapshot.label == "final"]
     assert [snapshot.site for snapshot in finals] == [Site(0), Site(2)] and len({s.path for s in finals}) == 1
@@ -218,6 +212,7 @@ def test_targets_by_what_is_written(cache: Cache) -> None:
     [
         (("--target", "resid_post@l-1>resid_post@l+1"), "is no target"),
         (("--target", "nothing>resid_post"), "is no target"),
+        (("--target", "nothing>resid_post"), "such as all, 0,6,12 or shared:all"),
         (("--target", "resid_post>resid_post@l"), "reads what it writes: leave out --target"),
         (("--target", "mlp_out>resid_post"), "has no layer with what"),
         (("--target", "mlp_out>resid_post", "--layers", 1), "layers 1.mlp_out are not in"),
