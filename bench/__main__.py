@@ -31,7 +31,7 @@ import torch
 
 from bench import caches, lm, project, quality, report, steps, table
 from bench.harness import Comparison, Entry, free, reason
-from bench.setup import GPU, MEMORY, SCRATCH, Measure, Setup, small
+from bench.setup import GPU, MEMORY, SCRATCH, Measure, Setup, cpu, small
 from residual_saes.shared.cli import DefaultRun, options, run
 from residual_saes.shared.device import pick_device
 from residual_saes.shared.errors import UserError
@@ -75,7 +75,7 @@ def run_command(
     only: tuple[str, ...], publish: bool, out: Path | None, scratch: Path, threads: int, device: str, rounds: int, quick: bool
 ) -> int:  # fmt: skip
     """Measure our hot paths beside their limits and peers (the default command)."""
-    setup = replace(GPU, gpu=False) if device.startswith("cuda") else Setup()
+    setup = replace(GPU, gpu=False) if device.startswith("cuda") else cpu()
     setup = replace(setup, threads=threads, name=device, rounds=rounds)
     return _measure(small(setup) if quick else setup, only, publish and not quick, out, scratch)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bench import caches
 from bench.harness import Comparison, Contender, Run, timed
+from bench.limits import quick_type
 from bench.setup import Setup
 from residual_saes.harvest.language_model import LanguageModel
 from residual_saes.harvest.rows import put_rows
@@ -32,7 +33,7 @@ def causal_lm(setup: Setup) -> Any:
     from transformers import AutoModelForCausalLM
 
     with setup.device:
-        model = AutoModelForCausalLM.from_config(lm_config(setup), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(lm_config(setup), dtype=quick_type(setup.name))
     return model.eval().requires_grad_(False)
 
 
@@ -73,7 +74,7 @@ def forward(setup: Setup) -> Comparison:
         batch = tokens().to(setup.device)
         return timed(lambda: model(input_ids=batch, output_hidden_states=True, use_cache=False), setup.device)
 
-    note = f"{setup.layers} layers, d {setup.d}, vocabulary {setup.vocab}, random bf16 weights, the same for all"
+    note = f"{setup.layers} layers, d {setup.d}, vocabulary {setup.vocab}, the same random weights, products in {causal.dtype}"
     contenders: list[tuple[str, str, str, Run]] = [
         ("ours, every layer to float16 in the writer's order", "ours", "", ours),
         ("its linear layers alone", "limit", "", _products(model.model, rows, setup.device)),
@@ -88,7 +89,7 @@ def forward(setup: Setup) -> Comparison:
 
 def _products(model: nn.Module, rows: int, device: torch.device) -> Run:
     """The decoder blocks' linear layers alone, on ready inputs."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [module.weight.to(quick_type(device.type)) for module in model.modules() if isinstance(module, nn.Linear)]
     widths = {weight.shape[1] for weight in weights}
     inputs = {width: torch.randn(rows, width, device=device).to(weights[0].dtype) for width in widths}
 

@@ -46,7 +46,7 @@ SAE_LENS = Peer(
     name="sae_lens", label="SAELens standard", environment="sae_lens", package="sae_lens", requirements=("sae-lens==6.54.12",)
 )  # fmt: skip
 STEPS = (
-    Peer(name="autograd_bf16", label="all-bf16 autograd"),
+    Peer(name="autograd_bf16", label="plain autograd"),
     Peer(
         name="sparsify", label="sparsify TopK-128", environment="sparsify", package="sparsify",
         requirements=("eai-sparsify==1.3.3",),

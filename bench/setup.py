@@ -11,6 +11,7 @@ import torch
 
 from bench import harness
 from bench.harness import Comparison, Contender
+from bench.limits import quick_type
 from bench.peers import ROOT
 from bench.workers.worker import Job
 
@@ -62,13 +63,19 @@ class Setup:
     def job(self, tokens: int) -> Job:
         """A worker's, of so many tokens a round."""
         sizes = {"d": self.d, "features": self.features, "tokens": tokens, "threads": self.threads}
-        return Job(device=self.name, directory=str(self.disk), **sizes)
+        bf16 = quick_type(self.name) == torch.bfloat16
+        return Job(device=self.name, directory=str(self.disk), bf16=bf16, **sizes)
 
     def compare(self, key: str, name: str, unit: str, contenders: list[Contender], rounds: int = 0, **more: Any) -> Comparison:
         return harness.compare(key=key, name=name, unit=unit, contenders=contenders, rounds=rounds or self.rounds, **more)
 
     def figures(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self).items() if name != "folders"}
+
+
+def cpu() -> Setup:
+    """The published shapes; on a processor that would emulate bfloat16 a quarter of the tokens, which take as long."""
+    return Setup() if quick_type("cpu") == torch.bfloat16 else replace(Setup(), tokens=1024, stream_block=2)
 
 
 Measure = Callable[[Setup], Comparison]

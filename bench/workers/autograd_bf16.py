@@ -1,5 +1,5 @@
 """The baseline with no tool at all: what a good researcher writes in twenty lines, with weights, gradients and Adam moments in
-bf16, autograd's backward, and the fused Adam, because it is the fastest that torch has."""
+bf16 (or float32: `Job.bf16`), autograd's backward, and the fused Adam, because it is the fastest that torch has."""
 
 import torch
 from torch import nn
@@ -8,9 +8,9 @@ from bench.workers.worker import Job, Prepared, sparse_batch
 
 
 def prepare(job: Job) -> Prepared:
-    x = sparse_batch(job).bfloat16()
-    encoder = nn.Linear(job.d, job.features, device=job.device, dtype=torch.bfloat16)
-    decoder = nn.Linear(job.features, job.d, device=job.device, dtype=torch.bfloat16)
+    x = sparse_batch(job).to(job.dtype)
+    encoder = nn.Linear(job.d, job.features, device=job.device, dtype=job.dtype)
+    decoder = nn.Linear(job.features, job.d, device=job.device, dtype=job.dtype)
     with torch.no_grad():
         decoder.weight /= decoder.weight.norm(dim=0)
         encoder.weight.copy_(decoder.weight.t())
@@ -27,4 +27,4 @@ def prepare(job: Job) -> Prepared:
         with torch.no_grad():
             decoder.weight /= decoder.weight.norm(dim=0)
 
-    return Prepared(step=step, version=torch.__version__, note="weights, gradients and Adam in bf16; fused Adam")
+    return Prepared(step=step, version=torch.__version__, note=f"weights, gradients and Adam in {job.dtype}; fused Adam")

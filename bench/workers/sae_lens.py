@@ -1,4 +1,4 @@
-"""One step of SAELens' standard (L1) SAE: its own `SAETrainer.step`, autocast on, fed from memory.
+"""One step of SAELens' standard (L1) SAE: its own `SAETrainer.step`, autocast on where bf16 is quick, fed from memory.
 
 It has no decoder normalisation step: its L1 term weighs each feature by its decoder norm instead.
 """
@@ -34,7 +34,7 @@ def prepare(job: Job) -> Prepared:
             lr=job.lr,
             lr_end=job.lr / 10,  # what its runner sets; the schedule is constant
             device=job.device,
-            autocast=True,
+            autocast=job.bf16,
         ),
         sae=sae,
         data_provider=repeat(sparse_batch(job)),
@@ -45,4 +45,5 @@ def prepare(job: Job) -> Prepared:
         trainer.step(next(trainer.data_provider))
         trainer.n_training_steps += 1
 
-    return Prepared(step=step, version=version("sae-lens"), note="SAETrainer.step, standard SAE, bf16 autocast")
+    products = "bf16 autocast" if job.bf16 else "float32"
+    return Prepared(step=step, version=version("sae-lens"), note=f"SAETrainer.step, standard SAE, {products}")

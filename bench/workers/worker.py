@@ -38,6 +38,11 @@ class Job:
     device: str
     directory: str  # where writers write
     lr: float = 3e-4
+    bf16: bool = True  # what products are in; float32 on a processor that would emulate it, as its users would have it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
