@@ -51,7 +51,7 @@ def publish(
     """Write all of it again from every result there is. The first two pages need the marker comments."""
     machines = read(results)
     gpus, cpus = ([one for one in machines if (one.machine.gpu is not None) == gpu] for gpu in (True, False))
-    short = [summary(one) for one in (*gpus[-1:], *cpus[-1:])]
+    short = [summary(one) for one in (*gpus[-1:], *cpus)]
     speed.write_text(_between(speed.read_text(), "bench", short))
     if (path := results / quality.NAME).exists():
         raw = json.loads(path.read_text())
