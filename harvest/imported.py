@@ -24,7 +24,7 @@ from residual_saes.shared.identity import hash_files
 from residual_saes.shared.presets import DATA, short_name
 from residual_saes.shared.progress import say
 from residual_saes.shared.sites import Site, format_sites, parse_sites
-from residual_saes.shared.stores import Location, parse_name
+from residual_saes.shared.stores import Location, parse_folder
 from residual_saes.shared.typed import read
 from residual_saes.shared.units import Shard, parse_count
 
@@ -239,7 +239,7 @@ def _one_site(text: str) -> Site:
 
 
 @click.command("import")
-@click.option("--from", "folder", type=parse_name, metavar="PLACE", required=True, help="File or folder of activations.")
+@click.option("--from", "folder", type=parse_folder, metavar="PLACE", required=True, help="File or folder of activations.")
 @options(CACHE)
 @click.option("--layers", help="Sites to import now, such as 0-5 or 3,8.mlp_out [default: all there are].")
 @click.option("--as", "named", type=_one_site, metavar="SITE", help="What files are whose names name no site [default: 0].")
@@ -250,7 +250,7 @@ def _one_site(text: str) -> Site:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order inside blocks.")
 @FILLING
 def import_command(
-    folder: str,
+    folder: Path,
     cache: Location | None,
     layers: str | None,
     named: Site | None,
@@ -264,8 +264,8 @@ def import_command(
     shard: Shard,
 ) -> None:
     """Fill a cache from activations of another tool: .npy, .safetensors, Zarr, SAELens', saev's. Run it again to continue."""
-    rows = Rows.open(Path(folder), tensor, named, context)
-    name = short_name(folder)
+    rows = Rows.open(folder, tensor, named, context)
+    name = short_name(str(folder))
     spec = spec_of(rows, name=name, holdout=holdout_tokens, block_sequences=block_sequences, store=store, seed=seed)
     sites = parse_sites(layers, spec.n_layers) if layers else tuple(sorted(rows.sites))
     rows.source(spec, sites, torch.device("cpu"))

@@ -26,7 +26,7 @@ from residual_saes.shared.runs.run import FINAL, snapshot_name
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.stop import SIGNALS
-from residual_saes.shared.stores import Location, parse_location
+from residual_saes.shared.stores import Location, parse_folder, parse_location, parse_name
 
 CPU = torch.device("cpu")
 Edit = Callable[[Tensor], Tensor]
@@ -78,7 +78,7 @@ class LoadedSae:
 
     def __init__(self, sae: Sae, name: str, model: str | None = None) -> None:
         """`model` is the folder of the language model, where it lies elsewhere than at the harvest."""
-        self.sae, self.name, self._where = sae, name, model
+        self.sae, self.name, self._where = sae, name, None if model is None else parse_name(model)
         self.site = Site.of(sae.config["layer"])  # what it writes, or the first of them
         self.spec = CacheSpec.from_dict(sae.config["cache"]["spec"])
 
@@ -203,7 +203,7 @@ def saes(runs: str | Path = "runs", *, snapshot: str = FINAL) -> list[SaeFile]:
     """List the SAEs of a run folder, or of all runs in a folder. Raises UserError where there are no runs."""
     return [
         SaeFile(run=run.name, layer=str(each.site), snapshot=each.label, path=each.path)
-        for run in runs_in(Path(runs))
+        for run in runs_in(parse_folder(runs))
         for each in run.snapshots()
         if each.label == snapshot
     ]
@@ -215,7 +215,7 @@ def load(place: str | Path, layer: int | str | None = None, *, snapshot: str = F
     `layer` is needed where there are several. `model` is the folder of the language model, if it lies elsewhere than at the
     harvest. Raises UserError.
     """
-    path = Path(place)
+    path = parse_folder(place)
     if path.is_file():
         return LoadedSae(_at(Sae.load(path), layer, place), path.parent.name, model)
     if path.is_dir():

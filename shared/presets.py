@@ -11,7 +11,7 @@ import click
 
 from residual_saes.shared.cli import COUNT, option
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.stores import Location, parse_name
+from residual_saes.shared.stores import Location, folder_name, parse_name
 from residual_saes.shared.synthetic.config import WorldConfig
 from residual_saes.shared.units import parse_count
 
@@ -240,7 +240,7 @@ def training_defaults(preset: str | None, d_model: int, tokens: int, holdout_tok
 
 def short_name(model: str) -> str:
     """What caches and runs of a model are called: the last part of its name on the hub, or its folder's name."""
-    return (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
+    return folder_name(Path(model).resolve()) if Path(model).is_dir() else Path(model).name
 
 
 def cache_place(cache: Location | None, preset: str | None) -> Location:

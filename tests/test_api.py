@@ -25,11 +25,15 @@ def sae(runs_path: Path) -> rs.LoadedSae:
     return rs.saes(runs_path)[0].load()
 
 
-def test_one_sae_by_every_way_to_it(runs_path: Path, sae: rs.LoadedSae) -> None:
+def test_one_sae_by_every_way_to_it(runs_path: Path, sae: rs.LoadedSae, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rs.saes(runs_path)
+    monkeypatch.setenv("HOME", str(runs_path.parent))
+    assert rs.saes("~/runs")[0].path == found[0].path
+    with pytest.raises(UserError, match="'s3://lab/runs' is a bucket, and this must be a folder of this machine"):
+        rs.saes("s3://lab/runs")
     assert [each.layer for each in found] == ["0", "1", "2"] * 3
     assert repr(found[0]) == f"<{found[0].run}, layer 0, final>"
-    for place, layer in ((found[0].path, None), (runs_path / found[0].run, 0), (str(runs_path / found[0].run), "0")):
+    for place, layer in ((found[0].path, None), (runs_path / found[0].run, 0), (f"~/runs/{found[0].run}", "0")):
         other = rs.load(place, layer)
         assert repr(other) == repr(sae) == f"<SAE {found[0].run}, layer 0: 128 features of 32 dimensions>"
         assert torch.equal(other.sae.w_enc, sae.sae.w_enc)

@@ -15,7 +15,6 @@ import click
 from residual_saes.eval.foreign.forms import TOOLS, Foreign, find, read_sae
 from residual_saes.eval.foreign.places import read_before, site_of
 from residual_saes.eval.measure.runs import Skipped
-from residual_saes.eval.publish.export import run_name
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
@@ -25,7 +24,7 @@ from residual_saes.shared.runs.run import FINAL, Run, cache_identity, run_config
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.runs.target import Target, Transcoder
 from residual_saes.shared.sites import Site, format_sites, parse_sites
-from residual_saes.shared.stores import parse_folder
+from residual_saes.shared.stores import folder_name, parse_folder
 
 _TITLES = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 
@@ -102,11 +101,11 @@ def _require_cached(foreign: Foreign, target: Target, cache: Cache) -> None:
 def _take(foreign: Foreign, target: Target, cache: Cache, runs: Path, taken: dict[Path, Path]) -> Path:
     """Write an SAE into its run, unless it is there; its path. Raises UserError for another one in its place."""
     function, form, tool, site = foreign.function, foreign.form, foreign.tool, target.place
-    name = run_name(foreign.folder)
+    name = folder_name(foreign.folder)
     if site_of(foreign.folder.name) is not None:  # a folder for each layer, and one above them
-        name = run_name(foreign.folder.absolute().parent)
+        name = folder_name(foreign.folder.absolute().parent)
     elif name == foreign.folder.name:
-        name = f"{run_name(Path(os.path.abspath(foreign.folder)).parent)}-{name}"
+        name = f"{folder_name(Path(os.path.abspath(foreign.folder)).parent)}-{name}"
     run = Run(runs / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{tool}")
     path = run.snapshot_path(site, FINAL)
     if (before := taken.setdefault(path, foreign.folder)) != foreign.folder:

@@ -23,7 +23,7 @@ from residual_saes.eval.floors.measured import measured_floors
 from residual_saes.eval.measure.store import Results
 from residual_saes.eval.publish.card import Publication, exported, sister_runs, write_card
 from residual_saes.eval.publish.contents import PublishedForm, check, published_files
-from residual_saes.eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder, run_name
+from residual_saes.eval.publish.export import Checkpoint, ExportConfig, open_checkpoint, publish_folder
 from residual_saes.eval.publish.formats import saelens
 from residual_saes.eval.publish.license import require_license, require_valid
 from residual_saes.shared.cli import option
@@ -33,6 +33,7 @@ from residual_saes.shared.hub import waiting_for
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.seal import parse_json
+from residual_saes.shared.stores import folder_name
 from residual_saes.shared.temporaries import discard, temporary
 from residual_saes.shared.units import format_bytes
 
@@ -108,7 +109,7 @@ def prepare(run: Run, publication: Publication) -> None:
 def _is_ours(run: Run, path: Path) -> bool:
     """Whether a cfg.json was made of this run, if of an earlier state of it."""
     try:
-        return bool(parse_json(path.read_bytes())["metadata"]["source"]["run"] == run_name(run.path))
+        return bool(parse_json(path.read_bytes())["metadata"]["source"]["run"] == folder_name(run.path))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from residual_saes.shared.stores.folder import Folder
-from residual_saes.shared.stores.location import Bucket, Location, parse_folder, parse_location, parse_name
+from residual_saes.shared.stores.location import Bucket, Location, folder_name, parse_folder, parse_location, parse_name
 from residual_saes.shared.stores.protocol import Staged, Store, get_or_none, local_path
 
 __all__ = [
-    "Bucket", "Folder", "Location", "Staged", "Store", "get_or_none", "local_path", "open_store", "parse_folder",
+    "Bucket", "Folder", "Location", "Staged", "Store", "folder_name", "get_or_none", "local_path", "open_store", "parse_folder",
     "parse_location", "parse_name",
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from residual_saes.shared.errors import UserError
 
 _BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9!_.*'()=+@-]+)*)/?")
 
-_SCHEME = re.compile(r"s3:|[A-Za-z][A-Za-z0-9+.-]*:(?=/)(//)?")
+_SCHEME = re.compile(r"(?i:s3[an]?|gs|az|hf):|[^/]*:/")  # a bucket's, a URL's or another machine's, as of user@host:/path
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,9 @@ def parse_location(text: str | Location) -> Location:
     """Read the value of an option: a folder, or s3://bucket/prefix. Raises UserError."""
     if not isinstance(text, str):  # an option's default
         return text
-    scheme = _SCHEME.match(text)
-    if scheme is None:
-        return Path(text).expanduser()  # a shell leaves the ~ of --cache=~/x
-    if scheme[0] in ("s3:", "s3://"):
+    if _SCHEME.match(text) is None:
+        return Path(_at_home(text))
+    if text.startswith("s3:"):
         return Bucket.parse(text)
     raise UserError(f"{text!r} is not a place for this: name a folder, or s3://bucket/prefix")
 
@@ -62,4 +61,19 @@ def parse_name(text: str) -> str:
     """Read the value of an option: a name on the hub, or a path. Raises UserError."""
     if _SCHEME.match(text):
         raise UserError(f"{text!r} is not known here: write a name on the hub, as owner/name, or a path of this machine")
-    return os.path.expanduser(text)
+    return _at_home(text)
+
+
+def _at_home(path: str) -> str:
+    """The path with the ~ that a shell leaves in --cache=~/x made a home. Raises UserError where nobody has that one."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path!r} is in a home that is not known here: write it from / on, or as ./{path} if it is that name")
+    return expanded
+
+
+def folder_name(folder: Path) -> str:
+    """What is in a folder is called by it; in the hub's own cache, where a folder is a commit's, by the repository."""
+    folder = Path(os.path.abspath(folder))  # links stay: the hub's cache keeps its files under their hashes elsewhere
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.parent.parent.name.rpartition("--")[2] if in_cache else folder.name
