@@ -5,6 +5,7 @@ are put into no message.
 """
 
 import configparser
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.progress import say
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Credential
@@ -48,6 +50,10 @@ class _Profile:
     def get(self, key: str) -> str:
         return self.shared.get(key) or self.config.get(key) or ""
 
+    def says(self, key: str) -> bool:
+        """Whether it is so, by a variable or by the profile."""
+        return (os.environ.get(f"AWS_{key.upper()}") or self.get(key)).lower() == "true"
+
     def refuse(self, why: str) -> UserError:
         return UserError(
             f"AWS profile {self.name} {why}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) as "
@@ -70,7 +76,10 @@ def find_access() -> Access:
 
 
 def _profile() -> _Profile:
-    name = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or ""
+    names = {name for key in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE") if (name := os.environ.get(key))}
+    if len(names) > 1:
+        raise UserError("AWS_PROFILE and AWS_DEFAULT_PROFILE name two profiles, and AWS' tools do not agree on one: unset one")
+    name = next(iter(names), "")
     sections, keys = _read("AWS_CONFIG_FILE", "~/.aws/config"), _read("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
     config, shared = sections.get(f"profile {name or 'default'}"), keys.get(name or "default")
     if name in ("", "default") and config is None:
@@ -90,7 +99,7 @@ def _profile() -> _Profile:
 
 def _read(variable: str, usual: str) -> dict[str, dict[str, str]]:
     """The sections of a file, none where there is no file."""
-    path, parser = os.environ.get(variable) or usual, configparser.RawConfigParser()
+    path, parser = os.environ.get(variable) or usual, configparser.RawConfigParser(default_section="")  # no [DEFAULT] for all
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             parser.read_file(file)
@@ -108,8 +117,11 @@ def _endpoint(profile: _Profile) -> str:
     variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     named = (*(os.environ.get(name) for name in variables), profile.s3_endpoint, profile.get("endpoint_url"))
     if (endpoint := next(filter(None, named), "")) == "":
+        for kind in ("fips", "dualstack"):
+            if profile.says(f"use_{kind}_endpoint"):
+                raise UserError(f"AWS_USE_{kind.upper()}_ENDPOINT is not known here: name that endpoint by AWS_ENDPOINT_URL_S3")
         return ""
-    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+    if profile.says("ignore_configured_endpoint_urls"):
         raise UserError("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set and so is an endpoint: unset one of them")
     if not _is_url(endpoint):
         raise UserError("the endpoint for S3 (AWS_ENDPOINT_URL, or ~/.aws/config) is not a URL such as https://host:9000")
@@ -140,8 +152,7 @@ def _identity(profile: _Profile) -> "tuple[S3Config, S3Credential | None]":
             return {}, _keys(section, f"AWS profile {profile.name}")
     if profile.named:
         raise profile.refuse("has no credentials")
-    _require_machine()
-    return {}, None
+    return _machine(profile), None
 
 
 def _web_identity(profile: _Profile) -> "S3Config":
@@ -157,20 +168,37 @@ def _web_identity(profile: _Profile) -> "S3Config":
     return config
 
 
-def _require_machine() -> None:
-    """Raises UserError where the machine's identity was named in a way that obstore passes over, or ruled out."""
-    for name in ("AWS_METADATA_ENDPOINT", "AWS_CONTAINER_CREDENTIALS_FULL_URI"):  # obstore panics at what is none
-        if (value := os.environ.get(name)) and not _is_url(value):
+def _machine(profile: _Profile) -> "S3Config":
+    """What obstore is told of the machine's identity. Raises UserError where that was named in a way that obstore passes over,
+    ruled out, or not meant."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ROLE_ARN"):
+        if os.environ.get(name):
+            beside = "AWS_WEB_IDENTITY_TOKEN_FILE" if name == "AWS_ROLE_ARN" else "AWS_ACCESS_KEY_ID"
+            raise UserError(f"{name} is set and {beside} is not: set both, or neither for what this machine is given")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        if (path := os.environ.get(name)) and not os.path.exists(os.path.expanduser(path)):
+            _say_once(f"note: {name} names {path}, which is not there: what this machine is given counts")
+    # by AWS' own name, which obstore does not know
+    metadata = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or profile.get("ec2_metadata_service_endpoint")
+    urls = {name: os.environ.get(name) for name in ("AWS_METADATA_ENDPOINT", "AWS_CONTAINER_CREDENTIALS_FULL_URI")}
+    for name, value in (urls | {"AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata}).items():  # obstore panics at what is none
+        if value and not _is_url(value):
             raise UserError(f"{name} is not a URL such as http://169.254.169.254: correct it, or unset it")
     if os.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
-        return
-    if os.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI"):
+        return {}
+    if urls["AWS_CONTAINER_CREDENTIALS_FULL_URI"]:
         if not os.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
             raise UserError(
                 "AWS_CONTAINER_CREDENTIALS_FULL_URI is known here with AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE alone"
             )
     elif os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         raise UserError("no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for one of ~/.aws")
+    return {"metadata_endpoint": metadata.rstrip("/")} if metadata else {}
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    say(note, err=True)
 
 
 def _keys(values: dict[str, str], where: str) -> "S3Credential":

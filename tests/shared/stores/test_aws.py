@@ -43,6 +43,16 @@ region = us-east-1
 aws_access_key_id = HALF
 [profile commanded]
 credential_process = echo
+[profile fips]
+use_fips_endpoint = true
+aws_access_key_id = FIPS
+aws_secret_access_key = s
+[profile ignoring]
+endpoint_url = https://lab.example:9000
+ignore_configured_endpoint_urls = true
+[DEFAULT]
+aws_access_key_id = NOBODYS
+aws_secret_access_key = s
 """
 KEYS = """
 [lab]
@@ -92,6 +102,18 @@ def test_keys_are_found_in_the_order_of_aws(environment: pytest.MonkeyPatch, tmp
         "access_key_id": "BEFORE", "secret_access_key": "s", "token": "t", "expires_at": None,
     }  # fmt: skip
     assert access(environment, CONTAINER_CREDENTIALS_RELATIVE_URI="/x", EC2_METADATA_DISABLED="true").credential is None
+    assert access(environment, EC2_METADATA_SERVICE_ENDPOINT="http://m:1/").config["metadata_endpoint"] == "http://m:1"
+
+
+def test_a_file_that_is_named_and_not_there_is_said(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """AWS' own tools pass it over, and so the machine's own identity is the one that is left."""
+    assert access(environment, SHARED_CREDENTIALS_FILE="/not/there").credential is None
+    said = "note: AWS_SHARED_CREDENTIALS_FILE names /not/there, which is not there: what this machine is given counts\n"
+    assert capsys.readouterr().err == said
+    assert key(access(environment, SHARED_CREDENTIALS_FILE="/not/there", ACCESS_KEY_ID="a", SECRET_ACCESS_KEY="s")) == "a"
+    assert capsys.readouterr().err == ""
 
 
 def test_endpoint_and_region_are_found_in_the_order_of_aws(environment: pytest.MonkeyPatch) -> None:
@@ -126,6 +148,14 @@ def test_endpoint_and_region_are_found_in_the_order_of_aws(environment: pytest.M
         ({"CONTAINER_CREDENTIALS_FULL_URI": "x", "CONTAINER_AUTHORIZATION_TOKEN_FILE": "/dev/null"}, "is not a URL such as"),
         ({"METADATA_ENDPOINT": "not a url"}, "AWS_METADATA_ENDPOINT is not a URL such as http://169.254.169.254: correct it"),
         ({"EC2_METADATA_DISABLED": "true"}, "no credentials: set AWS_ACCESS_KEY_ID"),
+        ({"EC2_METADATA_SERVICE_ENDPOINT": "m:1"}, "AWS_EC2_METADATA_SERVICE_ENDPOINT is not a URL such as"),
+        ({"ROLE_ARN": "arn"}, "AWS_ROLE_ARN is set and AWS_WEB_IDENTITY_TOKEN_FILE is not: set both, or neither"),
+        ({"SECRET_ACCESS_KEY": "s"}, "AWS_SECRET_ACCESS_KEY is set and AWS_ACCESS_KEY_ID is not: set both, or neither"),
+        ({"SESSION_TOKEN": "t"}, "AWS_SESSION_TOKEN is set and AWS_ACCESS_KEY_ID is not"),
+        ({"PROFILE": "lab", "DEFAULT_PROFILE": "empty"}, "name two profiles, and AWS' tools do not agree on one"),
+        ({"PROFILE": "fips"}, "AWS_USE_FIPS_ENDPOINT is not known here: name that endpoint by AWS_ENDPOINT_URL_S3"),
+        ({"USE_DUALSTACK_ENDPOINT": "true"}, "AWS_USE_DUALSTACK_ENDPOINT is not known here"),
+        ({"PROFILE": "ignoring"}, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set and so is an endpoint"),
         ({"ENDPOINT_URL": "https://x", "IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "and so is an endpoint: unset one"),
         *(({"ENDPOINT_URL": url}, "is not a URL such as") for url in ("not a url", "ftp://x", "http://", "x:9", "http://[::1")),
         ({"CONFIG_FILE": "/"}, "cannot read /: Is a directory"),
