@@ -46,7 +46,7 @@ def run(command: click.Command) -> NoReturn:
         try:
             code = _invoke(command)
         except UserError as error:
-            _fail(str(error), error.exit_code)
+            _fail(_NO_MEMORY if _is_no_memory(error) else str(error), error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), 2)
         except KeyboardInterrupt as error:
@@ -56,22 +56,26 @@ def run(command: click.Command) -> NoReturn:
         except BrokenPipeError:
             mute(sys.stdout)
             code = 128 + signal.SIGPIPE
-        except (MemoryError, RuntimeError, OSError, EOFError) as error:
+        except (MemoryError, RuntimeError, ImportError, OSError, EOFError) as error:
             if _is_no_memory(error):
                 _fail(_NO_MEMORY, 2)
-            if isinstance(error, RuntimeError):
+            if isinstance(error, RuntimeError | ImportError):
                 raise
             _fail(f"{error or type(error).__name__}: put that right and run the same command again to continue", 2)
     sys.exit(code)
 
 
-def _is_no_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: of Python, of the system, or of torch on a CPU or a GPU."""
+def _is_no_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed: of Python, the system, a library, or torch on a CPU or a GPU; or this error was made of one
+    that did, as where a model cannot be loaded."""
+    if error is None:
+        return False
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or any(words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory"))
+        or any(words in text for words in _OUT_OF_MEMORY)
+        or _is_no_memory(error.__cause__ or error.__context__)
     )
 
 
@@ -101,6 +105,10 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "alloc_failed",
+    "can't start new thread",
+)  # fmt: skip
 _NO_MEMORY = (
     "there is not enough memory: lower --expansion, --batch or --window-blocks of a training, --forward-sequences or "
     "--block-sequences of a harvest, --threads or the number of layers at a time, or take a larger machine; nothing that was "

@@ -60,6 +60,17 @@ def test_what_is_no_count_is_refused(text: str) -> None:
         parse_count(text)
 
 
+def met_in_loading() -> UserError:
+    """As libraries' errors become ours: the words are of something else."""
+    try:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise UserError("cannot load the model m: ; give a local path") from None
+    except UserError as error:
+        return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -67,6 +78,9 @@ def test_what_is_no_count_is_refused(text: str) -> None:
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object: Cannot allocate memory"),
+        met_in_loading(),
     ],
 )
 def test_memory_that_is_not_there_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
