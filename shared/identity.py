@@ -1,5 +1,6 @@
 """Which model, text and tokenizer: identity is content, wherever it lies and whatever it is called."""
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -104,14 +105,22 @@ def open_model(model: str, revision: str | None) -> Model:
 
 def _loaded(folder: Path) -> set[str]:
     """The names of the files that transformers loads: configuration and weights, not what else lies beside them."""
-    weights = {_WEIGHTS} if (folder / _WEIGHTS).is_file() else {_INDEX, *_indexed(folder)}
-    return {_CONFIG} | weights
+    first = _first(folder)
+    return {_CONFIG, first, *(_indexed(folder / first) if first.endswith(".index.json") else ())}
 
 
-def _indexed(folder: Path) -> set[str]:
+def _first(folder: Path) -> str:
+    """The name of the weights, or of the index of their shards: one that the configuration gives goes before the usual ones."""
+    named = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        named = parse_json((folder / _CONFIG).read_bytes()).get("transformers_weights")
+    return str(named) if named else _WEIGHTS if (folder / _WEIGHTS).is_file() else _INDEX
+
+
+def _indexed(index: Path) -> set[str]:
     """The shards that an index names."""
     try:
-        return {str(name) for name in parse_json((folder / _INDEX).read_bytes())["weight_map"].values()}
+        return {str(name) for name in parse_json(index.read_bytes())["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that transformers will refuse
         return set()
 
@@ -130,7 +139,8 @@ def _download(model: str, revision: str | None, weights: Iterable[str] = (_WEIGH
     def download() -> Path:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
         # A hub that does not answer leaves what there is in the cache, which may be the configuration alone.
-        if not any(folder.glob("*.safetensors")) and not _indexed(folder) and not HF_HUB_OFFLINE:
+        usual = _first(folder) in (_WEIGHTS, _INDEX)
+        if usual and not any(folder.glob("*.safetensors")) and not _indexed(folder / _INDEX) and not HF_HUB_OFFLINE:
             raise ConnectionError("it has no weights in *.safetensors, or the hub does not answer")
         return folder
 
@@ -138,7 +148,7 @@ def _download(model: str, revision: str | None, weights: Iterable[str] = (_WEIGH
         folder = retried(f"the model {model}", download)
     except Exception as error:  # the hub's client has a dozen kinds
         raise unreachable(f"the model {model}", error) from None
-    others = {name for name in _loaded(folder) - {_CONFIG, _INDEX} if not (folder / name).exists() and name not in weights}
+    others = {name for name in _loaded(folder) if not (folder / name).exists() and name not in {*weights, _CONFIG, _INDEX}}
     return _download(model, folder.name, weights=others) if others and not HF_HUB_OFFLINE else folder
 
 

@@ -106,6 +106,8 @@ def load_model(model: str, revision: str | None, precision: str, *, head: bool) 
     except Exception as error:  # cut files, pointers to files, packages that are missing: each library has its own kinds
         raise unreachable(f"the model {model}", error) from None
     _require_all_weights(model, report)
+    if getattr(loaded, "_hf_peft_config_loaded", False):  # where the package peft is there
+        raise UserError(f"{model} has an adapter beside its weights: save it with them (merge_and_unload), or move it away")
     return loaded.eval().requires_grad_(False)
 
 

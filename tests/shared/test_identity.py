@@ -78,8 +78,23 @@ def test_a_cache_of_the_earlier_identity_is_known(tmp_path: Path) -> None:
     assert as_harvested(spec, opened) == opened
 
 
-def test_what_is_not_loaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub, calls = model(tmp_path / "hub", **{"model-00001-of-00002": 1.0, "odd": 2.0}), []
+def test_weights_that_the_configuration_names_are_what_is_loaded(tmp_path: Path) -> None:
+    folder = model(tmp_path / "lm", own=1.0)
+    (folder / "config.json").write_text('{"transformers_weights": "own.safetensors"}')
+    one = open_model(str(folder), None).sha256
+    save_file({"x": torch.ones(3)}, folder / "model.safetensors")
+    assert open_model(str(folder), None).sha256 == one == hash_files([folder / "config.json", folder / "own.safetensors"])
+    (folder / "config.json").write_text('{"transformers_weights": "model.safetensors.index.json"}')
+    files = ("config.json", "model.safetensors.index.json", "own.safetensors")
+    assert open_model(str(folder), None).sha256 == hash_files([folder / name for name in files])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_not_loaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    hub, calls = model(tmp_path / "hub", **({"own": 1.0} if named else {"model-00001-of-00002": 1.0, "odd": 2.0})), []
+    if named:
+        (hub / "config.json").write_text('{"transformers_weights": "own.safetensors"}')
+        (hub / "model.safetensors.index.json").unlink()
     save_file({"x": torch.zeros(3)}, hub / "consolidated.safetensors")
     (tmp_path / "commit").mkdir()
 
@@ -93,8 +108,8 @@ def test_what_is_not_loaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     opened = open_model("org/lm", "main")
     assert calls == ["main", "commit"] and opened.sha256 == open_model(str(hub), None).sha256
-    names = {"config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "odd.safetensors"}
-    assert set(os.listdir(opened.folder)) == names
+    names = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "odd.safetensors"}
+    assert set(os.listdir(opened.folder)) == {"config.json"} | ({"own.safetensors"} if named else names)
 
 
 def test_weights_with_a_header_nested_too_deep_are_hashed_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

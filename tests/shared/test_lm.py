@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -133,6 +134,20 @@ def test_files_that_are_cut_or_only_point_to_weights(saved: Path, size: int) -> 
     )
     with pytest.raises(UserError, match="cannot load the model"):
         require_model(str(saved), None, "fp32", 12)
+
+
+def test_weights_that_an_adapter_changes_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where peft is installed transformers loads one that lies beside the weights, and says so by this mark."""
+    load = AutoModel.from_pretrained
+
+    def adapted(*args: Any, **options: Any) -> Any:
+        model, report = load(*args, **options)
+        model._hf_peft_config_loaded = True
+        return model, report
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", adapted)
+    with pytest.raises(UserError, match="has an adapter beside its weights: save it with them"):
+        load_model(str(saved), None, "fp32", head=False)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
