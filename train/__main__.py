@@ -14,7 +14,7 @@ from residual_saes.shared.presets import any_preset, cache_place, short_name, tr
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.target import Target, named
-from residual_saes.shared.sites import format_sites, parse_sites
+from residual_saes.shared.sites import format_sites
 from residual_saes.shared.stores import Bucket, Location
 from residual_saes.shared.stores.mirror import Mirror, local
 from residual_saes.shared.stores.scratch import ScratchConfig
@@ -24,7 +24,7 @@ from residual_saes.train.loader import FOLLOW_POLL
 from residual_saes.train.sparsity.base import Sparsity
 from residual_saes.train.sparsity.settings import FORMS
 from residual_saes.train.step import StepConfig
-from residual_saes.train.targets import parse_targets
+from residual_saes.train.targets import added, awaited, parse_targets
 from residual_saes.train.trainer import run_folders, train
 
 
@@ -64,12 +64,8 @@ def main(listing: bool, **options: Any) -> None:
         return say("\n".join(str(run.path) for run in job.runs), asked=True)
     job.train()
     say(f"trained layers {named(job.targets)} into {options['runs']}/", err=True)
-    if (
-        options["follow"]
-        and not options["layers"]
-        and not options["target"]
-        and (new := set(Cache.open(job.cache.path).sites) - set(job.cache.sites))
-    ):
+    following, target = options["follow"] and not options["layers"], options["target"] or ""
+    if following and (new := added(target, job.cache, Cache.open(job.cache.path))):
         say(f"note: layers {format_sites(new)} were added meanwhile: run the same command again to train them", err=True)
 
 
@@ -101,7 +97,7 @@ def prepare(
     device = pick_device(options["device"])
     where = cache_place(cache, preset)
     if options["follow"]:
-        _await_harvest(where, options["layers"])
+        _await_harvest(where, options["target"] or "", options["layers"])
     opened = Cache.open(where, scratch)
     form, targets = parse_targets(options["target"] or "", options["layers"], opened)
     targets = targets[shard.index :: shard.count]
@@ -132,21 +128,22 @@ def prepare(
     )
 
 
-def _await_harvest(path: Location, layers: str | None) -> None:
-    """Returns when a harvest has written the tokens and begun these layers, or any. Raises UserError for one that cannot be."""
+def _await_harvest(path: Location, target: str, layers: str | None) -> None:
+    """Returns when a harvest has written the tokens and begun what is named, or any layer. Raises UserError for what cannot
+    be."""
     shown = ""
-    while missing := _not_begun(path, layers):
+    while missing := _not_begun(path, target, layers):
         if missing != shown:
             say(f"waiting until a harvest has {missing} of {path}", err=True)
         shown = missing
         time.sleep(FOLLOW_POLL)
 
 
-def _not_begun(path: Location, layers: str | None) -> str:
+def _not_begun(path: Location, target: str, layers: str | None) -> str:
     if not Cache.exists(path) or (cache := Cache.open(path)).tokens.missing():
         return "written the tokens"
-    absent = set(parse_sites(layers, cache.spec.n_layers) if layers else ()).difference(cache.sites)
-    return f"begun layers {format_sites(absent)}" if absent else ""
+    absent = awaited(target, layers, cache)
+    return f"begun {absent}" if absent else ""
 
 
 if __name__ == "__main__":

@@ -32,6 +32,31 @@ def parse_targets(text: str, layers: str | None, cache: Cache) -> tuple[str, tup
     return SHARED * shared + format_sites(sites), (Target(sites, sites, shared),)
 
 
+def awaited(text: str, layers: str | None, cache: Cache) -> str:
+    """What a training that follows a harvest is to wait for, in words: sites that are named and not in the cache yet, or, where
+    none are, one layer that a transcoder can be of; "" for nothing. Raises UserError for what the model has not."""
+    n, there = cache.spec.n_layers, set(cache.sites)
+    if ">" not in text:
+        sites = layers or text.removeprefix(SHARED)
+        named = set() if sites in ("", "all") else set(parse_sites(sites, n))
+    else:
+        form = Transcoder.parse(text)
+        numbers = [site.layer for site in parse_sites(layers, n)] if layers else range(n)
+        each = [set(Target.at(str(form), Site(layer, form.written)).sites) for layer in numbers if layer >= form.back]
+        if not layers:
+            return str(form) if each and not any(sites <= there for sites in each) else ""
+        named = set().union(*each)
+    return f"layers {format_sites(named - there)}" if named - there else ""
+
+
+def added(text: str, before: Cache, now: Cache) -> set[Site]:
+    """Sites that a harvest has added meanwhile, and that the same training without named layers would be of."""
+    new = set(now.sites) - set(before.sites)
+    if ">" in text:
+        return {site for site in new if site.hook == Transcoder.parse(text).written}
+    return new if text.removeprefix(SHARED) in ("", "all") else set()
+
+
 def _chosen(layers: str | None, cache: Cache) -> tuple[Site, ...]:
     """Those that are named, or all that can be trained. Raises UserError if there is none."""
     if layers:

@@ -159,6 +159,27 @@ def test_layers_that_another_harvest_adds_are_waited_for(cli: Cli, harvest: Harv
     assert refused.code == 2 and "waiting" not in refused.err  # the model has no such layer
 
 
+@pytest.mark.parametrize("layers", [("--layers", "1"), ()])
+def test_hooks_that_a_target_reads_and_writes_are_waited_for(
+    cli: Cli, harvest: Harvest, tmp_path: Path, layers: tuple[str, ...]
+) -> None:
+    harvest.go_on(44)
+    arrays, moved = harvest.cache.path / "activations.zarr" / "resid_post", ("00", "02")  # no layer has one before it
+    for name in moved:
+        (arrays / name).rename(tmp_path / name)
+    timer = threading.Timer(0.5, lambda: [(tmp_path / name).rename(arrays / name) for name in moved])
+    timer.start()
+    args = ("train", *TRAIN_ARGS[:-4], "--device", "cpu", "--window-blocks", 1, "--l1", "3e-3", "--tokens", 2048)
+    args = (*args, "--cache", harvest.cache.path, "--runs", tmp_path / "r", "--follow", *layers)
+    result = cli(*args, "--target", "resid_post@l-1>resid_post")
+    timer.join()
+    assert result.code == 0, result.err
+    what = "layers 0" if layers else "resid_post@l-1>resid_post"
+    assert f"waiting until a harvest has begun {what} of {harvest.cache.path}" in result.err
+    refused = cli(*args[: len(args) - len(layers)], "--target", "0,9")
+    assert refused.code == 2 and "waiting" not in refused.err
+
+
 def test_layers_that_were_added_meanwhile_are_said(
     cli: Cli, harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
