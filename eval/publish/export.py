@@ -3,7 +3,6 @@ whole or not there."""
 
 import errno
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ from residual_saes.shared.runs.run import FINAL, Run, snapshot_name
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import SEAL, parse_json
 from residual_saes.shared.sites import Site, format_sites, parse_sites
-from residual_saes.shared.stores import parse_folder
+from residual_saes.shared.stores import folder_name, parse_folder
 from residual_saes.shared.temporaries import discard, place, remove_leftovers, temporary
 
 _KEYS = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -67,23 +66,16 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         """Where it goes, in the folder of exports: <run>/layer_12, or layer_12_50M for an earlier snapshot."""
-        return Path(run_name(self.path.parent)) / f"layer_{self.site}{self._earlier}"
+        return Path(folder_name(self.path.parent)) / f"layer_{self.site}{self._earlier}"
 
     @property
     def set(self) -> Path:
         """Where it goes with the other layers: <run>, or <run>_50M."""
-        return Path(run_name(self.path.parent) + self._earlier)
+        return Path(folder_name(self.path.parent) + self._earlier)
 
     @property
     def _earlier(self) -> str:
         return "" if self.label == FINAL else f"_{self.label}"
-
-
-def run_name(folder: Path) -> str:
-    """What a folder of SAEs is called; one in the hub's own cache as its repository is."""
-    folder = Path(os.path.abspath(folder))  # links stay: the hub's cache keeps its files under their hashes elsewhere
-    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
-    return folder.parent.parent.name.rpartition("--")[2] if in_cache else folder.name
 
 
 def export(places: tuple[Path, ...], config: ExportConfig) -> list[Path]:
@@ -223,7 +215,10 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
     measured = None
     if checkpoint.run and config.to == "saelens":
         measured = measured_features(checkpoint.run, checkpoint.site, checkpoint.label, sae.stats[SEAL])
-    spec = RunConfig.of(sae.config, checkpoint.path).cache.spec if sae.config else None
+    of = RunConfig.of(sae.config, checkpoint.path) if sae.config else None
+    spec = of.cache.spec if of else None
+    # on what texts others trained their SAEs, or took their activations, is not known
+    text = of.cache.spec if of and of.train.source is None and of.cache.spec.has_model else None
     lm = known_model(spec.model, spec.model_commit or None) if spec else None
     origin = Origin(
         site=checkpoint.site,
@@ -238,9 +233,9 @@ def open_checkpoint(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Sae, 
         family=family_of(lm),
         n_layers=spec.n_layers if spec else None,
         module=module_name(lm, sae.target.inputs[0] if sae.transcodes else checkpoint.site),
-        dataset=spec.dataset if spec and unpin(spec.dataset_revision) else None,
-        context=spec.context if spec else None,
-        bos=spec.bos if spec else False,
+        dataset=text.dataset if text and unpin(text.dataset_revision) else None,
+        context=text.context if text else None,
+        bos=text.bos if text else None,
         # SAELens' own way to write it
         log10_density=(measured[0].density.double() + 1e-10).log10().float() if measured else None,
     )

@@ -65,7 +65,7 @@ class Origin:
     module: str | None = None  # of the causal language model, and which side of it: "gpt_neox.layers.3.output"
     context: int | None = None
     dataset: str | None = None
-    bos: bool = False  # whether every context began with the tokeniser's BOS
+    bos: bool | None = None  # whether every context began with the tokeniser's BOS
     log10_density: Tensor | None = None  # float32 [F]
 
 

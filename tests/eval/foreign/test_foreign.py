@@ -123,6 +123,8 @@ def test_pages_report_and_exports_are_made_of_them(cli: Cli, exported: Path, cac
     assert cli("eval", "pages", *args).code == 0 and (runs / "pages" / name).is_dir()
     for form in ("saelens", "dictionary_learning"):
         assert cli("eval", "export", "--to", form, "--runs", runs, "--out", tmp_path / form).code == 0
+    said = json.loads((tmp_path / "saelens" / name / "layer_1" / "cfg.json").read_text())["metadata"]
+    assert not {"context_size", "dataset_path", "prepend_bos"} & set(said)  # of what they were trained on nothing is known
     again = read_back("dictionary_learning", tmp_path / "dictionary_learning" / name / "layer_1")
     assert torch.equal(again.w_enc, read_back("dictionary_learning", saes / "layer_1").w_enc) and again.prefixes == [64, 128]
 

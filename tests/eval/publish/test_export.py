@@ -195,7 +195,8 @@ def test_the_fold_is_as_good_as_float32_allows() -> None:
 
 def test_what_saelens_is_told(tmp_path: Path) -> None:
     log10_density = torch.linspace(-10, 0, 256)
-    known = {"model": "EleutherAI/pythia-410m", "context": 1024, "dataset": "the/pile", "log10_density": log10_density}
+    known = {"model": "EleutherAI/pythia-410m", "context": 1024, "dataset": "the/pile", "bos": False}
+    known |= {"log10_density": log10_density}
     assert json.loads((written("saelens", a_sae(), tmp_path / "bos", bos=True) / "cfg.json").read_text())["metadata"][
         "prepend_bos"
     ]
@@ -388,7 +389,7 @@ def test_published_files_of_the_same_names_open_too(cli: Cli, tmp_path: Path, mo
     torch.testing.assert_close(as_saelens(folder, x)[1].double(), in_float64(sae, x)[1], rtol=0, atol=4e-5)
     metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
     assert (metadata["hook_name"], metadata["model_name"]) == ("blocks.1.hook_resid_post", "pythia-410m")
-    assert "context_size" not in metadata and "dataset_path" not in metadata
+    assert not {"context_size", "dataset_path", "prepend_bos"} & set(metadata)
 
 
 def test_bare_weights_of_any_name_need_their_layer(cli: Cli, tmp_path: Path) -> None:
@@ -447,7 +448,8 @@ def test_the_tool_itself_loads_it_and_computes_the_same(form: str, tmp_path: Pat
     environment = ENVIRONMENTS / TOOLS[form]
     if not (environment / "stamp.json").exists():  # which bench.peers puts into one that is complete
         pytest.skip(f"{TOOLS[form]} is not installed in {environment}; `python -m bench.peers` does it")
-    known: dict[str, Any] = {"model": "EleutherAI/pythia-410m", "context": 1024, "log10_density": torch.linspace(-10, 0, 256)}
+    known: dict[str, Any] = {"model": "EleutherAI/pythia-410m", "context": 1024, "bos": False}
+    known["log10_density"] = torch.linspace(-10, 0, 256)
     saes = {rule: a_sae(rule=rule) for each, rule in RULES if each == form}
     for rule, sae in saes.items():
         (tmp_path / rule).mkdir()

@@ -343,7 +343,8 @@ def test_layer_folders_follow_the_checkpoints(cli: Cli, run: Run) -> None:
 def family(name: str, folder: Path) -> Path:
     """A tiny language model of a family; Llama's tokeniser puts a BOS in front unless told not to."""
     shape = {"hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 1, "vocab_size": 400, "intermediate_size": 8}
-    shape |= {"bos_token_id": 1, "eos_token_id": 0, "rotary_pct": 1.0, "rms_norm_eps": 1e-6}
+    shape |= {"bos_token_id": 1, "eos_token_id": 0, "rotary_pct": 1.0, "rms_norm_eps": 1e-6, "pad_token_id": 0}
+    shape |= {"head_dim": 4, "num_key_value_heads": 1, "rotary_dim": 4}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**shape)).save_pretrained(folder)
     letters = {letter: 2 + i for i, letter in enumerate("Tacehmnost.")}
@@ -354,9 +355,12 @@ def family(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("site", [Site(1), Site(1, "mlp_in"), Site(1, "attn_out")], ids=str)
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama"])
+SITES = [Site(1), Site(1, "mlp_in"), Site(1, "attn_out")]
+FAMILIES = [(name, bos, site) for name in ("gpt_neox", "gpt2", "llama") for bos in (False, True) for site in SITES]
+FAMILIES += [(name, False, Site(1)) for name in ("bloom", "gemma2", "gptj", "mamba", "mistral", "olmo2", "phi", "qwen3")]
+
+
+@pytest.mark.parametrize(("name", "bos", "site"), FAMILIES)
 def test_the_cards_code_runs_for_every_family(
     name: str, bos: bool, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
