@@ -95,7 +95,7 @@ def start(argv: Sequence[str], **options: Any) -> tuple[int, str, str]:
     The process is in a group of its own, or a terminal's Ctrl-C would reach it twice, and twice means at once.
     """
     program = [sys.executable, "-m", *argv]
-    child = subprocess.Popen(program, text=True, process_group=0, preexec_fn=_end_with_parent, **options)
+    child = subprocess.Popen(program, text=True, errors="replace", process_group=0, preexec_fn=_end_with_parent, **options)
     try:
         said, complained = _outcome(child)
     except KeyboardInterrupt:

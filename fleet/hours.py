@@ -104,5 +104,6 @@ def this_machine() -> tuple[str, int]:
 def processor() -> str:
     """Its name, as Linux has it."""
     info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
     return named[1] if named else platform.processor() or platform.machine()

@@ -99,7 +99,7 @@ def _argument(value: Tensor | int | float) -> Any:
 def cpu_flags() -> list[str]:
     """The processor's features as Linux names them ("amx_bf16", on ARM "asimd"); none where it does not say."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
 
 

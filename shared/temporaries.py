@@ -64,7 +64,7 @@ def _release(new: Path) -> None:
 def _machine() -> str:
     """This machine since it was started, eight hexadecimal digits: all containers on it are the same."""
     try:
-        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+        name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
         name = socket.gethostname()
     return f"{crc32(name.encode()):08x}"

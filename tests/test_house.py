@@ -82,6 +82,16 @@ def test_no_file_is_too_long() -> None:
     assert {path for path, length in lengths.items() if length > LONGEST} == set()
 
 
+def test_text_has_an_encoding() -> None:
+    """Else it is that of the locale, which has no λ in it for some."""
+    for path in files(*PRODUCT, "residual_saes"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())) if path.suffix == ".py" else ():
+            if isinstance(node, ast.Call) and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                assert called not in ("read_text", "write_text"), f"{path}:{node.lineno}"
+                assert called != "open" or not isinstance(node.func, ast.Name), f"{path}:{node.lineno}"
+
+
 def test_a_cache_is_opened_without_command_line_and_language_models() -> None:
     code = "import residual_saes.shared.cache, sys; assert not {'click', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
