@@ -103,6 +103,7 @@ class BlockWriter:
     def _begin(self, job: "_BlockJob", ready: Callable[[], None] | None) -> None:
         if ready is not None:
             ready()
+        self._check()  # or, where the first block could not settle the scales of a site, the next one would
         for index, site in enumerate(self._sites):
             self._cache.settle(site, job.buffer.data[index])
             self._disk.submit(self._guarded, self._write, job, index)

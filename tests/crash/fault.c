@@ -7,6 +7,8 @@
 //                tear    half of what it writes arrives, then the process ends; as kill where it writes nothing
 //                enospc  it and all later ones that need room fail: the disk stays full
 //                eio     it fails, once
+//                brief   half of what it writes is taken, and the next write fails: the disk was full for a moment
+//                short   reads and writes, all of them, move half of what they are asked to
 //
 // What is counted are calls of glibc's functions. What a program does by system calls of its own is not seen (Rust's rustix
 // renames so); sweep.py finds such a rename by the inode. What could not be rebuilt ends the process with code 99: writing by
@@ -30,13 +32,15 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum fault { NONE, KILL, TEAR, ENOSPACE, EINOUT };
+enum fault { NONE, KILL, TEAR, ENOSPACE, EINOUT, BRIEF, SHORT };
+enum { TORN = -1, HALVED = -2 }; // beside numbers of errors
 
 static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 static char root[PATH_MAX];
 static size_t root_size; // 0: nothing is counted
 static enum fault fault;
 static long at, count;
+static int full; // for a moment
 static int record = -1;
 
 // Functions of the C library that are called from here without being counted.
@@ -50,11 +54,11 @@ static void *real(const char *name) {
 
 // Read the environment again, and count from nought: for a process that was forked after the library was loaded.
 __attribute__((constructor)) void crash_arm(void) {
-    static const char *const names[] = {"", "kill", "tear", "enospc", "eio"};
+    static const char *const names[] = {"", "kill", "tear", "enospc", "eio", "brief", "short"};
     const char *folder = getenv("CRASH_ROOT"), *log = getenv("CRASH_LOG"), *what = getenv("CRASH_FAULT"), *n = getenv("CRASH_AT");
-    count = 0, at = n ? atol(n) : 0, fault = NONE, record = -1, root_size = 0;
+    count = 0, at = n ? atol(n) : 0, fault = NONE, full = 0, record = -1, root_size = 0;
     if (!folder || !*folder) return;
-    for (int i = KILL; what && i <= EINOUT; i++)
+    for (int i = KILL; what && i <= SHORT; i++)
         if (!strcmp(what, names[i])) fault = i;
     if (log) record = REAL(open64)(log, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     root_size = strlen(strncpy(root, folder, PATH_MAX - 1));
@@ -104,12 +108,23 @@ static void die(const char *what, char kind, const char *path) {
     for (;;) pause();
 }
 
-// Count an operation, with the lock held until `done`: an errno to fail with, -1 to tear it, 0 to do it.
+// Count an operation, with the lock held until `done`: an errno to fail with, TORN, HALVED, or 0 to do it.
 static int begin(char kind, const char *path) {
     pthread_mutex_lock(&lock);
     count++;
+    if (fault == SHORT) return kind == 'W' ? HALVED : 0;
+    if (full && kind == 'W') {
+        full = 0;
+        tell("no space", kind, path);
+        return ENOSPC;
+    }
     if (fault == NONE || count < at || (count > at && fault != ENOSPACE)) return 0;
-    if (fault == TEAR && kind == 'W') return -1;
+    if (fault == TEAR && kind == 'W') return TORN;
+    if (fault == BRIEF && kind == 'W') {
+        full = 1;
+        tell("half", kind, path);
+        return HALVED;
+    }
     if (fault == KILL || fault == TEAR) die("kill", kind, path);
     if (fault == ENOSPACE && !strchr("CWMRLYTS", kind)) return 0;
     tell(fault == ENOSPACE ? "no space" : "input/output error", kind, path);
@@ -234,14 +249,32 @@ static int64_t place(int fd) { // where a write begins: at the end of a file tha
     return REAL(lseek64)(fd, 0, SEEK_CUR);
 }
 
+// What a call moves that moves half: whole pages where it is a direct one, and all of what cannot be halved.
+static size_t halved(int fd, size_t whole) {
+    size_t unit = fcntl(fd, F_GETFL) & O_DIRECT ? 4096 : 1, half = whole / 2 / unit * unit;
+    return half ? half : whole;
+}
+
+static ssize_t write_half(int fd, const struct iovec *data, int pieces, int64_t offset) {
+    size_t whole = 0;
+    for (int i = 0; i < pieces; i++) whole += data[i].iov_len;
+    struct iovec some[pieces > 0 ? pieces : 1];
+    int n = 0;
+    for (size_t left = halved(fd, whole); left && n < pieces; left -= some[n++].iov_len) {
+        some[n] = data[n];
+        if (some[n].iov_len > left) some[n].iov_len = left;
+    }
+    return offset < 0 ? REAL(writev)(fd, some, n) : REAL(pwritev64)(fd, some, n, offset);
+}
+
 // `offset` < 0: at the file's own. `piece` holds what the caller wrote, cut to what was taken.
 #define WRITE(fd, vector, pieces, given, call)                                                                                   \
     char path[PATH_MAX];                                                                                                         \
     if (!of_fd(fd, path)) return call;                                                                                           \
     int wrong = begin('W', path);                                                                                                \
     int64_t offset = (given) < 0 ? place(fd) : (given);                                                                          \
-    if (wrong < 0) tear(fd, offset, vector, pieces, path);                                                                       \
-    ssize_t result = wrong ? (errno = wrong, -1) : call;                                                                         \
+    if (wrong == TORN) tear(fd, offset, vector, pieces, path);                                                                   \
+    ssize_t result = wrong > 0 ? (errno = wrong, -1) : wrong == HALVED ? write_half(fd, vector, pieces, given) : call;           \
     struct iovec taken[pieces > 0 ? pieces : 1];                                                                                 \
     size_t left = result < 0 ? 0 : result;                                                                                       \
     for (int i = 0; i < pieces; i++) {                                                                                           \
@@ -263,6 +296,24 @@ ssize_t writev(int fd, const struct iovec *v, int n) { WRITE(fd, v, n, -1, REAL(
 ssize_t pwritev(int fd, const struct iovec *v, int n, off_t o) { WRITE(fd, v, n, o, REAL(pwritev)(fd, v, n, o)); }
 ssize_t pwritev64(int fd, const struct iovec *v, int n, off64_t o) { WRITE(fd, v, n, o, REAL(pwritev64)(fd, v, n, o)); }
 
+// Reading is not counted.
+static size_t asked(int fd, size_t n) {
+    char path[PATH_MAX];
+    return fault == SHORT && of_fd(fd, path) ? halved(fd, n) : n;
+}
+
+#define READ_PIECES(name, ...)                                                                                                   \
+    struct iovec one = {v->iov_base, n == 1 ? asked(fd, v->iov_len) : 0};                                                        \
+    return REAL(name)(fd, n == 1 ? &one : v, n, __VA_ARGS__)
+
+ssize_t read(int fd, void *b, size_t n) { return REAL(read)(fd, b, asked(fd, n)); }
+ssize_t pread(int fd, void *b, size_t n, off_t o) { return REAL(pread)(fd, b, asked(fd, n), o); }
+ssize_t pread64(int fd, void *b, size_t n, off64_t o) { return REAL(pread64)(fd, b, asked(fd, n), o); }
+ssize_t preadv(int fd, const struct iovec *v, int n, off_t o) { READ_PIECES(preadv, o); }
+ssize_t preadv64(int fd, const struct iovec *v, int n, off64_t o) { READ_PIECES(preadv64, o); }
+ssize_t preadv2(int fd, const struct iovec *v, int n, off_t o, int f) { READ_PIECES(preadv2, o, f); }
+ssize_t preadv64v2(int fd, const struct iovec *v, int n, off64_t o, int f) { READ_PIECES(preadv64v2, o, f); }
+
 // A C stream gives its bytes to the kernel by calls that are not seen; here it gives them at once.
 static size_t put(const void *b, size_t size, size_t n, FILE *f) {
     size_t result = REAL(fwrite)(b, size, n, f);
@@ -276,10 +327,10 @@ size_t fwrite(const void *b, size_t size, size_t number, FILE *f) {
     int wrong = begin('W', path);
     struct iovec all = {(void *)b, size * number};
     int64_t offset = place(fd);
-    if (wrong < 0) tear(fd, offset, &all, 1, path);
-    size_t result = wrong ? (errno = wrong, 0) : put(b, size, number, f);
+    if (wrong == TORN) tear(fd, offset, &all, 1, path);
+    size_t result = wrong > 0 ? (errno = wrong, 0) : put(b, size, number, f); // a stream writes on by itself
     all.iov_len = result * size;
-    done('W', !wrong, path, "", offset, &all, 1);
+    done('W', wrong <= 0, path, "", offset, &all, 1);
     return result;
 }
 

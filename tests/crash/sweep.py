@@ -4,7 +4,7 @@ A trial starts from a scenario's folder, runs its command with one fault, then r
 end with exit code 0 and the bytes of a run that was never disturbed (`contents` says what of them counts). A disturbed run
 that says 0 must have them at once.
 
-The faults kill, tear, enospc and eio are done to a running process (fault.c). Power cuts are not: the state that a cut leaves
+Power cuts are the only faults that are not done to a running process (fault.c): the state that a cut leaves
 follows from the log of the operations before it (disk.py), so one undisturbed run's log gives all of them. Equal states are
 tried once.
 """
@@ -32,7 +32,7 @@ from residual_saes.shared.seal import SEAL
 from tests.conftest import ROOT, documents, make_lm
 from tests.crash.disk import NEEDS_ROOM, WRITES, Disk, Operation, read_log, read_tree, write_tree
 
-FAULTS = ("kill", "tear", "enospc", "eio", "power-kept", "power-lost")
+FAULTS = ("kill", "tear", "enospc", "eio", "brief", "short", "power-kept", "power-lost")
 SCENARIOS = (
     "harvest",
     "layers",
@@ -202,7 +202,9 @@ class Scenario:
 
     def points(self, fault: str) -> list[int]:
         """The operations at which a fault can be tried."""
-        kinds = {"tear": WRITES, "enospc": NEEDS_ROOM}.get(fault)
+        if fault == "short":
+            return [1]  # of all of them
+        kinds = {"tear": WRITES, "brief": WRITES, "enospc": NEEDS_ROOM}.get(fault)
         after = [len(self.log) + 1] if fault.startswith("power") else []  # it may go out just after the end, too
         return [n for n, o in enumerate(self.log, 1) if kinds is None or o.kind in kinds] + after
 
@@ -424,7 +426,8 @@ class Sweep:
             write_tree(disk.after(trial.fault.removeprefix("power-")), worker.folder)
         else:
             disturbed = worker.run(scenario.argv, FAULT=trial.fault, AT=trial.at)
-            operation = next((n for n in disturbed.said.splitlines() if n.startswith("crash: ")), f"not met: {operation}")
+            if trial.fault != "short":
+                operation = next((n for n in disturbed.said.splitlines() if n.startswith("crash: ")), f"not met: {operation}")
             operation = operation.removeprefix("crash: ").replace(f"{worker.folder}/", "")
             traceback = disturbed.why if "Traceback" in disturbed.said else ""
             if disturbed.code == 0 and (lost := difference(contents(worker.folder), scenario.wanted)):
