@@ -68,13 +68,14 @@ def page_aligned(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write and fsync a file; its content is durable on return, its name after `sync_dir`. Raises UserError."""
+    """Write and fsync a file; its content is durable on return, its name after `sync_dir`. Raises UserError, for a link too."""
+    refuse_links(path)
     with writing(path):
         _write(path, data)
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         write_all(fd, data)
     finally:

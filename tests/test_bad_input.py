@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from residual_saes.eval.pages.files import publish_pages
 from residual_saes.shared import presets
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import UserError
@@ -325,6 +326,8 @@ def test_linked_pages_are_not_written_to(cli: Cli, cache_path: Path, runs_path: 
         (tmp_path / "out" / run.parent.name).symlink_to(ours)
     result = cli("eval", "pages", *args, "--out", tmp_path / "out")
     assert result.code == 2 and result.err.count("which is left alone") == 3
+    with pytest.raises(UserError, match="which is left alone"):
+        publish_pages(tmp_path / "out" / next(runs_path.glob("*/config.json")).parent.name, {}, [("000.js", b"")])
     assert not any(ours.iterdir())
 
 

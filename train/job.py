@@ -10,6 +10,7 @@ import torch
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.device import device_kind
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import refuse_links
 from residual_saes.shared.progress import say
 from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
@@ -218,6 +219,7 @@ class SaeJob:
     def _tensorboard(self) -> Any:
         """Points after this step, of a run that got further before it was killed, are taken back: they come again."""
         folder = self._run.path / "tensorboard" / f"layer{self._site.key}"
+        refuse_links(folder.parent, folder)
         return summary_writer()(str(folder), purge_step=self.sae.step_count * self._config.batch + 1)
 
     def close(self) -> None:

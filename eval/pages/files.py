@@ -28,10 +28,11 @@ from torch import Tensor
 
 from residual_saes.eval.pages import features
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import locked, make_dir, publish_file, publish_json, sync_dir, write_file
+from residual_saes.shared.files import locked, make_dir, publish_file, publish_json, refuse_links, sync_dir, write_file
 from residual_saes.shared.seal import SEAL, canonical, crc32c, parse_sealed, read_tensors, seal
 from residual_saes.shared.sites import Site
 from residual_saes.shared.temporaries import remove_leftovers
+from residual_saes.shared.typed import Count, read
 
 FORMAT = 1
 CHUNK = 64  # features in a file
@@ -41,6 +42,29 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 Facts = dict[str, Any]
 Columns = dict[str, Tensor]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _OfText:
+    """What is asked of the facts of a text's folder."""
+
+    context: Count
+    chunk: Count
+    files: dict[str, str]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _OfSae:
+    """What is asked of the facts of an SAE's folder."""
+
+    name: str
+    layer: Site
+    snapshot: str
+    tokens: Count
+    file: str
+    text: str
+    first_row: int
+    files: dict[str, str]
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -69,7 +93,8 @@ class Pages:
 
 
 def publish_pages(folder: Path, facts: Facts, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write all files (name, content) of a folder, and last the facts that say that they are there."""
+    """Write all files (name, content) of a folder, and last the facts that say that they are there. Raises UserError."""
+    refuse_links(folder)
     make_dir(folder)
     (folder / _FACTS).unlink(missing_ok=True)
     sync_dir(folder)
@@ -89,7 +114,13 @@ def read_facts(folder: Path) -> Facts | None:
         facts = parse_sealed((folder / _FACTS).read_bytes())
     except (FileNotFoundError, NotADirectoryError):  # any other failure to read is no sign that there is nothing
         return None
-    return facts if facts is not None and facts.get("format") == FORMAT else None
+    try:
+        if facts is not None and facts.get("format") == FORMAT:
+            read(_OfText if "chunk" in facts else _OfSae, facts)
+            return facts
+    except ValueError:  # made by another hand
+        pass
+    return None
 
 
 def whole_facts(folder: Path) -> Facts | None:
@@ -119,8 +150,9 @@ def siblings(folder: Path) -> list[Path]:
 
 def sweep(out: Path) -> None:
     """Remove what killed writers left half-written."""
-    for folder in (out, *(path for pattern in ("*", "*/*") for path in out.glob(pattern) if path.is_dir())):
-        remove_leftovers(folder)
+    for folder in (out, *(path for pattern in ("*", "*/*") for path in out.glob(pattern))):
+        if folder.is_dir() and not folder.is_symlink():
+            remove_leftovers(folder)
 
 
 # --- what the page reads ---

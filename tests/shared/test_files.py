@@ -66,6 +66,8 @@ def test_nothing_is_changed_through_a_link(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="cannot write .*link"):
         append_line(link, b"line")
+    with pytest.raises(UserError, match="left alone"):
+        write_file(link, b"content")
     with locked(link, make=True):
         pass
     remove(link)

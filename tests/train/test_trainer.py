@@ -360,6 +360,10 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
     assert writers[1]["purge"] == state[1]["step"] * 256 + 1
     assert min(writers[1]["steps"]) >= writers[1]["purge"]
     assert all(writer["closed"] for writer in writers)
+    shutil.rmtree(one.path)
+    (one.path / "tensorboard").mkdir(parents=True)
+    (one.path / "tensorboard" / "layer00").symlink_to(cache_path)
+    assert "which is left alone" in again(cli, cache_path, one, "--layers", 0, "--tensorboard").err
 
 
 def test_another_machine_is_said(cli: Cli, cache_path: Path, one: Run) -> None:
