@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from residual_saes.eval.measure.store import measured
 from residual_saes.fleet.commands import Commands, Stage
@@ -18,12 +18,12 @@ from residual_saes.fleet.plan import Plan
 from residual_saes.fleet.room import Room, Window, room, used_bytes, windows
 from residual_saes.shared.cache import Cache, CacheSpec
 from residual_saes.shared.errors import Busy, UserError
-from residual_saes.shared.files import append_line, make_dir, owned
+from residual_saes.shared.files import make_dir, owned
 from residual_saes.shared.progress import say
+from residual_saes.shared.records import JsonLines, Record
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, made
-from residual_saes.shared.seal import parse_sealed, seal
 from residual_saes.shared.sites import Site, format_sites
-from residual_saes.shared.typed import read
+from residual_saes.shared.typed import Bounds, read
 from residual_saes.shared.units import format_bytes, format_seconds
 
 STAGES: tuple[Stage, ...] = ("harvest", "train", "eval")
@@ -52,6 +52,17 @@ class LayerState:
         return f"{activations}, {self.made} of {self.saes} checkpoints, {self.measured} measured"
 
 
+@dataclass(kw_only=True, frozen=True)
+class Ended(Record):
+    """A stage that ended: a line of the log."""
+
+    stage: str
+    layers: tuple[Site, ...]
+    began: float  # seconds since 1970
+    seconds: Annotated[float, Bounds(0, 1e12)]
+    code: int | None
+
+
 class Job:
     """Call `run`; again after whatever stopped it."""
 
@@ -64,7 +75,7 @@ class Job:
                 "s3://bucket/prefix, or keep --cache and --runs in folders"
             )
         self._config, self._commands, self._cache_path, self._runs_path = config, commands, config.cache, config.runs
-        self._log = config.runs / "job.jsonl"
+        self._log = JsonLines(config.runs / "job.jsonl", Ended)
         self._folders: list[Run] = []
         self._layers, shape = wanted(commands)
         self._spec = read(CacheSpec, shape)
@@ -117,9 +128,7 @@ class Job:
             code = self._commands.run(stage, layers)
             return code
         finally:
-            named = [site.json for site in layers]
-            record = {"stage": stage, "layers": named, "began": began, "seconds": time.monotonic() - clock, "code": code}
-            append_line(self._log, json.dumps(seal(record)).encode())
+            self._log.append(Ended(stage=stage, layers=layers, began=began, seconds=time.monotonic() - clock, code=code))
 
     # --- what there is ---
 
@@ -177,18 +186,17 @@ class Job:
 
     # --- what is said ---
 
-    def _records(self) -> list[dict[str, Any]]:
-        """Of the stages that ended, the whole lines of the log."""
-        lines = self._log.read_bytes().splitlines() if self._log.exists() else []
-        return [record for record in map(parse_sealed, lines) if record is not None]
+    def _ended(self) -> list[Ended]:
+        """The stages that ended, by the whole lines of the log."""
+        return [ended for _, ended in self._log.lines() if ended is not None and ended.layers]
 
     def _table(self, states: dict[Site, LayerState]) -> str:
         """A line for each run of layers that are equally far, what it took, and what is left."""
         took = {(stage, layer): 0.0 for stage in STAGES for layer in states}
-        for record in self._records():
-            for layer in map(Site.of, record["layers"]):
-                if (record["stage"], layer) in took:
-                    took[record["stage"], layer] += record["seconds"] / len(record["layers"])
+        for ended in self._ended():
+            for layer in ended.layers:
+                if (ended.stage, layer) in took:
+                    took[ended.stage, layer] += ended.seconds / len(ended.layers)
         groups: list[list[Site]] = []
         for layer, state in states.items():
             if groups and str(states[groups[-1][-1]]) == str(state):
@@ -210,12 +218,12 @@ class Job:
             return "nothing"
         n = len(self._windows(states))
         text = f"{len(left)} layers in {n} window{'s' * (n > 1)}, up to {format_bytes(self._config.disk)}"
-        ended = [r for r in self._records() if r["code"] == 0]
-        if {r["stage"] for r in ended} >= set(STAGES):
-            harvests = [r["seconds"] for r in ended if r["stage"] == "harvest"]
-            others = [r for r in ended if r["stage"] != "harvest"]
-            layers = sum(len(r["layers"]) for r in others) / (len(STAGES) - 1)
-            seconds = n * sum(harvests) / len(harvests) + len(left) * sum(r["seconds"] for r in others) / layers
+        well = [ended for ended in self._ended() if ended.code == 0]
+        if {ended.stage for ended in well} >= set(STAGES):
+            harvests = [ended.seconds for ended in well if ended.stage == "harvest"]
+            others = [ended for ended in well if ended.stage != "harvest"]
+            layers = sum(len(ended.layers) for ended in others) / (len(STAGES) - 1)
+            seconds = n * sum(harvests) / len(harvests) + len(left) * sum(ended.seconds for ended in others) / layers
             text += f", about {format_seconds(seconds)} as it went so far"
         return text
 

@@ -2,22 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.typed import Bounds, fields, read
 
 _PIECE = 4 << 20  # bytes of a document tokenised in one go: a tokeniser needs 150 bytes of memory for each
 _NULLS = 256  # consecutive rows without text are a column that is not there any more
+Place = Annotated[int, Bounds(0, 1 << 62)]
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class FilePoint:
     """Resume point in local files: a byte of a file of lines or of plain text, a row of parquet or of a JSON array."""
 
-    file: int = 0
-    position: int = 0  # the byte or row
-    row: int = 0  # rows of the file before it
-    piece: int = 0  # pieces of that row's document before it
+    file: Place = 0
+    position: Place = 0  # the byte or row
+    row: Place = 0  # rows of the file before it
+    piece: Place = 0  # pieces of that row's document before it
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -25,18 +27,21 @@ class StreamPoint:
     """Resume point in a dataset streamed from the hub."""
 
     stream: dict[str, Any] = field(default_factory=dict)  # the state of `datasets` before the row
-    row: int = 0
-    piece: int = 0
+    row: Place = 0
+    piece: Place = 0
 
 
 ResumePoint = FilePoint | StreamPoint
 
 
-def resume_point(value: dict[str, Any]) -> ResumePoint:
+def resume_point(value: Any) -> ResumePoint:
     """The resume point of which `value` is the `asdict`, as a token chunk's ledger entry holds it. Raises UserError."""
     try:
-        return StreamPoint(**value) if "stream" in value else FilePoint(**value)
-    except TypeError as error:
+        kind: type[ResumePoint] = StreamPoint if "stream" in value else FilePoint
+        if later := set(value).difference(fields(kind)):
+            raise ValueError(f"{min(later)} is not known here")
+        return read(kind, value)
+    except (TypeError, ValueError) as error:
         raise UserError(f"not a place in a text: {error}; use the version of this program that wrote it") from None
 
 

@@ -38,7 +38,7 @@ class _BatchStart:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(point=resume_point(value["place"]), checksum=value["text"])
+        return cls(point=resume_point(value.get("place")), checksum=value.get("text", 0))
 
     def to_json(self) -> dict[str, Any]:
         return {"place": asdict(self.point), "text": self.checksum}

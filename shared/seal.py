@@ -68,8 +68,11 @@ def seal(value: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dic
 
 
 def sealed(value: Any, tensors: dict[str, Tensor] | None = None) -> bool:
-    """Whether `value` is a dictionary with the right seal."""
-    return isinstance(value, dict) and value.get(SEAL) == _checksum(value, tensors)
+    """Whether `value` is a dictionary with the right seal, which nothing has that is no JSON or is nested too deep."""
+    try:
+        return isinstance(value, dict) and value.get(SEAL) == _checksum(value, tensors)
+    except (TypeError, ValueError):
+        return False
 
 
 def to_bytes(value: dict[str, Any]) -> bytes:
@@ -89,9 +92,9 @@ def parse_sealed(data: bytes) -> dict[str, Any] | None:
     """A sealed JSON object, its seal included; None for bytes that are damaged or none."""
     try:
         value = parse_json(data)
-        return value if sealed(value) else None
     except ValueError:
         return None
+    return value if sealed(value) else None
 
 
 def save_sealed(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from residual_saes.shared.sites import Site
 
+_BITS = 64  # of a whole number: a larger one is none for arrays and pictures
 T = TypeVar("T")
 _WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", tuple: "a list",
@@ -49,7 +50,7 @@ def checked(kind: Any, stored: dict[str, Any], name: str = "") -> dict[str, Any]
     for key, (f, of) in fields(kind).items():
         if key in stored:
             value = stored[key]
-            given[f.name] = value if type(value) is of else _read(of, value, _of(name, key))
+            given[f.name] = value if type(value) is of and of is not int else _read(of, value, _of(name, key))
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{_of(name, key)} is missing")
     return given
@@ -60,6 +61,8 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         own = getattr(kind, "from_dict", None)
         return own(value, name) if own else kind(**checked(kind, value, name))
     of, origin = get_args(kind), get_origin(kind)
+    if kind in (int, float) and type(value) is int and value.bit_length() > _BITS:
+        raise _wrong(name, value, f"{_WORDS[kind]} of {_BITS} bits at most")
     if kind is Any or kind is type(value) or (kind is float and type(value) is int):
         return value
     if origin in (Union, UnionType):

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from torch import Tensor
 from residual_saes.eval.floors.fit import Fit, fit_floors, spread
 from residual_saes.eval.floors.measured import (
     Experiment,
+    Fits,
     Floor,
     Predicted,
     Prediction,
@@ -190,7 +192,7 @@ def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Predictio
     return Prediction(
         run=run.name,
         run_digest=run.config.digest,
-        layer=snapshot.site.json,
+        layer=snapshot.site,
         snapshot=snapshot.label,
         file=file,
         tokens=tokens,
@@ -200,7 +202,7 @@ def _predict(run: Run, snapshot: Snapshot, options: DistillOptions) -> Predictio
         capacity=None if statistics.alpha is None else finite(capacity(statistics.alpha)),
         critical_width=critical_width(statistics),
         widths={w: Predicted(predicted=predicted[w], naive=naive[w]) for w in options.widths},
-        fits={},
+        fits=Fits(),
     )
 
 
@@ -266,16 +268,13 @@ def _floor(students: list[StudentRecord]) -> Floor:
     )
 
 
-def _fits(prediction: Prediction, students: dict[int, list[StudentRecord]]) -> dict[str, Fit | None]:
+def _fits(prediction: Prediction, students: dict[int, list[StudentRecord]]) -> Fits:
     """Over the widths that were both predicted for and measured."""
     measured = {w: [s.floor for s in group] for w, group in students.items() if w in prediction.widths}
     widths = {w: prediction.widths[w] for w in measured}
-    predictors = {
-        "predicted": {w: p.predicted for w, p in widths.items()},
-        "naive": {w: p.naive for w, p in widths.items()},
-        "log_width": {w: -math.log(w) for w in widths},
-    }
-    return {name: fit_floors(measured, x, prediction.critical_width) for name, x in predictors.items()}
+    predicted, naive = {w: p.predicted for w, p in widths.items()}, {w: p.naive for w, p in widths.items()}
+    log_width, fit = {w: -math.log(w) for w in widths}, partial(fit_floors, measured, critical_width=prediction.critical_width)
+    return Fits(predicted=fit(predicted), naive=fit(naive), log_width=fit(log_width))
 
 
 def distill_table(experiment: Experiment) -> str:
@@ -284,7 +283,7 @@ def distill_table(experiment: Experiment) -> str:
     for f in experiment.floors:
         nats = "  ".join(_number(value).rjust(7) for value in (f.floor, f.spread, f.kl, f.ce))
         lines += [f"{f.width:>5}  {f.seeds:>5}  {nats}"]
-    rows = [_fit_row(p, fit) for p in experiment.predictions if (fit := p.fits["predicted"])]
+    rows = [_fit_row(p, fit) for p in experiment.predictions if (fit := p.fits.predicted)]
     if rows:
         lines.append(
             "\nfloor ≈ C · L* + B; R² of the fit, of widths left out, and of the same fits without knowledge of features"
@@ -296,7 +295,7 @@ def distill_table(experiment: Experiment) -> str:
 
 
 def _fit_row(prediction: Prediction, fit: Fit) -> tuple[str, ...]:
-    near, others = fit.near_critical, [prediction.fits[name] for name in ("naive", "log_width")]
+    near, others = fit.near_critical, [prediction.fits.naive, prediction.fits.log_width]
     return (
         prediction.run,
         str(prediction.layer),

@@ -10,13 +10,14 @@ from pathlib import Path
 from residual_saes.eval.floors.fit import Fit
 from residual_saes.shared.records import JsonRecords, Record
 from residual_saes.shared.sites import Site
+from residual_saes.shared.typed import Count
 
 
 @dataclass(kw_only=True, frozen=True)
 class StudentRecord(Record):
     """A student on the held-out tokens, means a token in nats."""
 
-    width: int
+    width: Count
     seed: int
     heads: int
     parameters: int
@@ -60,12 +61,22 @@ class Predicted:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Fits:
+    """Of the measured floors over three predictors, the last of which knows nothing of features: L* is worth what it does
+    better. None where there are too few widths."""
+
+    predicted: Fit | None = None  # over L*
+    naive: Fit | None = None  # over the naive floor
+    log_width: Fit | None = None  # over −ln(width)
+
+
+@dataclass(kw_only=True, frozen=True)
 class Prediction(Record):
     """The floors that the latest snapshot of a run's layer predicts, and how well the measured ones lie on a line over them."""
 
     run: str
     run_digest: str
-    layer: int | str  # a site, as JSON has it
+    layer: Site
     snapshot: str
     file: str  # checksum of the checkpoint
     tokens: int  # that its features' statistics are from
@@ -75,12 +86,11 @@ class Prediction(Record):
     capacity: float | None
     critical_width: float
     widths: dict[int, Predicted]
-    # over L*, the naive floor, and −ln(width), which knows nothing of features: L* is worth what it does better
-    fits: dict[str, Fit | None]
+    fits: Fits
 
     @property
     def key(self) -> tuple[str, Site, str, str, int, float]:
-        return self.run, Site.of(self.layer), self.snapshot, self.file, self.tokens, self.alive_above
+        return self.run, self.layer, self.snapshot, self.file, self.tokens, self.alive_above
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -39,7 +39,7 @@ class Results:
         self._results = self._own(self._file.read())
 
     def _own(self, results: list[Result]) -> list[Result]:
-        if any(r.run != self._digest for r in results):
+        if any(r.run != self._digest or r.snapshot not in self._labels for r in results):
             raise UserError(f"{self._file.path} is of another run: put it back where it belongs, or delete it")
         return results
 

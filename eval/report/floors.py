@@ -9,7 +9,6 @@ from matplotlib.ticker import FuncFormatter
 from residual_saes.eval.floors.measured import Experiment
 from residual_saes.eval.report.columns import student_widths
 from residual_saes.eval.report.figures import INK, SOFT, LayerColours, RunData, finished, finite, grid, label_ends, layer_axis
-from residual_saes.shared.sites import Site
 
 
 def loss_floors(runs: list[RunData], measured: Experiment | None) -> Figure:
@@ -76,7 +75,7 @@ def _fits(axis: Axes, runs: list[RunData], measured: Experiment) -> None:
     for data in runs:
         predictions = [p for p in measured.predictions if p.run == data.run.name]
         for name, fill in (("predicted", "full"), ("log_width", "none")):
-            x, y = finite((Site.of(p.layer).layer, fit.left_out_r2) for p in predictions if (fit := p.fits[name]))
+            x, y = finite((p.layer.layer, fit.left_out_r2) for p in predictions if (fit := getattr(p.fits, name)))
             axis.plot(x, y, **data.style | {"linestyle": ""}, fillstyle=fill, markersize=5)
             labels += [(x[-1], y[-1], data.setting, data.style["color"])] if x and fill == "full" else []
     axis.axhline(0, color=SOFT, linewidth=0.8)

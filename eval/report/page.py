@@ -291,11 +291,11 @@ def fit_rows(experiment: Experiment) -> list[list[Cell]]:
             _cell(p.critical_width, "{:.1f}"),
             *(_cell(value, "{:.3g}") for value in (fit.C, fit.C_se, fit.B, fit.B_se)),
             *(_cell(value, "{:.3f}") for value in (fit.r2, fit.left_out_r2)),
-            *(_cell(other.left_out_r2 if other else None, "{:.3f}") for other in (p.fits["naive"], p.fits["log_width"])),
+            *(_cell(other.left_out_r2 if other else None, "{:.3f}") for other in (p.fits.naive, p.fits.log_width)),
             _cell(fit.near_critical.error if fit.near_critical else None, "{:+.1%}"),
         ]
         for p in experiment.predictions
-        if (fit := p.fits["predicted"])
+        if (fit := p.fits.predicted)
     ]
 
 

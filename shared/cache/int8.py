@@ -57,6 +57,8 @@ class Reference:
             parts = [np.frombuffer(base64.b64decode(value[name]), "<f4").reshape(2, d_model) for name in ("mean", "scale")]
         except (KeyError, TypeError) as error:
             raise ValueError(f"it has no {error}") from None
+        if not (np.isfinite(parts).all() and (parts[1] > 0).all()):
+            raise ValueError("scales are finite, and above 0")
         return cls(*(torch.from_numpy(part.copy()) for part in parts))
 
     @cached_property

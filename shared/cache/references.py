@@ -36,7 +36,13 @@ class References:
                     f"{self._store.root} has no scales of layer {site}, neither in {_key(site)} nor in its array's zarr.json: "
                     "put one of them back, or harvest into another folder"
                 )
-            self._opened[site] = Reference.from_json(record, self._spec.d_model)
+            try:
+                self._opened[site] = Reference.from_json(record, self._spec.d_model)
+            except ValueError as error:
+                raise UserError(
+                    f"{self._store.path(_key(site))} holds no scales that can be ({error}): put back what was there, or "
+                    "harvest into another folder"
+                ) from None
         return self._opened[site]
 
     def settle(self, site: Site, block: Tensor, committed: Callable[[], object]) -> bool:

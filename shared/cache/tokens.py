@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from residual_saes.shared.cache.zarr import stored_token_chunks, token_key
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.seal import crc32c, from_bytes, to_bytes
 from residual_saes.shared.stores import Store, local_path
-from residual_saes.shared.typed import read
+from residual_saes.shared.typed import Bounds, read
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -22,7 +22,7 @@ class TokenChunk:
 
     crc32c: str
     source: dict[str, Any]  # the text's state before the documents that hold the first token after this chunk
-    skip: int  # tokens of those documents that are in this chunk or before it
+    skip: Annotated[int, Bounds(0, 1 << 62)]  # tokens of those documents that are in this chunk or before it
 
 
 class TokenArray:

@@ -218,11 +218,7 @@ _Content = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # model_sta
 
 def _read(path: Path, belongs: dict[str, Any] | None) -> _Content:
     state, config, stats = _open(path)
-    try:
-        right = sealed(_facts(config, stats) | {SEAL: stats[SEAL]}, state)
-    except (TypeError, ValueError, RecursionError):  # values that are no JSON, or tensors that are none
-        right = False
-    if not right:
+    if not sealed(_facts(config, stats) | {SEAL: stats[SEAL]}, state):
         raise Damaged(f"{path} is damaged: its checksum does not match; train again to make it again")
     if different := [k for k, v in (belongs or {}).items() if config.get(k) != v]:
         is_, wanted = ({k: c.get(k) for k in different} for c in (config, belongs or {}))

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from residual_saes.fleet.commands import Commands, JobConfig, Stage
-from residual_saes.fleet.job import Job
+from residual_saes.fleet.job import STAGES, Job
 from residual_saes.fleet.room import Room, Window, used_bytes, windows
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import Busy, UserError
 from residual_saes.shared.runs.run import Run
+from residual_saes.shared.seal import seal
 from residual_saes.shared.sites import Site, format_sites, parse_sites
 from tests.conftest import TRAIN_ARGS, invoke
 
@@ -208,6 +209,17 @@ def test_a_plan_says_windows_bytes_and_passes(config: JobConfig) -> None:
     assert lines[0].startswith("window 1: layers 0-1, up to 4.") and lines[1].startswith("window 2: layers 2, up to ")
     assert lines[3] == "forward passes: 2, cut off after 2, 3 of 3 layers: 1.67 whole ones"
     assert not config.cache.exists() and not config.runs.exists()
+
+
+def test_a_log_that_another_hand_wrote_is_passed_over(config: JobConfig) -> None:
+    """Whatever is under a right checksum there: it is of times alone."""
+    config.runs.mkdir()
+    right = [{"stage": stage, "layers": [0], "began": 1.0, "seconds": 60, "code": 0} for stage in STAGES]
+    odd = ({"layers": []}, {"layers": 3}, {"layers": ["x"]}, {"seconds": "x"}, {"seconds": float("nan")}, {"stage": None})
+    lines = [json.dumps(seal(record)).encode() for record in (*right, *(right[0] | each for each in odd), {})]
+    (config.runs / "job.jsonl").write_bytes(b"\n".join([*lines, b"\xff", b""]))
+    left = str(Job(Here(config)).plan()).splitlines()[4]
+    assert left == "left: 3 layers in 2 windows, up to 5.2 MB, about 8m00s as it went so far"
 
 
 def test_windows_fit_beside_all_that_stays() -> None:

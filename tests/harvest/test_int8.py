@@ -11,6 +11,7 @@ import zarr
 
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.seal import to_bytes
 from residual_saes.shared.sites import Site
 from residual_saes.train.loader import ActivationLoader, LoaderConfig
 from tests.conftest import Cli
@@ -87,6 +88,11 @@ def test_without_either_nothing_is_made_up(cli: Cli, narrow: Cache, tmp_path: Pa
     (narrow.path / "activations.zarr/resid_post/01/zarr.json").unlink()
     with pytest.raises(UserError, match=r"no scales of layer 1"):
         Cache.open(narrow.path).whole_block(Site(1), 0)
+    by_hand = {"cache": narrow.digest, "site": 1, "mean": "", "scale": ""}
+    (narrow.path / REFERENCE).write_bytes(to_bytes(by_hand))
+    with pytest.raises(UserError, match=r"01.json holds no scales that can be"):
+        Cache.open(narrow.path).whole_block(Site(1), 0)
+    (narrow.path / REFERENCE).unlink()
     narrow.block_path(Site(1), 2).unlink()
     again = cli("harvest", *small_args(tmp_path)[:-2], "--store", "int8", *small_args(tmp_path)[-2:], "--cache", tmp_path / "n")
     assert again.code == 2 and "no scales of layer 1" in again.err

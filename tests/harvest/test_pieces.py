@@ -17,5 +17,6 @@ def test_long_texts_are_parted_before_a_single_space(monkeypatch: pytest.MonkeyP
 def test_resume_points_are_read_from_ledger_entries() -> None:
     assert resume_point({"file": 1, "position": 2, "row": 3, "piece": 4}) == FilePoint(file=1, position=2, row=3, piece=4)
     assert resume_point({"stream": {"a": 1}, "row": 3, "piece": 4}) == StreamPoint(stream={"a": 1}, row=3, piece=4)
-    with pytest.raises(UserError, match="not a place in a text"):
-        resume_point({"page": 1})
+    for odd in ({"page": 1}, {"file": -1}, {"row": "x"}, {"position": 1 << 63}, {"stream": 3}, None, []):
+        with pytest.raises(UserError, match="not a place in a text"):
+            resume_point(odd)

@@ -27,6 +27,16 @@ def test_what_a_kill_leaves_of_a_file_of_tensors_is_removed(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_json_has_no_seal() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in ({"a": deep}, {"a": {1}}, {"a": 1, 2: 1}, ["a"], None):
+        assert not seal.sealed(value)
+    assert not seal.sealed({"a": 1}, {"x": torch.zeros(2, dtype=torch.bfloat16)})
+    assert seal.sealed(seal.seal({"a": 1}))
+
+
 def test_a_sealed_file_is_for_whoever_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:

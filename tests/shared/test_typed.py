@@ -46,6 +46,8 @@ def test_json_becomes_what_the_fields_say() -> None:
         ({"share": "x" * 99}, "share is 'x{39}, and must be a number"),
         ({"most": 0}, "most is 0, and must be a whole number from 1 to 9"),
         ({"lambda": True}, "lambda is True, and must be a number"),
+        ({"lambda": 10**400}, "lambda is 10{39}, and must be a number of 64 bits at most"),
+        ({"either": 1 << 64}, "either is 18446744073709551616, and must be a whole number of 64 bits at most"),
         ({"kind": "c"}, "kind is 'c', and must be a or b"),
         ({"kind": ["a"]}, "kind is a list, and must be a or b"),
         ({"sites": {}}, "sites is a dict, and must be a list"),

@@ -93,6 +93,8 @@ def test_what_is_damaged_missing_or_half_written_is_made_again_to_the_byte(cli: 
     (missing / "columns.safetensors").unlink()
     (unfinished / "facts.json").unlink()
     (unfinished / "001.js").write_bytes(b"")
+    by_hand = folders(runs)[3] / "facts.json"  # whose checksum is right
+    by_hand.write_text(json.dumps(seal({k: v for k, v in json.loads(by_hand.read_bytes()).items() if k != "tokens"})))
     text = next((runs / "pages").glob("text.*"))
     (text / "000.js").unlink()
     result = cli("eval", *args)

@@ -30,6 +30,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.config import RunConfig
 from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import Run, run_config
+from residual_saes.shared.seal import seal
 from residual_saes.shared.sites import Site
 from tests.eval.browser import PHONE, Browser
 from tests.eval.synthetic import make_distilled, make_runs
@@ -480,7 +481,12 @@ def test_measured_floors_are_of_this_cache_and_as_they_were_written(published: P
     assert found is not None and [f.width for f in found.floors] == [128, 256, 384, 512, 768]
     assert measured_floors(folder, "of another cache") is None
     text = (folder / "distilled.json").read_text()
-    for damaged in (text.replace("0.01", "0.02", 1), text[:-5], "{}", json.dumps([None])):
+    prediction = (experiment := json.loads(text)[0])["predictions"][0]
+    for damaged in (
+        text.replace("0.01", "0.02", 1), text[:-5], "{}", json.dumps([None]),
+        *(json.dumps([seal(experiment | {"predictions": [prediction | odd]})]) for odd in ({"layer": "x"}, {"fits": [1]})),
+        json.dumps([seal(experiment | {"students": [experiment["students"][0] | {"width": 0}]})]),
+    ):  # fmt: skip
         (tmp_path / "distilled.json").write_text(damaged)
         with pytest.raises(UserError, match="is damaged"):
             measured_floors(tmp_path, digest)

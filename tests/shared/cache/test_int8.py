@@ -94,6 +94,7 @@ def test_a_reference_is_what_was_written() -> None:
     reference = Reference.of(activations())
     again = Reference.from_json(reference.to_json(), 40)
     assert torch.equal(again.mean, reference.mean) and torch.equal(again.scale, reference.scale)
-    for damaged in ({}, {"mean": "", "scale": ""}, reference.to_json() | {"scale": "%%%"}, None):
+    zero = Reference(reference.mean, reference.scale * 0).to_json()
+    for damaged in ({}, {"mean": "", "scale": ""}, reference.to_json() | {"scale": "%%%"}, {"mean": 1, "scale": 1}, zero, None):
         with pytest.raises(ValueError, match="."):
             Reference.from_json(damaged, 40)
