@@ -123,6 +123,16 @@ def _cut_half_line(fd: int) -> int:
     return end
 
 
+def read_if_there(path: Path) -> bytes | None:
+    """A small file whole, None where there is none. Raises UserError where it cannot be read, which is no sign of that."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; put that right and run again") from None
+
+
 def read_file(path: Path, out: memoryview, offset: int = 0) -> int:
     """Fill `out` from byte `offset` of a file; return the bytes read, fewer where the file ends. Raises OSError.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import append_line, locked, publish_json
+from residual_saes.shared.files import append_line, locked, publish_json, read_if_there
 from residual_saes.shared.seal import parse_json, parse_sealed, seal, sealed, unsealed
 from residual_saes.shared.sites import Site
 from residual_saes.shared.typed import checked, fields
@@ -70,11 +70,11 @@ class JsonRecords(Generic[R]):
         self.path, self._kind, self._names = path, kind, names
 
     def read(self) -> list[R]:
-        """Nothing where there is no file. Raises UserError for one that is not as it was written."""
-        if not self.path.exists():
+        """Nothing where there is no file. Raises UserError for one that cannot be read, or is not as it was written."""
+        if (stored := read_if_there(self.path)) is None:
             return []
         try:
-            content = parse_json(self.path.read_bytes())
+            content = parse_json(stored)
             records = content if self._names is None else list(content.values())
             if isinstance(records, list) and all(map(sealed, records)):
                 return [self._kind.from_dict(unsealed(record)) for record in records]
@@ -103,8 +103,9 @@ class JsonLines(Generic[R]):
         append_line(self.path, json.dumps(seal(record.to_dict())).encode())
 
     def lines(self) -> list[tuple[bytes, R | None]]:
-        """Every line and its record, None where it is damaged; not a last line that is being written or that a crash cut."""
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        """Every line and its record, None where it is damaged; not a last line that is being written or that a crash cut.
+        Raises UserError for a file that cannot be read."""
+        lines = (read_if_there(self.path) or b"").split(b"\n")[:-1]
         return [(line + b"\n", self._parsed(line)) for line in lines]
 
     def read(self) -> list[R]:

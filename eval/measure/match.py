@@ -17,7 +17,7 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.files import make_dir, publish_json
 from residual_saes.shared.records import Record
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
-from residual_saes.shared.seal import SEAL
+from residual_saes.shared.seal import SEAL, seal
 from residual_saes.shared.sites import Site
 
 MATCHED_ABOVE = 0.7  # cosine
@@ -89,7 +89,7 @@ def _decoder(run: Run, snapshot: Snapshot, alive_above: float, device: torch.dev
 
 def _write(run: Run, name: str, matches: list[Match]) -> list[Match]:
     run.remove_leftovers()
-    publish_json(make_dir(run.path / "results") / f"{name}.json", [m.to_dict() for m in matches])
+    publish_json(make_dir(run.path / "results") / f"{name}.json", [seal(m.to_dict()) for m in matches])
     return matches
 
 

@@ -1,8 +1,8 @@
 """Nearest features in other SAEs: of the same layer in other runs, and of the next layers on both sides in the same run.
 
 A pair of SAEs is one file in the folder of the first, near-<digest of the second>.js: of each feature that fires the feature of
-the second with the largest cosine of decoder rows, among those that fire. It is neither in the facts of the folder nor
-checksummed there, for it depends on what else has pages, and is made again in seconds.
+the second with the largest cosine of decoder rows, among those that fire. It is not in the facts of the folder, for it depends
+on what else has pages: its last line is a checksum of the others.
 """
 
 import itertools
@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from residual_saes.eval.measure.metrics import nearest_rows, unit
 from residual_saes.eval.pages import files
-from residual_saes.shared.files import publish_file
+from residual_saes.shared.files import publish_file, read_if_there
 from residual_saes.shared.progress import Progress
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.shared.seal import read_tensors
+from residual_saes.shared.seal import crc32c, read_tensors
 from residual_saes.shared.sites import Site
 
 
@@ -42,7 +43,7 @@ _Directions = tuple[Tensor, Tensor]  # decoder rows of unit norm, float32 [F, d]
 
 def write_nearest(shown: Sequence[Shown], device: torch.device) -> None:
     """Write what is missing of all pairs. Raises UserError for a checkpoint that cannot be read."""
-    missing = [(a, b) for a, b in _pairs(shown) if not (_path(a, b).exists() and _path(b, a).exists())]
+    missing = [(a, b) for a, b in _pairs(shown) if not (_is_whole(_path(a, b)) and _is_whole(_path(b, a)))]
     if not missing:
         return
     opened: dict[Path, _Directions] = {}
@@ -52,7 +53,7 @@ def write_nearest(shown: Sequence[Shown], device: torch.device) -> None:
             for one, other in (pair, pair[::-1]):
                 neighbours = nearest(opened[one.folder], opened[other.folder])
                 key = f"{one.run}/{one.folder.name}/{_path(one, other).stem}"
-                publish_file(_path(one, other), files.columns_script(key, neighbours))
+                publish_file(_path(one, other), _sealed(files.columns_script(key, neighbours)))
             progress.advance(1, f"layer {pair[0].site}")
 
 
@@ -73,6 +74,16 @@ def _pairs(shown: Sequence[Shown]) -> Iterator[tuple[Shown, Shown]]:
 
 def _path(one: Shown, other: Shown) -> Path:
     return one.folder / f"near-{_digest(other.folder)}.js"
+
+
+def _sealed(script: bytes) -> bytes:
+    return script + f"// crc32c:{crc32c(np.frombuffer(script, np.uint8))}\n".encode()
+
+
+def _is_whole(path: Path) -> bool:
+    content = read_if_there(path) or b""
+    script, line, _ = content.rpartition(b"// crc32c:")
+    return line != b"" and content == _sealed(script)
 
 
 def _digest(folder: Path) -> str:

@@ -17,11 +17,12 @@ from residual_saes.eval.measure.features import load_features
 from residual_saes.eval.publish.card import REGISTRY
 from residual_saes.eval.report.pictures import picture_is_whole
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import publish_file, publish_json
+from residual_saes.shared.files import publish_file, publish_json, read_if_there
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.runs.run import FINAL, Run
 from residual_saes.shared.runs.sae import Sae
-from residual_saes.shared.seal import SEAL, parse_sealed, seal, unsealed
+from residual_saes.shared.seal import SEAL, parse_json, parse_sealed, seal, sealed, unsealed
+from residual_saes.shared.sites import Site
 
 _PUBLISHED = (
     "sae_layer*.pt",
@@ -65,12 +66,34 @@ def check(run: Run, files: dict[str, Path]) -> None:
                 Sae.check(path, belongs=run.belongs(label.site, label.label) if label else {"digest": run.config.digest})
             elif name.startswith("results/features/"):
                 load_features(path)
+            elif name.startswith("results/match_") and not _match_is_whole(path):
+                raise UserError(f"{path} is damaged: remove it, or run `rsae eval match` again")
             elif path.suffix in (".png", ".svg") and not picture_is_whole(path):
                 raise UserError(f"{path} is damaged: run `rsae eval` to have it drawn again")
             progress.advance(path.stat().st_size)
-    for site in sorted({s.site for s in snapshots.values()}):
-        if run.config.train.source is None and not run.metrics(site) and run.snapshot_path(site, FINAL) in snapshots:
-            say(f"note: the training curve of layer {site} is gone from {run.path}, and is not published", err=True)
+    for site in sorted({s.site for s in snapshots.values() if s.label == FINAL}) if run.config.train.source is None else ():
+        if why := _curve_fault(run, site):
+            say(f"note: the training curve of layer {site} of {run.path} {why}; nothing but training makes it again", err=True)
+
+
+def _match_is_whole(path: Path) -> bool:
+    """Whether its records are as they were written; those of earlier versions had no checksums."""
+    try:
+        records = parse_json(path.read_bytes())
+        return all(map(sealed, records)) or not any(SEAL in record for record in records)
+    except (ValueError, TypeError):
+        return False
+
+
+def _curve_fault(run: Run, site: Site) -> str:
+    """What a finished layer's curve lacks, in words. Raises UserError for one that is damaged."""
+    path, points, train = run.metrics_path(site), run.metrics(site), run.config.train
+    if (read_if_there(path) or b"\n")[-1:] != b"\n":
+        raise UserError(f"{path} ends in half a line: remove that to use the others")
+    if not points:
+        return "is gone"
+    end = (train.tokens or 0) // (train.batch or 1) * (train.batch or 1)
+    return f"ends at {points[-1].tokens:,} of {end:,} tokens" if points[-1].tokens < end else ""
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:

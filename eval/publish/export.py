@@ -26,7 +26,7 @@ from residual_saes.eval.publish.formats import (
 )
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import make_dir, publish_file, sync_dir, write_file, writing
+from residual_saes.shared.files import make_dir, publish_file, read_if_there, sync_dir, write_file, writing
 from residual_saes.shared.identity import unpin
 from residual_saes.shared.lm import family_of, known_model, module_name
 from residual_saes.shared.progress import Progress, say
@@ -186,12 +186,10 @@ def _found_at(place: Path, config: ExportConfig) -> list[Checkpoint]:
 
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run of ours, in whatever state: then everything in it must pass the run's checks."""
-    try:
-        content = parse_json((folder / "config.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if (stored := read_if_there(folder / "config.json")) is None:
         return False
-    except OSError as error:
-        raise UserError(f"cannot read {folder / 'config.json'}: {error.strerror}; put that right and run again") from None
+    try:
+        content = parse_json(stored)
     except ValueError:
         return True
     return isinstance(content, dict) and "format" in content

@@ -76,6 +76,14 @@ def test_what_only_another_version_knows_is_written_back_where_it_stood(tmp_path
     assert list(replace(records.read()[0], weight=0.0).to_dict()) == ["newer", "name", "points", "lambda"]
 
 
+def test_what_cannot_be_read_is_said_and_not_taken_for_nothing(tmp_path: Path) -> None:
+    """A folder stands for a file on a bad block."""
+    assert JsonLines(tmp_path / "none", Line).lines() == JsonRecords(tmp_path / "none", Line).read() == []
+    for read in (JsonLines(tmp_path, Line).read, JsonRecords(tmp_path, Line).read):
+        with pytest.raises(UserError, match="cannot read .*: Is a directory"):
+            read()
+
+
 def test_lines_are_added_and_one_that_is_cut_or_damaged_is_known(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     lines = JsonLines(path, Line)

@@ -190,12 +190,13 @@ def test_nothing_is_read_or_sent_through_a_link(cli: Cli, run: Run, tmp_path: Pa
 
 
 def test_what_is_damaged_is_not_sent(cli: Cli, run: Run) -> None:
+    assert cli("eval", "match", run.path, "--device", "cpu").code == 0
     args = ("eval", "publish", "--runs", run.path, "--to", "org", "--dry-run")
     assert cli(*args).code == 0
     for name, at in (
         ("sae_layer00_10240.pt", -9000), ("metrics/layer01.jsonl", 30), ("plots/4_snapshots.png", 5000),
         ("plots/7_capacity.svg", -900), ("config.json", -15),
-        ("results/metrics.json", 60), ("results/features/layer02_final.safetensors", -1),
+        ("results/metrics.json", 60), ("results/match_final.json", 60), ("results/features/layer02_final.safetensors", -1),
     ):  # fmt: skip
         path = run.path / name
         whole = path.read_bytes()
@@ -205,6 +206,15 @@ def test_what_is_damaged_is_not_sent(cli: Cli, run: Run) -> None:
         result = cli(*args)
         assert result.code == 2 and path.name in result.err.splitlines()[-1] and not result.out, name
         path.write_bytes(whole)
+    curve = run.path / "metrics" / "layer01.jsonl"
+    whole = curve.read_bytes()
+    curve.write_bytes(whole[:-9])
+    assert f"{curve} ends in half a line" in cli(*args).err
+    curve.write_bytes(whole.rpartition(b"\n")[0].rpartition(b"\n")[0] + b"\n")
+    assert "note: the training curve of layer 1 of" in (err := cli(*args).err) and "ends at 20,224 of 20,480 tokens" in err
+    curve.unlink()
+    assert "is gone; nothing but training" in cli(*args).err
+    curve.write_bytes(whole)
     table = run.path / "results" / "metrics.csv"
     right = table.read_text()
     table.write_text(right.replace("1", "2"))
