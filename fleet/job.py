@@ -56,7 +56,7 @@ class LayerState:
 class Ended(Record):
     """A stage that ended: a line of the log."""
 
-    stage: str
+    stage: Stage
     layers: tuple[Site, ...]
     began: float  # seconds since 1970
     seconds: Annotated[float, Bounds(0, 1e12)]

@@ -37,12 +37,13 @@ ResumePoint = FilePoint | StreamPoint
 def resume_point(value: Any) -> ResumePoint:
     """The resume point of which `value` is the `asdict`, as a token chunk's ledger entry holds it. Raises UserError."""
     try:
-        kind: type[ResumePoint] = StreamPoint if "stream" in value else FilePoint
+        kind: Any = StreamPoint if "stream" in value else FilePoint
         if later := set(value).difference(fields(kind)):
             raise ValueError(f"{min(later)} is not known here")
-        return read(kind, value)
+        point: ResumePoint = read(kind, value)
     except (TypeError, ValueError) as error:
         raise UserError(f"not a place in a text: {error}; use the version of this program that wrote it") from None
+    return point
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
