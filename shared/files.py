@@ -246,6 +246,11 @@ def publish_file(path: Path, data: bytes | memoryview) -> None:
         _write(new, data)
 
 
+def publish_text(path: Path, text: str) -> None:
+    """`publish_file` in UTF-8; a byte of a name that is no character is written as its number."""
+    publish_file(path, text.encode("utf-8", "backslashreplace"))
+
+
 def stage_file(path: Path, data: bytes | memoryview) -> Path:
     """Write the temporary file of `publish_file`, durable, for `place` or `discard`."""
     with writing(path):

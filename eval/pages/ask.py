@@ -16,7 +16,7 @@ from residual_saes.eval.pages.example import pages_folder
 from residual_saes.eval.pages.spell import spell
 from residual_saes.shared.cli import option
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import make_dir, publish_file
+from residual_saes.shared.files import make_dir, publish_text
 from residual_saes.shared.identity import model_of
 from residual_saes.shared.lm import encode_text, load_tokenizer
 from residual_saes.shared.runs.run import FINAL, Run, Snapshot
@@ -61,7 +61,7 @@ def ask(runs: Sequence[Run], asked: Asked, skipped: Skipped) -> Path:
     page = files.templates().get_template("ask.html").render(text=asked.text, saes=shown, style=files.style())
     files.sweep(make_dir(asked.out))
     path = asked.out / "ask.html"
-    publish_file(path, page.encode())
+    publish_text(path, page)
     return path
 
 

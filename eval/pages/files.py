@@ -28,7 +28,16 @@ from torch import Tensor
 
 from residual_saes.eval.pages import features
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import locked, make_dir, publish_file, publish_json, refuse_links, sync_dir, write_file
+from residual_saes.shared.files import (
+    locked,
+    make_dir,
+    publish_file,
+    publish_json,
+    publish_text,
+    refuse_links,
+    sync_dir,
+    write_file,
+)
 from residual_saes.shared.seal import SEAL, canonical, crc32c, parse_sealed, read_tensors, seal
 from residual_saes.shared.sites import Site
 from residual_saes.shared.temporaries import remove_leftovers
@@ -208,7 +217,7 @@ def write_index(out: Path, current: set[Path]) -> Path:
         page = templates().get_template("pages.html").render(catalogue=catalogue, style=style(), script=script_text)
         if not (out / _NOTES).exists():  # it is the reader's from then on
             publish_file(out / _NOTES, script("notes", [{}]))
-        publish_file(out / "index.html", page.encode())
+        publish_text(out / "index.html", page)
     return out / "index.html"
 
 

@@ -19,7 +19,7 @@ from residual_saes.eval.report.page import CAPTIONS, FIT_HEADS, OF_SOME, fit_row
 from residual_saes.eval.report.settings import place, provenance, settings
 from residual_saes.eval.report.warnings import trained_on, warnings
 from residual_saes.shared.errors import UserError
-from residual_saes.shared.files import locked, publish_file
+from residual_saes.shared.files import locked, publish_text
 from residual_saes.shared.identity import unpin
 from residual_saes.shared.lm import family_of, known_model
 from residual_saes.shared.progress import say
@@ -86,9 +86,9 @@ def write_card(
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             say(f"note: {path} is your own and stays as it is; move it away to have one written", err=True)
         else:
-            publish_file(path, card(run, results, measured, sisters, publication).encode())
+            publish_text(path, card(run, results, measured, sisters, publication))
         if exported(run.config):
-            publish_file(run.path / REGISTRY, registry_entry(run, results, publication).encode())
+            publish_text(run.path / REGISTRY, registry_entry(run, results, publication))
 
 
 def exported(config: RunConfig) -> bool:

@@ -91,7 +91,7 @@ class RunData:
 
 
 def _pick(choices: Any, name: str) -> Any:
-    return choices[zlib.crc32(name.encode()) % len(choices)]
+    return choices[zlib.crc32(name.encode(errors="replace")) % len(choices)]
 
 
 def grid(rows: int, columns: int, panel: tuple[float, float], **options: Any) -> tuple[Figure, list[Axes]]:

@@ -23,7 +23,7 @@ from residual_saes.eval.report.pictures import run_data, short_labels
 from residual_saes.eval.report.settings import command, differences, provenance, rate, settings
 from residual_saes.eval.report.svg import inline
 from residual_saes.eval.report.warnings import trained_on, warnings
-from residual_saes.shared.files import locked, publish_file
+from residual_saes.shared.files import locked, publish_text
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.sites import Site, format_sites
 from residual_saes.shared.temporaries import remove_leftovers
@@ -134,7 +134,7 @@ def write_report(
     remove_leftovers(folder)
     with locked(folder):
         for name, facts in (("floors", floors), ("report", report)):
-            publish_file(folder / f"{name}.html", _rendered(name, facts).encode())
+            publish_text(folder / f"{name}.html", _rendered(name, facts))
     return folder / "report.html"
 
 
@@ -259,8 +259,9 @@ def _differences(datas: list[RunData]) -> Table | None:
 
 def _pictures(run: Run, names: Iterable[str]) -> list[dict[str, Any]]:
     paths, captions = [(run.path / "plots" / f"{name}.svg", name) for name in names], CAPTIONS | OF_SOME
+    digest = hashlib.sha256(run.name.encode(errors="replace")).hexdigest()
     return [
-        {"svg": inline(path, f"p{name[0]}{hashlib.sha256(run.name.encode()).hexdigest()[:6]}", captions[name]),
+        {"svg": inline(path, f"p{name[0]}{digest[:6]}", captions[name]),
          "caption": captions[name]}
         for path, name in paths
         if path.exists()

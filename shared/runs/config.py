@@ -49,6 +49,10 @@ class Training:
     target: str = ""  # the form of its targets
     skip: bool = False
 
+    def __post_init__(self) -> None:
+        if self.source is None and None in (self.tokens, self.batch):
+            raise ValueError("train has no tokens, or no batch")
+
     @property
     def holds_l0(self) -> bool:
         """Whether training ends with steps that hold L0 by a choice among each batch."""

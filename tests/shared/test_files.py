@@ -24,6 +24,7 @@ from residual_saes.shared.files import (
     page_aligned,
     publish_file,
     publish_json,
+    publish_text,
     read_file,
     replacing,
     sync_dir,
@@ -92,6 +93,11 @@ def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypa
         publish_file(path, b"new")
     assert path.read_text() == '{\n "a": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_name_that_is_no_text_is_written_by_its_numbers(tmp_path: Path) -> None:
+    publish_text(tmp_path / "page.html", "café " + os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "café caf\\udce9"
 
 
 def full(*_: object) -> int:

@@ -300,6 +300,7 @@ def test_a_config_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> No
     [
         ("train", {"tokens": "60"}, "tokens"),
         ("train", {"batch": 0}, "batch"),
+        ("train", {"tokens": None}, "train has no tokens"),
         ("train", "none", "train"),
         ("cache", {"digest": "abc", "spec": CACHE["spec"] | {"d_model": 10**9}}, "d_model"),
         ("cache", {"digest": 3, "spec": CACHE["spec"]}, "digest"),
