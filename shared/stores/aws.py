@@ -67,6 +67,8 @@ def find_access() -> Access:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or profile.get("region")
     endpoint = _endpoint(profile)
     config, credential = _identity(profile)
+    if (config or credential) and os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "y", "on"):
+        raise UserError("AWS_SKIP_SIGNATURE is set, and so is an identity that would not be used: unset one of them")
     if region:
         config["region"] = _sendable("the region", region)
     if endpoint:

@@ -155,6 +155,7 @@ def test_endpoint_and_region_are_found_in_the_order_of_aws(environment: pytest.M
         ({"PROFILE": "lab", "DEFAULT_PROFILE": "empty"}, "name two profiles, and AWS' tools do not agree on one"),
         ({"PROFILE": "fips"}, "AWS_USE_FIPS_ENDPOINT is not known here: name that endpoint by AWS_ENDPOINT_URL_S3"),
         ({"USE_DUALSTACK_ENDPOINT": "true"}, "AWS_USE_DUALSTACK_ENDPOINT is not known here"),
+        ({"PROFILE": "lab", "SKIP_SIGNATURE": "true"}, "AWS_SKIP_SIGNATURE is set, and so is an identity that would not"),
         ({"PROFILE": "ignoring"}, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is set and so is an endpoint"),
         ({"ENDPOINT_URL": "https://x", "IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "and so is an endpoint: unset one"),
         *(({"ENDPOINT_URL": url}, "is not a URL such as") for url in ("not a url", "ftp://x", "http://", "x:9", "http://[::1")),
