@@ -66,10 +66,10 @@ BOTH = ("SAELens", "dictionary_learning")
 KINDS = {
     "L1": Kind("{}", LAMBDAS, (*BOTH, "dictionary_learning April")),
     "adaptive/best": Kind("adaptive:5e-2@{}/best", SPARSE, ()),
-    "BatchTopK": Kind("batchtopk:{}/decay", SPARSE, BOTH),
-    "TopK": Kind("topk:{}/decay", SPARSE, BOTH),
-    "JumpReLU": Kind("jumprelu:{}/decay", SPARSE, BOTH),
-    "Matryoshka": Kind("matryoshka:{}/decay", SPARSE, BOTH),
+    "BatchTopK": Kind("batchtopk:{}/best", SPARSE, BOTH),
+    "TopK": Kind("topk:{}/best", SPARSE, BOTH),
+    "JumpReLU": Kind("jumprelu:{}/best", SPARSE, BOTH),
+    "Matryoshka": Kind("matryoshka:{}/best", SPARSE, BOTH),
 }
 RATES = ("3e-3", "1e-2", "2e-2")
 APART = 3  # as a factor of L0

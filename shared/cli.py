@@ -153,8 +153,11 @@ def option(help: str, default: Any = MISSING, *, preset: bool = False, **how: An
     if isinstance(how.get("type"), FunctionType):
         how.setdefault("metavar", "TEXT")  # else click shows the function's name
     own = None if preset or default is MISSING or default in ((), "") else default
-    shown: bool | str = "by preset, or by model and cache" if preset else own is not None and not how.get("is_flag")
-    how |= {"help": help, "show_default": shown} | ({} if own is None else {"default": own})  # None would be one, too
+    flag = how.get("is_flag", False)
+    shown: bool | str = "by preset, or by model and cache" if preset and not flag else own is not None and not flag
+    how |= {"help": help, "show_default": shown}
+    if own is not None or flag:  # None would be a default, too: that of a flag that is left open
+        how["default"] = own
     return field(default=default, metadata={_OPTION: how}) if default is not MISSING else field(metadata={_OPTION: how})
 
 

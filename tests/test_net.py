@@ -32,7 +32,8 @@ TRAIN = ("--batch", 256, "--lr", 3e-3, "--expansion", 2, "--window-blocks", 4, "
 KINDS = "3e-2,adaptive:2e-2@32,batchtopk:16"
 VARIANTS: dict[str, tuple[object, ...]] = {
     "published": ("--l1", KINDS),
-    "best": ("--l1", KINDS, "--recipe", "best"),
+    "best": ("--l1", "3e-2,adaptive:2e-2@32", "--recipe", "best"),
+    "held": ("--l1", "batchtopk:16", "--decoder-norm", "free", "--hold-l0", 0.2),
     "random": ("--l1", "3e-2", "--decoder", "random"),
     "rows": ("--l1", "3e-2", "--skip-positions", 2, "--max-norm", 1.5),
 }

@@ -1,5 +1,6 @@
 """`rsae train`: SAEs from an activation cache."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ from residual_saes.train.trainer import run_folders, train
     type=click.Choice(list(RECIPES)),
     default=PUBLISHED,
     show_default=True,
-    help="Where the defaults of --decoder-norm, --lr-decay and --hold-l0 come from, for settings that name no /recipe.",
+    help="Where --decoder-norm, --lr-decay, --hold-l0 and --revive come from, for settings that name no /recipe.",
 )
 @options_of(RunOptions)
 @DEVICE
@@ -110,7 +111,7 @@ def prepare(
     given = {name: getattr(defaults, name) for name in ("expansion", "batch", "lr", "lr_warmup", "window_blocks")}
 
     def config(recipe: str, kind: Sparsity) -> TrainConfig:
-        values = dict(RECIPES[recipe])
+        values = dataclasses.asdict(RECIPES[recipe](kind))
         step = filled(StepConfig, options, decoder_norm=values.pop("decoder_norm"), beta2=kind.BETA2)
         return filled(TrainConfig, options | {"target": form}, **given, **values, tokens=tokens, step=step)
 

@@ -14,18 +14,19 @@ from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.sparsity import held_fields, hold_from
 from residual_saes.shared.stores.mirror import Mirror
 from residual_saes.shared.units import parse_count
-from residual_saes.train.sparsity.base import ControllerConfig, Sparsity
+from residual_saes.train.sparsity.base import ControllerConfig, Recipe, Sparsity
 from residual_saes.train.sparsity.settings import parse_setting
 from residual_saes.train.step import StepConfig
 
 # Values of options that are not given. What each of them gains: docs/findings/training.md.
 PUBLISHED = "published"
 
-RECIPES: dict[str, dict[str, float | str]] = {
-    PUBLISHED: {"decoder_norm": "unit", "lr_decay": 0.0, "hold_l0": 0.0},
-    "decay": {"decoder_norm": "unit", "lr_decay": 0.2, "hold_l0": 0.0},
-    "best": {"decoder_norm": "free", "lr_decay": 0.0, "hold_l0": 0.2},
+RECIPES: dict[str, Callable[[Sparsity], Recipe]] = {
+    PUBLISHED: lambda kind: Recipe(),
+    "decay": lambda kind: Recipe(lr_decay=0.2),
+    "best": lambda kind: kind.BEST,
 }
+REVIVED = 0.5  # share of the run over which features that a batch would leave out are kept in it
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -47,7 +48,10 @@ class TrainConfig:
         type=Number(0, 0.5),
     )
     revive: bool = option(
-        "Where a batch's largest are chosen, a feature that has none of them keeps its own largest.", False, is_flag=True
+        "Wake features that fall silent; for half the run one that has none of a batch's largest keeps its own largest.",
+        False,
+        preset=True,
+        is_flag=True,
     )
     seed: int = option("", 0, type=SEED)
     window_blocks: int = option("Blocks shuffled together.", 16, preset=True, type=COUNT)

@@ -16,7 +16,7 @@ from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.runs.target import Target
-from residual_saes.train.config import Plan, RunOptions
+from residual_saes.train.config import REVIVED, Plan, RunOptions
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.loader import Clock
 from residual_saes.train.look import Look
@@ -57,6 +57,7 @@ class SaeJob:
         self.sae = TrainingSae(
             wide, config.expansion * d, config.step, kernels, options.device, seed, plan.sparsity.OWN,
             transcodes=target.transcodes, skip=config.skip,
+            wake_after=round(config.dead_after * config.steps) if config.revive else None,
         )  # fmt: skip
         self._control = plan.sparsity.control(config.hold_from, config.controller, hold=config.hold_from < config.steps)
         # Rounded down, so that no two of them fall on one step however short the run.
@@ -106,7 +107,9 @@ class SaeJob:
             if self._sparsity.OWN:
                 self.sae.start_own(x, self._sparsity.own)
         hidden = self._control.hidden_at(step)
-        self._begun = self.sae.begin(x, workspace, hidden.reviving() if self._config.revive else hidden, y)
+        if self._config.revive and step < REVIVED * self._config.steps:
+            hidden = hidden.reviving()
+        self._begun = self.sae.begin(x, workspace, hidden, y)
 
     def finish(self, workspace: Workspace, clock: Clock) -> None:
         """The step that was begun, if one was."""

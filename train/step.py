@@ -145,15 +145,17 @@ class TrainingSae:
         *,
         transcodes: bool = False,
         skip: bool = False,
+        wake_after: int | None = None,
     ) -> None:
         """`own` names parameters [F] that a kind has beside the weights; `start_own` gives them values. One that `transcodes`
-        reconstructs other rows than it reads, with `skip` from an affine map of these as well."""
+        reconstructs other rows than it reads, with `skip` from an affine map of these as well. A kind wakes
+        features that were silent for more than `wake_after` steps."""
         self.config, self.kernels, self.device = config, kernels, device
         self.d, self.n_features = d_model, n_features
         self._compute = COMPUTE[config.precision]
         self._trains_decoder = config.decoder == "trained"
         self._free = config.decoder_norm == "free"
-        self._transcodes = transcodes
+        self._transcodes, self._wake_after = transcodes, wake_after
         self._master = torch.float64 if config.precision == "fp64" else torch.float32
         # Drawn on the CPU, so that every device starts from the same SAE.
         directions = torch.randn(n_features, d_model, generator=torch.Generator().manual_seed(seed), dtype=self._master)
@@ -276,7 +278,7 @@ class TrainingSae:
         norm = (square_norm + d_bias.double().square().sum()).sqrt()
         late = torch.stack([(square if nested is None else nested.last_square).double(), norm, square.double()])
         self._whole.logical_and_(torch.isfinite(late).all())
-        self._update(dw_enc, dw_dec, d_skip, d_bias, d_own, activation.feature_count, norm, lr)
+        self._update(dw_enc, dw_dec, d_skip, d_bias, d_own, begun, norm, lr)
         return report(late=Late(late))
 
     def _update(
@@ -286,13 +288,13 @@ class TrainingSae:
         d_skip: Tensor | None,
         d_bias: Tensor,
         d_own: Own,
-        feature_count: Tensor,
+        begun: Begun,
         grad_norm: Tensor,
         lr: float,
     ) -> None:
         """Clip, Adam and the unit norm, or nothing where a step was not finite: that is settled on the device."""
         self.step_count += 1
-        self.last_active.masked_fill_((feature_count > 0) & self._whole, self.step_count)
+        self.last_active.masked_fill_((begun.encoded.kept > 0) & self._whole, self.step_count)
         c, m = self.config, self.moments
         clip = (c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
         clip = torch.where(self._whole, clip, math.nan)
@@ -305,6 +307,9 @@ class TrainingSae:
             update(self.w_skip, m["m.w_skip"], m["v.w_skip"], d_skip, adam, copy=self._skip)
         for name, w, grad in (("bias", self.bias, d_bias), *((name, self.own[name], d_own[name]) for name in d_own)):
             update(w[None], m[f"m.{name}"][None], m[f"v.{name}"][None], grad.to(self._master)[None], adam)
+        if self._wake_after is not None:
+            silent = (self.step_count - self.last_active > self._wake_after) & self._whole
+            begun.hidden.wake_(silent, begun.encoded.activation, self.b_enc, self.own, self._norms)
         if self._free:
             self._fold()
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
 from residual_saes.train.kernels.cpu import load_native
-from residual_saes.train.sparsity.base import RELU, Hidden, Unfused
+from residual_saes.train.sparsity.base import RELU, RISE, Hidden, Unfused
 from residual_saes.train.sparsity.batchtopk import LargestOfBatch
 from residual_saes.train.sparsity.jumprelu import BANDWIDTH, LOG, Jump
 from residual_saes.train.sparsity.matryoshka import LargestNested
@@ -289,7 +289,39 @@ def test_a_feature_without_an_entry_keeps_its_largest_where_features_are_revived
     assert torch.equal((got.z > 0).sum(0)[idle], torch.ones(int(idle.sum()), dtype=torch.int64))
     assert torch.equal(got.z.float().amax(0), wanted.amax(0)) and torch.equal(got.z[:, ~idle].float(), plain[:, ~idle])
     assert torch.equal(got.activation.feature_count, (got.z > 0).sum(0).int())
+    assert torch.equal(got.kept, (plain > 0).sum(0).int())  # by which features are known to be silent
     assert RELU.reviving() is RELU
+
+
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+def test_silent_features_are_woken_and_no_others(decoder_norm: str) -> None:
+    """Of twins one wakes: they differ in the bias of features that were silent for more than two steps, which then fire."""
+    config = StepConfig(precision="fp64", decoder_norm=decoder_norm)
+    plain, woken = (TrainingSae(D, F, config, TorchKernels(), CPU, 5, wake_after=after) for after in (None, 2))
+    x, room = torch.randn(B, D, generator=torch.Generator().manual_seed(3)), Workspace(B, D, F, "fp64", CPU)
+    for sae in (plain, woken):
+        sae.b_enc[::3] = -1.0
+    silent = (plain.begin(x, room).encoded.kept == 0).clone()
+    assert silent.any() and not silent.all()
+    for _ in range(3):
+        assert torch.equal(plain.b_enc, woken.b_enc)
+        for sae in (plain, woken):
+            result = sae.step(x, lr=1e-9, l1=0.0, workspace=room)
+    risen = woken.b_enc - plain.b_enc
+    mean = float(torch.relu(x.double() @ plain.w_enc.t() + plain.b_enc).sum()) / (result.l0 * B)
+    torch.testing.assert_close(risen[silent], torch.full_like(risen[silent], RISE * mean), rtol=1e-4, atol=0.0)
+    assert (risen[~silent] == 0).all()
+    for _ in range(1000):
+        woken.step(x, lr=1e-9, l1=0.0, workspace=room)
+    assert (woken.last_active > 900).all()
+
+
+def test_a_silent_features_threshold_falls() -> None:
+    own, silent = {LOG: torch.ones(3)}, torch.tensor([True, False, True])
+    bias, count = torch.zeros(3), torch.ones(3, dtype=torch.int32)
+    activation = Activation(feature_count=count, total=torch.tensor(3.0))
+    Jump(factor=1.0).wake_(silent, activation, bias, own, torch.ones(3))
+    assert not bias.any() and torch.equal(own[LOG] < 1, silent)
 
 
 def test_decoder_rows_keep_unit_norm() -> None:

@@ -11,10 +11,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from residual_saes.shared.runs.sparsity import Reading
 from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
+
+RISE = 0.005  # a step
 
 Own = dict[str, Tensor]  # parameters [F] that a kind has beside the weights, by name, or their gradients; of the masters' type
 
@@ -27,6 +30,11 @@ class Encoded:
     activation: Activation
     least: Tensor | None = None  # scalar: the least activation that was kept, where a batch's were chosen among
     near: Any = None  # what its own parameters have a gradient from
+    natural: Tensor | None = None  # int32 [F]: the activation's counts without what is there only to keep a feature from dying
+
+    @property
+    def kept(self) -> Tensor:
+        return self.activation.feature_count if self.natural is None else self.natural
 
 
 class Hidden:
@@ -46,6 +54,12 @@ class Hidden:
     def reviving(self) -> Self:
         """The same, that keeps features from dying, if its kind knows how."""
         return self
+
+    def wake_(self, silent: Tensor, activation: Activation, b_enc: Tensor, own: Own, norms: Tensor) -> None:
+        """Change b_enc [F] or own parameters in place, so that features that have been `silent` [F] for long come to fire
+        again: here the bias rises by a share of the batch's mean activation, for decoder rows of these norms [F]."""
+        rise = RISE * activation.total / activation.feature_count.sum().clamp(min=1)
+        b_enc.copy_(torch.where(silent, b_enc + rise / norms, b_enc))
 
     def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
         """Gradients of the own parameters, by that of x̂, g [B, d]."""
@@ -128,6 +142,16 @@ class ControllerConfig:
     above: float = 4.0  # times the target, if the rest of the run holds L0 at that: further down, λ kills features
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Recipe:
+    """Values of options that are not given. What each of them gains: docs/findings/training.md."""
+
+    decoder_norm: str = "unit"
+    lr_decay: float = 0.0
+    hold_l0: float = 0.0
+    revive: bool = False
+
+
 class Sparsity(ABC):
     """A kind of sparsity with its numbers: a frozen dataclass, whose fields go into config.json."""
 
@@ -136,6 +160,7 @@ class Sparsity(ABC):
     FORMS: ClassVar[str]  # how people write it
     OWN: ClassVar[tuple[str, ...]] = ()  # names of parameters that it has beside the weights
     BETA2: ClassVar[float] = 0.999  # Adam's
+    BEST: ClassVar[Recipe] = Recipe(lr_decay=0.2, revive=True)  # what measured best
     KIND: ClassVar[str | None] = None  # its name in config.json; None for the two that came before names
 
     @property

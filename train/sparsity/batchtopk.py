@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from residual_saes.train.kernels.base import TorchKernels, Workspace
@@ -30,11 +31,12 @@ class LargestOfBatch(Hidden):
         z, _ = kernels.encode(xc, w_enc, bias, out)
         largest = z.max(0) if self.revive else None
         activation, least = kernels.keep_largest_(z, max(1, round(self.per_token * len(xc))))
+        natural = activation.feature_count
         if largest is not None:
-            idle = (activation.feature_count == 0).nonzero()[:, 0]
-            z[largest.indices[idle], idle] = largest.values[idle]
+            at = largest.indices[None]
+            z.scatter_(0, at, torch.where(natural == 0, largest.values, z.gather(0, at)))
             activation = kernels.count(z)
-        return Encoded(z=z, activation=activation, least=least)
+        return Encoded(z=z, activation=activation, least=least, natural=natural)
 
     def reviving(self) -> Self:
         return dataclasses.replace(self, revive=True)

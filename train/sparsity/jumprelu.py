@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from residual_saes.shared.runs.sparsity import Reading
-from residual_saes.train.kernels.base import TorchKernels, Workspace
+from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
 from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Sparsity, parse_k
 
 BANDWIDTH = 0.1  # ε over θ
 ABOVE, UNTIL = 8.0, 0.5  # times the target: L0 at the start; share of the run after which it is at its target
 MOST = 0.9  # of what is above 0 in the first batch: what the first thresholds leave at most
 GAIN, LAST_GAIN = 0.2, 0.02  # of ln c by ln L0, falling over the run so that the last thresholds are a mean over batches
+FALL = 0.03  # of the log of the threshold of a silent feature, a step
 LOG = "log_threshold"
 
 
@@ -43,6 +44,9 @@ class Jump(Hidden):
         low, middle, high = ((threshold * (1 + side * BANDWIDTH / 2)).to(z.dtype) for side in (-1, 0, 1))
         activation, near = kernels.jump_(z, low, middle, high)
         return Encoded(z=z, activation=activation, near=near)
+
+    def wake_(self, silent: Tensor, activation: Activation, b_enc: Tensor, own: Own, norms: Tensor) -> None:
+        own[LOG].sub_(FALL * silent)
 
     def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
         near, n_features = encoded.near, len(w_dec)

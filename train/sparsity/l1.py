@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from residual_saes.train.sparsity.base import RELU, Control, ControllerConfig, Hidden, Sparsity
+from residual_saes.train.sparsity.base import RELU, Control, ControllerConfig, Hidden, Recipe, Sparsity
 from residual_saes.train.sparsity.batchtopk import LargestOfBatch
 
 ADAPTIVE_INIT, ADAPTIVE_TARGET = 5e-4, 150.0
@@ -17,6 +17,7 @@ class L1Setting(Sparsity):
     """λ at the start, and the L0 to steer to (None: λ stays as it is)."""
 
     FORMS: ClassVar[str] = "a positive λ such as 3e-4, adaptive, adaptive:5e-4@150"
+    BEST: ClassVar[Recipe] = Recipe(decoder_norm="free", hold_l0=0.2)
 
     init: float
     target: float | None = None

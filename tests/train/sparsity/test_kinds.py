@@ -72,13 +72,16 @@ def test_a_kind_is_trained_evaluated_shown_and_exported(
     assert published.code == 0, published.err
 
 
-def test_features_that_a_batch_leaves_out_are_kept_from_dying(cli: Cli, cache_path: Path, tmp_path: Path) -> None:
-    where = ("--cache", cache_path, "--runs", tmp_path, "--layers", 1, "--l1", "batchtopk:1", "--lr", "1e-2")
-    assert cli("train", *TRAIN_ARGS, *where, "--revive").code == 0
-    (run,) = map(Run, tmp_path.iterdir())
-    assert run.config.stored["train"]["revive"] is True
-    last = curve_of(run, Site(1))[-1]
-    assert 1 < last["l0"] < 2 and last["alive"] > 100  # of 128
+@pytest.mark.parametrize("l1", ["batchtopk:1", "topk:1", "jumprelu:1"])
+def test_features_are_kept_from_dying(cli: Cli, cache_path: Path, tmp_path: Path, l1: str) -> None:
+    where = ("--cache", cache_path, "--runs", tmp_path, "--layers", 1, "--l1", f"{l1}/decay,{l1}/best", "--lr", "1e-2")
+    assert cli("train", *TRAIN_ARGS, *where).code == 0
+    best, decay = (Run(next(tmp_path.glob(f"*-{recipe}"))) for recipe in ("best", "decay"))
+    assert best.config.stored["train"]["revive"] is True
+    (first, *_, last), plain = curve_of(best, Site(1)), curve_of(decay, Site(1))[-1]
+    assert last["alive"] > plain["alive"] + 5  # of 128
+    if l1 == "batchtopk:1":
+        assert 1 < first["l0"] < 2 and last["l0"] == 1
 
 
 def test_a_prefix_that_is_no_part_of_the_dictionary_is_refused(cli: Cli, cache_path: Path, tmp_path: Path) -> None:

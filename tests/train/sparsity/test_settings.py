@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +97,14 @@ def test_the_threshold_is_the_mean_of_the_last_least_activations_and_goes_on_fro
     assert (whole.value, whole.l1_at(0), whole.hidden_at(0), whole.hidden_at(999)) == (0, 0, *[LargestOfBatch(8)] * 2)
 
 
+@pytest.mark.parametrize("text", ALL.split(","))
+def test_the_best_recipe_is_the_kinds_own(text: str) -> None:
+    """Rows of any norm and a last part without L1 are for L1; other kinds have a rate that falls, and wake features."""
+    best = RECIPES["best"](parse_setting(text))
+    by_l1 = isinstance(parse_setting(text), L1Setting)
+    assert (best.decoder_norm == "free", best.hold_l0 > 0, best.lr_decay == 0, not best.revive) == (by_l1,) * 4
+
+
 DIGESTS = {
     ("3e-4", "published"): "9c700db41e0c98b9be930123ed50e7020397306cee6946473d8b9782c4230809",
     ("3e-4", "best"): "a985318f99f3574896bf4f742a13e3554bcfd91723d2c16f656fa55a60753dd8",
@@ -111,9 +118,9 @@ DIGESTS = {
 @pytest.mark.parametrize(("text", "recipe"), DIGESTS)
 def test_digests_are_those_of_runs_that_exist(text: str, recipe: str) -> None:
     """Of runs from before there were names of kinds, and while there were other refits."""
-    chosen = dict[str, Any](RECIPES[recipe])
+    setting, best = parse_setting(text), L1Setting.BEST  # which was that of every kind
+    chosen = dataclasses.asdict(best if recipe == "best" else RECIPES[recipe](setting))
     step = StepConfig(decoder_norm=chosen.pop("decoder_norm"))
     fields = TrainConfig(tokens=300_000_000, step=step, **chosen).fields()
-    setting = parse_setting(text)
     run = run_config(fields | {"l1": setting.fields()}, {"digest": "abc", "spec": {}})
     assert run["digest"] == DIGESTS[text, recipe]
