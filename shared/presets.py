@@ -46,7 +46,7 @@ class Training:
         rate, features = _PUBLISHED_LR
         return cls(
             expansion=expansion,
-            l1=f"batchtopk:{32 if d_model < 768 else 64}/decay",
+            l1=f"batchtopk:{32 if d_model < 768 else 64}/best",
             batch=batch,
             lr=float(f"{min(1e-2, rate * features / (expansion * d_model)):.2g}"),
             lr_warmup=min(100, tokens // batch // 20),
@@ -267,7 +267,7 @@ def table() -> str:
         "holdout_tokens": "a tenth, at most 2,000,000",
         "block_sequences": "32, fewer for little text",
         "expansion": "8, from 50M tokens on 32",
-        "l1": "batchtopk:32/decay, from d 768 on :64",
+        "l1": "batchtopk:32/best, from d 768 on :64",
         "batch": "a thousand steps, 256 to 32,768",
         "lr": "3e-4 * 32,768 / features, at most 1e-2",
         "lr_warmup": "100, in short runs 5 %",
