@@ -129,7 +129,7 @@ def test_a_model_without_a_preset(lm: Path, text: Path, tmp_path: Path, monkeypa
     assert cache.spec.context == 64 and cache.spec.holdout_tokens >= 2000
     done = cli("train", "--device", "cpu", "--layers", 1)
     assert done.code == 0, done.err
-    assert "layers 1: 256 features of 32, 79 steps of 256 tokens, lr 0.01; batchtopk-32 (decay)" in done.err
+    assert "layers 1: 256 features of 32, 79 steps of 256 tokens, lr 0.01; batchtopk-32 (best)" in done.err
     assert "warning: 79 steps are few: lower --batch" in done.err
     assert [each.run for each in rs.saes()] == ["tiny-saes-x8-batchtopk-32-best"]
     shutil.copytree("data/tiny", "data/other")
