@@ -21,8 +21,6 @@ from residual_saes.shared.identity import Model
 from residual_saes.shared.lm import Values, find_blocks, first, hook_of, load_model, widen
 from residual_saes.shared.sites import Site
 
-_FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
-
 
 class LanguageModel:
     """The `ActivationSource` of a base model, which it cuts short in place. Raises UserError for sites that the model lacks."""
@@ -37,9 +35,8 @@ class LanguageModel:
         setattr(base, name, kept)
         config = cast(PretrainedConfig, base.config)
         config.num_hidden_layers, self.d_model = len(kept), int(config.hidden_size)
-        for norm in _FINAL_NORMS:
-            if isinstance(getattr(base, norm, None), nn.Module):
-                setattr(base, norm, nn.Identity())
+        if config.model_type == "gpt_neox":  # whose fast way ends there; in another family a norm may be in front as well
+            base.final_layer_norm = nn.Identity()
         self.model = base.to(device).eval().requires_grad_(False)
         self.fast = neox_forward(self.model)
         if self.fast is None:

@@ -47,6 +47,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object], tuple[str, str] | None, bool]]
     "gptj": ("gptj", {"n_embd": 16, "n_layer": 3, "n_head": 2, "rotary_dim": 4}, ("attn", "mlp"), False),
     "llama": ("llama", {}, ("self_attn", "mlp"), True),
     "mistral": ("mistral", {"sliding_window": 8, **_FEW}, ("self_attn", "mlp"), True),
+    "nanochat": ("nanochat", {}, None, True),  # whose last norm is its first as well
     "olmo": ("olmo", {}, ("self_attn", "mlp"), True),
     "olmo2": ("olmo2", {}, ("post_attention_layernorm", "post_feedforward_layernorm"), True),
     "olmo3": ("olmo3", {"sliding_window": 8}, ("post_attention_layernorm", "post_feedforward_layernorm"), True),
