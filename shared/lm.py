@@ -259,14 +259,26 @@ class Unembedding(nn.Module):
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         blocks = find_blocks(cast(nn.Module, lm.base_model))[1]
-        wrapped: list[bool] = []  # whether the last block's output is the first of a tuple
-        with blocks[-1].register_forward_hook(lambda _block, _args, output: wrapped.append(isinstance(output, tuple))):
-            lm(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
-        self._lm, self._wrapped, self._x = lm, wrapped[0], torch.empty(0)
+        outputs: list[Values] = []
+        with torch.no_grad(), blocks[-1].register_forward_hook(lambda _block, _args, output: outputs.append(output)):
+            logits = lm(input_ids=torch.tensor([[1, 2]]), use_cache=False).logits[0]
+        self._lm, self._wrapped, self._x = lm, isinstance(outputs[0], tuple), torch.empty(0)
         for block in blocks:
             block.__dict__["forward"] = self._give  # found before the class's own
             for part in block.modules():
                 part._parameters.clear()
+        self._require_same(first(outputs[0])[0], logits)
+
+    @torch.no_grad()
+    def _require_same(self, x: Tensor, logits: Tensor) -> None:
+        """Raises UserError for a model whose logits depend on more than the last block's output, or that calls it otherwise."""
+        with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            if torch.allclose(self(x), logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+                return
+        raise UserError(
+            f"how a {type(self._lm).__name__} comes from its last block to logits is not known here: there are neither feature "
+            "pages nor promoted tokens of its SAEs; all else can be done with them"
+        )
 
     def _give(self, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
         return (self._x,) if self._wrapped else self._x

@@ -49,6 +49,20 @@ def test_logits_of_the_last_blocks_output_are_the_models_own(family: str) -> Non
     assert sum(weight.numel() for weight in find_blocks(lm.base_model)[1].parameters()) == 0
 
 
+def test_logits_of_more_than_the_last_block_are_refused() -> None:
+    """Whose blocks are called in another way, and whose logits depend on what was embedded as well."""
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["openai-gpt"](**SHAPE | special))
+    with pytest.raises(UserError, match="how a OpenAIGPTLMHeadModel comes from its last block to logits is not known here"):
+        Unembedding(lm)
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SHAPE | special))
+    embedded: list[Tensor] = []
+    lm.get_input_embeddings().register_forward_hook(lambda _module, _args, output: embedded.append(output))
+    lm.model.norm.register_forward_hook(lambda _module, _args, output: output + embedded[-1])
+    with pytest.raises(UserError, match="LlamaForCausalLM comes from its last block"):
+        Unembedding(lm)
+
+
 def family(name: str) -> nn.Module:
     """A causal language model of three layers, 32 wide."""
     torch.manual_seed(0)
