@@ -292,6 +292,7 @@ def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
     """Make the folder with all its files in one move. In one that is there already and says the same of itself, what is
     missing or damaged is made again; one that is `ours` may say something else, of which nothing stays."""
     said = next(name for name in ("cfg.json", "config.json", "config.yaml") if name in files)
+    remove_leftovers(folder.parent)
     if folder.exists():
         remove_leftovers(folder)
         same = (folder / said).is_file() and (folder / said).read_bytes() == files[said]
@@ -307,7 +308,6 @@ def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
                 publish_file(folder / name, content)
         return
     make_dir(folder.parent)
-    remove_leftovers(folder.parent)
     with writing(folder):
         new = temporary(folder, folder=True)
         try:

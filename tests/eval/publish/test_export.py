@@ -288,6 +288,8 @@ def test_what_is_there_is_kept_and_what_is_something_else_is_not_replaced(cli: C
     shutil.rmtree(weights.parent.parent / "layer_2")
     before = weights.stat().st_mtime_ns
     assert cli(*args).code == 0
+    temporaries._release(left := temporaries.temporary(weights.parent, folder=True))  # of one that was killed
+    assert cli(*args).code == 0 and not left.exists()
     assert weights.stat().st_mtime_ns == before and (weights.parent.parent / "layer_2").exists()
     result = cli("eval", "export", "--to", "saelens", "--runs", run, "--out", tmp_path)
     assert result.code == 2
