@@ -16,6 +16,7 @@ from residual_saes.shared.runs.curve import Point
 from residual_saes.shared.runs.run import SNAPSHOTS, Run, snapshot_tokens
 from residual_saes.shared.runs.sae import Damaged, Sae
 from residual_saes.shared.runs.target import Target
+from residual_saes.shared.typed import read
 from residual_saes.train.config import REVIVED, Plan, RunOptions
 from residual_saes.train.kernels.base import TorchKernels, Workspace
 from residual_saes.train.loader import Clock
@@ -76,7 +77,7 @@ class SaeJob:
         if state is not None:
             tensors, facts = state
             self.sae.load_state(tensors, facts["step"])
-            self._control.state = type(self._control.state)(**facts["l1"])
+            self._control.state = read(type(self._control.state), facts["l1"])
         elif why:
             say(f"{self._run.name} layer {self._site}: {why}; trained again from its start", err=True)
         self._run.rewind_metrics(self._site, self.sae.step_count)
@@ -86,6 +87,8 @@ class SaeJob:
         first, labels = min(self._snapshots), ", ".join(self._snapshots.values())
         try:
             state = self._run.load_state(self._site)
+            if state is not None:
+                self._require_own(*state)
         except Damaged as error:
             return None, str(error)
         if state is not None and first <= state[1]["step"]:
@@ -93,6 +96,18 @@ class SaeJob:
         if state is None and len(self._snapshots) < SNAPSHOTS:
             return None, f"{labels} must be made, and there is no state"
         return state, ""
+
+    def _require_own(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Raises `Damaged` for a state that cannot be this SAE's, though its checksum is right."""
+        try:
+            for name, own in self.sae.state().items():
+                if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (own.shape, own.dtype):
+                    raise ValueError(f"its {name} is of another SAE, or missing")
+            read(type(self._control.state), facts.get("l1"))
+            if type(step := facts.get("step")) is not int or not 0 <= step <= self._config.steps:
+                raise ValueError("its step is none of this training's")
+        except ValueError as error:
+            raise Damaged(f"{self._run.state_path(self._site)} is no state to go on from ({error})") from None
 
     @property
     def l0(self) -> float:

@@ -15,7 +15,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from residual_saes.shared.runs.rows import Rows
 from residual_saes.shared.runs.target import Target
 from residual_saes.shared.seal import SEAL, seal, sealed
 from residual_saes.shared.sites import Site
+from residual_saes.shared.typed import Bounds, Count, read
 
 _SHAPES = {
     "b_pre": ("d",),
@@ -38,6 +39,46 @@ _THRESHOLD = "threshold"  # [F], in the files of some
 _SKIP = "skip.weight"  # [d, d]: y from x − b_pre
 _SOME = {_THRESHOLD: ("F",), _SKIP: ("d", "d")}  # that some files have
 Rule = Literal["relu", "threshold", "topk"]  # how z follows from relu's values
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Train:
+    skip_positions: Annotated[int, Bounds(0, 1 << 30)] = 0
+    max_norm: float | None = None
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Kind:
+    k: Count | None = None
+    prefixes: tuple[float, ...] = ()
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Look:
+    median_norm: float = 0.0
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Config:
+    """What is asked of a file's config."""
+
+    layer: Site | None = None
+    inputs: tuple[Site, ...] = ()
+    outputs: tuple[Site, ...] = ()
+    shared: bool = False
+    train: _Train = _Train()
+    sparsity: _Kind = _Kind()
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Stats:
+    """What is asked of a file's stats."""
+
+    tokens: Count | None = None
+    l1_weight: float | None = dataclasses.field(default=None, metadata={"key": "lambda"})
+    l0: float | None = None
+    scales: tuple[float, ...] = ()
+    activations: _Look = _Look()
 
 
 class Damaged(UserError):
@@ -176,6 +217,8 @@ class Sae:
         that is not over `d_model` dimensions or does not belong here: whose config has other values than `belongs`."""
         state, config, stats = _read(path, belongs)
         sizes = {"d": state["b_pre"].numel(), "F": state["encoder.bias"].numel()}
+        if 0 in sizes.values():
+            raise Damaged(f"{path} holds no weights")
         for name, shape in (_SHAPES | {name: axes for name, axes in _SOME.items() if name in state}).items():
             if tuple(state[name].shape) != tuple(sizes[axis] for axis in shape):
                 raise Damaged(f"{path}: {name} is {tuple(state[name].shape)}, which does not fit the other weights")
@@ -220,6 +263,10 @@ def _read(path: Path, belongs: dict[str, Any] | None) -> _Content:
     state, config, stats = _open(path)
     if not sealed(_facts(config, stats) | {SEAL: stats[SEAL]}, state):
         raise Damaged(f"{path} is damaged: its checksum does not match; train again to make it again")
+    try:
+        read(_Config, config), read(_Stats, stats)
+    except ValueError as error:
+        raise UserError(f"{path} is not of an SAE that can be: {error}; get it again") from None
     if different := [k for k, v in (belongs or {}).items() if config.get(k) != v]:
         is_, wanted = ({k: c.get(k) for k in different} for c in (config, belongs or {}))
         raise UserError(
@@ -236,8 +283,8 @@ def _open(path: Path, *, tensors: bool = True) -> _Content:
             content = torch.load(io.BytesIO(file.read()) if tensors else file, map_location="cpu", weights_only=True)
         state, config, stats = content["model_state"], dict(content["config"]), dict(content["stats"])
         state = {name: state[name] for name in (*_SHAPES, *(name for name in _SOME if name in state))}
-        if any(tensor.layout != torch.strided for tensor in state.values()):
-            raise ValueError("a sparse tensor")
+        if any(t.layout != torch.strided or not t.is_floating_point() or t.is_meta for t in state.values()):
+            raise ValueError("no plain numbers")
         return state, config, stats | {SEAL: stats[SEAL]}
     except FileNotFoundError:
         raise Damaged(f"no checkpoint at {path}") from None

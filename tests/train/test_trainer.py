@@ -366,6 +366,29 @@ def test_points_that_come_again_are_taken_back(cli: Cli, cache_path: Path, one: 
     assert "which is left alone" in again(cli, cache_path, one, "--layers", 0, "--tensorboard").err
 
 
+@pytest.mark.parametrize("odd", ["missing", "shape", "l1", "step"])
+def test_a_state_of_another_hand_is_not_gone_on_from(cli: Cli, cache_path: Path, one: Run, odd: str) -> None:
+    """Its checksum is right."""
+    final, facts = one.snapshot_path(Site(0), "final"), {"step": 79, "l1": {"value": 3e-3}}
+    wanted = Sae.load(final).w_enc
+    final.unlink()
+    (one.path / "state" / "layer00").mkdir(parents=True)
+    d, n = 32, 128
+    shapes = {"w_enc": (n, d), "w_dec": (n, d), "bias": (n + 2 * d,)}
+    tensors = {f"{of}{name}": torch.zeros(shape) for name, shape in shapes.items() for of in ("", "m.", "v.")}
+    tensors["last_active"] = torch.zeros(n, dtype=torch.int32)
+    if odd == "missing":
+        del tensors["v.bias"]
+    elif odd == "shape":
+        tensors["m.w_enc"] = torch.zeros(3)
+    else:
+        facts[odd] = "x"
+    one.save_state(Site(0), tensors, facts)
+    again_ = again(cli, cache_path, one, "--layers", 0)
+    assert again_.code == 0 and "is no state to go on from" in again_.err, again_.err
+    assert torch.equal(Sae.load(final).w_enc, wanted)
+
+
 def test_another_machine_is_said(cli: Cli, cache_path: Path, one: Run) -> None:
     one.snapshot_path(Site(0), "final").unlink()
     torch.set_num_threads(torch.get_num_threads() + 1)

@@ -138,6 +138,25 @@ def test_a_sparse_tensor_is_damage(tmp_path: Path) -> None:
             read(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"config": {"train": 3}}, "train is 3, and must be an object"),
+        ({"config": {"train": {"max_norm": "x"}}}, "train.max_norm is 'x'"),
+        ({"config": {"sparsity": {"k": 0}}}, "sparsity.k is 0"),
+        ({"config": {"layer": "x"}}, "'x' is not a site"),
+        ({"config": {"inputs": 3}}, "inputs is 3"),
+        ({"stats": {"scales": ["x"]}}, "scales.0 is 'x'"),
+        ({"stats": {"lambda": "x"}}, "lambda is 'x'"),
+        ({"w_enc": torch.zeros(0, 6), "b_enc": torch.zeros(0), "w_dec": torch.zeros(0, 6)}, "holds no weights"),
+    ],
+)
+def test_what_is_under_a_right_checksum_and_cannot_be_is_one_line(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    dataclasses.replace(sae(), **more).save(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=said):
+        Sae.load(tmp_path / "a.pt")
+
+
 def test_the_checksum_is_read_without_the_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     sae(64, 4096).save(path)
