@@ -195,7 +195,7 @@ def train_ours(cache: Cache, layer: int, seed: int, tokens: int, rate: str, sett
     subprocess.run([*command, "--device", "cpu", "--l1", ",".join(settings)], cwd=ROOT, check=True)
     saes = [Sae.load(path) for path in folder.glob(f"*/sae_layer{layer:02d}_final.pt")]
     shutil.rmtree(folder)
-    kinds = [parse_setting(written.partition("/")[0]).fields() for written in settings]
+    kinds = [json.loads(json.dumps(parse_setting(written.partition("/")[0]).fields())) for written in settings]
     return [next(sae for sae in saes if sae.config["train"]["l1"] == kind) for kind in kinds]
 
 
