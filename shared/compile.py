@@ -28,18 +28,20 @@ _HEADERS = Path(__file__).parent
 _X86 = ("x86_64", "AMD64")
 _FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno",
-    # sums may be reordered (they are vectors), but NaN and infinity must keep their meaning
-    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
+    "-ffp-contract=off",  # a product and a sum are rounded each, as in torch; ISO C means the same to gcc, not to clang
 )  # fmt: skip
+# Sums are vectors in any order, and products associate, but NaN and infinity keep their meaning.
+_REORDERED = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL | None:
-    """The compiled library of a C file, or None where there is no way to one (said once on stderr)."""
+def load(source: Path, *, exact: bool = False) -> ctypes.CDLL | None:
+    """The compiled library of a C file, or None where there is no way to one (said once on stderr). `exact`: sums and products
+    are in the order in which they are written, for what promises torch's own bits."""
     why = "no C compiler found"
     compiler = _compiler() if platform.machine() in (*_X86, "aarch64", "arm64") else None
     if compiler is not None:
-        flags = [f for f in _FLAGS if platform.machine() in _X86 or "prefer-vector" not in f]
+        flags = [f for f in (*_FLAGS, *(() if exact else _REORDERED)) if platform.machine() in _X86 or "prefer-vector" not in f]
         name = f"{source.stem}-{_fingerprint(source, compiler, flags)}"
         why = "there is no folder of one's own to compile into"
         for folder in _folders():

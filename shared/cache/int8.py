@@ -132,7 +132,7 @@ def take(stored: Tensor, order: Tensor, reference: Reference, out: Tensor) -> No
 
 
 def _library() -> ctypes.CDLL | None:
-    library = load(Path(__file__).with_name("int8.c"))
+    library = load(Path(__file__).with_name("int8.c"), exact=True)
     if library is not None:
         library.narrow.restype = ctypes.c_int64
     return library
