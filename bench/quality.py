@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 import numpy as np
@@ -60,7 +60,7 @@ class Kind:
     peers: tuple[str, ...]
 
 
-SPARSE = ("8", "20", "50", "110")  # activations a token: no further apart than APART
+SPARSE = ("8", "20", "32", "50", "95", "115")  # activations a token: no further apart than APART
 LAMBDAS = ("0.004", "0.01", "0.025", "0.06", "0.1", "0.15", "0.25")  # the same scale for all
 BOTH = ("SAELens", "dictionary_learning")
 KINDS = {
@@ -90,42 +90,81 @@ def fvu_at(points: Iterable[Point], l0: float) -> float | None:
     return math.exp(np.polyfit(near[:, 0], near[:, 1], len(near) - 1)[-1])
 
 
-def best(points: Iterable[Point], l0: float) -> float | None:
+@dataclass(frozen=True, slots=True)
+class At:
+    """What somebody's SAEs of one kind and rate are at an L0, between measured points."""
+
+    who: str
+    fvu: float
+    ce_recovered: float
+    dead: float
+
+    @classmethod
+    def of(cls, curve: Sequence[Point], l0: float) -> Self | None:
+        if (fvu := fvu_at(curve, l0)) is None:
+            return None
+        known = sorted(curve, key=lambda p: float(p["l0"]))
+        at = np.log([p["l0"] for p in known])
+        others = (float(np.interp(math.log(l0), at, [p[name] for p in known])) for name in ("ce_recovered", "dead"))
+        return cls(curve[0]["who"], fvu, *others)
+
+
+def best(points: Iterable[Point], l0: float) -> At | None:
     """The least FVU at an L0 of all whose curves reach there: of everybody, at every rate."""
     curves: dict[tuple[Any, ...], list[Point]] = {}
     for p in points:
         curves.setdefault((p["who"], p["kind"], p["lr"]), []).append(p)
-    return min((fvu for curve in curves.values() if (fvu := fvu_at(curve, l0)) is not None), default=None)
+    found = (At.of(curve, l0) for curve in curves.values())
+    return min((at for at in found if at is not None), key=lambda at: at.fvu, default=None)
 
 
-def pairs(points: Sequence[Point], kind: str, layer: int, l0: float) -> list[tuple[float, float]]:
-    """(our best FVU, the best of the others', NaN where there is none) of one kind, for each seed that we have."""
+def pairs(points: Sequence[Point], kind: str, layer: int, l0: float) -> list[tuple[At, At | None]]:
+    """(our best, the best of the others') of one kind, for each seed that we have."""
     found = []
     for seed in sorted({p["seed"] for p in points}):
         these = [p for p in points if (p["layer"], p["seed"]) == (layer, seed) and p["kind"] == kind]
         ours, theirs = (best((p for p in these if (p["who"] == OURS) is own), l0) for own in (True, False))
         if ours is not None:
-            found.append((ours, math.nan if theirs is None else theirs))
+            found.append((ours, theirs))
     return found
 
 
-def rows(points: Sequence[Point]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines of the table: our FVU of each kind, and in brackets over the best other library's of that kind."""
-    kinds = [kind for kind in KINDS if any(p["kind"] == kind for p in points)]
-    places = [(layer, l0) for layer in sorted({p["layer"] for p in points}) for l0 in LEVELS]
-    cells = ((layer, l0, [_cell(points, kind, layer, l0) for kind in kinds]) for layer, l0 in places)
-    return ("layer", "L0", *kinds), [(str(layer), str(l0), *row) for layer, l0, row in cells]
+HEAD = (
+    "layer",
+    "L0",
+    "kind",
+    "FVU",
+    "CE recovered",
+    "dead",
+    "seeds",
+    "best other",
+    "FVU",
+    "CE recovered",
+    "dead",
+    "ours over it",
+)
+SIDES = "rrlrrrrlrrrr"
 
 
-def _cell(points: Sequence[Point], kind: str, layer: int, l0: float) -> str:
-    found = pairs(points, kind, layer, l0)
-    over = _over(found)
-    return f"{np.mean([ours for ours, _ in found]):.4f}{f' ({over})' if over else ''}" if found else "–"
+def rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Lines of the table under HEAD: means over seeds of our best and of the best other library's of that kind."""
+    places = [(layer, l0, kind) for layer in sorted({p["layer"] for p in points}) for l0 in LEVELS for kind in KINDS]
+    found = ((*place, pairs(points, place[2], place[0], place[1])) for place in places)
+    return [(str(layer), str(l0), kind, *_line(of)) for layer, l0, kind, of in found if of]
 
 
-def _over(found: list[tuple[float, float]]) -> str:
-    ratios = [ours / theirs for ours, theirs in found if math.isfinite(theirs)]
-    return f"{np.mean(ratios):.2f}" if ratios else ""
+def _line(found: list[tuple[At, At | None]]) -> tuple[str, ...]:
+    beside = [(ours, theirs) for ours, theirs in found if theirs is not None]
+    if not beside:
+        return (*_means([ours for ours, _ in found]), str(len(found)), *["–"] * 5)
+    who = " or ".join(sorted({theirs.who for _, theirs in beside}))
+    over = f"{np.mean([ours.fvu / theirs.fvu for ours, theirs in beside]):.2f}"
+    return (*_means([ours for ours, _ in beside]), str(len(beside)), who, *_means([theirs for _, theirs in beside]), over)
+
+
+def _means(found: Sequence[At]) -> tuple[str, str, str]:
+    fvu, ce, dead = (np.mean([getattr(at, name) for at in found]) for name in ("fvu", "ce_recovered", "dead"))
+    return f"{fvu:.4f}", f"{ce:.4f}", f"{dead:.1%}"
 
 
 def about(raw: dict[str, Any]) -> str:
@@ -134,11 +173,11 @@ def about(raw: dict[str, Any]) -> str:
     rates = "; ".join(f"{kind} {', '.join(of)}" for kind, of in tried.items() if of)
     tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
     return (
-        f"FVU of SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
-        f"({tokens // batch:,} steps), up to {len({p['seed'] for p in points})} seeds, float32, {raw['date']}, on {heldout:,} "
-        "held-out tokens; in brackets over that of the best other library's SAE of the same kind, both at the best of the "
-        f"rates that were tried ({rates}). Between measured points by parabolas of ln FVU in ln L0. Made by `python -m bench "
-        "quality`; points, with cosine, dead features and CE recovered, are in "
+        f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
+        f"({tokens // batch:,} steps), float32, {raw['date']}, on {heldout:,} held-out tokens: at exactly this L0, between "
+        "measured points by parabolas of ln FVU in ln L0 (CE recovered and dead by straight lines). Ours and, of the same "
+        f"kind, the best other library's, each at the best of the rates that were tried ({rates}); where it has one, means "
+        "over seeds that both have. Made by `python -m bench quality`; all points, with cosine, are in "
         "[bench/results/quality.json](../../bench/results/quality.json)."
     )
 
@@ -163,7 +202,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
             for own, dashes in ((True, "-"), (False, "--")):
                 these = [p for p in points if (p["layer"], p["kind"], p["who"] == OURS) == (layer, kind, own)]
                 seeds = [[p for p in these if p["seed"] == seed] for seed in {p["seed"] for p in these}]
-                curves = [[value or math.nan for value in (best(seed, float(l0)) for l0 in levels)] for seed in seeds]
+                curves = [[at.fvu if at else math.nan for at in (best(seed, float(l0)) for l0 in levels)] for seed in seeds]
                 if curves:
                     label = kind if own else f"{kind}, best other"
                     axes.plot(levels, np.mean(curves, axis=0), color=colour, ls=dashes, label=label)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import KINDS, OURS, dump, fvu_at, longest, pairs, rows
+from bench.quality import HEAD, KINDS, OURS, SIDES, At, best, dump, fvu_at, longest, pairs, rows
 from residual_saes.shared.cache import Cache
 from residual_saes.train.step import Begun, TrainingSae
 from tests.conftest import Cli
@@ -25,7 +25,7 @@ def points(
     tokens: int = 9,
 ) -> list[dict[str, Any]]:
     more = {"who": who, "kind": kind, "lr": lr, "layer": layer, "seed": seed, "tokens": tokens}
-    return [more | {"l0": l0, "fvu": value} for l0, value in fvu.items()]
+    return [more | {"l0": l0, "fvu": value, "ce_recovered": 1 - value, "dead": l0 / 100} for l0, value in fvu.items()]
 
 
 def test_a_power_law_is_followed_between_points_and_no_further() -> None:
@@ -54,17 +54,27 @@ def test_what_counts_is_the_best_of_all_rates_at_that_l0_of_the_same_kind_layer_
     )
     known += points(OURS, {10.0: 0.1, 12.0: 0.1}, lr="2e-2") + points(FIRST, {10.0: 0.01}, kind="TopK")
     known += points(FIRST, {10.0: 0.01, 20.0: 0.01}, layer=5) + points(OURS, {10.0: 0.02, 20.0: 0.02}, layer=5)
-    assert pairs(known, "BatchTopK", 2, 10) == [pytest.approx((0.1, 0.2))]
-    assert pairs(known, "BatchTopK", 2, 20) == [pytest.approx((0.3, 0.4))]
-    assert pairs(known, "TopK", 2, 10) == [] and pairs(known, "BatchTopK", 2, 30) == []
-    (alone,) = pairs(known + points(OURS, {10.0: 0.4}, kind="Matryoshka"), "Matryoshka", 2, 10)
-    assert alone[0] == pytest.approx(0.4) and math.isnan(alone[1])
+
+    def fvus(of: list[dict[str, Any]], kind: str, l0: float) -> list[tuple[float, float | None]]:
+        return [(ours.fvu, theirs and theirs.fvu) for ours, theirs in pairs(of, kind, 2, l0)]
+
+    assert fvus(known, "BatchTopK", 10) == [pytest.approx((0.1, 0.2))]
+    assert fvus(known, "BatchTopK", 20) == [pytest.approx((0.3, 0.4))]
+    assert fvus(known, "TopK", 10) == [] and fvus(known, "BatchTopK", 30) == []
+    ((alone, none),) = fvus(known + points(OURS, {10.0: 0.4}, kind="Matryoshka"), "Matryoshka", 10)
+    assert alone == pytest.approx(0.4) and none is None
     both = known + points(FIRST, {10.0: 0.5}, seed=1) + points(OURS, {10.0: 0.55}, seed=1)
-    assert pairs(both, "BatchTopK", 2, 10) == [pytest.approx((0.1, 0.2)), pytest.approx((0.55, 0.5))]
-    head, lines = rows(both)
-    assert head == ("layer", "L0", "BatchTopK", "TopK")
-    assert [line[:2] for line in lines] == [(layer, l0) for layer in "25" for l0 in ("10", "32", "100")]
-    assert lines[0][2:] == ("0.3250 (0.80)", "–") and lines[1][2:] == ("–", "–")
+    both += points(OURS, {10.0: 0.7}, seed=2)  # of a seed that nobody else has
+    assert fvus(both, "BatchTopK", 10) == [pytest.approx((0.1, 0.2)), pytest.approx((0.55, 0.5)), (pytest.approx(0.7), None)]
+    (of_two, *_), of_one = (rows(of) for of in (both, points(OURS, {32.0: 0.4}, kind="TopK", layer=5)))
+    assert of_two == ("2", "10", "BatchTopK", "0.3250", "0.6750", "10.0%", "2", FIRST, "0.3500", "0.6500", "10.0%", "0.80")
+    assert of_one == [("5", "32", "TopK", "0.4000", "0.6000", "32.0%", "1", *["–"] * 5)]
+    assert len(of_two) == len(of_one[0]) == len(HEAD) == len(SIDES)
+
+
+def test_what_else_an_sae_is_lies_between_its_neighbours() -> None:
+    known = points(OURS, {10.0: 0.4, 20.0: 0.2}) + points(FIRST, {10.0: 0.5, 20.0: 0.4})
+    assert best(known, math.sqrt(200)) == At(OURS, *map(pytest.approx, (math.sqrt(0.08), 0.7, 0.15)))
 
 
 def test_points_of_shorter_trainings_are_not_mixed_in() -> None:
