@@ -65,7 +65,7 @@ def five_products(
 
 def quick_type(device: str) -> torch.dtype:
     """bfloat16, or float32 on a processor that has no instructions for it and would emulate it."""
-    return torch.float32 if device == "cpu" and bfloat16_is_slow() else torch.bfloat16
+    return torch.float32 if bfloat16_is_slow(torch.device(device)) else torch.bfloat16
 
 
 def _shown(layout: Layout) -> str:

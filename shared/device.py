@@ -1,6 +1,5 @@
 """The device that a command runs on, and copies to it that the host does not wait for."""
 
-import functools
 import os
 import re
 import shutil
@@ -66,10 +65,9 @@ def announce(device: torch.device) -> None:
     say(f"device: {device}, {maker(device).removeprefix('cpu, ')}", err=True)
 
 
-@functools.cache
-def bfloat16_is_slow() -> bool:
-    """Whether this processor has no instructions for bfloat16, so that its products are emulated, many times as slowly."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def bfloat16_is_slow(device: torch.device) -> bool:
+    """Whether this is a CPU without instructions for bfloat16, so that its products are emulated, many times as slowly."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def maker(device: torch.device) -> str:

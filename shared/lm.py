@@ -235,7 +235,7 @@ def module_name(lm: nn.Module | None, site: Site) -> str | None:
 def wide_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:
     """{linear layer: its weight as float32, four bytes each} of a bfloat16 model on a CPU that emulates it; else empty."""
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.bfloat16]
-    return {m: m.weight.float() for m in linear if m.weight.device.type == "cpu" and bfloat16_is_slow()}
+    return {m: m.weight.float() for m in linear if bfloat16_is_slow(m.weight.device)}
 
 
 def widen(model: nn.Module) -> None:

@@ -60,7 +60,7 @@ def fast(base: nn.Module) -> LanguageModel:
 @pytest.fixture(params=[False, True], ids=["bfloat16 products", "float32 products"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways on every processor."""
-    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda: request.param)
+    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda _: request.param)
 
 
 @needs_library
@@ -112,7 +112,7 @@ def test_the_split_into_passes_changes_no_bit(products: None) -> None:
     "options", [{"use_parallel_residual": False}, {"attention_bias": False}, {"hidden_act": "relu"}], ids=str
 )
 def test_other_options_take_the_hooks(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda: False)  # else products are widened, which rounds otherwise
+    monkeypatch.setattr(lm, "bfloat16_is_slow", lambda _: False)  # else products are widened, which rounds otherwise
     tokens, base = torch.arange(24).reshape(2, 12), neox(**options)
     want = base(input_ids=tokens, output_hidden_states=True).hidden_states
     model = LanguageModel(base, parse_sites("0,1,2"), CPU)

@@ -168,7 +168,7 @@ def test_products_in_float32_are_no_further_from_float64(lm: Path, tokens: Tenso
     replacements: list[Replacement] = [lambda _, y: y + shift.to(y), zeros]
     found = []
     for slow in (False, True):
-        monkeypatch.setattr(residual_saes.shared.lm, "bfloat16_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(residual_saes.shared.lm, "bfloat16_is_slow", lambda _, slow=slow: slow)
         found.append(SplicedModel(str(lm), None, "bf16", CPU, tokens).losses(Site(1), replacements))
     _, wanted = exact.losses(Site(1), replacements)
     assert found[0] != found[1]
