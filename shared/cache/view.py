@@ -9,6 +9,7 @@ What is read is whole slices, each compared with its checksum before a row of it
 kept. So neighbouring rows cost one read of their block, and rows at random places a slice each (4 MiB at full size).
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -69,11 +70,14 @@ class Layer:
     def context(self, row: int, *, before: int | None = None, after: int = 0) -> NDArray[np.int64]:
         """The token ids that the model had read at `row`, int64, the last one the row's own.
 
-        At most `before` of the ones before it, and up to `after` of those that follow in its sequence. Raises as `[]` does.
+        At most `before` of the ones before it, and up to `after` of those that follow in its sequence. Raises as `[]` does, and
+        ValueError for numbers below zero.
         """
         start, row = self._sequence(row)
-        first = start if before is None else max(start, row - before)
-        return self.tokens[first : min(row + 1 + after, start + self.cache.spec.context)]
+        before, after = row if before is None else operator.index(before), operator.index(after)
+        if min(before, after) < 0:
+            raise ValueError(f"{min(before, after)} tokens cannot be shown: before and after are whole numbers from 0")
+        return self.tokens[max(start, row - before) : min(row + 1 + after, start + self.cache.spec.context)]
 
     def _sequence(self, row: int) -> tuple[int, int]:
         """(first row of the row's sequence, the row counted from the front)."""
@@ -156,12 +160,10 @@ def _indices(rows: Rows, n: int) -> NDArray[np.int64]:
     array = np.asarray(rows)
     if array.size == 0:
         array = array.astype(np.int64)  # an empty list has no type of its own
-    if np.issubdtype(array.dtype, np.integer):
-        array = array.astype(np.int64)  # in which the number of rows can be added
-    else:
+    if array.dtype.kind not in "iu":
         raise TypeError(f"rows are whole numbers, not {array.dtype}; of a mask, np.flatnonzero gives them")
     outside = array[(array < -n) | (array >= n)]
     if outside.size:
         raise IndexError(f"row {outside.flat[0]} is not there: the cache has {n:,} rows")
-    indices: NDArray[np.int64] = np.where(array < 0, array + n, array).astype(np.int64)
-    return indices
+    indices = array.astype(np.int64)  # in which the number of rows can be added
+    return np.where(indices < 0, indices + n, indices)

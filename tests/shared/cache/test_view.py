@@ -85,16 +85,18 @@ def test_a_context_ends_at_its_row_and_stays_in_its_sequence(cache: Cache) -> No
     assert layer.context(row).tolist() == sequence[:10].tolist()
     assert layer.context(row)[-1] == layer.tokens[row]
     assert layer.context(row, before=3, after=2).tolist() == sequence[6:12].tolist()
-    assert layer.context(row, before=99, after=99).tolist() == sequence.tolist()
+    assert layer.context(row, before=99, after=np.uint8(255)).tolist() == sequence.tolist()
+    with pytest.raises(ValueError, match="-1 tokens cannot be shown"):
+        layer.context(row, before=-1)
     assert layer.context(-1).tolist() == cache.read_tokens(cache.spec.sequences - 1, cache.spec.sequences)[0].tolist()
 
 
 def test_what_are_no_rows_is_refused(cache: Cache) -> None:
     layer = cache.layer(0)
-    for outside in (len(layer), -len(layer) - 1, [0, len(layer)]):
+    for outside in (len(layer), -len(layer) - 1, [0, len(layer)], np.uint64(2**64 - 1), np.array([2**63], np.uint64)):
         with pytest.raises(IndexError, match="is not there: the cache has 22,528 rows"):
             layer[outside]
-    for wrong in (0.5, [True, False], np.ones(3, bool), "7"):
+    for wrong in (0.5, [True, False], np.ones(3, bool), "7", np.array([3], "m8[s]"), [2**70], ...):
         with pytest.raises(TypeError, match="rows are whole numbers"):
             layer[wrong]
     with pytest.raises(UserError, match=r"layer 7 is not in .*: it has layers 0-2"):
