@@ -6,7 +6,7 @@ Only numbers are read: nothing in these files is run. A folder holds files and f
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from residual_saes.shared.errors import UserError
+from residual_saes.shared.files import read_file
 from residual_saes.shared.sites import HOOKS, Site, lens_name
 
 TOKENS = ("tokens.npy", "token_ids.npy")
-_KINDS = ("float16", "float32", "F16", "F32", "BF16")  # in NumPy's words, and in those of safetensors
+_STORED = {"F16": "<f2", "F32": "<f4", "BF16": "<u2"}  # of safetensors' words for them
+_KINDS = ("float16", "float32", *_STORED)
 _SITE = re.compile(r"(?:layers?[_-]?)?(\d{1,9}(?:\.[a-z_]+)?)")
 _LENS = re.compile(r"blocks\.(\d{1,9})\..+")
 _DATASET, _SAEV = ("dataset_info.json", "state.json"), ("metadata.json", "shards.json")
@@ -92,7 +94,7 @@ def token_file(folder: Path) -> Path | None:
 
 def read_tokens(path: Path) -> NDArray[Any]:
     """Token numbers of all rows, [n]. Raises UserError."""
-    tokens = _mapped(path)
+    tokens: NDArray[Any] = _loaded(path)
     if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
         raise UserError(
             f"{path} is {tokens.dtype} {list(tokens.shape)}: token numbers are whole numbers, [rows] or [sequences, rows]"
@@ -140,8 +142,9 @@ def _site(name: str) -> Site | None:
 
 def _file(path: Path, tensor: str | None) -> Piece:
     if path.suffix == ".npy":
-        data = _mapped(path)
-        return _piece(path, data.shape, str(data.dtype), lambda a, b: data[a:b], (path,))
+        data = _loaded(path, mmap_mode="r")
+        read = _rows(path, data.dtype, data.shape, data.offset) if data.flags.c_contiguous else lambda a, b: data[a:b]
+        return _piece(path, data.shape, str(data.dtype), read, (path,))
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is neither .npy nor .safetensors: name a file or a folder of activations with --from")
     try:
@@ -153,16 +156,42 @@ def _file(path: Path, tensor: str | None) -> Piece:
         raise UserError(f"{path} has {len(names)} tensors ({', '.join(sorted(names)[:3])}): name one with --tensor")
     if tensor is not None and tensor not in names:
         raise UserError(f"{path} has no tensor {tensor}, but {', '.join(sorted(names)[:3])}: name one with --tensor")
-    part = opened.get_slice(names[0] if tensor is None else tensor)
-    return _piece(path, part.get_shape(), str(part.get_dtype()), lambda a, b: part[a:b], (path,))
+    name = names[0] if tensor is None else tensor
+    shape, kind = opened.get_slice(name).get_shape(), str(opened.get_slice(name).get_dtype())
+    rows = _rows(path, np.dtype(_STORED.get(kind, "u1")), shape, _begin(path, name))
+    get: Get = (lambda a, b: torch.from_numpy(rows(a, b)).view(torch.bfloat16)) if kind == "BF16" else rows
+    return _piece(path, shape, kind, get, (path,))
 
 
-def _mapped(path: Path) -> NDArray[Any]:
+def _loaded(path: Path, **how: Any) -> Any:
     try:
-        data: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, allow_pickle=False, **how)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {path}: {_line(error)}") from None
-    return data
+
+
+def _begin(path: Path, tensor: str) -> int:
+    """Where a tensor's numbers begin in a file of safetensors that the library has opened."""
+    header = _rows(path, np.dtype("u1"), (), 0)
+    size = int.from_bytes(header(0, 8).tobytes(), "little")
+    return 8 + size + int(json.loads(header(8, 8 + size).tobytes())[tensor]["data_offsets"][0])
+
+
+def _rows(path: Path, kind: "np.dtype[Any]", shape: Sequence[int], begin: int) -> Callable[[int, int], NDArray[Any]]:
+    """What gives rows of an array that begins there. They are read, not mapped: a bad block, or a file that is cut meanwhile,
+    would end the process."""
+
+    def rows(first: int, last: int) -> NDArray[Any]:
+        out = np.empty((last - first, *shape[1:]), kind)
+        try:
+            whole = read_file(path, out.data.cast("B"), begin + first * (out.nbytes // len(out))) == out.nbytes
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {_line(error)}") from None
+        if not whole:
+            raise UserError(f"{path} ends before row {last:,}, which it had: copy it again")
+        return out
+
+    return rows
 
 
 def _zarr(folder: Path) -> Pieces:
@@ -223,16 +252,17 @@ def _saev(folder: Path) -> Pieces:
         size = path.stat().st_size if path.is_file() else -1
         if size < int(np.prod(shape)) * 4:
             raise UserError(f"{path} is {'missing' if size < 0 else 'too short'}: shards.json says {examples:,} examples of it")
-        data = np.memmap(path, np.float32, "r", shape=shape) if examples else None
+        rows = _rows(path, np.dtype("<f4"), (examples * len(layers), tokens, width), 0)
         for i, layer in enumerate(layers):
-            if data is not None:
-                get = _layer_of(data, i)
+            if examples:
+                get = _layer_of(rows, i, len(layers))
                 pieces_of[Site(layer)].append(_piece(path, (examples, tokens, width), "float32", get, (path,)))
     return {site: pieces for site, pieces in pieces_of.items() if pieces}
 
 
-def _layer_of(data: NDArray[Any], i: int) -> Get:
-    return lambda a, b: data[a:b, i]
+def _layer_of(rows: Callable[[int, int], NDArray[Any]], i: int, n: int) -> Get:
+    """Of examples of `n` layers each, those of one layer."""
+    return lambda a, b: np.concatenate([rows(k, k + 1) for k in range(a * n + i, b * n + i, n)])
 
 
 def _piece(path: Path, shape: Iterable[int], kind: str, get: Get, files: tuple[Path, ...], tokens: Get | None = None) -> Piece:

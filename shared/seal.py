@@ -5,6 +5,7 @@ and CRC-32C of each tensor as well.
 """
 
 import ctypes
+import errno
 import json
 import os
 from pathlib import Path
@@ -123,13 +124,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the dictionary that `save_sealed` was given. Raises ValueError, which says why, for a damaged file."""
+    """The tensors and the dictionary that `save_sealed` was given. Raises ValueError, which says why, for a damaged file, and
+    OSError for one that cannot be read, but for a bad block, which is damage."""
     try:
         tensors, metadata = read_tensors(path)
         facts = parse_json(metadata["facts"])
         if not sealed(facts, tensors):
             raise ValueError("its checksum does not match")
-    except Exception as error:  # safetensors raises its own type, and OSError, and KeyError
+    except Exception as error:  # safetensors raises its own type, and KeyError
+        if isinstance(error, OSError) and error.errno != errno.EIO:
+            raise
         raise ValueError(str(error)) from None
     return tensors, unsealed(facts)
 

@@ -157,7 +157,8 @@ class Scratch:
 
     def _caches(self) -> list[Path]:
         """The folders of copies: a disk's root has others, such as lost+found, which are not ours to look into or to count."""
-        return [each for each in self._config.folder.iterdir() if _CACHE.fullmatch(each.name) and each.is_dir()]
+        named = (each for each in self._config.folder.iterdir() if _CACHE.fullmatch(each.name))
+        return [each for each in named if each.is_dir() and not each.is_symlink()]
 
 
 def _read(path: Path, out: memoryview, offset: int) -> bool | None:

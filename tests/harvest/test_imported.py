@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
+from residual_saes.harvest.arrays import open_folder
 from residual_saes.harvest.imported import Rows
 from residual_saes.harvest.run import HarvestConfig, harvest
 from residual_saes.shared.cache import Cache, CacheSpec
+from residual_saes.shared.errors import UserError
 from residual_saes.shared.sites import Site, parse_sites
 from residual_saes.shared.units import Shard
 from tests.conftest import ROOT, Cli
@@ -115,6 +117,17 @@ def saev(folder: Path, ours: bool = True) -> tuple[object, ...]:
         shards.append({"name": f"acts{i:06}.bin", names[1]: len(part)})
     (folder / "shards.json").write_text(json.dumps(shards))
     return ()
+
+
+@pytest.mark.parametrize("put", [npy, safetensors, saev])
+def test_a_file_that_is_cut_while_it_is_read_is_one_line(put: Put, tmp_path: Path) -> None:
+    put(tmp_path / "theirs")
+    name = "acts" if put is safetensors else None
+    opened = [piece for pieces in open_folder(tmp_path / "theirs", name).values() for piece in pieces]
+    for piece in opened:
+        os.truncate(piece.files[0], 4096)
+        with pytest.raises(UserError, match=f"{piece.files[0]} ends before row .*: copy it again"):
+            piece.read(0, piece.rows)
 
 
 # {form: (what puts it there, the site of the second stream, whether it has tokens)}

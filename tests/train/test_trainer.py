@@ -297,7 +297,8 @@ def test_a_snapshot_before_the_state_that_is_gone_is_made_again(
 
 
 def test_a_state_that_is_damaged_or_anothers(cli: Cli, cache_path: Path, one: Run, tmp_path: Path) -> None:
-    """Damaged: the layer is trained from its start, to the same end. Another layer's: refused, and nothing is touched."""
+    """Damaged: the layer is trained from its start, to the same end. Another layer's, or one that cannot be read: refused, and
+    nothing is touched."""
     before = contents(one)
     for path in one.path.glob("sae_layer00_*"):
         path.unlink()
@@ -308,8 +309,13 @@ def test_a_state_that_is_damaged_or_anothers(cli: Cli, cache_path: Path, one: Ru
     refused = again(cli, cache_path, one, "--layers", 0)
     assert refused.code == 2
     assert "is the state of layer 1 of this run, not of layer 0" in refused.err
-    assert path.exists()
-    path.write_bytes(path.read_bytes()[:-2])
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    refused = again(cli, cache_path, one, "--layers", 0)
+    assert refused.code == 2 and "Is a directory" in refused.err and path.exists()
+    path.rmdir()
+    path.write_bytes(content[:-2])
     result = again(cli, cache_path, one, "--layers", 0)
     assert result.code == 0, result.err
     assert "state.safetensors is damaged" in result.err

@@ -156,6 +156,9 @@ def test_a_disk_s_root_holds_folders_that_are_not_ours(tmp_path: Path, far: Path
     lost, scandir = tmp_path / "scratch" / "lost+found", os.scandir
     lost.mkdir(parents=True)
     (lost / "large").write_bytes(bytes(100 * SIZE))
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "large").write_bytes(bytes(100 * SIZE))
+    (tmp_path / "scratch" / "0123456789abcdef").symlink_to(tmp_path / "large")  # as a cache is named
 
     def forbidden(path: Path) -> object:
         if Path(path) == lost:
