@@ -272,17 +272,29 @@ class Student:
         host = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         save_sealed(self.path, self._belongs() | {"at": self.step}, host)
 
+    def _require_mine(self, tensors: dict[str, Tensor], at: object) -> None:
+        """Raises ValueError for what another hand put together: other tensors, or a step that this student never takes."""
+        sizes = {name: weight.shape for name, weight in self._weights.items()}
+        wanted = {f"{of}.{name}": size for name, size in sizes.items() for of in ("weight", "exp_avg", "exp_avg_sq")}
+        wanted |= {f"step.{name}": torch.Size([]) for name in sizes}
+        if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+            raise ValueError("its tensors are not this student's")
+        if type(at) is not int or not 1 <= at <= self.steps:
+            raise ValueError(f"its step is no whole number from 1 to {self.steps:,}")
+
     def _load(self) -> None:
         if not self.path.exists():
             return
         try:
             tensors, facts = load_sealed(self.path)
+            at = facts.pop("at", None)
+            if facts != self._belongs():
+                raise UserError(f"{self.path} is of another student or experiment: put it back where it belongs, or delete it")
+            self._require_mine(tensors, at)
         except ValueError as error:
             say(f"{self.path} is damaged ({error}); that student is trained again from its start", err=True)
             return
-        if {k: v for k, v in facts.items() if k != "at"} != self._belongs():
-            raise UserError(f"{self.path} is of another student or experiment: put it back where it belongs, or delete it")
-        self.step = facts["at"]
+        self.step = at
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(tensors[f"weight.{name}"])

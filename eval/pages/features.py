@@ -225,8 +225,8 @@ def _nearest_together(row: Tensor, feature: Tensor, features: int) -> tuple[Tens
         count = both[i, j]
         jaccard = (count.double() / (n[first + i] + n[j] - count)).float()
         value, place = _best(i, jaccard, last - first, NEAREST)
-        missing = place < 0
-        parts.append((j[place].where(~missing, -1), value.where(~missing, 0), count[place].where(~missing, 0)))
+        j, count = torch.cat([j, j.new_full((1,), -1)]), torch.cat([count, count.new_zeros(1)])  # where the place is −1
+        parts.append((j[place], value, count[place]))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 

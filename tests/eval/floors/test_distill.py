@@ -16,7 +16,7 @@ import torch
 from residual_saes.eval.floors.students import Student, Teacher
 from residual_saes.eval.measure.features import load_features
 from residual_saes.eval.measure.predicted import Statistics, critical_width, floors
-from residual_saes.shared.seal import sealed
+from residual_saes.shared.seal import load_sealed, save_sealed, sealed
 from tests.conftest import Cli, invoke
 
 Call = Callable[..., list[dict[str, Any]]]
@@ -163,7 +163,9 @@ def test_a_width_alone_is_what_it_is_among_others(distil: Call, undisturbed: lis
     assert alone["students"] == [undisturbed[1]]
 
 
+@pytest.mark.parametrize("odd", ["tensors", "step"])
 def test_a_damaged_state_costs_its_student_and_one_of_another_is_refused(
+    odd: str,
     distil: Call,
     cli: Cli,
     undisturbed: list[dict[str, Any]],
@@ -192,8 +194,13 @@ def test_a_damaged_state_costs_its_student_and_one_of_another_is_refused(
     content = bytearray((tmp_path / "small").read_bytes())
     content[-1] ^= 1
     small.write_bytes(content)
+    tensors, facts = load_sealed(large)
+    if odd == "tensors":
+        tensors.popitem()
+    save_sealed(large, facts | ({"at": 10**6} if odd == "step" else {}), tensors)  # of another hand, under a right checksum
     again = cli(*command)
     assert "is damaged (its checksum does not match); that student is trained again from its start" in again.err
+    assert f"{large} is damaged (its {odd} " in again.err
     assert json.loads((runs / "distilled.json").read_bytes())[0]["students"] == undisturbed[:2]
 
 

@@ -160,6 +160,13 @@ def test_features_that_fire_together_are_found_in_portions_and_from_some_tokens(
     check_together(fewer, z[order[:100]])
 
 
+def test_where_nothing_fires_nothing_fires_together(whole_numbers: tuple[Sae, Tensor]) -> None:
+    sae, x = whole_numbers
+    columns, _ = looked(Sae(**sae.tensors() | {"b_enc": sae.b_enc - 1e6}, config={}, stats={}), x)
+    assert columns["count"].max() == 0
+    assert (columns["together"] == -1).all() and (columns["together_jaccard"] == 0).all()
+
+
 def test_columns_do_not_depend_on_how_the_text_is_cut(
     whole_numbers: tuple[Sae, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
