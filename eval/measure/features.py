@@ -67,6 +67,7 @@ def measured_features(run: Run, site: Site, label: str, file: str) -> tuple[Feat
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return read_tensors(path)
-    except Exception:  # safetensors raises its own type, and OSError
+        tensors, facts = read_tensors(path)
+        return (tensors, facts) if 0 < int(facts["tokens"]) <= 10**15 else ({}, {})
+    except Exception:  # safetensors raises its own type, and OSError, ValueError and KeyError
         return {}, {}

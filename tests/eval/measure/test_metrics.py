@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import Tensor
 
 from residual_saes.eval.measure.features import Features, features_path, load_features, save_features
@@ -23,6 +24,7 @@ from residual_saes.shared.cache import Cache
 from residual_saes.shared.errors import UserError
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.sae import Sae
+from residual_saes.shared.seal import seal
 from residual_saes.shared.sites import Site
 from tests.conftest import Cli
 
@@ -341,7 +343,9 @@ def test_damaged_features_are_refused(tmp_path: Path) -> None:
         load_features(path)
     save_features(path, some_features(), tokens=100, file="a")
     content = bytearray(path.read_bytes())
-    for damaged in (content[:-1], content[:9], b"", content[:-1] + bytes([content[-1] ^ 1])):
+    tensors = some_features().tensors()
+    odd = [save(tensors, metadata=seal({"tokens": n, "file": "a"}, tensors)) for n in ("x", "nan", "-1", "0", "9" * 5000)]
+    for damaged in (content[:-1], content[:9], b"", content[:-1] + bytes([content[-1] ^ 1]), *odd):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="missing or damaged"):
             load_features(path)
