@@ -102,7 +102,7 @@ def compared(folder: Path, runs: Sequence[Run], cache: str) -> list[Compared]:
     """Final SAEs of these runs and the baselines of their cache, by site. Raises UserError where a record is damaged."""
     by_site: dict[Site, list[tuple[str, int, dict[str, dict[str, float]]]]] = {}
     for of, sets in Probes(folder).read().items():
-        if of.file == cache:
+        if of.file == cache and of.run in _NAMES:
             by_site.setdefault(of.site, []).append((_NAMES[of.run], of.features, sets))
     for run in runs:
         files = {}
