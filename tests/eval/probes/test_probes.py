@@ -11,7 +11,7 @@ import torch
 import zstandard
 from transformers import AutoModel
 
-from residual_saes.eval.measure.probed import ALL, RANDOM, RESIDUAL, mean_auc
+from residual_saes.eval.measure.probed import ALL, RANDOM, RESIDUAL, Probed, Probes, compared, mean_auc
 from residual_saes.eval.measure.store import stored_results
 from residual_saes.eval.probes.texts import TextSet, read_sets, split
 from residual_saes.eval.publish.contents import PublishedForm, published_files
@@ -206,3 +206,12 @@ def test_without_scikit_learn_it_says_what_to_install(probes: Callable[..., str]
 def test_means_are_of_what_all_sets_have() -> None:
     assert mean_auc([{"16": 0.5, "2": 0.5, ALL: 1.0}, {"2": 1.0, "16": 0.7, "1": 0.1}]) == {"2": 0.75, "16": 0.6}
     assert mean_auc([]) == {}
+
+
+def test_a_baseline_of_no_known_name_is_passed_over(tmp_path: Path) -> None:
+    """A later version may have more of them."""
+    for run, score in ((RESIDUAL, 0.75), ("later", 0.5)):
+        about = {"site": Site(1), "snapshot": FINAL, "file": "cache", "dataset": NAME, "texts": "t"}
+        Probes(tmp_path).add(Probed(run=run, features=8, train=9, test=9, auc={"1": score}, **about))
+    (row,) = compared(tmp_path, [], "cache")
+    assert (row.site, row.auc) == (Site(1), {"1": 0.75})
