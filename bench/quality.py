@@ -7,8 +7,8 @@ rates, compared at equal L0 on held-out tokens by the best of the rates of each.
 Ours are trained by `rsae train`, theirs by their own trainers in their own environments, from a file with the batches
 that our loader gives (100 MB), and read back from their own files as `rsae eval --saes` reads them. Everything is float32, so
 that no processor's bf16 is part of the comparison. What was measured before is kept: more --kinds, --seeds, --layers or --rates
-add to it. With --publish that is bench/results/quality.json, the table in docs/findings/quality.md and docs/images/quality.png;
-else results and picture are in build/bench/results.
+add to it, and so do trainings of more steps (`--tokens 960K --batch 480`). With --publish that is bench/results/quality.json,
+the table in docs/findings/quality.md and docs/images/quality.png; else results and picture are in build/bench/results.
 """
 
 import json
@@ -130,6 +130,7 @@ def pairs(points: Sequence[Point], kind: str, layer: int, l0: float) -> list[tup
 
 
 HEAD = (
+    "steps",
     "layer",
     "L0",
     "kind",
@@ -143,14 +144,28 @@ HEAD = (
     "dead",
     "ours over it",
 )
-SIDES = "rrlrrrrlrrrr"
+SIDES = "rrrlrrrrlrrrr"
 
 
 def rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """Lines of the table under HEAD: means over seeds of our best and of the best other library's of that kind."""
-    places = [(layer, l0, kind) for layer in sorted({p["layer"] for p in points}) for l0 in LEVELS for kind in KINDS]
-    found = ((*place, pairs(points, place[2], place[0], place[1])) for place in places)
-    return [(str(layer), str(l0), kind, *_line(of)) for layer, l0, kind, of in found if of]
+    found = []
+    for steps, these in trainings(points).items():
+        places = [(layer, l0, kind) for layer in sorted({p["layer"] for p in these}) for l0 in LEVELS for kind in KINDS]
+        found += [(steps, *place, pairs(these, place[2], place[0], place[1])) for place in places]
+    return [(f"{steps:,}", str(layer), str(l0), kind, *_line(of)) for steps, layer, l0, kind, of in found if of]
+
+
+def trainings(points: Iterable[Point]) -> dict[int, list[Point]]:
+    """{steps: points}, the fewest first: FVU after more of them is another number."""
+    found: dict[int, list[Point]] = {}
+    for p in sorted(points, key=_steps):
+        found.setdefault(_steps(p), []).append(p)
+    return found
+
+
+def _steps(point: Point) -> int:
+    return int(point["tokens"] // point["batch"])
 
 
 def _line(found: list[tuple[At, At | None]]) -> tuple[str, ...]:
@@ -168,13 +183,16 @@ def _means(found: Sequence[At]) -> tuple[str, str, str]:
 
 
 def about(raw: dict[str, Any]) -> str:
-    points = longest(raw["points"])
+    points = raw["points"]
     tried = {kind: sorted({p["lr"] for p in points if p["kind"] == kind}, key=float) for kind in KINDS}
     rates = "; ".join(f"{kind} {', '.join(of)}" for kind, of in tried.items() if of)
-    tokens, batch, heldout = (points[0][name] for name in ("tokens", "batch", "heldout"))
+    read = " and ".join(
+        f"{these[0]['tokens']:,} tokens in batches of {these[0]['batch']:,} ({steps:,} steps)"
+        for steps, these in trainings(points).items()
+    )
     return (
-        f"SAEs of {raw['features']:,} features on the demo model, {tokens:,} tokens in the same batches of {batch:,} "
-        f"({tokens // batch:,} steps), float32, {raw['date']}, on {heldout:,} held-out tokens: at exactly this L0, between "
+        f"SAEs of {raw['features']:,} features on the demo model, {read}, the same for all, float32, {raw['date']}, on "
+        f"{points[0]['heldout']:,} held-out tokens: at exactly this L0, between "
         "measured points by parabolas of ln FVU in ln L0 (CE recovered and dead by straight lines). Ours and, of the same "
         f"kind, the best other library's, each at the best of the rates that were tried ({rates}); where it has one, means "
         "over seeds that both have. Made by `python -m bench quality`; all points, with cosine, are in "
@@ -182,19 +200,14 @@ def about(raw: dict[str, Any]) -> str:
     )
 
 
-def longest(points: Sequence[Point]) -> list[Point]:
-    """Those of the longest training: FVU after fewer tokens is another number."""
-    most = max(p["tokens"] for p in points)
-    return [p for p in points if p["tokens"] == most]
-
-
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Our best FVU of each kind (lines) and the best other library's (dashes), by L0."""
+    """Our best FVU of each kind (lines) and the best other library's (dashes), by L0, after as many steps as most have."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    points = max(trainings(points).values(), key=len)
     layers, levels = sorted({p["layer"] for p in points}), np.geomspace(4, 250, 60)
     figure, grid = pyplot.subplots(1, len(layers), figsize=(5 * len(layers), 4), sharex=True, squeeze=False)
     for axes, layer in zip(grid[0], layers, strict=True):
@@ -214,23 +227,22 @@ def draw(points: Sequence[Point], path: Path) -> None:
     pyplot.close(figure)
 
 
-def dump(cache: Cache, layer: int, seed: int, steps: int, path: Path) -> None:
+def dump(cache: Cache, layer: int, seed: int, steps: int, batch: int, path: Path) -> None:
     """The batches that `rsae train --preset demo` has, float16 [steps, batch, d]."""
-    p = DEMO
-    config = LoaderConfig(batch=p.batch, window_blocks=p.window_blocks, threads=2, seed=seed)
-    shape = (steps, p.batch, cache.spec.d_model)
+    config = LoaderConfig(batch=batch, window_blocks=DEMO.window_blocks, threads=2, seed=seed)
+    shape = (steps, batch, cache.spec.d_model)
     out = np.lib.format.open_memmap(path, "w+", np.float16, shape)
     for step, x in enumerate(ActivationLoader(cache, Site(layer), config, CPU, last=steps)):
         out[step] = x.numpy()
     out.flush()
 
 
-def train_ours(cache: Cache, layer: int, seed: int, tokens: int, rate: str, settings: Sequence[str]) -> list[Sae]:
-    """SAEs of these settings, all from one read."""
-    folder = SCRATCH / "runs"
+def train_ours(cache: Cache, wanted: Point, settings: Sequence[str]) -> list[Sae]:
+    """SAEs of these settings, all from one read, of the layer, seed, tokens, batch and rate that are wanted."""
+    folder, layer = SCRATCH / "runs", wanted["layer"]
     command = [sys.executable, "-m", "train", "--preset", "demo", "--cache", str(cache.path), "--runs", str(folder)]
-    command += ["--batch", str(DEMO.batch), "--lr", rate, "--lr-warmup", str(DEMO.lr_warmup)]
-    command += ["--layers", str(layer), "--seed", str(seed), "--tokens", str(tokens), "--precision", "fp32"]
+    command += ["--batch", str(wanted["batch"]), "--lr", wanted["lr"], "--lr-warmup", str(DEMO.lr_warmup)]
+    command += ["--layers", str(layer), "--seed", str(wanted["seed"]), "--tokens", str(wanted["tokens"]), "--precision", "fp32"]
     subprocess.run([*command, "--device", "cpu", "--l1", ",".join(settings)], cwd=ROOT, check=True)
     saes = [Sae.load(path) for path in folder.glob(f"*/sae_layer{layer:02d}_final.pt")]
     shutil.rmtree(folder)
@@ -279,11 +291,12 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--rates", default=",".join(RATES), show_default=True, help="Adam's, of everybody.")
 @click.option("--tokens", default="400K", show_default=True, help="To train each SAE on.")
+@click.option("--batch", default=DEMO.batch, show_default=True)
 @click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/images/quality.png.")
-def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens: str, publish: bool) -> None:
+def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens: str, batch: int, publish: bool) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning, kind by kind; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), DEMO
-    trained, features = parse_count(tokens) // p.batch * p.batch, p.expansion * cache.spec.d_model
+    trained, features = parse_count(tokens) // batch * batch, p.expansion * cache.spec.d_model
     results = (RESULTS if publish else UNPUBLISHED) / NAME
     results.parent.mkdir(parents=True, exist_ok=True)
     points = json.loads(results.read_text())["points"] if results.exists() else []
@@ -292,7 +305,7 @@ def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens:
     for seed, layer in [(seed, layer) for seed in range(seeds) for layer in map(int, layers.split(","))]:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
-        place = {"layer": layer, "seed": seed, "tokens": trained, "batch": p.batch}
+        place = {"layer": layer, "seed": seed, "tokens": trained, "batch": batch}
         known = [{k: q[k] for k in ("who", "kind", "lr", "level", *place)} for q in points]
         for rate, who, kind in [(r, w, k) for r in rates.split(",") for k in wanted for w in (OURS, *KINDS[k].peers)]:
             these = [place | {"who": who, "kind": kind, "lr": rate, "level": level} for level in KINDS[kind].levels]
@@ -309,7 +322,7 @@ def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens:
             click.echo("\n".join(map(json.dumps, points[-len(saes) :])))
     shutil.rmtree(SCRATCH, ignore_errors=True)
     picture = PICTURE if publish else results.with_suffix(".png")
-    draw(longest(points), picture)
+    draw(points, picture)
     click.echo(f"{picture}\n{results}" + "\nnow: python -m bench tables" * publish)
 
 
@@ -317,10 +330,8 @@ def _train(cache: Cache, wanted: Sequence[Point], features: int) -> list[Sae]:
     """SAEs that differ in their level alone."""
     one, levels = wanted[0], [each["level"] for each in wanted]
     if one["who"] == OURS:
-        form = KINDS[one["kind"]].form
-        settings = [form.format(level) for level in levels]
-        return train_ours(cache, one["layer"], one["seed"], one["tokens"], one["lr"], settings)
+        return train_ours(cache, one, [KINDS[one["kind"]].form.format(level) for level in levels])
     batches = SCRATCH / "batches.npy"
     if not batches.exists():
-        dump(cache, one["layer"], one["seed"], one["tokens"] // DEMO.batch, batches)
+        dump(cache, one["layer"], one["seed"], _steps(one), one["batch"], batches)
     return train_theirs(one["who"], one["kind"], batches, one["seed"], features, one["lr"], levels)

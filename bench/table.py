@@ -55,7 +55,7 @@ def publish(
     speed.write_text(_between(speed.read_text(), "bench", short))
     if (path := results / quality.NAME).exists():
         raw = json.loads(path.read_text())
-        table = markdown(quality.HEAD, quality.SIDES, quality.rows(quality.longest(raw["points"])))
+        table = markdown(quality.HEAD, quality.SIDES, quality.rows(raw["points"]))
         parts = [quality.about(raw), table, "![FVU against L0](../images/quality.png)"]
         compared.write_text(_between(compared.read_text(), "quality", parts))
     title, source = "# Findings: speed, line by line", "Written by `python -m bench tables` from `bench/results/`."

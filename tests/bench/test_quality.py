@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import HEAD, KINDS, OURS, SIDES, At, best, dump, fvu_at, longest, pairs, rows
+from bench.quality import HEAD, KINDS, OURS, SIDES, At, best, dump, fvu_at, pairs, rows, trainings
 from residual_saes.shared.cache import Cache
 from residual_saes.train.step import Begun, TrainingSae
 from tests.conftest import Cli
@@ -24,7 +24,7 @@ def points(
     seed: int = 0,
     tokens: int = 9,
 ) -> list[dict[str, Any]]:
-    more = {"who": who, "kind": kind, "lr": lr, "layer": layer, "seed": seed, "tokens": tokens}
+    more = {"who": who, "kind": kind, "lr": lr, "layer": layer, "seed": seed, "tokens": tokens, "batch": 3}
     return [more | {"l0": l0, "fvu": value, "ce_recovered": 1 - value, "dead": l0 / 100} for l0, value in fvu.items()]
 
 
@@ -67,8 +67,8 @@ def test_what_counts_is_the_best_of_all_rates_at_that_l0_of_the_same_kind_layer_
     both += points(OURS, {10.0: 0.7}, seed=2)  # of a seed that nobody else has
     assert fvus(both, "BatchTopK", 10) == [pytest.approx((0.1, 0.2)), pytest.approx((0.55, 0.5)), (pytest.approx(0.7), None)]
     (of_two, *_), of_one = (rows(of) for of in (both, points(OURS, {32.0: 0.4}, kind="TopK", layer=5)))
-    assert of_two == ("2", "10", "BatchTopK", "0.3250", "0.6750", "10.0%", "2", FIRST, "0.3500", "0.6500", "10.0%", "0.80")
-    assert of_one == [("5", "32", "TopK", "0.4000", "0.6000", "32.0%", "1", *["–"] * 5)]
+    assert of_two == ("3", "2", "10", "BatchTopK", "0.3250", "0.6750", "10.0%", "2", FIRST, "0.3500", "0.6500", "10.0%", "0.80")
+    assert of_one == [("3", "5", "32", "TopK", "0.4000", "0.6000", "32.0%", "1", *["–"] * 5)]
     assert len(of_two) == len(of_one[0]) == len(HEAD) == len(SIDES)
 
 
@@ -78,7 +78,9 @@ def test_what_else_an_sae_is_lies_between_its_neighbours() -> None:
 
 
 def test_points_of_shorter_trainings_are_not_mixed_in() -> None:
-    assert longest(points(OURS, {5.0: 0.5}) + points(FIRST, {5.0: 0.4}, tokens=8)) == points(OURS, {5.0: 0.5})
+    shorter, longer = points(FIRST, {5.0: 0.4, 10.0: 0.2}, tokens=6), points(OURS, {5.0: 0.5, 10.0: 0.3})
+    assert trainings(longer + shorter) == {2: shorter, 3: longer}
+    assert [row[0] for row in rows(longer + points(OURS, {10.0: 0.2}, tokens=6))] == ["2", "3"]
 
 
 def test_the_file_for_the_others_holds_the_batches_that_ours_are_trained_on(
@@ -93,7 +95,7 @@ def test_the_file_for_the_others_holds_the_batches_that_ours_are_trained_on(
     monkeypatch.setattr(TrainingSae, "begin", seen)
     where = ("--preset", "demo", "--cache", cache.path, "--runs", tmp_path, "--layers", 1, "--seed", 1, "--device", "cpu")
     assert cli("train", *where, "--l1", "1e-2", "--expansion", 1, "--batch", 1024).code == 0
-    dump(cache, 1, 1, 20, tmp_path / "batches.npy")
+    dump(cache, 1, 1, 20, 1024, tmp_path / "batches.npy")
     theirs = np.load(tmp_path / "batches.npy")
     assert theirs.shape == (20, 1024, 32)
     assert torch.equal(torch.from_numpy(theirs).float(), torch.stack(ours))
