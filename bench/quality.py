@@ -287,13 +287,16 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 @click.command()
 @click.option("--cache", "path", type=click.Path(path_type=Path), default=Path("data/demo-long"), show_default=True)
 @click.option("--kinds", default=",".join(KINDS), show_default=True)
+@click.option("--levels", default="", help="Of those that each kind has; all of them without.")
 @click.option("--layers", default="2,5", show_default=True)
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--rates", default=",".join(RATES), show_default=True, help="Adam's, of everybody.")
 @click.option("--tokens", default="400K", show_default=True, help="To train each SAE on.")
 @click.option("--batch", default=DEMO.batch, show_default=True)
 @click.option("--publish", is_flag=True, help="Add to bench/results, and draw docs/images/quality.png.")
-def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens: str, batch: int, publish: bool) -> None:
+def command(
+    path: Path, kinds: str, levels: str, layers: str, seeds: int, rates: str, tokens: str, batch: int, publish: bool
+) -> None:
     """FVU at equal L0 beside SAELens and dictionary_learning, kind by kind; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), DEMO
     trained, features = parse_count(tokens) // batch * batch, p.expansion * cache.spec.d_model
@@ -308,7 +311,11 @@ def command(path: Path, kinds: str, layers: str, seeds: int, rates: str, tokens:
         place = {"layer": layer, "seed": seed, "tokens": trained, "batch": batch}
         known = [{k: q[k] for k in ("who", "kind", "lr", "level", *place)} for q in points]
         for rate, who, kind in [(r, w, k) for r in rates.split(",") for k in wanted for w in (OURS, *KINDS[k].peers)]:
-            these = [place | {"who": who, "kind": kind, "lr": rate, "level": level} for level in KINDS[kind].levels]
+            these = [
+                place | {"who": who, "kind": kind, "lr": rate, "level": level}
+                for level in KINDS[kind].levels
+                if not levels or level in levels.split(",")
+            ]
             if not (these := [one for one in these if one not in known]):
                 continue
             try:
