@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,12 @@ import residual_saes.eval.__main__
 import residual_saes.fleet.__main__
 import residual_saes.harvest.__main__
 import residual_saes.train.__main__
+from residual_saes.eval.measure.heldout import Activations, Block
+from residual_saes.eval.measure.metrics import Measurement, measure
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.cli import run
 from residual_saes.shared.runs.run import Run
+from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 from tests.bucket import Server, serving
 
@@ -168,3 +171,11 @@ def runs_path(tmp_path_factory: pytest.TempPathFactory, cache_path: Path) -> Pat
 def curve_of(run: Run, site: Site) -> list[dict[str, object]]:
     """A training curve as its file has it."""
     return [point.values() for point in run.metrics(site)]
+
+
+def measure_site(
+    blocks: Iterable[Block | tuple[torch.Tensor, torch.Tensor]], saes: Sequence[Sae], context: int
+) -> tuple[Activations, list[Measurement]]:
+    """What is measured of SAEs that write one site: its activations, and of each SAE its sums."""
+    (activations,), tallies = measure(blocks, saes, context)
+    return activations, [tally for (tally,) in tallies]

@@ -14,7 +14,7 @@ import torch
 
 from residual_saes.eval.measure.features import features_path, save_features
 from residual_saes.eval.measure.heldout import Activations, heldout_blocks, heldout_tokens
-from residual_saes.eval.measure.metrics import Measurement, losses, measure_each
+from residual_saes.eval.measure.metrics import Measurement, losses, measure
 from residual_saes.eval.measure.result import Basis, Losses, Result
 from residual_saes.eval.measure.runs import Skipped
 from residual_saes.eval.measure.splice import SplicedModel, constant, only, through, zeros
@@ -171,7 +171,7 @@ def heldout(
     of_one = target == Target.itself(target.place)
     world = world_of(cache.spec, target.place) if cache.spec.world and of_one else None
     blocks = heldout_blocks(cache, target, tokens, rows, world)
-    activations, tallies = measure_each(blocks, saes, cache.spec.context, after, world)
+    activations, tallies = measure(blocks, saes, cache.spec.context, after, world)
     measured: list[list[Measured]] = [[] for _ in saes]
     for site, of_site, at_site in zip(target.outputs, activations, zip(*tallies, strict=True), strict=True):
         found = [Losses()] * len(saes)

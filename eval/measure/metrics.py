@@ -223,20 +223,8 @@ class Measurement:
         return Metrics(**{name: value for part in parts for name, value in vars(part).items()}), features
 
 
-def measure(
-    blocks: Iterable[Block | tuple[Tensor, Tensor]],
-    saes: Sequence[Sae],
-    context: int,
-    after: Callable[[], object] = lambda: None,
-    world: World | None = None,
-) -> tuple[Activations, list[Measurement]]:
-    """`measure_each` of SAEs that write one site: its activations, and of each SAE its sums."""
-    (activations,), tallies = measure_each(blocks, saes, context, after, world)
-    return activations, [tally for (tally,) in tallies]
-
-
 @torch.inference_mode()
-def measure_each(
+def measure(
     blocks: Iterable[Block | tuple[Tensor, Tensor]],
     saes: Sequence[Sae],
     context: int,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from residual_saes.eval.measure.heldout import heldout_blocks
-from residual_saes.eval.measure.metrics import largest_cosine, measure
+from residual_saes.eval.measure.metrics import largest_cosine
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
 from residual_saes.train.kernels.base import Workspace
 from residual_saes.train.step import StepConfig, TrainingSae, pick_kernels
-from tests.conftest import Cli, invoke
+from tests.conftest import Cli, invoke, measure_site
 
 CPU = torch.device("cpu")
 DIMENSIONS, TRUE, FEATURES, BATCH, STEPS = 32, 64, 96, 256, 500
@@ -89,7 +89,7 @@ def test_a_real_run_is_as_good_as_it_was(cli: Cli, real: Path, tmp_path: Path, p
     result = cli("train", *where, *TRAIN, "--precision", precision)
     assert result.code == 0, result.err
     cache, (path,) = Cache.open(real), tmp_path.glob("*/sae_layer02_final.pt")
-    activations, (tally,) = measure(heldout_blocks(cache, Site(2), 8_192), [Sae.load(path)], cache.spec.context)
+    activations, (tally,) = measure_site(heldout_blocks(cache, Site(2), 8_192), [Sae.load(path)], cache.spec.context)
     reconstruction = tally.reconstruction(activations)
     assert tally.sparsity().l0 == pytest.approx(51.60, rel=0.01)
     assert reconstruction.fvu == pytest.approx(0.2539, rel=0.005)

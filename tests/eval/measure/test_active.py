@@ -11,6 +11,7 @@ from torch import Tensor
 from residual_saes.eval.measure import active, metrics
 from residual_saes.eval.measure.active import Dense, Encoder, Finder, Listed
 from residual_saes.shared.runs.sae import Sae
+from tests.conftest import measure_site
 from tests.devices import DEVICES
 from tests.train.kernels.test_cuda import INTERPRETED, compiled, mend_interpreter, needs_triton, run_in_its_own_process
 
@@ -74,7 +75,7 @@ def test_every_metric_is_that_of_float32(kind: str, monkeypatch: pytest.MonkeyPa
     def measured(share: float, finder: bool) -> dict[str, float]:
         monkeypatch.setattr(active, "_FEW", {"cpu": share})
         monkeypatch.setattr(metrics, "Encoder", lambda sae: Encoder(sae, Finder(sae) if finder else None))
-        activations, (tally,) = metrics.measure(blocks, [sae], CONTEXT)
+        activations, (tally,) = measure_site(blocks, [sae], CONTEXT)
         found, features = tally.finish(activations, 1e-3, 1e-3)
         lists = {f"{name} {i}": v for name, t in features.tensors().items() for i, v in enumerate(t.tolist())}
         floors = {f"floor {width}": v for width, v in found.floors.items()}

@@ -233,7 +233,7 @@ def test_a_curve_cut_by_a_crash_is_drawn_and_a_damaged_one_is_named(cli: Cli, ev
 def test_a_signal_keeps_what_is_measured(cli: Cli, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, args, _ = evaluated
     shutil.rmtree(first(runs) / "results")
-    measure, calls = evaluate.measure_each, 0
+    measure, calls = evaluate.measure, 0
 
     def signalled(*of: Any) -> Any:
         nonlocal calls
@@ -242,7 +242,7 @@ def test_a_signal_keeps_what_is_measured(cli: Cli, evaluated: Evaluated, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(*of)
 
-    monkeypatch.setattr(evaluate, "measure_each", signalled)
+    monkeypatch.setattr(evaluate, "measure", signalled)
     assert cli("eval", *args, NUMBERS).code == 143
     assert {r["layer"] for r in records(first(runs)).values()} == {0}
     assert len(records(first(runs))) == 6

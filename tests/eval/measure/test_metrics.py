@@ -17,7 +17,7 @@ from torch import Tensor
 from residual_saes.eval.measure.features import Features, features_path, load_features, save_features
 from residual_saes.eval.measure.heldout import Activations, Moments, heldout_blocks, heldout_tokens
 from residual_saes.eval.measure.match import match
-from residual_saes.eval.measure.metrics import Measurement, largest_cosine, measure
+from residual_saes.eval.measure.metrics import Measurement, largest_cosine
 from residual_saes.eval.measure.predicted import Statistics
 from residual_saes.eval.measure.result import Layers, Metrics, Number, Truth
 from residual_saes.shared.cache import Cache
@@ -26,7 +26,7 @@ from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.seal import seal
 from residual_saes.shared.sites import Site
-from tests.conftest import Cli
+from tests.conftest import Cli, measure_site
 
 D, F, CONTEXT = 16, 50, 7
 Blocks = list[tuple[Tensor, Tensor]]
@@ -55,7 +55,7 @@ def random_blocks(n: int = 3, rows: int = 210) -> Blocks:
 
 
 def metrics(sae: Sae, blocks: Blocks, dead_at: float = 1e-5, alive_above: float = 1e-5) -> dict[str, Number]:
-    activations, (measurement,) = measure(blocks, [sae], CONTEXT)
+    activations, (measurement,) = measure_site(blocks, [sae], CONTEXT)
     return by_name(measurement.finish(activations, dead_at, alive_above)[0])
 
 
@@ -153,7 +153,7 @@ def test_metrics_are_saebenchs_where_it_has_them() -> None:
 def test_statistics_of_features_and_positions() -> None:
     torch.manual_seed(2)
     sae, blocks = random_sae(), random_blocks()
-    activations, (tally,) = measure(blocks, [sae], CONTEXT)
+    activations, (tally,) = measure_site(blocks, [sae], CONTEXT)
     features, want = tally.finish(activations, 1e-5, 1e-5)[1], Direct(sae, blocks)
     assert features.density.tolist() == (want.z > 0).mean(0).astype(np.float32).tolist()
     assert features.mean.numpy() == pytest.approx(want.z.mean(0), rel=1e-4, abs=1e-7)
@@ -189,7 +189,7 @@ def test_chunks_blocks_and_company_change_nothing(monkeypatch: pytest.MonkeyPatc
     whole = metrics(sae, blocks)
     monkeypatch.setattr("residual_saes.eval.measure.metrics._CHUNK_ROWS", 1)
     monkeypatch.setattr("residual_saes.eval.measure.metrics._CHUNK_VALUES", {"cpu": 33 * F})
-    activations, (first, second) = measure(iter(blocks), [other, sae], CONTEXT)
+    activations, (first, second) = measure_site(iter(blocks), [other, sae], CONTEXT)
     assert by_name(second.finish(activations, 1e-5, 1e-5)[0]) == pytest.approx(whole, rel=1e-6)
     assert by_name(first.finish(activations, 1e-5, 1e-5)[0]) == pytest.approx(metrics(other, blocks), rel=1e-6)
     x, positions = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -385,7 +385,8 @@ def test_records_of_an_evaluation(
     assert len(records) == 2
     record = records["layer01_final"]
     assert record["tokens"] == record["eval_tokens"] == spec.holdout_tokens
-    direct = measure(heldout_blocks(cache, Site(1), 10**9), [Sae.load(one_run.snapshot_path(Site(1), "final"))], spec.context)
+    sae = Sae.load(one_run.snapshot_path(Site(1), "final"))
+    direct = measure_site(heldout_blocks(cache, Site(1), 10**9), [sae], spec.context)
     direct_metrics, features = direct[1][0].finish(direct[0], 1e-5, 1e-5)
     wanted = by_name(direct_metrics)
     assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)

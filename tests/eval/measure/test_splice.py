@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import residual_saes.shared.lm
 from residual_saes.eval.measure.heldout import heldout_blocks, heldout_tokens
-from residual_saes.eval.measure.metrics import losses, measure
+from residual_saes.eval.measure.metrics import losses
 from residual_saes.eval.measure.splice import Loss, Replacement, SplicedModel, constant, through, zeros
 from residual_saes.shared.cache import Cache
 from residual_saes.shared.runs.run import Run
 from residual_saes.shared.runs.sae import Sae
 from residual_saes.shared.sites import Site
+from tests.conftest import measure_site
 
 CPU = torch.device("cpu")
 
@@ -142,7 +143,7 @@ def test_what_is_spliced_is_what_the_cache_measures(lm: Path, cache: Cache, runs
 
     model.losses(Site(1), [watch])
     live = float(torch.cat(errors).mean())
-    activations, (tally,) = measure(heldout_blocks(cache, Site(1), 10**9), [sae], cache.spec.context)
+    activations, (tally,) = measure_site(heldout_blocks(cache, Site(1), 10**9), [sae], cache.spec.context)
     assert live == pytest.approx(tally.reconstruction(activations).mse, rel=0.01)
 
 
