@@ -297,7 +297,7 @@ def publish_folder(folder: Path, files: Files, *, ours: bool = False) -> None:
         remove_leftovers(folder)
         same = (folder / said).is_file() and (folder / said).read_bytes() == files[said]
         if not (same or ours):
-            raise UserError(f"{folder} holds something else already; remove it or choose another --out")
+            raise UserError(f"{folder} holds something else already: remove it, or move it elsewhere")
         for path in () if same else set(folder.iterdir()) - {folder / name for name in files}:
             path.unlink()
         for name in sorted(files, key=lambda name: name == said):  # by which the folder is ours, last
