@@ -67,7 +67,7 @@ KINDS = {
     "L1": Kind("{}", LAMBDAS, (*BOTH, "dictionary_learning April")),
     "adaptive/best": Kind("adaptive:5e-2@{}/best", SPARSE, ()),
     "BatchTopK": Kind("batchtopk:{}/best", SPARSE, BOTH),
-    "TopK": Kind("topk:{}/best", SPARSE, BOTH),
+    "TopK": Kind("topk:{}/best", SPARSE, (*BOTH, "sparsify")),
     "JumpReLU": Kind("jumprelu:{}/best", SPARSE, BOTH),
     "Matryoshka": Kind("matryoshka:{}/best", SPARSE, BOTH),
 }
@@ -297,7 +297,7 @@ def measured(cache: Cache, layer: int, saes: list[Sae], lm: SplicedModel) -> lis
 def command(
     path: Path, kinds: str, levels: str, layers: str, seeds: int, rates: str, tokens: str, batch: int, publish: bool
 ) -> None:
-    """FVU at equal L0 beside SAELens and dictionary_learning, kind by kind; adds to what was measured before."""
+    """FVU at equal L0 beside other libraries, kind by kind; adds to what was measured before."""
     cache, p = Cache.open(path.resolve()), DEMO
     trained, features = parse_count(tokens) // batch * batch, p.expansion * cache.spec.d_model
     results = (RESULTS if publish else UNPUBLISHED) / NAME

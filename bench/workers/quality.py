@@ -7,11 +7,13 @@ beside it by what the activations were multiplied. A level is an L0, or for L1 a
 their losses have sums over dimensions, so theirs is λ · d. All else is as their trainers have it by default, but for batches,
 learning rate and its warm-up, its decay over the last fifth where ours has one too, no warm-up of L1, and what they count in
 steps that such a short run has not. SAELens' rows have a mean length of √d, as its runner scales them; dictionary_learning's
-come as they are, but for JumpReLU, whose bandwidth is for a mean length of 1.
+come as they are, but for JumpReLU, whose bandwidth is for a mean length of 1. sparsify's do, too, from a model that looks
+them up, for its trainer reads language models; it has Adam, which had less FVU here than its signum, and its own linear decay.
 """
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -85,6 +87,37 @@ def dictionary_learning(kind: str, args: SimpleNamespace, level: str, out: Path,
     return scale
 
 
+class Rows(torch.nn.Embedding):
+    """A model whose hidden states are a file's rows, and whose tokens are their numbers."""
+
+    def __init__(self, path: str) -> None:
+        batches = np.load(path)
+        super().__init__(batches.shape[0] * batches.shape[1], batches.shape[2])
+        self.weight.data.copy_(torch.from_numpy(batches).view(self.weight.shape))
+        self.device, self.dummy_inputs = torch.device("cpu"), {"input": torch.zeros(1, 1, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> "Rows":
+        return self
+
+
+def sparsify(args: SimpleNamespace, level: str, out: Path) -> float:
+    steps, batch, _ = args.shape
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # kernels that need a GPU
+    config = import_module("sparsify.config")
+    trainer = import_module("sparsify.trainer").Trainer(
+        config.TrainConfig(
+            config.SparseCoderConfig(num_latents=args.features, k=int(level)), batch_size=1, optimizer="adam", lr=args.lr,
+            lr_warmup_steps=args.warmup, hookpoints=[""], init_seeds=[args.seed], log_to_wandb=False,
+            save_dir=str(out.parent), run_name=out.name,
+        ),
+        [{"input_ids": numbers} for numbers in torch.arange(steps * batch).view(steps, batch)],
+        Rows(args.batches),
+    )  # fmt: skip
+    trainer.fit()
+    return 1.0
+
+
 def main(library: str, kind: str, job: str, *levels: str) -> None:
     args = SimpleNamespace(**json.loads(job))
     batches = np.load(args.batches, mmap_mode="r")
@@ -95,6 +128,8 @@ def main(library: str, kind: str, job: str, *levels: str) -> None:
         out.mkdir(parents=True)
         if library == "SAELens":
             scale = sae_lens(kind, args, level, out)
+        elif library == "sparsify":
+            scale = sparsify(args, level, out)
         else:
             scale = dictionary_learning(kind, args, level, out, april=library.endswith("April"))
         (out / "scale").write_text(str(scale))
