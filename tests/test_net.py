@@ -272,14 +272,17 @@ def numbers(text: str) -> list[float]:
 
 @pytest.mark.parametrize("name", NET["runs"])
 def test_losses_and_weights_on_any_machine(house: Path, name: str) -> None:
-    """In float32, whose last bits 20 steps do not carry far; bfloat16 is held to the same losses, less closely."""
+    """In float32, whose last bits 20 steps do not carry far, but where they decide which of two activations a batch keeps;
+    bfloat16 is held to the same losses, less closely."""
     run, pinned = house / "fp32" / name, NET["runs"][name]
+    loose = 20 if "batchtopk" in name else 1
     for key, values in curve(run).items():
-        assert values == pytest.approx(numbers(pinned["curve"][key]), rel=CURVE[key]), key
+        assert values == pytest.approx(numbers(pinned["curve"][key]), rel=loose * CURVE[key]), key
     found = projections(run)
     assert list(found) == list(pinned["weights"])
     for key, (norm, projection) in zip(found, map(numbers, pinned["weights"].values()), strict=True):
-        assert found[key] == [pytest.approx(norm, rel=1e-4, abs=1e-7), pytest.approx(projection, abs=1e-3 * norm + 1e-7)], key
+        near = pytest.approx(norm, rel=loose * 1e-4, abs=1e-7), pytest.approx(projection, abs=loose * 1e-3 * norm + 1e-7)
+        assert found[key] == [*near], key
     assert curve(house / "bf16" / name)["loss"] == pytest.approx(numbers(pinned["curve"]["loss"]), rel=0.02)
 
 

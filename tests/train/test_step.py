@@ -9,9 +9,9 @@ from torch import Tensor
 
 from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
 from residual_saes.train.kernels.cpu import load_native
-from residual_saes.train.sparsity.base import RELU, RISE, Hidden, Unfused
+from residual_saes.train.sparsity.base import RELU, RISE, Hidden, Revivable, Unfused
 from residual_saes.train.sparsity.batchtopk import LargestOfBatch
-from residual_saes.train.sparsity.jumprelu import BANDWIDTH, LOG, Jump
+from residual_saes.train.sparsity.jumprelu import BANDWIDTH, FALL, LOG, LOWEST, Jump
 from residual_saes.train.sparsity.matryoshka import LargestNested
 from residual_saes.train.sparsity.topk import TopK
 from residual_saes.train.step import Begun, StepConfig, TrainingSae
@@ -273,16 +273,20 @@ def test_exactly_as_many_entries_are_kept_as_are_asked_for(kernels: TorchKernels
     assert float(activation.total) == pytest.approx(float(z.double().sum()))
 
 
+@pytest.mark.parametrize("hidden", [LargestOfBatch(1), Jump(factor=1.0)], ids=["batchtopk", "jumprelu"])
 @pytest.mark.parametrize("kernels", [TorchKernels(), load_native()], ids=["torch", "native"])
-def test_a_feature_without_an_entry_keeps_its_largest_where_features_are_revived(kernels: TorchKernels | None) -> None:
+def test_a_feature_without_an_entry_keeps_its_largest_where_features_are_revived(
+    kernels: TorchKernels | None, hidden: Revivable
+) -> None:
     assert kernels is not None
     sae, x = problem(14, "bf16", 1.0)
     sae.kernels = kernels
     sae.b_enc.add_(1.6)
     room = Workspace(B, D, F, "bf16", CPU)
     before = sae.begin(x, room).encoded.z.float()
-    plain = sae.begin(x, room, LargestOfBatch(1)).encoded.z.float()
-    got = sae.begin(x, room, LargestOfBatch(1).reviving()).encoded
+    sae.own[LOG] = torch.full((F,), float(before.quantile(0.95).log()))
+    plain = sae.begin(x, room, hidden).encoded.z.float()
+    got = sae.begin(x, room, hidden.reviving()).encoded
     idle = (plain == 0).all(0) & (before > 0).any(0)
     assert idle.any() and not idle.all()
     wanted = torch.where(idle & (before == before.amax(0)), before, plain)
@@ -316,12 +320,16 @@ def test_silent_features_are_woken_and_no_others(decoder_norm: str) -> None:
     assert (woken.last_active > 900).all()
 
 
-def test_a_silent_features_threshold_falls() -> None:
-    own, silent = {LOG: torch.ones(3)}, torch.tensor([True, False, True])
-    bias, count = torch.zeros(3), torch.ones(3, dtype=torch.int32)
-    activation = Activation(feature_count=count, total=torch.tensor(3.0))
-    Jump(factor=1.0).wake_(silent, activation, bias, own, torch.ones(3))
-    assert not bias.any() and torch.equal(own[LOG] < 1, silent)
+def test_a_silent_features_threshold_falls_and_no_further_than_to_a_share_of_the_others() -> None:
+    """Where all its activations are 0, it fires on nothing however low that is, and later on everything."""
+    own, silent = {LOG: torch.tensor([1.0, 0.0, 2.0, -9.0])}, torch.tensor([True, False, False, True])
+    bias, activation = torch.zeros(4), Activation(feature_count=torch.ones(4, dtype=torch.int32), total=torch.tensor(4.0))
+    seen = []
+    for _ in range(100):
+        Jump(factor=1.0).wake_(silent, activation, bias, own, torch.ones(4))
+        seen.append(own[LOG].tolist())
+    assert seen[0] == pytest.approx([1 - FALL, 0, 2, -9]) and seen[-1] == pytest.approx([1 - LOWEST, 0, 2, -9])
+    assert torch.equal(bias > 0, silent)
 
 
 def test_decoder_rows_keep_unit_norm() -> None:

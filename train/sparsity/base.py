@@ -8,7 +8,7 @@ in one pass with the product, its `Control` hands out a `Hidden` that calls the 
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -64,6 +64,29 @@ class Hidden:
     def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
         """Gradients of the own parameters, by that of x̂, g [B, d]."""
         return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Revivable(Hidden):
+    """A hidden layer that, with `revive`, leaves each feature that has nothing left of a batch its own largest activation."""
+
+    revive: bool = field(default=False, kw_only=True)
+
+    def reviving(self) -> Self:
+        return dataclasses.replace(self, revive=True)
+
+    def largest(self, z: Tensor) -> Any:
+        """Each feature's largest of z [B, F], before the choice."""
+        return z.max(0) if self.revive else None
+
+    def encoded(self, kernels: TorchKernels, z: Tensor, activation: Activation, largest: Any, **more: Any) -> Encoded:
+        """z [B, F] after the choice, with what it leaves and what `largest` was."""
+        natural = activation.feature_count
+        if largest is not None:
+            at = largest.indices[None]
+            z.scatter_(0, at, torch.where(natural == 0, largest.values, z.gather(0, at)))
+            activation = kernels.count(z)
+        return Encoded(z=z, activation=activation, natural=natural, **more)
 
 
 class Relu(Hidden):

@@ -6,40 +6,28 @@ Alone, a token has no batch to compete with: then z keeps what is above a thresh
 of the least activation that was kept, so that L0 is about k on other text.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from residual_saes.train.kernels.base import TorchKernels, Workspace
-from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Sparsity, parse_k
+from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Own, Revivable, Sparsity, parse_k
 
 SPAN = 0.02  # share of the run over which the threshold is averaged
 
 
 @dataclass(frozen=True, slots=True)
-class LargestOfBatch(Hidden):
-    """A hidden layer that leaves a batch of B tokens its per_token · B largest activations, and with `revive` each feature that
-    has none of them its own largest."""
+class LargestOfBatch(Revivable):
+    """A hidden layer that leaves a batch of B tokens its per_token · B largest activations."""
 
     per_token: float
-    revive: bool = field(default=False, kw_only=True)
 
     def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, _ = kernels.encode(xc, w_enc, bias, out)
-        largest = z.max(0) if self.revive else None
+        largest = self.largest(z)
         activation, least = kernels.keep_largest_(z, max(1, round(self.per_token * len(xc))))
-        natural = activation.feature_count
-        if largest is not None:
-            at = largest.indices[None]
-            z.scatter_(0, at, torch.where(natural == 0, largest.values, z.gather(0, at)))
-            activation = kernels.count(z)
-        return Encoded(z=z, activation=activation, least=least, natural=natural)
-
-    def reviving(self) -> Self:
-        return dataclasses.replace(self, revive=True)
+        return self.encoded(kernels, z, activation, largest, least=least)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -24,29 +24,35 @@ from torch import Tensor
 
 from residual_saes.shared.runs.sparsity import Reading
 from residual_saes.train.kernels.base import Activation, TorchKernels, Workspace
-from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Sparsity, parse_k
+from residual_saes.train.sparsity.base import Control, ControllerConfig, Encoded, Hidden, Own, Revivable, Sparsity, parse_k
 
 BANDWIDTH = 0.1  # ε over θ
 ABOVE, UNTIL = 8.0, 0.5  # times the target: L0 at the start; share of the run after which it is at its target
 MOST = 0.9  # of what is above 0 in the first batch: what the first thresholds leave at most
 GAIN, LAST_GAIN = 0.2, 0.02  # of ln c by ln L0, falling over the run so that the last thresholds are a mean over batches
-FALL = 0.03  # of the log of the threshold of a silent feature, a step
+FALL, LOWEST = 0.03, math.log(4)  # of the log of a silent feature's threshold: a step; below the mean of the others
 LOG = "log_threshold"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Jump(Hidden):
+class Jump(Revivable):
     factor: float  # c
 
     def encode(self, kernels: TorchKernels, xc: Tensor, w_enc: Tensor, bias: Tensor, own: Own, out: Workspace) -> Encoded:
         z, _ = kernels.encode(xc, w_enc, bias, out)
         threshold = own[LOG].exp() * self.factor
         low, middle, high = ((threshold * (1 + side * BANDWIDTH / 2)).to(z.dtype) for side in (-1, 0, 1))
+        largest = self.largest(z)
         activation, near = kernels.jump_(z, low, middle, high)
-        return Encoded(z=z, activation=activation, near=near)
+        return self.encoded(kernels, z, activation, largest, near=near)
 
     def wake_(self, silent: Tensor, activation: Activation, b_enc: Tensor, own: Own, norms: Tensor) -> None:
-        own[LOG].sub_(FALL * silent)
+        """A silent feature's threshold falls, but not far below the others', or it fires everywhere once its activations are
+        above 0 again; so that they come to be, its bias rises."""
+        log, active = own[LOG], ~silent
+        least = (log * active).sum() / active.sum().clamp(min=1) - LOWEST
+        log.copy_(torch.where(silent, torch.minimum(log, torch.maximum(log - FALL, least)), log))
+        super(Jump, self).wake_(silent, activation, b_enc, own, norms)  # slots make another class of this one
 
     def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
         near, n_features = encoded.near, len(w_dec)
@@ -72,7 +78,7 @@ class JumpRelu(Sparsity):
     FORMS: ClassVar[str] = "jumprelu:64"
     KIND: ClassVar[str | None] = "jumprelu"
     OWN: ClassVar[tuple[str, ...]] = (LOG,)
-    BETA2: ClassVar[float] = 0.98  # gradients grow as L0 falls, and are not to be held against what was before
+    BETA2: ClassVar[float] = 0.99  # gradients grow as L0 falls, and are not to be held against what was before
 
     l0: int
 

@@ -44,7 +44,7 @@ def test_a_kind_is_trained_evaluated_shown_and_exported(
 ) -> None:
     (run,) = (Run(path) for path in trained.glob(f"*-x4-{name}"))
     config, (words, dictionary) = run.config.stored, READINGS[name]
-    assert config["train"]["step"]["beta2"] == (0.98 if name == "jumprelu-12" else 0.999)
+    assert config["train"]["step"]["beta2"] == (0.99 if name == "jumprelu-12" else 0.999)
     assert run_config(config["train"], config["cache"])["digest"] == config["digest"]
     curve = curve_of(run, Site(1))
     assert curve[-1]["loss"] < curve[0]["loss"]
