@@ -19,9 +19,6 @@ DATA = Path("data")  # where caches lie that no place was named for
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
-_PUBLISHED_LR = (3e-4, 32_768)  # the published rate, and the number of features it is for
-
-
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Training:
     """Defaults of training and evaluation. A command-line option overrides its field."""
@@ -38,18 +35,18 @@ class Training:
     def of(cls, d_model: int, tokens: int, holdout_tokens: int) -> "Training":
         """Defaults for a model and an amount of text that no preset is for.
 
-        A batch leaves a thousand steps, and the rate falls with the number of features, from what measured best for a
-        thousand of them to the published rate (docs/findings/training.md). Both are where to begin, not where to end.
+        A batch leaves a thousand steps. The rate falls with the square root of features and of steps from what measured best
+        for a thousand of each (docs/findings/training.md): where to begin, not where to end.
         """
         expansion = 32 if tokens >= 50_000_000 else 8
         batch = min(32_768, max(256, 1 << int(math.log2(max(1, tokens / 1000)))))
-        rate, features = _PUBLISHED_LR
+        features, steps = expansion * d_model, max(1, tokens // batch)
         return cls(
             expansion=expansion,
             l1=f"batchtopk:{32 if d_model < 768 else 64}/best",
             batch=batch,
-            lr=float(f"{min(1e-2, rate * features / (expansion * d_model)):.2g}"),
-            lr_warmup=min(100, tokens // batch // 20),
+            lr=float(f"{1e-2 * min(1.0, math.sqrt(1024 / features * 1000 / steps)):.2g}"),
+            lr_warmup=min(100, steps // 20),
             ce_tokens=min(100_000, holdout_tokens // 8),
         )
 
@@ -269,7 +266,7 @@ def table() -> str:
         "expansion": "8, from 50M tokens on 32",
         "l1": "batchtopk:32/best, from d 768 on :64",
         "batch": "a thousand steps, 256 to 32,768",
-        "lr": "3e-4 * 32,768 / features, at most 1e-2",
+        "lr": "1e-2 * sqrt(1,024,000 / features / steps), at most 1e-2",
         "lr_warmup": "100, in short runs 5 %",
         "ce_tokens": "an eighth of those held out, at most 100,000",
     }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from residual_saes.shared.cli import Number, run
 from residual_saes.shared.errors import Busy, UserError
+from residual_saes.shared.presets import Training
 from residual_saes.shared.progress import Progress, say
 from residual_saes.shared.stop import Terminated, finishing
 from residual_saes.shared.units import (
@@ -343,3 +344,9 @@ def test_a_command_that_there_is_not_is_named_beside_those_like_it(cli: Cli) -> 
     for command, wrong, meant in (("eval", "pges", "pages"), ("harvest", "verfy", "verify"), ("fleet", "jbo", "job")):
         done = cli(command, wrong)
         assert done.code == 2 and done.err.startswith(f"error: No such command '{wrong}'") and repr(meant) in done.err
+
+
+def test_the_default_rate_falls_with_the_square_root_of_features_and_of_steps() -> None:
+    shapes = {(128, 256_000): 1e-2, (512, 256_000): 5e-3, (128, 1_000_000): 7.2e-3, (1024, 300_000_000): 5.8e-4}
+    assert {shape: Training.of(*shape, 1000).lr for shape in shapes} == shapes
+    assert Training.of(64, 1000, 1000).lr == 1e-2, "no more for fewer of them"
