@@ -103,18 +103,22 @@ class At:
     def of(cls, curve: Sequence[Point], l0: float) -> Self | None:
         if (fvu := fvu_at(curve, l0)) is None:
             return None
-        known = sorted(curve, key=lambda p: float(p["l0"]))
-        at = np.log([p["l0"] for p in known])
-        others = (float(np.interp(math.log(l0), at, [p[name] for p in known])) for name in ("ce_recovered", "dead"))
+        at = np.log([p["l0"] for p in curve])
+        others = (float(np.interp(math.log(l0), at, [p[name] for p in curve])) for name in ("ce_recovered", "dead"))
         return cls(curve[0]["who"], fvu, *others)
+
+
+def _curves(points: Iterable[Point]) -> list[list[Point]]:
+    """Points of one kind, apart by who trained at which rate, each by L0."""
+    curves: dict[tuple[Any, ...], list[Point]] = {}
+    for p in sorted(points, key=lambda p: float(p["l0"])):
+        curves.setdefault((p["who"], p["kind"], p["lr"]), []).append(p)
+    return list(curves.values())
 
 
 def best(points: Iterable[Point], l0: float) -> At | None:
     """The least FVU at an L0 of all whose curves reach there: of everybody, at every rate."""
-    curves: dict[tuple[Any, ...], list[Point]] = {}
-    for p in points:
-        curves.setdefault((p["who"], p["kind"], p["lr"]), []).append(p)
-    found = (At.of(curve, l0) for curve in curves.values())
+    found = (At.of(curve, l0) for curve in _curves(points))
     return min((at for at in found if at is not None), key=lambda at: at.fvu, default=None)
 
 
@@ -201,30 +205,37 @@ def about(raw: dict[str, Any]) -> str:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Our best FVU of each kind (lines) and the best other library's (dashes), by L0, after as many steps as most have."""
+    """Our best FVU of each kind (lines) and the best other library's (dashes), by L0, after as many steps as most have, of the
+    first seed. Straight between points: parabolas through three of them have steps where the three change."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = max(trainings(points).values(), key=len)
-    layers, levels = sorted({p["layer"] for p in points}), np.geomspace(4, 250, 60)
+    points = [p for p in max(trainings(points).values(), key=len) if p["seed"] == 0]
+    layers, levels = sorted({p["layer"] for p in points}), np.linspace(math.log(4), math.log(250), 200)
     figure, grid = pyplot.subplots(1, len(layers), figsize=(5 * len(layers), 4), sharex=True, squeeze=False)
     for axes, layer in zip(grid[0], layers, strict=True):
         for colour, kind in zip(COLOURS, KINDS, strict=True):
             for own, dashes in ((True, "-"), (False, "--")):
-                these = [p for p in points if (p["layer"], p["kind"], p["who"] == OURS) == (layer, kind, own)]
-                seeds = [[p for p in these if p["seed"] == seed] for seed in {p["seed"] for p in these}]
-                curves = [[at.fvu if at else math.nan for at in (best(seed, float(l0)) for l0 in levels)] for seed in seeds]
+                curves = _curves(p for p in points if (p["layer"], p["kind"], p["who"] == OURS) == (layer, kind, own))
                 if curves:
                     label = kind if own else f"{kind}, best other"
-                    axes.plot(levels, np.mean(curves, axis=0), color=colour, ls=dashes, label=label)
+                    axes.plot(np.exp(levels), _least(curves, levels), color=colour, ls=dashes, label=label)
         axes.set(title=f"layer {layer}", xscale="log", yscale="log", xlabel="L0", ylabel="held-out FVU")
         axes.grid(alpha=0.3)
     grid[0, 0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _least(curves: Iterable[Sequence[Point]], levels: np.ndarray) -> np.ndarray:
+    """The least FVU of these at each ln L0, NaN where none reaches."""
+    logs = [(np.log([p["l0"] for p in c]), np.log([p["fvu"] for p in c])) for c in curves]
+    found = [np.exp(np.interp(levels, l0, fvu, left=math.nan, right=math.nan)) for l0, fvu in logs]
+    least: np.ndarray = np.fmin.reduce(found)
+    return least
 
 
 def dump(cache: Cache, layer: int, seed: int, steps: int, batch: int, path: Path) -> None:
