@@ -83,8 +83,11 @@ class Revivable(Hidden):
         """z [B, F] after the choice, with what it leaves and what `largest` was."""
         natural = activation.feature_count
         if largest is not None:
-            at = largest.indices[None]
-            z.scatter_(0, at, torch.where(natural == 0, largest.values, z.gather(0, at)))
+            at = (
+                largest.indices,
+                torch.arange(z.shape[1], device=z.device),
+            )  # scatter_ takes as long as a step where z is transposed
+            z[at] = torch.where(natural == 0, largest.values, z[at])
             activation = kernels.count(z)
         return Encoded(z=z, activation=activation, natural=natural, **more)
 
