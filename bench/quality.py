@@ -101,6 +101,7 @@ class At:
 
     @classmethod
     def of(cls, curve: Sequence[Point], l0: float) -> Self | None:
+        """`curve` is of one kind, who and rate, by L0; None where it does not reach."""
         if (fvu := fvu_at(curve, l0)) is None:
             return None
         at = np.log([p["l0"] for p in curve])
@@ -232,9 +233,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def _least(curves: Iterable[Sequence[Point]], levels: np.ndarray) -> np.ndarray:
     """The least FVU of these at each ln L0, NaN where none reaches."""
-    logs = [(np.log([p["l0"] for p in c]), np.log([p["fvu"] for p in c])) for c in curves]
-    found = [np.exp(np.interp(levels, l0, fvu, left=math.nan, right=math.nan)) for l0, fvu in logs]
-    least: np.ndarray = np.fmin.reduce(found)
+    logs = (np.log([(p["l0"], p["fvu"]) for p in curve]).T for curve in curves)
+    least: np.ndarray = np.fmin.reduce([np.exp(np.interp(levels, x, y, left=math.nan, right=math.nan)) for x, y in logs])
     return least
 
 

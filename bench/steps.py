@@ -197,8 +197,12 @@ def settings(setup: Setup) -> Comparison:
 def kinds(setup: Setup) -> Comparison:
     """Every kind's step at one L0, beside BatchTopK's: what remains is dense or sparse as it is said, for all of them."""
     room, l0, contenders = workspace(setup), setup.l0, []
-    hidden = {"topk": Unfused(TopK(k=l0)), "jumprelu": Jump(factor=1.0), "matryoshka": LargestNested(l0)}
-    hidden |= {"batchtopk that revives": LargestOfBatch(l0).reviving()}
+    hidden = {
+        "topk": Unfused(TopK(k=l0)),
+        "jumprelu": Jump(factor=1.0),
+        "matryoshka": LargestNested(l0),
+        "batchtopk that revives": LargestOfBatch(l0).reviving(),
+    }
     for way in WAYS:
         base = Steps(saes=new_saes(setup, way, l0=8 * l0), workspace=room, tokens=setup.tokens, hidden=LargestOfBatch(l0))
         name, keys = f"batchtopk, {way}", tuple(f"{kind}, {way}" for kind in hidden)

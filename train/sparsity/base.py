@@ -75,21 +75,19 @@ class Revivable(Hidden):
     def reviving(self) -> Self:
         return dataclasses.replace(self, revive=True)
 
-    def largest(self, z: Tensor) -> Any:
-        """Each feature's largest of z [B, F], before the choice."""
+    def largest(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Each feature's largest of z [B, F] before the choice, [F], and the tokens that have it; None where none is kept."""
         return z.max(0) if self.revive else None
 
-    def encoded(self, kernels: TorchKernels, z: Tensor, activation: Activation, largest: Any, **more: Any) -> Encoded:
-        """z [B, F] after the choice, with what it leaves and what `largest` was."""
-        natural = activation.feature_count
-        if largest is not None:
-            at = (
-                largest.indices,
-                torch.arange(z.shape[1], device=z.device),
-            )  # scatter_ takes as long as a step where z is transposed
-            z[at] = torch.where(natural == 0, largest.values, z[at])
-            activation = kernels.count(z)
-        return Encoded(z=z, activation=activation, natural=natural, **more)
+    def revived(self, kernels: TorchKernels, chosen: Encoded, largest: tuple[Tensor, Tensor] | None) -> Encoded:
+        """What the choice has left, and the `largest` of the features that it has left nothing."""
+        if largest is None:
+            return chosen
+        (values, tokens), z, natural = largest, chosen.z, chosen.kept
+        # Not by scatter_, which takes longer than a whole step where z is transposed.
+        place = tokens, torch.arange(len(tokens), device=tokens.device)
+        z[place] = torch.where(natural == 0, values, z[place])
+        return dataclasses.replace(chosen, activation=kernels.count(z), natural=natural)
 
 
 class Relu(Hidden):

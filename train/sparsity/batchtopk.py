@@ -27,7 +27,7 @@ class LargestOfBatch(Revivable):
         z, _ = kernels.encode(xc, w_enc, bias, out)
         largest = self.largest(z)
         activation, least = kernels.keep_largest_(z, max(1, round(self.per_token * len(xc))))
-        return self.encoded(kernels, z, activation, largest, least=least)
+        return self.revived(kernels, Encoded(z=z, activation=activation, least=least), largest)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -44,14 +44,14 @@ class Jump(Revivable):
         low, middle, high = ((threshold * (1 + side * BANDWIDTH / 2)).to(z.dtype) for side in (-1, 0, 1))
         largest = self.largest(z)
         activation, near = kernels.jump_(z, low, middle, high)
-        return self.encoded(kernels, z, activation, largest, near=near)
+        return self.revived(kernels, Encoded(z=z, activation=activation, near=near), largest)
 
     def wake_(self, silent: Tensor, activation: Activation, b_enc: Tensor, own: Own, norms: Tensor) -> None:
         """A silent feature's threshold falls, but not far below the others', or it fires everywhere once its activations are
         above 0 again; so that they come to be, its bias rises."""
         log, active = own[LOG], ~silent
         least = (log * active).sum() / active.sum().clamp(min=1) - LOWEST
-        log.copy_(torch.where(silent, torch.minimum(log, torch.maximum(log - FALL, least)), log))
+        log.copy_(torch.where(silent & (log > least), torch.maximum(log - FALL, least), log))
         super(Jump, self).wake_(silent, activation, b_enc, own, norms)  # slots make another class of this one
 
     def own_grads(self, kernels: TorchKernels, encoded: Encoded, own: Own, g: Tensor, w_dec: Tensor) -> Own:
